@@ -1,0 +1,117 @@
+"""Constants of `spectral_reweight`, checked once and laid out for the backend that will read them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from residual_kernels import backends
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PackedUnits:
+    """What a backend reads besides z and weight. Made by :func:`pack_units`; treat as opaque.
+
+    `tensors` and `sizes` are the backend's own layout; the named sizes are those of the operator.
+    """
+
+    backend: str
+    dtype: torch.dtype  # of proj and basis
+    units: int  # R
+    coordinates: int  # C
+    components: int  # J
+    dim: int  # D
+    tensors: tuple[Tensor, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of weights, scales and offsets beside data of `dtype`: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def pack_units(
+    proj: Tensor,
+    bias: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+    basis: Tensor,
+    unit_offsets: Tensor,
+    *,
+    backend: str = "auto",
+) -> PackedUnits:
+    """Checks the constants and lays them out for a backend, once per module instead of once per call.
+
+    Args:
+        proj: [J, C] rows that read coefficients from a unit's coordinates; one floating dtype with `basis`.
+        bias, slope, offset: [J]; kept at float32 or better.
+        basis: [J, D] rows the coefficients are written along.
+        unit_offsets: [R+1] int64, 0 = first, J = last, non-decreasing: unit r owns components offsets[r]..offsets[r+1].
+        backend: a backend's name, or ``auto``.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or offsets that do not fit together, or constants that require grad.
+        RuntimeError: the backend asked for is missing.
+    """
+    constants = {"proj": proj, "bias": bias, "slope": slope, "offset": offset, "basis": basis}
+    if proj.ndim != 2 or basis.ndim != 2 or len(proj) != len(basis):
+        raise ValueError(
+            f"proj must be [J, C] and basis [J, D] with one J; got {tuple(proj.shape)} and {tuple(basis.shape)}"
+        )
+    components = len(proj)
+    for name in ("bias", "slope", "offset"):
+        if constants[name].shape != (components,):
+            raise ValueError(
+                f"{name} must have shape [J] = ({components},) like proj; got {tuple(constants[name].shape)}"
+            )
+    for name, tensor in constants.items():
+        if tensor.dtype not in FLOATING:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; use float64, float32, bfloat16 or float16")
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but it is a constant of spectral_reweight; detach it (weight is what learns)"
+            )
+        if tensor.device != proj.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} but proj is on {proj.device}; put all constants together"
+            )
+    if proj.dtype != basis.dtype:
+        raise ValueError(f"proj ({proj.dtype}) and basis ({basis.dtype}) must have one dtype")
+    if unit_offsets.ndim != 1 or unit_offsets.numel() < 2 or unit_offsets.dtype != torch.int64:
+        raise ValueError(
+            "unit_offsets must be an int64 tensor [R+1] with R >= 1; "
+            f"got {unit_offsets.dtype} {tuple(unit_offsets.shape)}"
+        )
+    if proj.device.type != "meta":
+        bounds = unit_offsets.tolist()
+        if (
+            bounds[0] != 0
+            or bounds[-1] != components
+            or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        ):
+            raise ValueError(
+                f"unit_offsets must rise from 0 to J = {components}; got {bounds[:4]} ... {bounds[-2:]}"
+            )
+
+    chosen = backends.resolve(backend, proj.device)
+    least = wide(proj.dtype)
+    tensors, sizes = backends.load(chosen).pack(
+        proj.detach(), bias.detach().to(least), slope.detach().to(least), offset.detach().to(least),
+        basis.detach(), unit_offsets.to(proj.device),
+    )  # fmt: skip
+    return PackedUnits(
+        backend=chosen,
+        dtype=proj.dtype,
+        units=unit_offsets.numel() - 1,
+        coordinates=proj.shape[1],
+        components=components,
+        dim=basis.shape[1],
+        tensors=tuple(tensors),
+        sizes=tuple(sizes),
+    )

@@ -1,0 +1,138 @@
+"""The operators in eager PyTorch calls on any device: the fallback, and what `backend="torch"` means.
+
+Ragged units are padded to the longest (one batched product reads all coefficients) and gathered back to [N, J]
+(one product writes all components). Matrix products run in z's dtype; everything else in float32 or better.
+"""
+
+import torch
+from torch import Tensor
+
+from residual_kernels.reference import unit_of_component
+
+MOMENT_ROWS = 1024  # rows of z summed in z's precision before the float64 merge
+
+
+def pack(
+    proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
+) -> tuple[list[Tensor], list[int]]:
+    """Tensors (padded proj [R, K, C], slots [J], bias, slope, offset, basis), sizes (R, K); K is the largest K_u."""
+    units = unit_offsets.numel() - 1
+    if proj.device.type == "meta":  # sizes are not known yet; the layout is made again when values arrive
+        longest = len(proj)
+    else:
+        longest = max(int(unit_offsets.diff().max()), 1)
+    if longest * units == len(proj):
+        slots = torch.arange(len(proj), device=proj.device)
+        padded = proj.reshape(units, longest, -1)
+    else:
+        unit = unit_of_component(unit_offsets)
+        slots = unit * longest + torch.arange(len(proj), device=proj.device) - unit_offsets[unit]
+        padded = proj.new_zeros(units * longest, proj.shape[1]).index_copy_(0, slots, proj)
+        padded = padded.view(units, longest, -1)
+    return [padded, slots, bias, slope, offset, basis], [units, longest]
+
+
+def _to_components(padded: Tensor, slots: Tensor) -> Tensor:
+    """[N, R*K] with padding -> [N, J]."""
+    return padded if padded.shape[1] == slots.numel() else padded.index_select(1, slots)
+
+
+def _inner(z: Tensor, mean: Tensor | None, tensors: list[Tensor]) -> Tensor:
+    """z . proj + bias + mean * slope, [N, J], in at least float32."""
+    padded, slots, bias, slope, _, _ = tensors
+    product = torch.matmul(z.transpose(0, 1), padded.transpose(1, 2))  # [R, N, K]
+    inner = _to_components(product.transpose(0, 1).flatten(1), slots).to(bias.dtype) + bias
+    return inner if mean is None else torch.addcmul(inner, mean[:, None], slope)
+
+
+def _apply_scale(inner: Tensor, scale: Tensor | None) -> Tensor:
+    return inner if scale is None else scale[:, None] * inner
+
+
+def spectral_reweight_forward(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    tensors: list[Tensor],
+    sizes: list[int],
+) -> Tensor:
+    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]."""
+    _, _, _, _, offset, basis = tensors
+    c = _apply_scale(_inner(z, mean, tensors), scale) - offset
+    if weight_index is not None:
+        return (c * weight[weight_index]).to(z.dtype) @ basis
+    return torch.stack([(c * row).to(z.dtype) @ basis for row in weight])
+
+
+def spectral_reweight_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    tensors: list[Tensor],
+    sizes: list[int],
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted ones of (dweight, dz, dscale, dmean), in this order."""
+    units, longest = sizes
+    padded, slots, bias, slope, offset, basis = tensors
+    want_weight, want_z, want_scale, want_mean = wanted
+    upstream = dy.unsqueeze(0) if weight_index is not None else dy  # [T or 1, N, D]
+    t = [(row @ basis.T).to(bias.dtype) for row in upstream]  # each [N, J]
+    inner = _inner(z, mean, tensors) if want_weight or want_scale else None
+
+    grads = []
+    if want_weight:
+        c = _apply_scale(inner, scale) - offset
+        if weight_index is not None:
+            tasks = torch.arange(len(weight), device=z.device)
+            chosen = (weight_index[None, :] == tasks[:, None]).to(
+                c.dtype
+            )  # [T, N]; a product sums in a fixed order
+            grads.append(chosen @ (c * t[0]))
+        else:
+            grads.append(torch.stack([(c * row).sum(0) for row in t]))
+    if want_z or want_scale or want_mean:
+        if weight_index is not None:
+            q = weight[weight_index] * t[0]
+        else:
+            q = sum(w * row for w, row in zip(weight, t, strict=True))  # dL/dc, [N, J]
+        sq = _apply_scale(q, scale)
+        if want_z:
+            full = sq.to(z.dtype)
+            if full.shape[1] != units * longest:
+                full = full.new_zeros(len(z), units * longest).index_copy_(1, slots, full)
+            full = full.view(len(z), units, longest).transpose(0, 1)
+            grads.append(torch.matmul(full, padded).transpose(0, 1).contiguous())  # [N, R, C]
+        if want_scale:
+            grads.append((q * inner).sum(1))
+        if want_mean:
+            grads.append(sq @ slope)
+    return grads
+
+
+def unit_moments(
+    z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums and second moments of l - shift. Tiles of rows are multiplied in float32 (float64 for float64 z)."""
+    rows, units, width = z.shape
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    total = torch.zeros(units, width + 2, dtype=torch.float64, device=z.device)
+    moment = torch.zeros(units, width + 2, width + 2, dtype=torch.float64, device=z.device)
+    shift = shift.to(dtype)
+    for start in range(0, rows, MOMENT_ROWS):
+        part = slice(start, start + MOMENT_ROWS)
+        tile = z[part].to(dtype)
+        s = tile.new_ones(len(tile)) if scale is None else scale[part].to(dtype)
+        sm = torch.zeros_like(s) if mean is None else s * mean[part].to(dtype)
+        l = tile.new_empty(units, len(tile), width + 2)
+        torch.sub(s[:, None, None] * tile, shift[:, :width], out=l[:, :, :width].transpose(0, 1))
+        l[:, :, width] = s - shift[:, width, None]
+        l[:, :, width + 1] = sm - shift[:, width + 1, None]
+        total += l.sum(1, dtype=torch.float64)
+        moment += torch.bmm(l.transpose(1, 2), l)
+    return total, moment

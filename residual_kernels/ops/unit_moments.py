@@ -1,0 +1,75 @@
+"""total[r] = sum_n (l[n,r] - shift[r]),  moment[r] = sum_n (l[n,r] - shift[r])(l[n,r] - shift[r])^T
+
+with l = (scale*z, scale, scale*mean). All that PCA of a unit needs, in one pass over z and in C+2 numbers a row
+whatever the output dimension is.
+"""
+
+import torch
+from torch import Tensor
+
+from residual_kernels import backends
+from residual_kernels.ops.packing import FLOATING
+
+
+@torch.library.custom_op("residual_kernels::unit_moments", mutates_args=())
+def _unit_moments(
+    z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
+    return backends.load(backend).unit_moments(z, scale, mean, shift)
+
+
+@_unit_moments.register_fake
+def _(z, scale, mean, shift, backend):
+    units, size = shift.shape
+    return (
+        z.new_empty(units, size, dtype=torch.float64),
+        z.new_empty(units, size, size, dtype=torch.float64),
+    )
+
+
+def unit_moments(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    shift: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Sums and second moments of units' coordinates about a shift, for PCA.
+
+    Args:
+        z: [N, R, C], any strides and floating dtype.
+        scale, mean: [N], or None for 1 and 0.
+        shift: [R, C+2], a rough mean of l (the first batch's serves); None for 0. Without one, float32 sums lose the
+            small eigenvalues of units that lie far from the origin.
+        backend: ``auto``, ``triton``, ``cpp`` or ``torch``.
+
+    Returns:
+        total [R, C+2] and moment [R, C+2, C+2], float64, not normalised by N. Tiles accumulate in float32 (float64 for
+        float64 z) and merge in float64. Not differentiable. Deterministic.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, with the values seen.
+        RuntimeError: the backend asked for is missing.
+    """
+    if z.ndim != 3 or z.dtype not in FLOATING:
+        raise ValueError(f"z must be a floating tensor [N, R, C]; got {z.dtype} {tuple(z.shape)}")
+    rows, units, width = z.shape
+    for name, tensor in (("scale", scale), ("mean", mean)):
+        if tensor is not None and tensor.shape != (rows,):
+            raise ValueError(f"{name} must be [N] = ({rows},) like z; got {tuple(tensor.shape)}")
+    if shift is None:
+        shift = torch.zeros(units, width + 2, dtype=torch.float64, device=z.device)
+    if shift.shape != (units, width + 2):
+        raise ValueError(f"shift must be [R, C+2] = ({units}, {width + 2}); got {tuple(shift.shape)}")
+    for name, tensor in (("scale", scale), ("mean", mean), ("shift", shift)):
+        if tensor is not None and tensor.device != z.device:
+            raise ValueError(f"{name} is on {tensor.device} but z is on {z.device}; move one of them")
+    with torch.no_grad():
+        return torch.ops.residual_kernels.unit_moments(
+            z.detach(),
+            None if scale is None else scale.detach(),
+            None if mean is None else mean.detach(),
+            shift.detach().to(torch.float64),
+            backends.resolve(backend, z.device),
+        )
