@@ -1,0 +1,92 @@
+"""What an image's embedding is the sum of: one vector of the output space per residual unit, exactly."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import towers
+from residual_kernels.towers import KINDS, Terms, Tower, Unit, UnitLayout, UnitMaps
+
+
+def check_finite(images: Tensor, first: int = 0) -> None:
+    """Raises ValueError naming the images (counted from `first`) that hold NaN or Inf."""
+    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten()
+    if len(bad):
+        named = ", ".join(str(first + int(index)) for index in bad[:8])
+        raise ValueError(
+            f"{len(bad)} of the images hold NaN or Inf: index {named}{' ...' if len(bad) > 8 else ''}"
+        )
+
+
+def expand(maps: UnitMaps, z: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
+    """x_u = scale * (z_u A_u + b_u - (mean / share) g) + e / share for all units of a kind: [N, R, D]."""
+    A, b, g, e = (t.to(scale.dtype) for t in (maps.A, maps.b, maps.g, maps.e))
+    raw = torch.einsum("nrc,rcd->nrd", z.to(scale.dtype), A) + b
+    return scale[:, None, None] * (raw - mean[:, None, None] * (g / maps.share)) + e / maps.share
+
+
+@dataclass
+class Decomposition:
+    """The exact parts of one batch of embeddings.
+
+    Attributes:
+        output: [N, D], what the tower itself returns.
+        layout: the units in order; rows with .index, .kind, .layer, .head.
+        terms: the short form: z per kind [N, R, C], scale [N], mean [N].
+    """
+
+    output: Tensor
+    layout: UnitLayout
+    terms: Terms
+    _tower: Tower = field(repr=False)
+
+    def units(self, kind: str | None = None, layer: int | None = None, head: int | None = None) -> Tensor:
+        """Units in the output space, [N, U, D] in layout order, float32 or better.
+
+        All of them by default, and then ``units().sum(1)`` equals ``output``; `kind`, `layer` and `head` select.
+        Raises ValueError when no unit matches, or when the kind was not collected.
+        """
+        chosen = self.layout.select(kind, layer, head)
+        parts = []
+        for name in KINDS:
+            rows = [unit for unit in chosen if unit.kind == name]
+            if rows:
+                parts.append(self._expand(name, rows))
+        return torch.cat(parts, dim=1)
+
+    def _expand(self, kind: str, rows: list[Unit]) -> Tensor:
+        if kind not in self.terms.z:
+            raise ValueError(f"kind {kind!r} was not collected; call decompose with kinds that include it")
+        index = [unit.index - self.layout.span(kind).start for unit in rows]
+        maps = self._tower.maps(kind)
+        if len(index) < len(maps.A):
+            maps = UnitMaps(maps.A[index], maps.b[index], maps.g, maps.e, maps.share)
+            return expand(maps, self.terms.z[kind][:, index], self.terms.scale, self.terms.mean)
+        return expand(maps, self.terms.z[kind], self.terms.scale, self.terms.mean)
+
+
+def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] = KINDS) -> Decomposition:
+    """Runs an image tower and keeps what its output is the sum of.
+
+    Args:
+        tower: a supported image tower, or a ResiDual (its tower is decomposed).
+        images: [N, 3, H, W], preprocessed, in the tower's dtype and on its device.
+        kinds: which units to collect; the default is all, and only then does their sum equal the output.
+
+    Returns:
+        A :class:`Decomposition`. Sums are exact to rounding (about 1e-6 relative in float32).
+
+    Raises:
+        UnsupportedTowerError: the tower has no exact units; the message says why.
+        ValueError: images of another shape, dtype or device, or with NaN or Inf (named by index).
+
+    The tower is left bitwise as it was. Gradients flow as through the tower itself.
+    """
+    view = towers.view(getattr(tower, "tower", tower))
+    kinds = towers.check_kinds(kinds)
+    view.check_images(images)
+    check_finite(images)
+    terms = view.terms(images, kinds)
+    return Decomposition(output=terms.output, layout=view.layout, terms=terms, _tower=view)

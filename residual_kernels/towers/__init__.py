@@ -1,0 +1,174 @@
+"""What are this ViT's units? The only place that knows a model's internals.
+
+Every supported architecture is one module that offers a :class:`Tower` view of an image tower: it names the units,
+gives the constants that map a unit's coordinates to the output space, and runs the tower while collecting those
+coordinates at the pooled token. Architectures are told apart by structure, never by class name or version.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+KINDS = ("emb", "head", "mlp")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One residual unit. `layer` and `head` are None where a unit has none."""
+
+    index: int
+    kind: str
+    layer: int | None
+    head: int | None
+
+
+class UnitLayout(Sequence[Unit]):
+    """The units of a tower in the library's order: emb, heads (layer-major), mlps (layer order)."""
+
+    def __init__(self, layers: int, heads: int):
+        self.layers, self.heads = layers, heads
+        rows = [("emb", None, None)]
+        rows += [("head", layer, head) for layer in range(layers) for head in range(heads)]
+        rows += [("mlp", layer, None) for layer in range(layers)]
+        self._units = tuple(Unit(index, *row) for index, row in enumerate(rows))
+
+    def __len__(self) -> int:
+        return len(self._units)
+
+    def __getitem__(self, index):
+        return self._units[index]
+
+    def __repr__(self) -> str:
+        return f"UnitLayout(layers={self.layers}, heads={self.heads}, units={len(self)})"
+
+    def span(self, kind: str) -> slice:
+        """The contiguous run of layout indices that units of `kind` occupy."""
+        starts = {"emb": (0, 1), "head": (1, 1 + self.layers * self.heads)}
+        starts["mlp"] = (starts["head"][1], len(self))
+        return slice(*starts[kind])
+
+    def select(
+        self, kind: str | None = None, layer: int | None = None, head: int | None = None
+    ) -> tuple[Unit, ...]:
+        """Units that match every argument given; a ValueError names the arguments when none does."""
+        found = tuple(
+            unit
+            for unit in self._units
+            if (kind is None or unit.kind == kind)
+            and (layer is None or unit.layer == layer)
+            and (head is None or unit.head == head)
+        )
+        if not found:
+            raise ValueError(
+                f"no unit has kind={kind!r}, layer={layer}, head={head}; this tower has {self.layers} layers of "
+                f"{self.heads} heads and the kinds {', '.join(KINDS)}"
+            )
+        return found
+
+    def index(self, unit: "int | Unit | tuple[int, int]", *_) -> int:
+        """Layout index of a unit given by index, by row, or by (layer, head)."""
+        if isinstance(unit, Unit):
+            return unit.index
+        if isinstance(unit, tuple):
+            layer, head = unit
+            if not (0 <= layer < self.layers and 0 <= head < self.heads):
+                raise IndexError(
+                    f"unit (layer, head) = {unit} is outside {self.layers} layers of {self.heads} heads"
+                )
+            return 1 + layer * self.heads + head
+        if not 0 <= unit < len(self):
+            raise IndexError(f"unit {unit} is outside this layout of {len(self)} units")
+        return int(unit)
+
+
+@dataclass(frozen=True)
+class UnitMaps:
+    """Constants of one kind: x_u = s * (z_u A_u + b_u - (m / share) g) + e / share, in float64.
+
+    A [R, C, D]; b [R, D]; g, e [D]. `share` is the number of units the final norm's constant terms are dealt to.
+    """
+
+    A: Tensor
+    b: Tensor
+    g: Tensor
+    e: Tensor
+    share: int
+
+    def rows(self) -> Tensor:
+        """M [R, C+2, D]: x_u = l_u M_u + e / share with l = (s*z, s, s*m)."""
+        units, _, dim = self.A.shape
+        slope = (-self.g / self.share).expand(units, 1, dim)
+        return torch.cat([self.A, self.b[:, None, :], slope], dim=1)
+
+
+@dataclass
+class Terms:
+    """What a tower's forward pass leaves for each image: everything exact units are made of.
+
+    z maps a kind to [N, R, C]; scale, mean [N] (float32 or better) are s and m of the final norm; output [N, D] is the
+    tower's own output; tokens its second output where the tower returns one.
+    """
+
+    z: dict[str, Tensor]
+    scale: Tensor
+    mean: Tensor
+    output: Tensor
+    tokens: Tensor | None = None
+
+
+class Tower(Protocol):
+    """An image tower as the library sees it. Holds no state of its own besides the module it reads."""
+
+    module: nn.Module
+    name: str  # architecture family, for messages and files
+    layout: UnitLayout
+    width: int
+    head_width: int
+    dim: int  # D
+
+    def maps(self, kind: str) -> UnitMaps: ...
+
+    def terms(self, images: Tensor, kinds: Iterable[str]) -> Terms: ...
+
+    def constant_parameters(self) -> dict[str, nn.Parameter]: ...
+
+
+class UnsupportedTowerError(ValueError):
+    """The tower's structure has no exact units here; the message says what was found and what is supported."""
+
+
+def view(tower: nn.Module) -> Tower:
+    """The :class:`Tower` view of an image tower, chosen by structure.
+
+    Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly.
+    """
+    from residual_kernels.towers import open_clip
+
+    return open_clip.OpenClipTower(tower)
+
+
+def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """`kinds` in layout order without repeats; a ValueError names what is wrong with it."""
+    if isinstance(kinds, str):
+        raise ValueError(f"kinds must be a tuple such as ({kinds!r},); got the string {kinds!r}")
+    kinds = tuple(kinds)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}; got {kinds}")
+    return tuple(kind for kind in KINDS if kind in kinds)
+
+
+def checksum(tower: nn.Module) -> str:
+    """SHA-256 of a tower's weights: names, shapes and values rounded to bfloat16, so a cast to bf16 keeps it."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        value = tensor.detach().to("cpu")
+        if value.is_floating_point():
+            value = value.to(torch.bfloat16).view(torch.int16)
+        digest.update(value.contiguous().numpy().data)
+    return digest.hexdigest()
