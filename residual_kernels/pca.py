@@ -1,0 +1,385 @@
+"""Where bases come from: principal components of every unit from one streaming pass.
+
+A unit's output is x_u = l_u M_u + const with only C+2 numbers l = (s*z, s, s*m), so the second moment of l is all that
+PCA needs, whatever the output dimension D is. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the
+components. Sums run about the first batch's mean and end in float64; moments of two passes merge by Chan's update.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import ops, towers
+from residual_kernels.decomposition import check_finite
+from residual_kernels.files import load_tensors, save_tensors
+from residual_kernels.towers import Tower, UnitLayout
+
+OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
+WHAT = "spectral bases file"
+# A unit whose variance is below this share of its squared mean is constant up to rounding.
+CONSTANT = 1e-20
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums that PCA of one kind needs; float64. count rows, mean [R, C+2], scatter [R, C+2, C+2] about the mean;
+    rows [R, C+2, D] and constant [D] map l to the output space."""
+
+    count: int
+    mean: Tensor
+    scatter: Tensor
+    rows: Tensor
+    constant: Tensor
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Moments of both sets of rows (Chan, Golub and LeVeque 1979)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        outer = delta[:, :, None] * delta[:, None, :]
+        return replace(
+            self,
+            count=count,
+            mean=self.mean + delta * (other.count / count),
+            scatter=self.scatter + other.scatter + outer * (self.count * other.count / count),
+        )
+
+
+class MomentSum:
+    """Accumulates the moments of one kind over batches, about the first batch's mean."""
+
+    def __init__(self, rows: Tensor, constant: Tensor):
+        self.rows, self.constant = rows, constant
+        self.count = 0
+        self.shift = self.total = self.moment = None
+
+    def add(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
+        if self.shift is None:
+            total, _ = ops.unit_moments(z, scale, mean)
+            self.shift = total / len(z)
+            self.total, self.moment = torch.zeros_like(total), 0.0
+        total, moment = ops.unit_moments(z, scale, mean, self.shift)
+        self.count += len(z)
+        self.total = self.total + total
+        self.moment = self.moment + moment
+
+    def moments(self) -> Moments:
+        offset = self.total / self.count
+        scatter = self.moment - self.count * offset[:, :, None] * offset[:, None, :]
+        return Moments(
+            self.count, (self.shift + offset).cpu(), scatter.cpu(), self.rows.cpu(), self.constant.cpu()
+        )
+
+
+@dataclass(frozen=True)
+class KindBases:
+    """Bases of all units of one kind, float64: mean [R, D], components [sum K_u, D] (orthonormal rows within a unit),
+    variance [sum K_u] (eigenvalues, falling within a unit), total_variance [R], offsets [R+1] int64."""
+
+    mean: Tensor
+    components: Tensor
+    variance: Tensor
+    total_variance: Tensor
+    offsets: Tensor
+
+    def run(self, unit: int) -> slice:
+        return slice(int(self.offsets[unit]), int(self.offsets[unit + 1]))
+
+    def ratio(self, unit: int) -> Tensor:
+        variance, total = self.variance[self.run(unit)], self.total_variance[unit]
+        constant = total <= CONSTANT * self.mean[unit].square().sum()
+        return torch.zeros_like(variance) if constant else variance / total
+
+
+def _fix_signs(components: Tensor) -> Tensor:
+    """The entry of largest magnitude (the first of equals) of every row becomes positive."""
+    pivot = components.abs().argmax(-1, keepdim=True)
+    return components * components.gather(-1, pivot).sign()
+
+
+def _principal(moments: Moments) -> KindBases:
+    """Eigen-decomposition of every unit's covariance (over n - 1) in the output space."""
+    units, size, dim = moments.rows.shape
+    kept = min(size, dim)
+    components = torch.empty(units, kept, dim, dtype=torch.float64)
+    variance = torch.empty(units, kept, dtype=torch.float64)
+    covariance = moments.scatter / (moments.count - 1)
+    group = max(1, 2**27 // (8 * size * dim))  # units per batched factorisation: about 128 MB each
+    for start in range(0, units, group):
+        part = slice(start, start + group)
+        Q, T = torch.linalg.qr(moments.rows[part].transpose(1, 2))
+        short = T @ covariance[part] @ T.transpose(1, 2)
+        values, vectors = torch.linalg.eigh((short + short.transpose(1, 2)) / 2)  # rising
+        variance[part] = values.flip(-1).clamp_min(0)
+        components[part] = (Q @ vectors).transpose(1, 2).flip(1)
+    return KindBases(
+        mean=torch.einsum("ri,rid->rd", moments.mean, moments.rows) + moments.constant,
+        components=_fix_signs(components).flatten(0, 1),
+        variance=variance.flatten(),
+        total_variance=variance.sum(1),
+        offsets=torch.arange(units + 1) * kept,
+    )
+
+
+@dataclass(frozen=True)
+class SpectralBases:
+    """Means and principal components of a tower's units. Made by :func:`fit_bases`; immutable.
+
+    Units are named by layout index, by a layout row, or by (layer, head).
+    """
+
+    layout: UnitLayout
+    dim: int
+    width: int
+    tower: str
+    checksum: str
+    count: int
+    parts: dict[str, KindBases]  # by kind, and OUTPUT
+    moments: dict[str, Moments] | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in towers.KINDS if kind in self.parts)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{kind}: {len(self.parts[kind].components)}" for kind in self.kinds)
+        return f"SpectralBases({self.tower}, {self.layout}, images={self.count}, components=({sizes}))"
+
+    def _find(self, unit) -> tuple[KindBases, int]:
+        row = self.layout[self.layout.index(unit)]
+        if row.kind not in self.parts:
+            raise ValueError(f"unit {unit} is of kind {row.kind!r}; these bases hold {', '.join(self.kinds)}")
+        return self.parts[row.kind], row.index - self.layout.span(row.kind).start
+
+    def mean(self, unit) -> Tensor:
+        """mu_u, [D] float64."""
+        part, index = self._find(unit)
+        return part.mean[index]
+
+    def components(self, unit) -> Tensor:
+        """Phi_u, [K_u, D] float64 orthonormal rows by falling variance; the largest entry of each is positive."""
+        part, index = self._find(unit)
+        return part.components[part.run(index)]
+
+    def explained_variance(self, unit) -> Tensor:
+        """Variance (over n - 1) along each kept component, [K_u] float64."""
+        part, index = self._find(unit)
+        return part.variance[part.run(index)]
+
+    def explained_variance_ratio(self, unit) -> Tensor:
+        """The same over the unit's total variance, [K_u]; zeros for a constant unit."""
+        part, index = self._find(unit)
+        return part.ratio(index)
+
+    def truncate(
+        self,
+        energy: float | None = None,
+        components: int | None = None,
+        max_components: int | None = None,
+    ) -> "SpectralBases":
+        """New bases with fewer components per unit; the output's own basis stays whole.
+
+        Args:
+            energy: keep the first k whose cumulative explained variance is strictly above this (all when none is;
+                one for a constant unit), in (0, 1].
+            components: keep this many (clamped to what there is, with one warning).
+            max_components: upper limit on top of `energy`.
+
+        Raises ValueError unless exactly one of `energy` and `components` is given, or `max_components` alone.
+        """
+        if (energy is not None) + (components is not None) > 1 or (energy, components, max_components) == (
+            None,
+        ) * 3:
+            raise ValueError("give energy or components (and max_components with energy, or alone)")
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"energy must lie in (0, 1]; got {energy}")
+        for name, value in (("components", components), ("max_components", max_components)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        parts, clamped = dict(self.parts), 0
+        for kind in self.kinds:
+            part = self.parts[kind]
+            sizes = []
+            for unit in range(len(part.mean)):
+                held = part.run(unit).stop - part.run(unit).start
+                keep = held
+                if energy is not None:
+                    ratio = part.ratio(unit)
+                    keep = int((ratio.cumsum(0) <= energy).sum()) + 1 if ratio.any() else 1
+                elif components is not None:
+                    keep = components
+                    clamped += components > held
+                if max_components is not None:
+                    keep = min(keep, max_components)
+                sizes.append(min(keep, held))
+            parts[kind] = _take(part, sizes)
+        if clamped:
+            warnings.warn(
+                f"components={components} is more than {clamped} units hold; those keep all they have",
+                stacklevel=2,
+            )
+        return replace(self, parts=parts, moments=None)
+
+    def merge(self, other: "SpectralBases") -> "SpectralBases":
+        """Bases of both fitting sets together, equal to one fit on their union.
+
+        Raises ValueError when the towers or kinds differ, or when either has been truncated or saved without moments.
+        """
+        if self.checksum != other.checksum:
+            raise ValueError("these bases come from two different towers (their checksums differ)")
+        if self.kinds != other.kinds:
+            raise ValueError(f"these bases hold different kinds: {self.kinds} and {other.kinds}")
+        if self.moments is None or other.moments is None:
+            raise ValueError(
+                "merging needs the moments of both bases; truncated bases, and files saved without moments=True, "
+                "have none"
+            )
+        merged = {kind: self.moments[kind].merge(other.moments[kind]) for kind in self.moments}
+        return _from_moments(self, merged)
+
+    def save(
+        self, path: str | os.PathLike, *, moments: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Writes one safetensors file, atomically. Components are stored in `dtype`, everything else in float64.
+
+        With `moments` the file can be merged with others after loading; it is then about twice as large.
+        """
+        tensors = {}
+        for kind, part in self.parts.items():
+            tensors |= {f"{kind}.{name}": value for name, value in vars(part).items()}
+            tensors[f"{kind}.components"] = part.components.to(dtype)
+        if moments:
+            if self.moments is None:
+                raise ValueError(
+                    "these bases hold no moments to save (they were truncated or loaded without)"
+                )
+            for kind, held in self.moments.items():
+                tensors |= {f"{kind}.moments.{name}": getattr(held, name) for name in _MOMENT_TENSORS}
+        header = {
+            "layers": self.layout.layers, "heads": self.layout.heads, "dim": self.dim, "width": self.width,
+            "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
+            "moments": moments,
+        }  # fmt: skip
+        save_tensors(path, tensors, WHAT, header)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "SpectralBases":
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent, damaged or another file."""
+        tensors, header = load_tensors(path, WHAT)
+        parts = {
+            kind: KindBases(
+                **{
+                    name: tensors[f"{kind}.{name}"]
+                    for name in ("mean", "variance", "total_variance", "offsets")
+                },
+                components=tensors[f"{kind}.components"].double(),
+            )
+            for kind in header["kinds"]
+        }
+        moments = None
+        if header["moments"]:
+            moments = {
+                kind: Moments(
+                    header["count"], **{name: tensors[f"{kind}.moments.{name}"] for name in _MOMENT_TENSORS}
+                )
+                for kind in header["kinds"]
+            }
+        return cls(
+            layout=UnitLayout(header["layers"], header["heads"]),
+            parts=parts,
+            moments=moments,
+            **{name: header[name] for name in ("dim", "width", "tower", "checksum", "count")},
+        )
+
+    def check_tower(self, view: Tower) -> None:
+        """Raises ValueError unless these bases were fitted on this very tower."""
+        mine = (self.layout.layers, self.layout.heads, self.width, self.dim)
+        theirs = (view.layout.layers, view.layout.heads, view.width, view.dim)
+        if mine != theirs:
+            raise ValueError(
+                "these bases are of another tower: (layers, heads, width, output dimension) is "
+                f"{mine} in the bases and {theirs} in the tower"
+            )
+        found = towers.checksum(view.module)
+        if found != self.checksum:
+            raise ValueError(
+                f"these bases were fitted on a tower with other weights (checksum {self.checksum[:12]}, this tower has "
+                f"{found[:12]}); fit bases for this tower"
+            )
+
+
+_MOMENT_TENSORS = ("mean", "scatter", "rows", "constant")
+
+
+def _take(part: KindBases, sizes: list[int]) -> KindBases:
+    """The first sizes[u] components of each unit."""
+    rows = torch.cat([torch.arange(part.run(u).start, part.run(u).start + k) for u, k in enumerate(sizes)])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(sizes).cumsum(0)])
+    return replace(part, components=part.components[rows], variance=part.variance[rows], offsets=offsets)
+
+
+def _from_moments(like: SpectralBases, moments: dict[str, Moments]) -> SpectralBases:
+    parts = {kind: _principal(held) for kind, held in moments.items()}
+    return replace(like, count=next(iter(moments.values())).count, parts=parts, moments=moments)
+
+
+def fit_bases(
+    tower: nn.Module,
+    loader: Iterable,
+    kinds: Iterable[str] = ("head",),
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> SpectralBases:
+    """Fits the mean and principal components of every unit in one streaming pass; memory does not grow with the data.
+
+    Args:
+        tower: a supported image tower, or a ResiDual around one.
+        loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read.
+        kinds: which units: "head", "mlp", "emb". The output's own basis is always fitted too.
+        progress: called with the number of images after every batch.
+
+    Returns:
+        :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank), in float64, covariance
+        over n - 1. The result of two calls merges exactly: ``a.merge(b)``.
+
+    Raises:
+        ValueError: fewer than 2 images, or images the tower cannot take (NaN and Inf are named by index).
+
+    Deterministic for the same batches on the same machine; the tower is left bitwise as it was.
+    """
+    view = towers.view(getattr(tower, "tower", tower))
+    kinds = towers.check_kinds(kinds)
+    device = next(view.module.parameters()).device
+    sums = {}
+    for kind in kinds:
+        maps = view.maps(kind)
+        sums[kind] = MomentSum(maps.rows(), maps.e / maps.share)
+    eye = torch.eye(view.dim, dtype=torch.float64)
+    blank = torch.zeros(2, view.dim, dtype=torch.float64)
+    sums[OUTPUT] = MomentSum(torch.cat([eye, blank])[None], torch.zeros(view.dim, dtype=torch.float64))
+    count = 0
+    for batch in loader:
+        images = batch[0] if isinstance(batch, list | tuple) else batch
+        images = images.to(device)
+        view.check_images(images)
+        check_finite(images, first=count)
+        if not len(images):
+            continue
+        with torch.no_grad():
+            terms = view.terms(images, kinds)
+        for kind in kinds:
+            sums[kind].add(terms.z[kind], terms.scale, terms.mean)
+        sums[OUTPUT].add(terms.output[:, None, :], None, None)
+        count += len(images)
+        if progress is not None:
+            progress(len(images))
+    if count < 2:
+        raise ValueError(f"bases need at least 2 images to have a covariance; the loader gave {count}")
+    shell = SpectralBases(
+        layout=view.layout, dim=view.dim, width=view.width, tower=view.name,
+        checksum=towers.checksum(view.module), count=count, parts={},
+    )  # fmt: skip
+    return _from_moments(shell, {kind: held.moments() for kind, held in sums.items()})
