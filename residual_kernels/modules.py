@@ -1,0 +1,509 @@
+"""How do I put it in a model? Drop-in modules that stand where the image tower stood.
+
+Every module here wraps a tower, is called like it, returns what it returns, and learns one tensor. They share
+:class:`TowerAdapter`; what differs is how the embedding y is made from the tower's terms (z, s, m and the output).
+"""
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import ops, towers
+from residual_kernels.ops.packing import PackedUnits, wide
+from residual_kernels.pca import OUTPUT, KindBases, SpectralBases
+from residual_kernels.towers import KINDS, Terms, UnitMaps
+
+RESTS = ("zero", "sum", "mean")
+
+# Which adapters live on a tower: the first to come knows the tower's own requires_grad flags, the last to go restores
+# them.
+_adapters: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TowerAdapter]]" = weakref.WeakKeyDictionary()
+
+
+def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of Module._apply (a cast or a move), without rounding floating tensors below float32."""
+
+    def keep(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if moved.dtype in (torch.bfloat16, torch.float16):
+            return tensor.to(device=moved.device, dtype=torch.float32)
+        return moved
+
+    return keep
+
+
+def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> nn.Parameter:
+    """Ones, N(1, 1) drawn from a generator with `seed`, or a copy of a tensor [size]; at least float32."""
+    dtype = wide(like.dtype)
+    if isinstance(init, Tensor):
+        if init.shape != (size,):
+            raise ValueError(
+                f"init must have shape ({size},), one number per kept component; got {tuple(init.shape)}"
+            )
+        value = init.detach().clone()
+    elif init == "ones":
+        value = torch.ones(size)
+    elif init == "normal":
+        value = 1 + torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    else:
+        raise ValueError(f'init must be "ones", "normal" or a tensor; got {init!r}')
+    return nn.Parameter(value.to(device=like.device, dtype=dtype))
+
+
+class TowerAdapter(nn.Module):
+    """An image tower whose embedding is made anew from its units. Base of the modules below.
+
+    Called like the tower, with images [N, 3, H, W], it returns y [N, D] in the output's dtype, or (y, tokens) where the
+    tower returns tokens. Attributes it lacks come from the tower. The tower's parameters are frozen while wrapped;
+    :meth:`detach` gives the tower back with its flags restored.
+    """
+
+    default_lr = 0.8  # of the paper, for weights on components and heads
+    kinds: tuple[str, ...] = ()  # what the tower must be asked for
+    bases: SpectralBases | None = None  # what the constants were made of, kept for save_adapter
+
+    def __init__(self, tower: nn.Module, *, train_tower: bool = False):
+        super().__init__()
+        _check_arguments(tower, None)
+        self._view = towers.view(tower)
+        self.tower = tower
+        siblings = _adapters.setdefault(tower, weakref.WeakSet())
+        known = next(iter(siblings), None)
+        self._flags = (
+            dict(known._flags)
+            if known is not None
+            else {n: p.requires_grad for n, p in tower.named_parameters()}
+        )
+        if train_tower:
+            fixed = [name for name, p in self._view.constant_parameters().items() if p.requires_grad]
+            if fixed:
+                raise ValueError(
+                    f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would train "
+                    f"({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post and proj first"
+                )
+        else:
+            tower.requires_grad_(False)
+        siblings.add(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            tower = self.__dict__.get("_modules", {}).get("tower")
+            if tower is None or name.startswith("__"):
+                raise
+            return getattr(tower, name)
+
+    def _apply(self, fn, recurse=True):
+        # Own tensors stay at float32 or better; the tower and the constants follow fn by their own rules.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(_at_least_float32(fn), recurse=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A checkpoint of the bare tower loads too: its keys move under "tower.", and what only the adapter has stays.
+        names = self.tower.state_dict().keys()
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
+        bare = not any(prefix + name in state_dict for name in own) and all(
+            prefix + n in state_dict for n in names
+        )
+        if bare:
+            for name in names:
+                state_dict[f"{prefix}tower.{name}"] = state_dict.pop(prefix + name)
+            state_dict.update({prefix + name: value for name, value in own.items()})
+            self._check_constants(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Raises ValueError when the tower's incoming weights are not those that the constants were made of."""
+        for name, held in self._view.constant_parameters().items():
+            coming = state_dict[f"{prefix}tower.{name}"]
+            if held.is_meta or coming.shape != held.shape:  # a wrong shape is load_state_dict's own error
+                continue
+            if not torch.equal(coming.to(held), held):
+                raise ValueError(
+                    f"these weights have another {name} than the tower that the bases were fitted on, so the constants "
+                    "would not match them; detach, load them into the tower and fit bases for it"
+                )
+
+    @property
+    def layout(self) -> towers.UnitLayout:
+        """The tower's units in order."""
+        return self._view.layout
+
+    @property
+    def dim(self) -> int:
+        """D, the dimension of the embedding."""
+        return self._view.dim
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's own parameters, without the tower's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("tower.")]
+
+    def detach(self) -> nn.Module:
+        """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the tower."""
+        siblings = _adapters.get(self.tower)
+        if siblings is not None:
+            siblings.discard(self)
+        if not siblings:
+            for name, p in self.tower.named_parameters():
+                p.requires_grad_(self._flags.get(name, p.requires_grad))
+        return self.tower
+
+    def collect(self, images: Tensor) -> Terms:
+        """Runs the tower and returns what :meth:`from_units` needs of it."""
+        return self._view.terms(images, self.kinds)
+
+    def from_units(self, batch: Terms) -> Tensor:
+        """y [N, D] from terms collected before (a batch of a UnitCache, or :meth:`collect`)."""
+        missing = [kind for kind in self._reads() if kind not in batch.z]
+        if missing:
+            raise ValueError(
+                f"this batch holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
+            )
+        return self._embed(batch).to(batch.output.dtype)
+
+    def _reads(self) -> tuple[str, ...]:
+        """Kinds that from_units cannot do without."""
+        return self.kinds
+
+    def _embed(self, batch: Terms) -> Tensor:
+        raise NotImplementedError  # pragma: no cover (every public subclass has one)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        batch = self.collect(images)
+        y = self.from_units(batch)
+        return y if batch.tokens is None else (y, batch.tokens)
+
+
+class UnitSum(nn.Module):
+    """sum_u weight[u] * x_u over the units of one kind, from their coordinates, without ever making an x_u.
+
+    The constants are the tower's own and stay out of the state_dict.
+    """
+
+    def __init__(self, maps: UnitMaps, dtype: torch.dtype):
+        super().__init__()
+        self.share = maps.share
+        self.shared_map = (
+            maps.A.stride(0) == 0
+        )  # MLP and embedding units all use one map: sum first, map once
+        A = maps.A[0] if self.shared_map else maps.A.flatten(0, 1)  # [C, D] or [R*C, D]
+        for name, value in (("A", A), ("b", maps.b), ("g", maps.g), ("e", maps.e)):
+            self.register_buffer(name, value.to(dtype), persistent=False)
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(_at_least_float32(fn), recurse)
+
+    def forward(self, z: Tensor, scale: Tensor, mean: Tensor, weight: Tensor | None = None) -> Tensor:
+        """[N, D] in z's dtype widened to at least float32; `weight` [R], or None for ones."""
+        z = z.to(self.A.dtype)
+        units = z.shape[1]
+        weighted = z if weight is None else z * weight[:, None]
+        raw = weighted.sum(1) @ self.A if self.shared_map else weighted.flatten(1) @ self.A
+        b = self.b.sum(0) if weight is None else weight @ self.b
+        total = units if weight is None else weight.sum()
+        raw = raw + b - mean[:, None] * (total / self.share * self.g)
+        return scale[:, None] * raw + total / self.share * self.e
+
+
+class Rest(nn.Module):
+    """What becomes of the units that are not adapted: dropped, kept, or replaced by their fitted mean."""
+
+    def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
+        super().__init__()
+        self.rest, self.adapted = rest, adapted
+        self.others = tuple(kind for kind in KINDS if kind not in adapted)
+        self.sums = nn.ModuleDict()
+        if rest == "sum":
+            self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in KINDS})
+
+    def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
+        """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
+        if self.rest != "mean":
+            return
+        mean = bases.parts[OUTPUT].mean[0]
+        for kind in self.adapted:
+            if kind not in bases.parts:
+                raise ValueError(
+                    f'rest="mean" needs bases of kind {kind!r}; these hold {", ".join(bases.kinds)}'
+                )
+            mean = mean - bases.parts[kind].mean.sum(0)
+        self.register_buffer("mean", mean.to(device=like.device, dtype=wide(like.dtype)))
+
+    def _apply(self, fn, recurse=True):
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(_at_least_float32(fn), recurse=False)
+
+    def forward(self, batch: Terms) -> Tensor | None:
+        """[N, D] or [D] to add to the adapted units' sum; None for nothing."""
+        if self.rest == "zero":
+            return None
+        if self.rest == "mean":
+            return self.mean
+        if all(kind in batch.z for kind in self.others):
+            return sum(self.sums[kind](batch.z[kind], batch.scale, batch.mean) for kind in self.others)
+        kept = batch.output.to(batch.scale.dtype)
+        for kind in self.adapted:
+            kept = kept - self.sums[kind](batch.z[kind], batch.scale, batch.mean)
+        return kept
+
+
+class SpectralConstants(nn.Module):
+    """proj, bias, slope, offset, basis of one kind (buffers), and their packed form for the backend (derived)."""
+
+    def __init__(self, maps: UnitMaps | None, part: KindBases, like: Tensor, backend: str):
+        super().__init__()
+        self.backend = backend
+        proj, bias, slope, offset = _constants(maps, part, like.device)
+        basis = part.components
+        for name, value in (
+            ("proj", proj),
+            ("bias", bias),
+            ("slope", slope),
+            ("offset", offset),
+            ("basis", basis),
+        ):
+            self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype)))
+        self.register_buffer("unit_offsets", part.offsets.to(like.device))
+        self._packs: dict[torch.dtype, PackedUnits] = {}
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(_at_least_float32(fn), recurse)
+        self._packs.clear()
+        return self
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._packs.clear()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_packs": {}}
+
+    def packed(self, dtype: torch.dtype) -> PackedUnits:
+        """The constants laid out for z of `dtype`; made at first use and after every move, cast or load."""
+        if dtype not in self._packs:
+            self._packs[dtype] = ops.pack_units(
+                self.proj.to(dtype), self.bias, self.slope, self.offset, self.basis.to(dtype), self.unit_offsets,
+                backend=self.backend,
+            )  # fmt: skip
+        return self._packs[dtype]
+
+    def forward(self, z: Tensor, scale: Tensor | None, mean: Tensor | None, weight: Tensor) -> Tensor:
+        dtype = z.dtype
+        if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(z.device.type)
+        return ops.spectral_reweight_packed(z, scale, mean, weight, self.packed(dtype))
+
+
+def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """proj [J, C], bias, slope, offset [J] in float64; without maps the unit is given in the output space itself."""
+    proj, bias, slope, offset = [], [], [], []
+    for unit in range(len(part.mean)):
+        phi, mu = part.components[part.run(unit)].to(device), part.mean[unit].to(device)
+        if maps is None:
+            proj.append(phi)
+            bias.append(phi.new_zeros(len(phi)))
+            slope.append(phi.new_zeros(len(phi)))
+            offset.append(phi @ mu)
+        else:
+            proj.append(phi @ maps.A[unit].T)
+            bias.append(phi @ maps.b[unit])
+            slope.append(phi @ (-maps.g / maps.share))
+            offset.append(phi @ (mu - maps.e / maps.share))
+    return torch.cat(proj), torch.cat(bias), torch.cat(slope), torch.cat(offset)
+
+
+class UnitAdapter(TowerAdapter):
+    """An adapter that reweights the units of some kinds and decides what becomes of the rest.
+
+    `units` maps each adapted kind to a module with ``forward(z, scale, mean, weight)``; `weight` runs through them in
+    layout order.
+    """
+
+    def _assemble(
+        self,
+        rest: str,
+        bases: SpectralBases | None,
+        units: dict[str, nn.Module],
+        sizes: list[int],
+        init: str | Tensor,
+        seed: int,
+    ) -> None:
+        like = next(self.tower.parameters())
+        self.bases = None if bases is None else replace(bases, moments=None)
+        self.adapted = tuple(units)
+        self.rest = Rest(rest, self.adapted, self._view, wide(like.dtype))
+        self.rest.set_mean(bases, like)
+        self.kinds = KINDS if rest == "sum" else self.adapted
+        self.units = nn.ModuleDict(units)
+        self._sizes = sizes
+        self.weight = _initial_weight(sum(sizes), init, seed, like)
+
+    def _reads(self) -> tuple[str, ...]:
+        return self.adapted
+
+    def adapted_sum(self, batch: Terms) -> Tensor:
+        """The reweighted units alone, [N, D], without the rest."""
+        weights = self.weight.split(self._sizes)
+        return sum(
+            self.units[kind](batch.z[kind], batch.scale, batch.mean, weight)
+            for kind, weight in zip(self.adapted, weights, strict=True)
+        )
+
+    def _embed(self, batch: Terms) -> Tensor:
+        y = self.adapted_sum(batch)
+        rest = self.rest(batch)
+        return y if rest is None else y + rest
+
+
+class ResiDual(UnitAdapter):
+    """y = sum over adapted units of Phi_u^T diag(weight_u) Phi_u (x_u - mu_u), plus the rest. Exact, in low rank.
+
+    Args:
+        tower: an image tower that :func:`residual_kernels.decompose` supports.
+        bases: fitted on this very tower by :func:`fit_bases`, usually truncated. Their kinds are the adapted ones.
+        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean).
+        init: "ones", "normal" (N(1, 1) with `seed`) or a tensor [J].
+        train_tower: leave the tower's requires_grad flags as they are, to train it end to end; parameters folded into
+            the constants (out_proj, ls_1, ln_post, proj) must not train.
+        backend: who computes the operator; see :mod:`residual_kernels.backends`.
+
+    `weight` [J], at least float32, is the only trainable tensor; its order is the layout's (heads layer-major, then
+    MLPs), components by falling variance. `state_dict` holds `weight`, the constants and `tower.*`;
+    `load_state_dict` also takes the tower's own keys.
+
+    Raises ValueError when the bases are of another tower, the tower is wrapped already, or an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        bases: SpectralBases,
+        rest: str = "zero",
+        *,
+        init: str | Tensor = "ones",
+        seed: int = 0,
+        train_tower: bool = False,
+        backend: str = "auto",
+    ):
+        _check_arguments(tower, bases, rest)
+        super().__init__(tower, train_tower=train_tower)
+        like = next(tower.parameters())
+        units = {
+            kind: SpectralConstants(self._view.maps(kind), bases.parts[kind], like, backend)
+            for kind in bases.kinds
+        }
+        sizes = [len(bases.parts[kind].components) for kind in bases.kinds]
+        self._assemble(rest, bases, units, sizes, init, seed)
+
+    def weight_of(self, unit) -> Tensor:
+        """The weights [K_u] of one adapted unit, by layout index, row or (layer, head)."""
+        row = self.layout[self.layout.index(unit)]
+        if row.kind not in self.adapted:
+            raise ValueError(
+                f"unit {unit} is of kind {row.kind!r}, which is not adapted ({', '.join(self.adapted)} are)"
+            )
+        position = self.adapted.index(row.kind)
+        offsets = self.units[row.kind].unit_offsets
+        index = row.index - self.layout.span(row.kind).start
+        start = sum(self._sizes[:position])
+        return self.weight[start + int(offsets[index]) : start + int(offsets[index + 1])]
+
+
+class CoarseHeads(UnitAdapter):
+    """y = sum over units of weight[u] * x_u, plus the rest: one number per head, no basis, not centred (a baseline).
+
+    `kinds` are the adapted ones; rest="mean" needs `bases` for the fitted means. `weight` [R]. Other arguments as in
+    :class:`ResiDual`.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        rest: str = "zero",
+        *,
+        kinds: Iterable[str] = ("head",),
+        bases: SpectralBases | None = None,
+        init: str | Tensor = "ones",
+        seed: int = 0,
+    ):
+        _check_arguments(tower, bases, rest)
+        kinds = towers.check_kinds(kinds)
+        super().__init__(tower)
+        dtype = wide(next(tower.parameters()).dtype)
+        units = {kind: UnitSum(self._view.maps(kind), dtype) for kind in kinds}
+        spans = [self.layout.span(kind) for kind in kinds]
+        self._assemble(rest, bases, units, [span.stop - span.start for span in spans], init, seed)
+
+
+class OutputSpectral(TowerAdapter):
+    """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit, all components kept (a baseline).
+
+    `weight` [D]. Arguments as in :class:`ResiDual`.
+    """
+
+    default_lr = 1e-3
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        bases: SpectralBases,
+        *,
+        init: str | Tensor = "ones",
+        seed: int = 0,
+        backend: str = "auto",
+    ):
+        _check_arguments(tower, bases)
+        super().__init__(tower)
+        like = next(tower.parameters())
+        self.bases = replace(bases, moments=None)
+        self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
+        self.weight = _initial_weight(len(self.spectral.basis), init, seed, like)
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return self.spectral(batch.output[:, None, :], None, None, self.weight)
+
+
+class OutputLinear(TowerAdapter):
+    """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed` (a baseline)."""
+
+    default_lr = 1e-3
+
+    def __init__(self, tower: nn.Module, *, seed: int = 0):
+        super().__init__(tower)
+        like = next(tower.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.linear = nn.Linear(self.dim, self.dim)
+        self.linear.to(device=like.device, dtype=wide(like.dtype))
+
+    def _apply(self, fn, recurse=True):
+        self.tower._apply(fn)
+        self.linear._apply(_at_least_float32(fn))
+        return self
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return self.linear(batch.output.to(self.linear.weight.dtype))
+
+
+def _check_arguments(tower: nn.Module, bases: SpectralBases | None, rest: str = "zero") -> None:
+    """Everything about tower, bases and rest that can be wrong, before anything is touched."""
+    if isinstance(tower, TowerAdapter):
+        raise ValueError(
+            f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it first"
+        )
+    if rest not in RESTS:
+        raise ValueError(f"rest must be one of {', '.join(RESTS)}; got {rest!r}")
+    if rest == "mean" and bases is None:
+        raise ValueError('rest="mean" needs bases: the mean is the fitted one, not the batch\'s')
+    view = towers.view(tower)
+    if bases is not None:
+        bases.check_tower(view)
