@@ -1,0 +1,39 @@
+"""residual_kernels: one learned number per principal component of each attention head makes a CLIP-like model better at
+your own task (ResiDual, Basile et al., TMLR 2025), exact and fast."""
+
+from residual_kernels import ops
+from residual_kernels.adapter import load_adapter, save_adapter
+from residual_kernels.bundled import load_bundled
+from residual_kernels.cache import UnitCache, encode
+from residual_kernels.decomposition import Decomposition, decompose
+from residual_kernels.inject import attach
+from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
+from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.towers import UnitLayout, UnsupportedTowerError
+from residual_kernels.train import evaluate, fit, predict
+from residual_kernels.zeroshot import ZeroShotHead
+
+__version__ = "0.1.0"
+__all__ = [
+    "CoarseHeads",
+    "Decomposition",
+    "OutputLinear",
+    "OutputSpectral",
+    "ResiDual",
+    "SpectralBases",
+    "UnitCache",
+    "UnitLayout",
+    "UnsupportedTowerError",
+    "ZeroShotHead",
+    "attach",
+    "decompose",
+    "encode",
+    "evaluate",
+    "fit",
+    "fit_bases",
+    "load_adapter",
+    "load_bundled",
+    "ops",
+    "predict",
+    "save_adapter",
+]

@@ -1,0 +1,110 @@
+"""How is an embedding read? Class vectors from text or prototypes, and logits by the angle to them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ZeroShotHead(nn.Module):
+    """logits = normalise(y) @ class_vectors * exp(logit_scale): [N, D] -> [N, K].
+
+    Args:
+        class_vectors: [D, K], one column per class.
+        class_names: K names.
+        logit_scale: natural logarithm of the scale; 0.0 for none.
+    """
+
+    def __init__(self, class_vectors: Tensor, class_names: Sequence[str], logit_scale: float = 0.0):
+        super().__init__()
+        if class_vectors.ndim != 2 or class_vectors.shape[1] != len(class_names):
+            raise ValueError(
+                f"class_vectors must be [D, K] with a column for each of the {len(class_names)} class names; "
+                f"got {tuple(class_vectors.shape)}"
+            )
+        if not class_vectors.isfinite().all():
+            raise ValueError("class_vectors hold NaN or Inf")
+        self.class_names = tuple(class_names)
+        self.register_buffer("class_vectors", class_vectors.detach().clone())
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale), dtype=class_vectors.dtype))
+
+    def forward(self, y: Tensor) -> Tensor:
+        if y.shape[-1] != len(self.class_vectors):
+            raise ValueError(
+                f"embeddings have {y.shape[-1]} numbers but the class vectors {len(self.class_vectors)}: "
+                "they come from two different models"
+            )
+        wide = y.to(torch.promote_types(y.dtype, self.class_vectors.dtype))
+        return (
+            F.normalize(wide, dim=-1)
+            @ self.class_vectors.to(wide.dtype)
+            * self.logit_scale.to(wide.dtype).exp()
+        )
+
+    @classmethod
+    def from_text(
+        cls,
+        model: nn.Module,
+        tokenizer: Callable,
+        class_names: Sequence[str],
+        templates: Sequence[str | Callable[[str], str]] = ("a photo of a {}.",),
+    ) -> "ZeroShotHead":
+        """open_clip's own class vectors: the mean over templates of normalised text embeddings, normalised again.
+
+        `model` is a CLIP with `encode_text` and `logit_scale`; a template holds one ``{}`` or is a callable. Raises
+        ValueError for empty or repeated names, a template without a place for the name, or a text tower whose
+        embeddings have another width than the image tower's.
+        """
+        from open_clip import build_zero_shot_classifier
+
+        if not class_names or not templates:
+            raise ValueError("class_names and templates must not be empty")
+        repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
+        if repeated:
+            raise ValueError(f"class names repeat: {', '.join(repeated)}")
+        blank = [t for t in templates if isinstance(t, str) and "{}" not in t]
+        if blank:
+            raise ValueError(f'templates need a "{{}}" where the class name goes; got {blank[0]!r}')
+        device = next(model.parameters()).device
+        was_training = model.training
+        model.eval()
+        try:
+            # one kind of template at a time, as open_clip decides by the first one
+            callables = [t if callable(t) else t.format for t in templates]
+            vectors = build_zero_shot_classifier(
+                model, tokenizer, list(class_names), callables, device=device
+            )
+        finally:
+            model.train(was_training)
+        width = getattr(model.visual, "output_dim", len(vectors))
+        if width != len(vectors):
+            raise ValueError(
+                f"the text tower embeds into {len(vectors)} numbers but the image tower into {width}"
+            )
+        return cls(vectors, class_names, float(model.logit_scale.detach()))
+
+    @classmethod
+    def from_prototypes(
+        cls,
+        embeddings: "Tensor | object",
+        labels: Tensor | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> "ZeroShotHead":
+        """For towers without text: a class vector is the mean output embedding of the class; no logit scale.
+
+        `embeddings` is [N, D] with `labels` [N], or a UnitCache, which brings both and its class names. Raises
+        ValueError when a class has no image.
+        """
+        if labels is None:
+            labels, class_names = embeddings.labels, embeddings.class_names
+            if labels is None:
+                raise ValueError("this cache holds no labels; encode (images, labels) batches for prototypes")
+            embeddings = embeddings.output
+        count = len(class_names) if class_names is not None else int(labels.max()) + 1
+        names = tuple(class_names) if class_names is not None else tuple(map(str, range(count)))
+        members = F.one_hot(labels, count).to(embeddings.dtype)  # [N, K]
+        empty = [names[k] for k in (members.sum(0) == 0).nonzero().flatten().tolist()]
+        if empty:
+            raise ValueError(f"no image of class {', '.join(empty)}: a prototype is a mean over at least one")
+        return cls((embeddings.T @ members) / members.sum(0), names)
