@@ -203,10 +203,10 @@ def _encode_into(
     for batch in loader:
         images, labels = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
         images = images.to(device)
-        view.check_images(images)
-        check_finite(images, first=count)
         if not len(images):
             continue
+        view.check_images(images)
+        check_finite(images, first=count)
         if labelled is not None and labelled != (labels is not None):
             raise ValueError("some batches have labels and some have none; give labels for all or for none")
         labelled = labels is not None

@@ -20,8 +20,8 @@ from residual_kernels.towers import Tower, UnitLayout
 
 OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
 WHAT = "spectral bases file"
-# A unit whose variance is below this share of its squared mean is constant up to rounding.
-CONSTANT = 1e-20
+# A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
+CONSTANT = 1e-24
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ class KindBases:
 
     def ratio(self, unit: int) -> Tensor:
         variance, total = self.variance[self.run(unit)], self.total_variance[unit]
-        constant = total <= CONSTANT * self.mean[unit].square().sum()
-        return torch.zeros_like(variance) if constant else variance / total
+        return torch.zeros_like(variance) if total == 0 else variance / total
 
 
 def _fix_signs(components: Tensor) -> Tensor:
@@ -115,6 +114,9 @@ def _principal(moments: Moments) -> KindBases:
         values, vectors = torch.linalg.eigh((short + short.transpose(1, 2)) / 2)  # rising
         variance[part] = values.flip(-1).clamp_min(0)
         components[part] = (Q @ vectors).transpose(1, 2).flip(1)
+    coordinates = covariance.diagonal(dim1=1, dim2=2).sum(1) + moments.mean.square().sum(1)
+    constant = variance.sum(1) <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates
+    variance[constant] = 0.0
     return KindBases(
         mean=torch.einsum("ri,rid->rd", moments.mean, moments.rows) + moments.constant,
         components=_fix_signs(components).flatten(0, 1),
@@ -173,6 +175,19 @@ class SpectralBases:
         """The same over the unit's total variance, [K_u]; zeros for a constant unit."""
         part, index = self._find(unit)
         return part.ratio(index)
+
+    def of(self, *kinds: str) -> "SpectralBases":
+        """The bases of these kinds alone (and of the output); a ValueError names a kind they do not hold."""
+        missing = [kind for kind in towers.check_kinds(kinds) if kind not in self.parts]
+        if missing:
+            raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {', '.join(missing)}")
+
+        def pick(held: dict) -> dict:
+            return {kind: held[kind] for kind in (*towers.check_kinds(kinds), OUTPUT)}
+
+        return replace(
+            self, parts=pick(self.parts), moments=None if self.moments is None else pick(self.moments)
+        )
 
     def truncate(
         self,
@@ -364,10 +379,10 @@ def fit_bases(
     for batch in loader:
         images = batch[0] if isinstance(batch, list | tuple) else batch
         images = images.to(device)
-        view.check_images(images)
-        check_finite(images, first=count)
         if not len(images):
             continue
+        view.check_images(images)
+        check_finite(images, first=count)
         with torch.no_grad():
             terms = view.terms(images, kinds)
         for kind in kinds:

@@ -1,10 +1,15 @@
 """How is an embedding read? Class vectors from text or prototypes, and logits by the angle to them."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from residual_kernels.files import load_tensors, save_tensors
+
+WHAT = "zero-shot head"
 
 
 class ZeroShotHead(nn.Module):
@@ -108,3 +113,14 @@ class ZeroShotHead(nn.Module):
         if empty:
             raise ValueError(f"no image of class {', '.join(empty)}: a prototype is a mean over at least one")
         return cls((embeddings.T @ members) / members.sum(0), names)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes class vectors, names and scale to one safetensors file, atomically."""
+        tensors = {"class_vectors": self.class_vectors, "logit_scale": self.logit_scale}
+        save_tensors(path, tensors, WHAT, {"class_names": list(self.class_names)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "ZeroShotHead":
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or damaged."""
+        tensors, header = load_tensors(path, WHAT)
+        return cls(tensors["class_vectors"], header["class_names"], float(tensors["logit_scale"]))

@@ -186,6 +186,8 @@ class OpenClipTower:
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor [N, 3, {height}, {width}]; got {shape}")
+        if not len(images):
+            raise ValueError("this batch holds no images, and the tower cannot run on none")
         if images.shape[2:] != (height, width):
             raise ValueError(
                 f"this tower takes images of {height} x {width} pixels; got {images.shape[2]} x {images.shape[3]}; "
@@ -217,9 +219,9 @@ class OpenClipTower:
         patches = self.module.positional_embedding.shape[0]
         per_image = patches * self.width * (2 * self.layout.layers + 1) * images.element_size()
         group = max(1, TOKEN_BYTES // per_image)
-        parts = [self._terms(part, kinds) for part in images.split(group)] if len(images) else []
-        if len(parts) <= 1:
-            return parts[0] if parts else self._terms(images, kinds)
+        parts = [self._terms(part, kinds) for part in images.split(group)]
+        if len(parts) == 1:
+            return parts[0]
         return Terms(
             z={kind: torch.cat([part.z[kind] for part in parts]) for kind in parts[0].z},
             scale=torch.cat([part.scale for part in parts]),
