@@ -271,8 +271,8 @@ class SpectralConstants(nn.Module):
             ("offset", offset),
             ("basis", basis),
         ):
-            self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype)))
-        self.register_buffer("unit_offsets", part.offsets.to(like.device))
+            self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype), copy=True))
+        self.register_buffer("unit_offsets", part.offsets.to(device=like.device, copy=True))
         self._packs: dict[torch.dtype, PackedUnits] = {}
 
     def _apply(self, fn, recurse=True):

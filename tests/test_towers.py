@@ -61,7 +61,7 @@ def plain(tower, images):
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float(((a - b).norm() / b.norm()).detach())
 
 
 def assert_exact(tower, bound, dtype=torch.float32, count=3):
