@@ -1,0 +1,284 @@
+"""Heads, caches, fitting, evaluating, predicting."""
+
+import math
+
+import pytest
+import torch
+from test_towers import build, images_for
+
+import residual_kernels as rk
+from residual_kernels.cache import MANIFEST
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def data(tower):
+    """60 images of 3 classes that differ in brightness, so that there is something to learn."""
+    labels = torch.arange(60) % 3
+    images = images_for(tower, 60) * 0.5 + (labels - 1.0)[:, None, None, None]
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def bases(tower, data):
+    return rk.fit_bases(tower, data[0].split(20), kinds=("head", "mlp"))
+
+
+@pytest.fixture(scope="module")
+def cache(tower, data):
+    return rk.encode(
+        tower,
+        list(zip(data[0].split(16), data[1].split(16), strict=True)),
+        kinds=("head", "mlp"),
+        class_names="abc",
+    )
+
+
+@pytest.fixture
+def head():
+    return rk.ZeroShotHead(
+        torch.randn(32, 3, generator=torch.Generator().manual_seed(2)), "abc", math.log(10.0)
+    )
+
+
+def test_head_is_the_formula(head):
+    y = torch.randn(5, 32)
+    expected = 10 * torch.nn.functional.normalize(y, dim=-1) @ head.class_vectors
+    assert torch.allclose(head(y), expected, atol=1e-5)
+    assert torch.allclose(head(100 * y), expected, atol=1e-4)  # only the angle counts
+    with pytest.raises(ValueError, match="two different models"):
+        head(torch.randn(5, 31))
+    with pytest.raises(ValueError, match="column for each"):
+        rk.ZeroShotHead(torch.zeros(32, 2), "abc")
+    with pytest.raises(ValueError, match="NaN"):
+        rk.ZeroShotHead(torch.full((32, 3), float("nan")), "abc")
+
+
+def test_head_from_text_is_open_clips():
+    import open_clip
+
+    model, _, tokenizer = rk.load_bundled()
+    names, templates = ["circle", "star"], ["a {}", "a blue {}"]
+    head = rk.ZeroShotHead.from_text(model, tokenizer, names, templates)
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
+    assert torch.allclose(head.class_vectors, expected, atol=1e-6)
+    assert torch.allclose(head.logit_scale, model.logit_scale.detach())
+    mixed = rk.ZeroShotHead.from_text(model, tokenizer, names, ["a {}", lambda name: f"a blue {name}"])
+    assert torch.allclose(mixed.class_vectors, expected, atol=1e-6)
+    for arguments, message in (
+        (([], ["a {}"]), "must not be empty"),
+        ((["x"], []), "must not be empty"),
+        ((["x", "y", "x"], ["a {}"]), "class names repeat: x"),
+        ((["x"], ["a thing"]), "where the class name goes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rk.ZeroShotHead.from_text(model, tokenizer, *arguments)
+    model.visual = build(embed_dim=17)
+    with pytest.raises(ValueError, match="text tower embeds into 128 numbers but the image tower into 17"):
+        rk.ZeroShotHead.from_text(model, tokenizer, names)
+
+
+def test_head_from_prototypes(cache):
+    head = rk.ZeroShotHead.from_prototypes(cache)
+    for k in range(3):
+        assert torch.allclose(head.class_vectors[:, k], cache.output[cache.labels == k].mean(0), atol=1e-6)
+    assert head.class_names == ("a", "b", "c")
+    assert head.logit_scale == 0
+    with pytest.raises(ValueError, match="no image of class d"):
+        rk.ZeroShotHead.from_prototypes(cache.output, cache.labels, "abcd")
+
+
+def test_head_file(head, tmp_path):
+    head.save(tmp_path / "head.safetensors")
+    again = rk.ZeroShotHead.load(tmp_path / "head.safetensors")
+    assert torch.equal(again.class_vectors, head.class_vectors)
+    assert again.class_names == head.class_names
+
+
+def test_fit_learns_and_keeps_the_best_epoch(tower, bases, cache, head):
+    residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9))
+    before = rk.evaluate(residual, head, cache)
+    seen = []
+    result = rk.fit(residual, head, cache, cache, epochs=12, progress=seen.append)
+    after = rk.evaluate(residual, head, cache)
+    assert after.accuracy > before.accuracy + 0.3
+    assert after.accuracy == result.val_accuracy == max(row.val_accuracy for row in result.history)
+    best = result.history[result.best_epoch]
+    assert after.loss == pytest.approx(best.val_loss, rel=1e-5)
+    assert seen == result.history
+    assert [row.epoch for row in seen] == list(range(len(seen)))
+    assert result.parameters == len(residual.weight)
+    assert after.class_accuracy.mean() == pytest.approx(after.accuracy)
+
+
+def test_fit_on_a_loader_is_fit_on_a_cache(tower, data, bases, cache, head):
+    """The same batches in the same order: the same weights."""
+    weights = []
+    for train in (cache, [data]):
+        residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9), "sum")
+        rk.fit(residual, head, train, epochs=3, batch_size=60)
+        weights.append(residual.weight.detach())
+    assert torch.allclose(*weights, atol=2e-4)
+    assert (weights[0] - 1).abs().max() > 0.1
+
+
+def test_fit_repeats_bit_for_bit_and_hears_its_seed(tower, bases, cache, head):
+    runs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        residual = rk.ResiDual(tower, bases, "sum")
+        rk.fit(residual, head, cache, epochs=2, batch_size=16, seed=seed)
+        runs[name] = residual.weight.detach().clone()
+    assert torch.equal(runs["a"], runs["b"])
+    assert not torch.equal(runs["a"], runs["c"])
+
+
+def test_fit_stops_early_and_never_starts_again(tower, bases, cache, head):
+    residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9), init="normal")
+    start = residual.weight.detach().clone()
+    result = rk.fit(residual, head, cache, cache, lr=1e-12, patience=3)
+    assert result.stopped_early
+    assert len(result.history) == 4
+    assert result.best_epoch == 0
+    assert torch.equal(residual.weight, start)
+
+
+@pytest.mark.parametrize("make", [
+    lambda tower, bases: rk.CoarseHeads(tower, init="normal"),
+    lambda tower, bases: rk.CoarseHeads(tower, "sum", kinds=("head", "mlp")),
+    lambda tower, bases: rk.OutputSpectral(tower, bases),
+    lambda tower, bases: rk.OutputLinear(tower),
+    lambda tower, bases: rk.ResiDual(tower, bases.of("mlp"), "mean"),
+])  # fmt: skip
+def test_every_adapter_fits(tower, bases, cache, head, make):
+    adapter = make(tower, bases)
+    before = rk.evaluate(adapter, head, cache).loss
+    rk.fit(adapter, head, cache, epochs=5)
+    assert rk.evaluate(adapter, head, cache).loss < before
+    assert all(p.grad is None for p in adapter.parameters())
+
+
+def test_a_diverging_fit_puts_the_weights_back(tower, bases, cache, head):
+    residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9))
+    spoilt = cache.subset(torch.arange(60))
+    spoilt.z["head"][7] = float("nan")
+    with pytest.raises(FloatingPointError, match="epoch 1"):
+        rk.fit(residual, head, spoilt, epochs=2)
+    assert (residual.weight == 1).all()
+
+
+def test_predict(tower, data, bases, cache, head):
+    residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9), init="normal")
+    with torch.no_grad():
+        logits = head(residual(data[0]))
+    for source in (data[0], cache, data[0].split(7), [(x, None) for x in data[0].split(9)]):
+        found = rk.predict(residual, head, source)
+        assert torch.equal(found.labels, logits.argmax(1))
+        assert torch.allclose(found.probabilities, logits.softmax(1), atol=1e-5)
+        assert torch.allclose(found.probabilities.sum(1), torch.ones(60), atol=1e-6)
+    assert found.class_names == ("a", "b", "c")
+    spoilt = data[0].clone()
+    spoilt[11] = float("inf")
+    with pytest.raises(ValueError, match="index 11"):
+        rk.predict(residual, head, spoilt.split(5))
+
+
+def test_refusals(tower, data, bases, cache, head):
+    residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9))
+    other = rk.encode(build(seed=4), [data], kinds=("head",))
+    mlp = rk.encode(tower, [data], kinds=("mlp",))
+    plain = rk.encode(tower, [data[0]])
+    high = rk.encode(tower, [(data[0], data[1] + 1)])
+    cases = [
+        (lambda: rk.fit(residual, head, other), "other weights"),
+        (lambda: rk.fit(residual, head, mlp), "no terms of kind head"),
+        (lambda: rk.fit(residual, head, plain), "needs labels"),
+        (lambda: rk.fit(residual, head, high), "labels run from 1 to 3, but the head has 3 classes"),
+        (lambda: rk.fit(residual, head, cache, epochs=0), "at least 1"),
+        (lambda: rk.fit(residual, head, []), "no images"),
+        (lambda: rk.fit(tower, head, cache), "expected a ResiDual"),
+        (lambda: rk.evaluate(residual, head, []), "no images"),
+        (lambda: rk.predict(residual, head, []), "no images"),
+    ]
+    for run, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run()
+        assert (residual.weight == 1).all()
+
+
+def test_cache_on_disk_is_the_cache_in_memory(tower, data, cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("residual_kernels.cache.SHARD_BYTES", 30_000)
+    batches = list(zip(data[0].split(16), data[1].split(16), strict=True))
+    written = rk.encode(tower, batches, tmp_path / "c", kinds=("head", "mlp"), class_names="abc")
+    again = rk.UnitCache.load(tmp_path / "c")
+    assert len(list((tmp_path / "c").glob("shard-*"))) > 1
+    assert again.class_names == ("a", "b", "c")
+    for one in (written, again):
+        for kind in ("head", "mlp"):
+            assert torch.equal(one.z[kind], cache.z[kind])
+        for name in ("scale", "mean", "output", "labels", "ids"):
+            assert torch.equal(getattr(one, name), getattr(cache, name))
+    half = rk.encode(tower, batches, dtype=torch.bfloat16)
+    assert half.z["head"].dtype == torch.bfloat16
+    assert half.output.dtype == half.scale.dtype == torch.float32
+    assert (half.z["head"].float() - cache.z["head"]).abs().max() < 0.01 * cache.z["head"].abs().max()
+
+
+def test_encode_refuses_and_leaves_nothing_behind(tower, data, tmp_path):
+    folder = tmp_path / "c"
+    nan = data[0].clone()
+    nan[33] = float("nan")
+
+    def interrupted():
+        yield data[0][:20], data[1][:20]
+        raise KeyboardInterrupt
+
+    cases = [
+        ([(nan[:30], data[1][:30]), (nan[30:], data[1][30:])], {}, ValueError, "index 33"),
+        ([], {}, ValueError, "no images"),
+        ([(data[0], data[1][:-1])], {}, ValueError, "60 images but labels"),
+        ([(data[0], data[1] - 1)], {}, ValueError, "from -1 to 1"),
+        ([data], {"class_names": "ab"}, ValueError, "there are 2 classes"),
+        ([data, data[0]], {}, ValueError, "for all or for none"),
+        ([data], {"dtype": torch.int8}, ValueError, "dtype must be"),
+        (interrupted(), {}, KeyboardInterrupt, "^$"),
+    ]
+    for batches, options, error, message in cases:
+        with pytest.raises(error, match=message):
+            rk.encode(tower, batches, folder, **options)
+        assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="not empty"):
+        rk.encode(tower, [data], folder)
+    assert (folder / "mine.txt").read_text() == "keep"
+
+
+def test_damaged_caches_are_refused_by_name(tower, data, tmp_path):
+    folder = tmp_path / "c"
+    rk.encode(tower, [data], folder)
+    shard = folder / "shard-00000.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="shard-00000.safetensors is truncated"):
+        rk.UnitCache.load(folder)
+    shard.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(ValueError, match="corrupted"):
+        rk.UnitCache.load(folder)
+    other = tmp_path / "d"
+    rk.encode(tower, [(data[0] * 2, data[1])], other)
+    shard.write_bytes((other / "shard-00000.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="not the shard its manifest names"):
+        rk.UnitCache.load(folder)
+    (folder / MANIFEST).write_text("{")
+    with pytest.raises(ValueError, match="not a readable unit cache manifest"):
+        rk.UnitCache.load(folder)
+    (folder / MANIFEST).write_text('{"schema": 99}')
+    with pytest.raises(ValueError, match="schema 99; this version reads up to"):
+        rk.UnitCache.load(folder)
+    (folder / MANIFEST).unlink()
+    with pytest.raises(FileNotFoundError, match="did not finish"):
+        rk.UnitCache.load(folder)
