@@ -4,8 +4,9 @@ Digits are scikit-learn's 1,797 scans, in thirds by a fixed seed: the weights ar
 chosen on the second, and the last is read once, at the end. Bases come from drawings, never from digits.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def _batches(images: list[Image.Image], preprocess: Callable, labels: Tensor | N
         yield batch if labels is None else (batch, labels[start : start + BATCH])
 
 
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """These fits are so small that handing their products to several threads costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _fit_best(
     make: Callable[[], TowerAdapter], head: ZeroShotHead, training: UnitCache, validation: UnitCache, rates
 ) -> tuple[TowerAdapter, train.FitResult, float]:
@@ -109,9 +121,10 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
         "linear": (lambda: OutputLinear(tower), OUTPUT_RATES),
     }
     fitted = {}
-    for name, (make, rates) in methods.items():
-        say(f"fitting {name}")
-        fitted[name] = _fit_best(make, head, training, validation, rates)
+    with _one_thread():
+        for name, (make, rates) in methods.items():
+            say(f"fitting {name}")
+            fitted[name] = _fit_best(make, head, training, validation, rates)
 
     say("reading the test third")
     base = head(test.output)

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib import colormaps
-from matplotlib.colors import CenteredNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from PIL.Image import Image
 from torch import Tensor
 
@@ -55,6 +57,7 @@ def accuracy_bars(rows: Sequence[dict], path: str | Path, title: str = "Accuracy
         )
     axes.set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)], fontsize=11)
     axes.set_xlim(0, 1.12)
+    axes.spines["bottom"].set_bounds(0, 1)
     axes.set_xticks(np.linspace(0, 1, 6), [f"{x:.0%}" for x in np.linspace(0, 1, 6)])
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize=12)
@@ -115,47 +118,39 @@ def spectra(bases: SpectralBases, energy: float, path: str | Path) -> Path:
         fontsize=9,
     )
     left.set_xscale("log")
+    left.xaxis.set_major_formatter(ScalarFormatter())
+    shades = ScalarMappable(Normalize(0, max(1, layout.layers - 1)), colours)
+    figure.colorbar(shades, ax=left, label="layer", pad=0.01)
     left.set_xlabel("principal components kept")
     left.set_ylabel("explained variance of the head")
     left.set_ylim(top=1.01)
     left.set_title("Every head lies on few components", loc="left", fontsize=11)
-    for layer in range(layout.layers):
-        counts = [len(kept.components(unit)) for unit in layout.select("head", layer=layer)]
-        shade = colours(layer / max(1, layout.layers - 1))
-        right.scatter([layer] * len(counts), counts, color=shade, s=26, alpha=0.8, lw=0)
-    right.set_xlabel("layer")
-    right.set_ylabel(f"components for {energy:.0%}")
+    for unit in layout.select("head"):
+        aside = (unit.head - (layout.heads - 1) / 2) * 0.7 / layout.heads  # one dot per head, side by side
+        shade = colours(unit.layer / max(1, layout.layers - 1))
+        right.scatter(unit.layer + aside, len(kept.components(unit)), color=shade, s=22, lw=0)
+    right.set_xticks(range(layout.layers), minor=layout.layers > 24)
+    right.set_xlabel("layer (one dot per head)")
+    right.set_ylabel("components")
     right.set_ylim(bottom=0)
-    right.set_title(
-        "and more of them in later layers" if _rises(kept) else "per head and layer", loc="left", fontsize=11
-    )
+    right.set_title(f"Components that hold {energy:.0%} of the variance", loc="left", fontsize=11)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     return _save(figure, path)
 
 
-def _rises(kept: SpectralBases) -> bool:
-    """Whether the later half of the layers keeps more components than the earlier half."""
-    layout = kept.layout
-    counts = np.array(
-        [
-            np.mean([len(kept.components(u)) for u in layout.select("head", layer=i)])
-            for i in range(layout.layers)
-        ]
-    )
-    half = layout.layers // 2
-    return half > 0 and counts[half:].mean() > 1.1 * counts[:half].mean()
-
-
 def reread(
     images: Sequence[Image], labels: Tensor, before: Tensor, after: Tensor, path: str | Path, count: int = 30
 ) -> Path:
-    """The first `count` images misread before, with what was read before and after. Nothing is picked by outcome after."""
+    """The first `count` images misread before, with what was read before and after; not chosen by what came after."""
     wrong = (before != labels).nonzero().flatten()[:count].tolist()
     columns = 10
     rows = max(1, -(-len(wrong) // columns))
     figure = _figure(columns, 1.25 * rows + 0.6)
-    figure.suptitle("Digits that the model misread, and how it reads them after the fit", fontsize=12)
+    figure.suptitle(
+        "What the model misread, and what it reads after the fit (green: now right, orange: still wrong)",
+        fontsize=12,
+    )
     for place, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).flat):
         _bare(axes)
         if place < len(wrong):
@@ -190,10 +185,9 @@ def component_ends(
     component = j - int(named["unit_offsets"][unit_index])
     order = c[:, j].argsort().tolist()
     figure = _figure(count, 3.3)
-    verb = "raised" if weight[j].abs() > 1 else "faded"
     figure.suptitle(
-        f"Layer {unit.layer}, head {unit.head}, component {component}: {verb} to {float(weight[j]):.2f} times its "
-        "strength\nlowest coefficients above, highest below",
+        f"The component that moved most: layer {unit.layer}, head {unit.head}, component {component}, "
+        f"weight {float(weight[j]):+.2f} (1 is unchanged)\nimages with its lowest coefficients above, its highest below",
         fontsize=11,
     )
     grid = figure.subplots(2, count)
