@@ -1,13 +1,11 @@
 """The command line: one program whose commands are the library's main steps, each usable on its own."""
 
 import csv
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,13 +14,14 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from residual_kernels import backends, sources, train
+from residual_kernels import sources, train
 from residual_kernels.adapter import CONFIG, load_adapter, save_adapter
 from residual_kernels.cache import DTYPES, MANIFEST, UnitCache, encode
+from residual_kernels.doctor import facts
 from residual_kernels.files import atomic_path, write_json
-from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual, TowerAdapter
+from residual_kernels.methods import Method, build, identity
 from residual_kernels.pca import SpectralBases, fit_bases
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -55,16 +54,6 @@ ClassNames = Annotated[
 Templates = Annotated[
     str | None, typer.Option(help="file with a template a line, or open_clip's `openai` or `simple`")
 ]
-
-
-class Method(str, Enum):
-    """The paper's variants."""
-
-    fine = "fine"
-    full = "full"
-    coarse = "coarse"
-    output = "output"
-    linear = "linear"
 
 
 class Kind(str, Enum):
@@ -115,10 +104,9 @@ def _prepare(model: str, pretrained: str | None, device: str | None):
 
 
 def _cached(tower, images, kinds, title: str, batch_size: int, workers: int) -> UnitCache:
-    names = images.dataset.class_names if isinstance(images, Subset) else images.class_names
     with _bar(title, len(images)) as step:
         return encode(
-            tower, _loader(images, batch_size, workers), None, kinds, class_names=names, progress=step
+            tower, _loader(images, batch_size, workers), None, kinds, class_names=images.class_names, progress=step
         )  # fmt: skip
 
 
@@ -130,51 +118,17 @@ def _write_numbers(path: Path | None, numbers: dict) -> None:
 @app.command()
 def doctor(json_file: Json = None) -> None:
     """What is here: versions, devices, backends, what is missing and how to get it."""
-    from residual_kernels import __version__
-
-    packages = (
-        "torch",
-        "triton",
-        "open_clip_torch",
-        "timm",
-        "numpy",
-        "safetensors",
-        "schedulefree",
-        "scikit-learn",
-    )
-    versions = {"residual-kernels": __version__, "python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if torch.backends.mps.is_available():
-        devices.append("mps")
-    rows = []
-    for device in devices:
-        place = torch.device(device)
-        detail = torch.cuda.get_device_name(place) if place.type == "cuda" else platform.machine()
-        missing = {name: backends.missing(name, place) for name in backends.BACKENDS}
-        rows.append(
-            {"device": device, "detail": detail, "auto": backends.available(place)[0], "missing": missing}
-        )
-
+    found = facts()
     table = Table("package", "version", title="Versions")
-    for name, version in versions.items():
+    for name, version in found["versions"].items():
         table.add_row(name, version)
     out.print(table)
     table = Table("device", "backend", "state", title="Backends (`auto` takes the first that is ready)")
-    for row in rows:
-        for name, reason in row["missing"].items():
-            state = (
-                f"missing: {reason}"
-                if reason
-                else ("ready, used by auto" if name == row["auto"] else "ready")
-            )
-            table.add_row(f"{row['device']} ({row['detail']})", name, state)
+    for device in found["devices"]:
+        for name, state in device["backends"].items():
+            table.add_row(f"{device['device']} ({device['detail']})", name, state)
     out.print(table)
-    _write_numbers(json_file, {"versions": versions, "devices": rows})
+    _write_numbers(json_file, found)
 
 
 @app.command()
@@ -326,7 +280,7 @@ def fit_command(
         raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
     clip, preprocess, tokenizer = _prepare(model, pretrained, device)
     tower = clip.visual
-    kinds = {Method.fine: ("head",), Method.coarse: ("head",), Method.full: ("head", "mlp")}.get(method, ())
+    kinds = method.kinds
     source = _labelled(data, preprocess)
     folders = source.class_names
     if folders is None:
@@ -357,18 +311,22 @@ def fit_command(
         default = _bundled_templates() if model == sources.BUNDLED else DEFAULT_TEMPLATES
         head = ZeroShotHead.from_text(clip, tokenizer, names, sources.templates(templates, default))
     fitted = None
-    if method in (Method.fine, Method.full, Method.output) or rest is Rest.mean:
+    if method.needs_bases or rest is Rest.mean:
         fitted = _bases_for(bases_file, source, tower, kinds, data, batch_size, workers)
-    adapter = _build(method, tower, fitted, rest, energy, components, max_components)
-    base = train.evaluate(_identity(tower), head, validation)
+    adapter = build(
+        method, tower, fitted, rest=rest and rest.value, energy=energy, components=components,
+        max_components=max_components, seed=seed,
+    )  # fmt: skip
+    base = train.evaluate(identity(tower), head, validation)
     result = train.fit(
         adapter, head, training, validation, lr=lr, epochs=epochs, patience=patience, seed=seed,
         progress=lambda row: err.print(
-            f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}", highlight=False
+            f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}",
+            highlight=False,
         ),
     )  # fmt: skip
-    save_adapter(adapter, out_folder)
     head.save(out_folder / HEAD)
+    save_adapter(adapter, out_folder)  # its config comes last: a folder with one is whole
     out.print(
         f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
         f"({method.value}, {len(training)} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
@@ -396,15 +354,6 @@ def _bundled_templates() -> tuple[str, ...]:
     return TEMPLATES
 
 
-def _identity(tower) -> TowerAdapter:
-    """The tower's own output as an adapter, to measure the base with the same code."""
-    adapter = OutputLinear(tower)
-    with torch.no_grad():
-        adapter.linear.weight.copy_(torch.eye(adapter.dim))
-        adapter.linear.bias.zero_()
-    return adapter
-
-
 def _bases_for(file, source, tower, kinds, data, batch_size, workers) -> SpectralBases:
     if file is not None:
         loaded = SpectralBases.load(file)
@@ -418,24 +367,6 @@ def _bases_for(file, source, tower, kinds, data, batch_size, workers) -> Spectra
         raise ValueError(f"{data} is a cache; give --bases, a file of `residual-kernels bases`")
     with _bar("fitting bases", len(source)) as step:
         return fit_bases(tower, _loader(source, batch_size, workers), kinds or ("head",), progress=step)
-
-
-def _build(method, tower, fitted, rest, energy, components, max_components) -> TowerAdapter:
-    match method:
-        case Method.fine:
-            if components is not None:
-                kept = fitted.truncate(components=components)
-            else:
-                kept = fitted.truncate(energy=energy, max_components=max_components)
-            return ResiDual(tower, kept, rest.value if rest else "zero", init="normal")
-        case Method.full:
-            return ResiDual(tower, fitted, rest.value if rest else "sum", init="normal")
-        case Method.coarse:
-            return CoarseHeads(tower, rest.value if rest else "zero", bases=fitted, init="normal")
-        case Method.output:
-            return OutputSpectral(tower, fitted, init="normal")
-        case _:
-            return OutputLinear(tower)
 
 
 def _fitted(model, pretrained, device, adapter_folder: Path):
@@ -473,7 +404,7 @@ def eval_command(
         )
     kinds = getattr(module, "adapted", ())
     cache = _cached(module.tower, images, kinds, "encoding", batch_size, workers)
-    before, after = train.evaluate(_identity(module.tower), head, cache), train.evaluate(module, head, cache)
+    before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
     table = Table("class", "images", "without", "with", title=f"{data}")
     counts = torch.bincount(cache.labels, minlength=len(head.class_names)).tolist()
     for index, name in enumerate(head.class_names):

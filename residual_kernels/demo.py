@@ -19,7 +19,8 @@ from residual_kernels import pictures, train
 from residual_kernels.bundled import load_bundled
 from residual_kernels.bundled.drawings import DIGITS, drawn_images
 from residual_kernels.cache import UnitCache, encode
-from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual, TowerAdapter
+from residual_kernels.methods import build
+from residual_kernels.modules import TowerAdapter
 from residual_kernels.pca import fit_bases
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -29,8 +30,13 @@ DRAWINGS, DRAWINGS_SEED = 3000, 2411
 ENERGY = 0.90
 BATCH = 256
 # Learning rates tried for each method, in units of its default; the best on validation is kept.
-RATES = (1.0, 0.3, 0.1)
-OUTPUT_RATES = (1.0, 10.0, 100.0)
+RATES = {
+    "coarse": (1.0, 0.3, 0.1),
+    "fine": (1.0, 0.3, 0.1),
+    "full": (1.0, 0.3, 0.1),
+    "output": (1.0, 10.0, 100.0),
+    "linear": (1.0, 10.0, 100.0),
+}
 
 
 @dataclass(frozen=True)
@@ -110,21 +116,16 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     say("drawing images and fitting principal components on them")
     drawings = drawn_images(DRAWINGS, DRAWINGS_SEED)
     every = fit_bases(tower, _batches(drawings, preprocess), kinds=("head", "mlp"))
-    heads = every.of("head")
     head = ZeroShotHead.from_text(model, tokenizer, DIGITS, TEMPLATES)
 
-    methods = {
-        "coarse": (lambda: CoarseHeads(tower), RATES),
-        "fine": (lambda: ResiDual(tower, heads.truncate(energy=ENERGY), rest="zero"), RATES),
-        "full": (lambda: ResiDual(tower, every, rest="sum"), RATES),
-        "output": (lambda: OutputSpectral(tower, every), OUTPUT_RATES),
-        "linear": (lambda: OutputLinear(tower), OUTPUT_RATES),
-    }
     fitted = {}
     with _one_thread():
-        for name, (make, rates) in methods.items():
-            say(f"fitting {name}")
-            fitted[name] = _fit_best(make, head, training, validation, rates)
+        for method, rates in RATES.items():
+            say(f"fitting {method}")
+            fitted[method] = _fit_best(
+                lambda method=method: build(method, tower, every, energy=ENERGY, init="ones"),
+                head, training, validation, rates,
+            )  # fmt: skip
 
     say("reading the test third")
     base = head(test.output)
@@ -151,7 +152,7 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     paths = [
         pictures.accuracy_bars(rows, folder / "accuracy.png"),
         pictures.weight_map(fine, folder / "weights.png"),
-        pictures.spectra(heads, ENERGY, folder / "spectra.png"),
+        pictures.spectra(every.of("head"), ENERGY, folder / "spectra.png"),
         pictures.reread(
             [images[i] for i in test.ids.tolist()], test.labels, base.argmax(1), after, folder / "digits.png"
         ),

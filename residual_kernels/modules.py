@@ -5,35 +5,24 @@ Every module here wraps a tower, is called like it, returns what it returns, and
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import ops, towers
-from residual_kernels.ops.packing import PackedUnits, wide
-from residual_kernels.pca import OUTPUT, KindBases, SpectralBases
-from residual_kernels.towers import KINDS, Terms, UnitMaps
+from residual_kernels import towers
+from residual_kernels.ops.packing import wide
+from residual_kernels.pca import OUTPUT, SpectralBases
+from residual_kernels.towers import KINDS, Terms
+from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32
 
 RESTS = ("zero", "sum", "mean")
 
 # Which adapters live on a tower: the first to come knows the tower's own requires_grad flags, the last to go restores
 # them.
 _adapters: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TowerAdapter]]" = weakref.WeakKeyDictionary()
-
-
-def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`fn` of Module._apply (a cast or a move), without rounding floating tensors below float32."""
-
-    def keep(tensor: Tensor) -> Tensor:
-        moved = fn(tensor)
-        if moved.dtype in (torch.bfloat16, torch.float16):
-            return tensor.to(device=moved.device, dtype=torch.float32)
-        return moved
-
-    return keep
 
 
 def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> nn.Parameter:
@@ -103,7 +92,7 @@ class TowerAdapter(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
-        return super()._apply(_at_least_float32(fn), recurse=False)
+        return super()._apply(at_least_float32(fn), recurse=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         # A checkpoint of the bare tower loads too: its keys move under "tower.", and what only the adapter has stays.
@@ -179,146 +168,6 @@ class TowerAdapter(nn.Module):
         batch = self.collect(images)
         y = self.from_units(batch)
         return y if batch.tokens is None else (y, batch.tokens)
-
-
-class UnitSum(nn.Module):
-    """sum_u weight[u] * x_u over the units of one kind, from their coordinates, without ever making an x_u.
-
-    The constants are the tower's own and stay out of the state_dict.
-    """
-
-    def __init__(self, maps: UnitMaps, dtype: torch.dtype):
-        super().__init__()
-        self.share = maps.share
-        self.shared_map = (
-            maps.A.stride(0) == 0
-        )  # MLP and embedding units all use one map: sum first, map once
-        A = maps.A[0] if self.shared_map else maps.A.flatten(0, 1)  # [C, D] or [R*C, D]
-        for name, value in (("A", A), ("b", maps.b), ("g", maps.g), ("e", maps.e)):
-            self.register_buffer(name, value.to(dtype), persistent=False)
-
-    def _apply(self, fn, recurse=True):
-        return super()._apply(_at_least_float32(fn), recurse)
-
-    def forward(self, z: Tensor, scale: Tensor, mean: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, D] in z's dtype widened to at least float32; `weight` [R], or None for ones."""
-        z = z.to(self.A.dtype)
-        units = z.shape[1]
-        weighted = z if weight is None else z * weight[:, None]
-        raw = weighted.sum(1) @ self.A if self.shared_map else weighted.flatten(1) @ self.A
-        b = self.b.sum(0) if weight is None else weight @ self.b
-        total = units if weight is None else weight.sum()
-        raw = raw + b - mean[:, None] * (total / self.share * self.g)
-        return scale[:, None] * raw + total / self.share * self.e
-
-
-class Rest(nn.Module):
-    """What becomes of the units that are not adapted: dropped, kept, or replaced by their fitted mean."""
-
-    def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
-        super().__init__()
-        self.rest, self.adapted = rest, adapted
-        self.others = tuple(kind for kind in KINDS if kind not in adapted)
-        self.sums = nn.ModuleDict()
-        if rest == "sum":
-            self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in KINDS})
-
-    def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
-        """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
-        if self.rest != "mean":
-            return
-        mean = bases.parts[OUTPUT].mean[0]
-        for kind in self.adapted:
-            if kind not in bases.parts:
-                raise ValueError(
-                    f'rest="mean" needs bases of kind {kind!r}; these hold {", ".join(bases.kinds)}'
-                )
-            mean = mean - bases.parts[kind].mean.sum(0)
-        self.register_buffer("mean", mean.to(device=like.device, dtype=wide(like.dtype)))
-
-    def _apply(self, fn, recurse=True):
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(_at_least_float32(fn), recurse=False)
-
-    def forward(self, batch: Terms) -> Tensor | None:
-        """[N, D] or [D] to add to the adapted units' sum; None for nothing."""
-        if self.rest == "zero":
-            return None
-        if self.rest == "mean":
-            return self.mean
-        if all(kind in batch.z for kind in self.others):
-            return sum(self.sums[kind](batch.z[kind], batch.scale, batch.mean) for kind in self.others)
-        kept = batch.output.to(batch.scale.dtype)
-        for kind in self.adapted:
-            kept = kept - self.sums[kind](batch.z[kind], batch.scale, batch.mean)
-        return kept
-
-
-class SpectralConstants(nn.Module):
-    """proj, bias, slope, offset, basis of one kind (buffers), and their packed form for the backend (derived)."""
-
-    def __init__(self, maps: UnitMaps | None, part: KindBases, like: Tensor, backend: str):
-        super().__init__()
-        self.backend = backend
-        proj, bias, slope, offset = _constants(maps, part, like.device)
-        basis = part.components
-        for name, value in (
-            ("proj", proj),
-            ("bias", bias),
-            ("slope", slope),
-            ("offset", offset),
-            ("basis", basis),
-        ):
-            self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype), copy=True))
-        self.register_buffer("unit_offsets", part.offsets.to(device=like.device, copy=True))
-        self._packs: dict[torch.dtype, PackedUnits] = {}
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(_at_least_float32(fn), recurse)
-        self._packs.clear()
-        return self
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._packs.clear()
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packs": {}}
-
-    def packed(self, dtype: torch.dtype) -> PackedUnits:
-        """The constants laid out for z of `dtype`; made at first use and after every move, cast or load."""
-        if dtype not in self._packs:
-            self._packs[dtype] = ops.pack_units(
-                self.proj.to(dtype), self.bias, self.slope, self.offset, self.basis.to(dtype), self.unit_offsets,
-                backend=self.backend,
-            )  # fmt: skip
-        return self._packs[dtype]
-
-    def forward(self, z: Tensor, scale: Tensor | None, mean: Tensor | None, weight: Tensor) -> Tensor:
-        dtype = z.dtype
-        if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(z.device.type)
-        return ops.spectral_reweight_packed(z, scale, mean, weight, self.packed(dtype))
-
-
-def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """proj [J, C], bias, slope, offset [J] in float64; without maps the unit is given in the output space itself."""
-    proj, bias, slope, offset = [], [], [], []
-    for unit in range(len(part.mean)):
-        phi, mu = part.components[part.run(unit)].to(device), part.mean[unit].to(device)
-        if maps is None:
-            proj.append(phi)
-            bias.append(phi.new_zeros(len(phi)))
-            slope.append(phi.new_zeros(len(phi)))
-            offset.append(phi @ mu)
-        else:
-            proj.append(phi @ maps.A[unit].T)
-            bias.append(phi @ maps.b[unit])
-            slope.append(phi @ (-maps.g / maps.share))
-            offset.append(phi @ (mu - maps.e / maps.share))
-    return torch.cat(proj), torch.cat(bias), torch.cat(slope), torch.cat(offset)
 
 
 class UnitAdapter(TowerAdapter):
@@ -487,7 +336,7 @@ class OutputLinear(TowerAdapter):
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn)
-        self.linear._apply(_at_least_float32(fn))
+        self.linear._apply(at_least_float32(fn))
         return self
 
     def _embed(self, batch: Terms) -> Tensor:

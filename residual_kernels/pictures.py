@@ -187,7 +187,8 @@ def component_ends(
     figure = _figure(count, 3.3)
     figure.suptitle(
         f"The component that moved most: layer {unit.layer}, head {unit.head}, component {component}, "
-        f"weight {float(weight[j]):+.2f} (1 is unchanged)\nimages with its lowest coefficients above, its highest below",
+        f"weight {float(weight[j]):+.2f} (1 is unchanged)\n"
+        "images with its lowest coefficients above, its highest below",
         fontsize=11,
     )
     grid = figure.subplots(2, count)

@@ -51,7 +51,7 @@ def test_doctor(run, tmp_path):
         assert word in out
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["devices"][0]["device"] == "cpu"
-    assert set(found["devices"][0]["missing"]) == {"triton", "cpp", "torch"}
+    assert set(found["devices"][0]["backends"]) == {"triton", "cpp", "torch"}
 
 
 def test_the_whole_way(run, digits, tmp_path):

@@ -215,8 +215,8 @@ def test_initial_weights(tower, bases):
     kept = bases.of("head").truncate(energy=0.9)
     assert (rk.ResiDual(tower, kept).weight == 1).all()
     drawn = rk.ResiDual(tower, bases, "sum", init="normal", seed=1).weight
-    assert abs(float(drawn.mean()) - 1) < 0.2
-    assert abs(float(drawn.std()) - 1) < 0.2
+    assert abs(float(drawn.detach().mean()) - 1) < 0.2
+    assert abs(float(drawn.detach().std()) - 1) < 0.2
     assert torch.equal(drawn, rk.ResiDual(tower, bases, "sum", init="normal", seed=1).weight)
     assert not torch.equal(drawn, rk.ResiDual(tower, bases, "sum", init="normal", seed=2).weight)
     values = torch.arange(len(rk.ResiDual(tower, kept).weight), dtype=torch.float64)
@@ -338,7 +338,7 @@ def test_the_towers_own_checkpoint_loads(tower, images, bases):
     assert torch.equal(residual.weight, weight)
     other = {name: value + 0.1 for name, value in own.items()}
     with pytest.raises(
-        ValueError, match="another transformer.resblocks.0.attn.out_proj.weight|another ln_post|another proj"
+        ValueError, match="so the constants would not match"
     ):
         residual.load_state_dict(other)
     assert torch.equal(tower.conv1.weight, own["conv1.weight"])  # nothing was loaded

@@ -1,0 +1,144 @@
+"""What the main job costs: a tower plain, decomposed and adapted; bases against the textbook.
+
+    python -m benchmarks.main_job --out benchmarks/results/<device>/main_job
+
+Random weights at true widths; variants take turns in every round, and ratios are of medians of one run.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+
+import residual_kernels as rk
+from residual_kernels.files import write_json
+
+
+def cpu_name() -> str:
+    """The processor's own name, where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every variant in every round; each is run once before, and they take turns."""
+    times = {name: [] for name in variants}
+    for run in variants.values():
+        run()
+    for _ in range(rounds):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def towers(name: str, batch: int, rounds: int) -> dict:
+    """Images per second of a tower plain, decomposed (heads and MLPs), and with a ResiDual attached."""
+    torch.manual_seed(0)
+    model = open_clip.create_model(name).eval()
+    images = torch.randn(batch, 3, *model.visual.image_size)
+    fitting = [torch.randn(batch, 3, *model.visual.image_size) for _ in range(4)]
+    bases = rk.fit_bases(model.visual, fitting).truncate(energy=0.90)
+    residual = rk.ResiDual(model.visual, bases)
+    kept = rk.ResiDual(model.visual, bases, "sum")
+    variants = {
+        "plain": lambda: model.visual(images),
+        "decomposed": lambda: rk.decompose(model.visual, images, kinds=("head", "mlp")),
+        "attached, rest zero": lambda: residual(images),
+        "attached, rest sum": lambda: kept(images),
+    }
+    with torch.no_grad():
+        times = interleaved(variants, rounds)
+    plain = statistics.median(times["plain"])
+    rows = {
+        variant: {
+            "images_per_second": batch / statistics.median(seconds),
+            "times_plain": plain / statistics.median(seconds),
+            "seconds": seconds,
+        }
+        for variant, seconds in times.items()
+    }
+    return {"model": name, "batch": batch, "components": len(residual.weight), "rows": rows}
+
+
+def bases(rows: int, rounds: int) -> dict:
+    """PCA of the 144 heads of ViT-B-32 from given coordinates: moments of C+2 numbers against one SVD of N x D a head.
+
+    The textbook projects every head to the D outputs, centres, and takes the singular vectors, as the paper's code does.
+    """
+    from residual_kernels import pca, towers
+
+    torch.manual_seed(0)
+    view = towers.view(open_clip.create_model("ViT-B-32").visual)
+    maps = view.maps("head")
+    heads, width, dim = maps.A.shape
+    z = torch.randn(rows, heads, width)
+    scale, mean = torch.rand(rows) + 0.5, torch.randn(rows) * 0.01
+    lines = maps.rows().float()
+
+    def moments():
+        held = pca.MomentSum(maps.rows(), maps.e / maps.share)
+        for start in range(0, rows, 500):
+            part = slice(start, start + 500)
+            held.add(z[part], scale[part], mean[part])
+        return pca._principal(held.moments())
+
+    def textbook():
+        for head in range(heads):
+            l = torch.cat([scale[:, None] * z[:, head], scale[:, None], (scale * mean)[:, None]], dim=1)
+            units = l @ lines[head]
+            torch.linalg.svd(units - units.mean(0), full_matrices=False)
+
+    times = interleaved({"moments": moments, "textbook": textbook}, rounds)
+    fast, slow = (statistics.median(times[name]) for name in ("moments", "textbook"))
+    return {"rows": rows, "heads": heads, "dim": dim, "moments_s": fast, "textbook_s": slow, "ratio": slow / fast}
+
+
+def table(result: dict) -> str:
+    """The same numbers as Markdown."""
+    lines = [f"CPU: {result['cpu']}, {result['threads']} threads, torch {result['torch']}", ""]
+    for tower in result["towers"]:
+        lines += [f"{tower['model']}, batch {tower['batch']}, {tower['components']:,} learned numbers", ""]
+        lines += ["| variant | images/s | times plain |", "|---|---|---|"]
+        for name, row in tower["rows"].items():
+            lines.append(f"| {name} | {row['images_per_second']:.1f} | {row['times_plain']:.2f} |")
+        lines.append("")
+    pca = result["bases"]
+    lines.append(
+        f"Bases of {pca['heads']} heads from {pca['rows']:,} images, D = {pca['dim']}: {pca['moments_s']:.2f} s here, "
+        f"{pca['textbook_s']:.1f} s by one SVD of N x D a head: {pca['ratio']:.0f} times faster."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="path of the results, without ending")
+    parser.add_argument("--models", nargs="+", default=["ViT-B-32", "ViT-B-16"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pca-rows", type=int, default=5000)
+    arguments = parser.parse_args()
+    result = {
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "towers": [towers(name, arguments.batch, arguments.rounds) for name in arguments.models],
+        "bases": bases(arguments.pca_rows, 3),
+    }
+    write_json(arguments.out.with_suffix(".json"), result)
+    text = table(json.loads(arguments.out.with_suffix(".json").read_text()))
+    arguments.out.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

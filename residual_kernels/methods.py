@@ -1,0 +1,73 @@
+"""What do the paper's names mean? Its variants, built by name with their own defaults."""
+
+from enum import Enum
+
+import torch
+from torch import nn
+
+from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual, TowerAdapter
+from residual_kernels.pca import SpectralBases
+
+
+class Method(str, Enum):
+    """The paper's variants."""
+
+    fine = "fine"
+    full = "full"
+    coarse = "coarse"
+    output = "output"
+    linear = "linear"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of units the variant adapts: what a cache or bases must hold for it."""
+        return {"fine": ("head",), "coarse": ("head",), "full": ("head", "mlp")}.get(self.value, ())
+
+    @property
+    def needs_bases(self) -> bool:
+        return self in (Method.fine, Method.full, Method.output)
+
+
+def build(
+    method: Method | str,
+    tower: nn.Module,
+    bases: SpectralBases | None = None,
+    *,
+    rest: str | None = None,
+    energy: float = 0.90,
+    components: int | None = None,
+    max_components: int | None = None,
+    init: str = "normal",
+    seed: int = 0,
+) -> TowerAdapter:
+    """An adapter of the paper's kind around `tower`.
+
+    `rest` is the variant's own by default (zero; sum for full); `energy`, `components`, `max_components` are fine's.
+    `bases` must hold the variant's kinds and may hold more; coarse needs them for rest="mean" only, linear never.
+    """
+    method = Method(method)
+    if method.needs_bases and bases is None:
+        raise ValueError(f"{method.value} needs bases; fit them with fit_bases")
+    if method is Method.fine:
+        heads = bases.of("head")
+        if components is not None:
+            kept = heads.truncate(components=components, max_components=max_components)
+        else:
+            kept = heads.truncate(energy=energy, max_components=max_components)
+        return ResiDual(tower, kept, rest or "zero", init=init, seed=seed)
+    if method is Method.full:
+        return ResiDual(tower, bases.of("head", "mlp"), rest or "sum", init=init, seed=seed)
+    if method is Method.coarse:
+        return CoarseHeads(tower, rest or "zero", bases=bases, init=init, seed=seed)
+    if method is Method.output:
+        return OutputSpectral(tower, bases, init=init, seed=seed)
+    return OutputLinear(tower, seed=seed)
+
+
+def identity(tower: nn.Module) -> TowerAdapter:
+    """The tower's own output as an adapter, so that the base is measured by the same code."""
+    adapter = OutputLinear(tower)
+    with torch.no_grad():
+        adapter.linear.weight.copy_(torch.eye(adapter.dim))
+        adapter.linear.bias.zero_()
+    return adapter
