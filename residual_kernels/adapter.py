@@ -4,7 +4,11 @@ The file holds what the adapter learned and the bases it rests on, not the tower
 one it was fitted on before anything is touched.
 """
 
+import contextlib
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -30,31 +34,58 @@ _CLASSES = {cls.__name__: cls for cls in (ResiDual, CoarseHeads, OutputSpectral,
 def save_adapter(adapter: TowerAdapter, path: str | os.PathLike) -> None:
     """Writes an adapter to the folder `path`: config, weights and, where it has them, its bases.
 
-    The config is written last, so an interrupted save is not an adapter. An adapter already there is replaced.
+    The new folder is written whole beside the old one and then takes its place; other files in the old one are kept.
+    Raises ValueError for a module that is no adapter, or whose tower has been trained since its bases were fitted.
     """
     from residual_kernels import __version__
 
     if type(adapter).__name__ not in _CLASSES:
         raise ValueError(f"save_adapter keeps {', '.join(_CLASSES)}; got {type(adapter).__name__}")
+    checksum = towers.checksum(adapter.tower)
+    if adapter.bases is not None and adapter.bases.checksum != checksum:
+        raise ValueError(
+            "the tower has been trained since its bases were fitted, and an adapter does not hold the tower; "
+            "keep the whole module's state_dict instead"
+        )
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder for the adapter")
-    path.mkdir(parents=True, exist_ok=True)
-    (path / CONFIG).unlink(missing_ok=True)
-    if adapter.bases is not None:
-        adapter.bases.save(path / BASES, dtype=torch.float64)
     learned = {name: p for name, p in adapter.named_parameters() if not name.startswith("tower.")}
-    header = save_tensors(path / WEIGHTS, learned, WHAT, {})
-    write_json(
-        path / CONFIG,
-        {
-            "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
-            "options": _options(adapter), "tower": adapter._view.name, "checksum": towers.checksum(adapter.tower),
-            "shapes": {name: list(p.shape) for name, p in learned.items()},
-            "parameters": sum(p.numel() for p in learned.values()),
-            "weights_sha256": header["sha256"], "bases": adapter.bases is not None,
-        },
-    )  # fmt: skip
+    with _replaced_folder(path) as folder:
+        bases = None if adapter.bases is None else adapter.bases.save(folder / BASES, dtype=torch.float64)
+        header = save_tensors(folder / WEIGHTS, learned, WHAT, {})
+        write_json(
+            folder / CONFIG,
+            {
+                "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
+                "options": _options(adapter), "tower": adapter._view.name, "checksum": checksum,
+                "shapes": {name: list(p.shape) for name, p in learned.items()},
+                "parameters": sum(p.numel() for p in learned.values()),
+                "weights_sha256": header["sha256"], "bases_sha256": bases,
+            },
+        )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `path` when the block ends well; files in `path` of other names stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield folder
+        if path.exists():
+            for file in path.iterdir():
+                if file.name not in (CONFIG, WEIGHTS, BASES):
+                    shutil.move(file, folder / file.name)
+            old = path.rename(folder.with_suffix(".old"))
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+        path.chmod(0o755)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _options(adapter: TowerAdapter) -> dict:
@@ -72,7 +103,8 @@ def load_adapter(tower: nn.Module, path: str | os.PathLike) -> TowerAdapter:
     path = Path(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
-    config = read_json(path / CONFIG, WHAT)
+    required = ("class", "options", "checksum", "weights_sha256", "bases_sha256")
+    config = read_json(path / CONFIG, WHAT, required)
     if config.get("class") not in _CLASSES:
         raise ValueError(
             f"{path / CONFIG} names the class {config.get('class')!r}; known are {', '.join(_CLASSES)}"
@@ -87,8 +119,10 @@ def load_adapter(tower: nn.Module, path: str | os.PathLike) -> TowerAdapter:
             f"(checksum {config['checksum'][:12]}, this tower has {found[:12]})"
         )
     options = dict(config["options"])
-    if config["bases"]:
-        options["bases"] = SpectralBases.load(path / BASES)
+    if set(options) - {"rest", "kinds"}:
+        raise ValueError(f"{path / CONFIG} has unknown options {sorted(options)}; save the adapter again")
+    if config["bases_sha256"] is not None:
+        options["bases"] = SpectralBases.load(path / BASES, sha256=config["bases_sha256"])
     adapter = _CLASSES[config["class"]](tower, **options)
     expected = {
         name: list(p.shape) for name, p in adapter.named_parameters() if not name.startswith("tower.")

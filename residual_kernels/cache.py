@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.decomposition import check_finite
+from residual_kernels.decomposition import checked_batches, checked_labels
 from residual_kernels.files import SCHEMA, load_tensors, read_json, save_tensors, write_json
 from residual_kernels.towers import Terms
 
 MANIFEST = "manifest.json"
-SHARD = "unit cache shard"
+WHAT, SHARD = "unit cache", "unit cache shard"
 SHARD_BYTES = 256 * 2**20
 DTYPES = {
     "float64": torch.float64,
@@ -74,9 +74,9 @@ class UnitCache:
 
     def terms(self, rows: Tensor | slice, device: torch.device | str = "cpu") -> Terms:
         """The terms of some rows, for `from_units`; z widened to the outputs' dtype."""
-        wide = self.output.dtype
+        wide = self.output.dtype  # widened where it arrives, so that the narrow dtype is what travels
         return Terms(
-            z={kind: value[rows].to(device=device, dtype=wide) for kind, value in self.z.items()},
+            z={kind: value[rows].to(device).to(wide) for kind, value in self.z.items()},
             scale=self.scale[rows].to(device),
             mean=self.mean[rows].to(device),
             output=self.output[rows].to(device),
@@ -90,8 +90,13 @@ class UnitCache:
             None if self.labels is None else self.labels[rows], self.ids[rows], self.checksum, self.class_names,
         )  # fmt: skip
 
-    def check_tower(self, tower: nn.Module) -> None:
-        """Raises ValueError unless this cache was made by this very tower."""
+    def check(self, tower: nn.Module, kinds: Iterable[str]) -> None:
+        """Raises ValueError unless this cache was made by this very tower and holds these kinds."""
+        missing = [kind for kind in kinds if kind not in self.kinds]
+        if missing:
+            raise ValueError(
+                f"this cache holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
+            )
         found = towers.checksum(tower)
         if found != self.checksum:
             raise ValueError(
@@ -107,7 +112,9 @@ class UnitCache:
             raise FileNotFoundError(
                 f"no unit cache at {path} ({MANIFEST} is missing: encoding did not finish there)"
             )
-        manifest = read_json(path / MANIFEST, "unit cache manifest")
+        manifest = read_json(path / MANIFEST, WHAT, ("shards", "kinds", "checksum", "class_names"))
+        if not manifest["shards"]:
+            raise ValueError(f"{path / MANIFEST} names no shards; encode again")
         parts = []
         for shard in manifest["shards"]:
             tensors, header = load_tensors(path / shard["file"], SHARD)
@@ -159,7 +166,8 @@ def encode(
 
     Whatever stops it, what it had written is removed.
     """
-    view = towers.view(getattr(tower, "tower", tower))
+    view = towers.view(towers.unwrap(tower))
+    view.check_mode()
     kinds = towers.check_kinds(kinds) if kinds else ()
     weight = next(view.module.parameters())
     dtype = weight.dtype if dtype is None else dtype
@@ -172,19 +180,19 @@ def encode(
 
     writer = _Writer(path)
     try:
+        checksum = towers.checksum(view.module)
         count = _encode_into(writer, view, loader, kinds, dtype, class_names, progress)
         parts = writer.finish()
+        if path is not None:
+            manifest = {
+                "schema": SCHEMA, "what": WHAT, "tower": view.name, "checksum": checksum, "images": count,
+                "kinds": list(kinds), "dtype": str(dtype).removeprefix("torch."),
+                "class_names": None if class_names is None else list(class_names), "shards": writer.shards,
+            }  # fmt: skip
+            write_json(path / MANIFEST, manifest)
     except BaseException:
         writer.discard()
         raise
-    checksum = towers.checksum(view.module)
-    if path is not None:
-        manifest = {
-            "schema": SCHEMA, "what": "unit cache", "tower": view.name, "checksum": checksum, "images": count,
-            "kinds": list(kinds), "dtype": str(dtype).removeprefix("torch."),
-            "class_names": None if class_names is None else list(class_names), "shards": writer.shards,
-        }  # fmt: skip
-        write_json(path / MANIFEST, manifest)
     return UnitCache(**_joined(parts, kinds), checksum=checksum, class_names=class_names)
 
 
@@ -198,15 +206,8 @@ def _encode_into(
     progress: Callable[[int], None] | None,
 ) -> int:
     """Encodes every batch and returns the number of images."""
-    device = next(view.module.parameters()).device
     count, labelled = 0, None
-    for batch in loader:
-        images, labels = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
-        images = images.to(device)
-        if not len(images):
-            continue
-        view.check_images(images)
-        check_finite(images, first=count)
+    for images, labels in checked_batches(view, loader):
         if labelled is not None and labelled != (labels is not None):
             raise ValueError("some batches have labels and some have none; give labels for all or for none")
         labelled = labels is not None
@@ -215,7 +216,7 @@ def _encode_into(
         row = {f"z.{kind}": terms.z[kind].to(dtype) for kind in kinds}
         row |= {"scale": terms.scale, "mean": terms.mean, "output": terms.output.to(terms.scale.dtype)}
         if labelled:
-            row["labels"] = _checked_labels(labels, len(images), class_names)
+            row["labels"] = checked_labels(labels, len(images), class_names)
         row["ids"] = torch.arange(count, count + len(images))
         writer.add({name: value.cpu() for name, value in row.items()})
         count += len(images)
@@ -224,17 +225,6 @@ def _encode_into(
     if not count:
         raise ValueError("the loader gave no images to encode")
     return count
-
-
-def _checked_labels(labels, images: int, class_names: Sequence[str] | None) -> Tensor:
-    labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
-    if labels.shape != (images,):
-        raise ValueError(f"a batch has {images} images but labels of shape {tuple(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (class_names is not None and high >= len(class_names)):
-        limit = "" if class_names is None else f", but there are {len(class_names)} classes"
-        raise ValueError(f"labels run from {low} to {high}{limit}; they count from 0")
-    return labels
 
 
 class _Writer:

@@ -20,12 +20,13 @@ from residual_kernels import sources, train
 from residual_kernels.adapter import CONFIG, load_adapter, save_adapter
 from residual_kernels.cache import DTYPES, MANIFEST, UnitCache, encode
 from residual_kernels.doctor import facts
-from residual_kernels.files import atomic_path, write_json
-from residual_kernels.methods import Method, build, identity
+from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
+from residual_kernels.methods import Method, build, check_options, identity
 from residual_kernels.pca import SpectralBases, fit_bases
 from residual_kernels.zeroshot import ZeroShotHead
 
-HEAD = "head.safetensors"
+HEAD, CLASSES = "head.safetensors", "classes.json"  # beside an adapter that `fit` wrote
+CLASSES_WHAT = "list of class folders"
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 app = typer.Typer(
     help=__doc__,
@@ -34,8 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console()
-err = Console(stderr=True)
+out = Console(markup=False)  # what is printed may hold brackets: class names, paths
+err = Console(stderr=True, markup=False)
 
 Model = Annotated[str, typer.Option(help="an open_clip model name, or `bundled`")]
 Pretrained = Annotated[
@@ -104,6 +105,10 @@ def _prepare(model: str, pretrained: str | None, device: str | None):
 
 
 def _cached(tower, images, kinds, title: str, batch_size: int, workers: int) -> UnitCache:
+    """The images' cache: read before where `--data` named one, made now otherwise."""
+    if isinstance(images, UnitCache):
+        images.check(tower, kinds)
+        return images
     with _bar(title, len(images)) as step:
         return encode(
             tower, _loader(images, batch_size, workers), None, kinds, class_names=images.class_names, progress=step
@@ -253,7 +258,9 @@ def fit_command(
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,
-    energy: Annotated[float, typer.Option(help="fine: explained variance kept per head")] = 0.90,
+    energy: Annotated[
+        float | None, typer.Option(help="fine: explained variance kept per head; 0.90 by default")
+    ] = None,
     components: Annotated[int | None, typer.Option(min=1, help="fine: keep this many instead")] = None,
     max_components: Annotated[int | None, typer.Option(min=1, help="fine: at most this many")] = None,
     rest: Annotated[
@@ -278,6 +285,10 @@ def fit_command(
     """Learn the weights for a labelled folder of images and keep them as an adapter."""
     if (out_folder / CONFIG).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
+    chosen_rest = rest and rest.value
+    check_options(
+        method, rest=chosen_rest, energy=energy, components=components, max_components=max_components
+    )
     clip, preprocess, tokenizer = _prepare(model, pretrained, device)
     tower = clip.visual
     kinds = method.kinds
@@ -287,10 +298,7 @@ def fit_command(
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
     names = sources.class_names(class_names, folders)
 
-    if isinstance(source, UnitCache):
-        training = source
-    else:
-        training = _cached(tower, source, kinds, "encoding", batch_size, workers)
+    training = _cached(tower, source, kinds, "encoding", batch_size, workers)
     if val is None:
         chosen, held = _split(len(training), 0.2, seed)
         training, validation = training.subset(chosen), training.subset(held)
@@ -300,10 +308,7 @@ def fit_command(
             raise ValueError(
                 f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
             )
-        if isinstance(other, UnitCache):
-            validation = other
-        else:
-            validation = _cached(tower, other, kinds, "encoding validation", batch_size, workers)
+        validation = _cached(tower, other, kinds, "encoding validation", batch_size, workers)
 
     if prototypes:
         head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
@@ -312,9 +317,9 @@ def fit_command(
         head = ZeroShotHead.from_text(clip, tokenizer, names, sources.templates(templates, default))
     fitted = None
     if method.needs_bases or rest is Rest.mean:
-        fitted = _bases_for(bases_file, source, tower, kinds, data, batch_size, workers)
+        fitted = _bases_for(bases_file, tower, training, kinds)
     adapter = build(
-        method, tower, fitted, rest=rest and rest.value, energy=energy, components=components,
+        method, tower, fitted, rest=chosen_rest, energy=energy, components=components,
         max_components=max_components, seed=seed,
     )  # fmt: skip
     base = train.evaluate(identity(tower), head, validation)
@@ -322,16 +327,15 @@ def fit_command(
         adapter, head, training, validation, lr=lr, epochs=epochs, patience=patience, seed=seed,
         progress=lambda row: err.print(
             f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}",
-            highlight=False,
         ),
     )  # fmt: skip
     head.save(out_folder / HEAD)
-    save_adapter(adapter, out_folder)  # its config comes last: a folder with one is whole
+    write_json(out_folder / CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": folders})
+    save_adapter(adapter, out_folder)  # last: a folder with an adapter is whole
     out.print(
         f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
         f"({method.value}, {len(training)} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
         f"{result.seconds:.1f} s); written to {out_folder}",
-        highlight=False,
     )
     _write_numbers(
         json_file,
@@ -354,30 +358,42 @@ def _bundled_templates() -> tuple[str, ...]:
     return TEMPLATES
 
 
-def _bases_for(file, source, tower, kinds, data, batch_size, workers) -> SpectralBases:
-    if file is not None:
-        loaded = SpectralBases.load(file)
-        missing = [kind for kind in kinds if kind not in loaded.kinds]
-        if missing:
-            raise ValueError(
-                f"{file} holds no bases of kind {', '.join(missing)}; fit them with --kinds {missing[0]}"
-            )
-        return loaded
-    if isinstance(source, UnitCache):
-        raise ValueError(f"{data} is a cache; give --bases, a file of `residual-kernels bases`")
-    with _bar("fitting bases", len(source)) as step:
-        return fit_bases(tower, _loader(source, batch_size, workers), kinds or ("head",), progress=step)
+def _bases_for(file: Path | None, tower, training: UnitCache, kinds: tuple[str, ...]) -> SpectralBases:
+    if file is None:
+        return fit_bases(tower, training, kinds)
+    loaded = SpectralBases.load(file)
+    missing = [kind for kind in kinds if kind not in loaded.kinds]
+    if missing:
+        raise ValueError(
+            f"{file} holds no bases of kind {', '.join(missing)}; fit them with --kinds {missing[0]}"
+        )
+    return loaded
 
 
 def _fitted(model, pretrained, device, adapter_folder: Path):
     """The model with a kept adapter, and its head."""
     clip, preprocess, _ = _prepare(model, pretrained, device)
     adapter = load_adapter(clip.visual, adapter_folder)
-    if not (adapter_folder / HEAD).is_file():
-        raise FileNotFoundError(
-            f"{adapter_folder} holds no {HEAD}; it was not written by `residual-kernels fit`"
-        )
+    for name in (HEAD, CLASSES):
+        if not (adapter_folder / name).is_file():
+            raise FileNotFoundError(
+                f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
+            )
     return adapter, ZeroShotHead.load(adapter_folder / HEAD), preprocess
+
+
+def _aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
+    """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent."""
+    if cache.class_names is None:
+        raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
+    foreign = [name for name in cache.class_names if name not in folders]
+    if foreign:
+        raise ValueError(
+            f"{data} has classes that the adapter was not fitted to: {', '.join(foreign[:5])}; it knows "
+            f"{', '.join(folders[:5])}{' ...' if len(folders) > 5 else ''}"
+        )
+    cache.labels = torch.tensor([folders.index(name) for name in cache.class_names])[cache.labels]
+    return cache
 
 
 Adapter = Annotated[Path, typer.Option(help="the folder that `fit` wrote")]
@@ -396,14 +412,10 @@ def eval_command(
 ) -> None:
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
-    images = sources.ImageFiles(data, preprocess)
-    if len(images.class_names) != len(head.class_names):
-        raise ValueError(
-            f"{data} has {len(images.class_names)} classes, but the adapter was fitted to {len(head.class_names)}: "
-            f"{_difference(images.class_names, head.class_names)}"
-        )
+    folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
     kinds = getattr(module, "adapted", ())
-    cache = _cached(module.tower, images, kinds, "encoding", batch_size, workers)
+    cache = _cached(module.tower, _labelled(data, preprocess), kinds, "encoding", batch_size, workers)
+    cache = _aligned(cache, folders, data)
     before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
     table = Table("class", "images", "without", "with", title=f"{data}")
     counts = torch.bincount(cache.labels, minlength=len(head.class_names)).tolist()
@@ -460,7 +472,7 @@ def predict(
     common = ", ".join(
         f"{n} {name}" for n, name in sorted(zip(counts, head.class_names, strict=True), reverse=True)[:5]
     )
-    out.print(f"{len(images)} images labelled ({common}); written to {out_file}", highlight=False)
+    out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
     _write_numbers(
         json_file, {"images": len(images), "counts": dict(zip(head.class_names, counts, strict=True))}
     )
@@ -471,8 +483,13 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        err.print(f"error: {text}", style="red", markup=False, highlight=False, soft_wrap=True)
+        text = str(error)
+        if (
+            "Original Traceback" in text
+        ):  # from a process that reads images: its last line says what went wrong
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        text = " ".join(text.split())
+        err.print(f"error: {text}", style="red", soft_wrap=True)
         sys.exit(2)
 
 

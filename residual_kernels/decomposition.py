@@ -1,7 +1,8 @@
 """What an image's embedding is the sum of: one vector of the output space per residual unit, exactly."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,35 @@ def check_finite(images: Tensor, first: int = 0) -> None:
         raise ValueError(
             f"{len(bad)} of the images hold NaN or Inf: index {named}{' ...' if len(bad) > 8 else ''}"
         )
+
+
+def checked_batches(view: Tower, loader: Iterable) -> Iterator[tuple[Tensor, Any]]:
+    """(images on the tower's device, labels or None) of every batch that holds images, each checked."""
+    device = next(view.module.parameters()).device
+    count = 0
+    for batch in loader:
+        images, labels = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
+        if not isinstance(images, Tensor):
+            view.check_images(images)  # says what was expected
+        images = images.to(device)
+        if not len(images):
+            continue
+        view.check_images(images)
+        check_finite(images, first=count)
+        count += len(images)
+        yield images, labels
+
+
+def checked_labels(labels: Any, images: int, class_names: Sequence[str] | None = None) -> Tensor:
+    """Labels of a batch as int64 on the CPU; a ValueError for another number of them, or for values out of range."""
+    labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
+    if labels.shape != (images,):
+        raise ValueError(f"a batch has {images} images but labels of shape {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (class_names is not None and high >= len(class_names)):
+        limit = "" if class_names is None else f", but there are {len(class_names)} classes"
+        raise ValueError(f"labels run from {low} to {high}{limit}; they count from 0")
+    return labels
 
 
 def expand(maps: UnitMaps, z: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
@@ -60,11 +90,8 @@ class Decomposition:
         if kind not in self.terms.z:
             raise ValueError(f"kind {kind!r} was not collected; call decompose with kinds that include it")
         index = [unit.index - self.layout.span(kind).start for unit in rows]
-        maps = self._tower.maps(kind)
-        if len(index) < len(maps.A):
-            maps = UnitMaps(maps.A[index], maps.b[index], maps.g, maps.e, maps.share)
-            return expand(maps, self.terms.z[kind][:, index], self.terms.scale, self.terms.mean)
-        return expand(maps, self.terms.z[kind], self.terms.scale, self.terms.mean)
+        maps = self._tower.maps(kind, index)
+        return expand(maps, self.terms.z[kind][:, index], self.terms.scale, self.terms.mean)
 
 
 def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] = KINDS) -> Decomposition:
@@ -84,7 +111,7 @@ def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] = KINDS) ->
 
     The tower is left bitwise as it was. Gradients flow as through the tower itself.
     """
-    view = towers.view(getattr(tower, "tower", tower))
+    view = towers.view(towers.unwrap(tower))
     kinds = towers.check_kinds(kinds)
     view.check_images(images)
     check_finite(images)

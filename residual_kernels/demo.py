@@ -19,7 +19,7 @@ from residual_kernels import pictures, train
 from residual_kernels.bundled import load_bundled
 from residual_kernels.bundled.drawings import DIGITS, drawn_images
 from residual_kernels.cache import UnitCache, encode
-from residual_kernels.methods import build
+from residual_kernels.methods import ENERGY, build
 from residual_kernels.modules import TowerAdapter
 from residual_kernels.pca import fit_bases
 from residual_kernels.zeroshot import ZeroShotHead
@@ -27,7 +27,6 @@ from residual_kernels.zeroshot import ZeroShotHead
 TEMPLATES = ("the number {}", "the digit {}", "a handwritten {}", "a blurry {}")
 SPLIT_SEED = 0
 DRAWINGS, DRAWINGS_SEED = 3000, 2411
-ENERGY = 0.90
 BATCH = 256
 # Learning rates tried for each method, in units of its default; the best on validation is kept.
 RATES = {
@@ -123,7 +122,7 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
         for method, rates in RATES.items():
             say(f"fitting {method}")
             fitted[method] = _fit_best(
-                lambda method=method: build(method, tower, every, energy=ENERGY, init="ones"),
+                lambda method=method: build(method, tower, every, init="ones"),
                 head, training, validation, rates,
             )  # fmt: skip
 

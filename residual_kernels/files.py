@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: str | os.PathLike, what: str) -> dict:
-    """The JSON object in `path`; a ValueError names the file when it is not one or is of a newer schema."""
+def read_json(path: str | os.PathLike, what: str, required: Iterable[str] = ()) -> dict:
+    """The JSON object in `path`; a ValueError names the file when it is another, of a newer schema, or lacks a key."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -57,6 +57,10 @@ def read_json(path: str | os.PathLike, what: str) -> dict:
         raise ValueError(
             f"{path} has schema {value['schema']}; this version reads up to {SCHEMA}, so upgrade it"
         )
+    lacking = [key for key in required if key not in value]
+    if value.get("what") != what or lacking:
+        reason = f"lacks {', '.join(lacking)}" if lacking else f"is a {value.get('what')}, not a {what}"
+        raise ValueError(f"{path} {reason}; make it again")
     return value
 
 

@@ -14,6 +14,7 @@ class Attachment:
     def __init__(self, model: nn.Module, adapter: TowerAdapter):
         self.model, self.residual = model, adapter
         self._attached = True
+        adapter.freeze()  # it may have been detached before
         model.visual = adapter
 
     def detach(self) -> nn.Module:
@@ -65,6 +66,8 @@ def attach(
         raise ValueError(f"a {type(visual).__name__} is attached to this model already; detach it first")
     if (bases is None) == (adapter is None):
         raise ValueError("give either bases (for a new ResiDual) or adapter (a module made before)")
+    if adapter is not None and (rest != "zero" or options):
+        raise ValueError("rest and options are for a new ResiDual; this adapter was made with its own")
     if adapter is None:
         adapter = ResiDual(visual, bases, rest, **options)
     elif adapter.tower is not visual:

@@ -8,6 +8,8 @@ from torch import nn
 from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual, TowerAdapter
 from residual_kernels.pca import SpectralBases
 
+ENERGY = 0.90  # of the paper: explained variance kept per head
+
 
 class Method(str, Enum):
     """The paper's variants."""
@@ -28,13 +30,24 @@ class Method(str, Enum):
         return self in (Method.fine, Method.full, Method.output)
 
 
+def check_options(method: Method, *, rest: str | None, **truncation: object) -> None:
+    """Raises ValueError when an option is given that `method` would not read."""
+    given = [name for name, value in truncation.items() if value is not None]
+    if given and method is not Method.fine:
+        raise ValueError(f"{' and '.join(given)} belongs to fine; {method.value} keeps all components")
+    if rest is not None and not method.kinds:
+        raise ValueError(
+            f"rest={rest!r} is about other units, but {method.value} adapts the output as a whole"
+        )
+
+
 def build(
     method: Method | str,
     tower: nn.Module,
     bases: SpectralBases | None = None,
     *,
     rest: str | None = None,
-    energy: float = 0.90,
+    energy: float | None = None,
     components: int | None = None,
     max_components: int | None = None,
     init: str = "normal",
@@ -42,10 +55,12 @@ def build(
 ) -> TowerAdapter:
     """An adapter of the paper's kind around `tower`.
 
-    `rest` is the variant's own by default (zero; sum for full); `energy`, `components`, `max_components` are fine's.
-    `bases` must hold the variant's kinds and may hold more; coarse needs them for rest="mean" only, linear never.
+    `rest` is the variant's own by default (zero; sum for full); `energy` (0.90), `components` and `max_components` are
+    fine's. `bases` must hold the variant's kinds and may hold more; coarse needs them for rest="mean" only, linear
+    never. Raises ValueError for an option that the variant does not have.
     """
     method = Method(method)
+    check_options(method, rest=rest, energy=energy, components=components, max_components=max_components)
     if method.needs_bases and bases is None:
         raise ValueError(f"{method.value} needs bases; fit them with fit_bases")
     if method is Method.fine:
@@ -53,7 +68,7 @@ def build(
         if components is not None:
             kept = heads.truncate(components=components, max_components=max_components)
         else:
-            kept = heads.truncate(energy=energy, max_components=max_components)
+            kept = heads.truncate(energy=ENERGY if energy is None else energy, max_components=max_components)
         return ResiDual(tower, kept, rest or "zero", init=init, seed=seed)
     if method is Method.full:
         return ResiDual(tower, bases.of("head", "mlp"), rest or "sum", init=init, seed=seed)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import towers
+from residual_kernels import backends, towers
 from residual_kernels.ops.packing import wide
 from residual_kernels.pca import OUTPUT, SpectralBases
 from residual_kernels.towers import KINDS, Terms
@@ -20,9 +20,11 @@ from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_fl
 
 RESTS = ("zero", "sum", "mean")
 
-# Which adapters live on a tower: the first to come knows the tower's own requires_grad flags, the last to go restores
-# them.
-_adapters: "weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[TowerAdapter]]" = weakref.WeakKeyDictionary()
+# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first to
+# come writes the flags down, the last to go puts them back.
+_frozen: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, bool], weakref.WeakSet[TowerAdapter]]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> nn.Parameter:
@@ -54,29 +56,43 @@ class TowerAdapter(nn.Module):
     default_lr = 0.8  # of the paper, for weights on components and heads
     kinds: tuple[str, ...] = ()  # what the tower must be asked for
     bases: SpectralBases | None = None  # what the constants were made of, kept for save_adapter
+    wraps_tower = True  # what towers.unwrap looks for
+    _flags: dict[str, bool] | None = (
+        None  # the tower's requires_grad flags before it was frozen; None: left trainable
+    )
 
-    def __init__(self, tower: nn.Module, *, train_tower: bool = False):
+    def __init__(self, tower: nn.Module):
         super().__init__()
-        _check_arguments(tower, None)
         self._view = towers.view(tower)
         self.tower = tower
-        siblings = _adapters.setdefault(tower, weakref.WeakSet())
-        known = next(iter(siblings), None)
-        self._flags = (
-            dict(known._flags)
-            if known is not None
-            else {n: p.requires_grad for n, p in tower.named_parameters()}
-        )
-        if train_tower:
-            fixed = [name for name, p in self._view.constant_parameters().items() if p.requires_grad]
-            if fixed:
-                raise ValueError(
-                    f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would train "
-                    f"({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post and proj first"
-                )
-        else:
-            tower.requires_grad_(False)
-        siblings.add(self)
+
+    def freeze(self) -> None:
+        """Freezes the tower's parameters; :meth:`detach` restores their flags. The last step of every constructor."""
+        flags, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
+        thawed = any(p.requires_grad for p in self.tower.parameters())
+        if flags is None or (thawed and not adapters):
+            flags = {name: p.requires_grad for name, p in self.tower.named_parameters()}
+        adapters.add(self)
+        _frozen[self.tower] = flags, adapters
+        self._flags = flags
+        self.tower.requires_grad_(False)
+
+    def _leave_trainable(self) -> None:
+        """Instead of freezing: the tower trains along, but for what is folded into the constants."""
+        fixed = self._folded_and_trainable()
+        if fixed:
+            raise ValueError(
+                f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would train "
+                f"({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post and proj first"
+            )
+        if not any(p.requires_grad for p in self.tower.parameters()):
+            raise ValueError(
+                "train_tower=True, but nothing in this tower would train; set requires_grad_(True) where it should, "
+                "and detach other adapters on it first"
+            )
+
+    def _folded_and_trainable(self) -> list[str]:
+        return [name for name, p in self._view.constant_parameters().items() if p.requires_grad]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -86,6 +102,29 @@ class TowerAdapter(nn.Module):
             if tower is None or name.startswith("__"):
                 raise
             return getattr(tower, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is the tower's own (output_tokens, say) is set there, so that both go on agreeing.
+        tower = self.__dict__.get("_modules", {}).get("tower")
+        own = tower is None or name in self.__dict__ or hasattr(type(self), name) or name.startswith("_")
+        registered = not own and any(
+            name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
+        )
+        if own or registered or not hasattr(tower, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(tower, name, value)
+
+    def lock(self, *args: Any, **kwargs: Any) -> None:
+        """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded in."""
+        self.tower.lock(*args, **kwargs)
+        fixed = self._folded_and_trainable()
+        if fixed:
+            self.tower.requires_grad_(False)
+            raise ValueError(
+                f"this would train parameters that are folded into the constants ({', '.join(fixed[:3])} ...); "
+                "the tower stays frozen"
+            )
 
     def _apply(self, fn, recurse=True):
         # Own tensors stay at float32 or better; the tower and the constants follow fn by their own rules.
@@ -136,12 +175,12 @@ class TowerAdapter(nn.Module):
 
     def detach(self) -> nn.Module:
         """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the tower."""
-        siblings = _adapters.get(self.tower)
-        if siblings is not None:
-            siblings.discard(self)
-        if not siblings:
+        _, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
+        adapters.discard(self)
+        if self._flags is not None and not adapters:
             for name, p in self.tower.named_parameters():
                 p.requires_grad_(self._flags.get(name, p.requires_grad))
+            _frozen.pop(self.tower, None)
         return self.tower
 
     def collect(self, images: Tensor) -> Terms:
@@ -243,8 +282,8 @@ class ResiDual(UnitAdapter):
         train_tower: bool = False,
         backend: str = "auto",
     ):
-        _check_arguments(tower, bases, rest)
-        super().__init__(tower, train_tower=train_tower)
+        _check_arguments(tower, bases, rest, backend)
+        super().__init__(tower)
         like = next(tower.parameters())
         units = {
             kind: SpectralConstants(self._view.maps(kind), bases.parts[kind], like, backend)
@@ -252,6 +291,10 @@ class ResiDual(UnitAdapter):
         }
         sizes = [len(bases.parts[kind].components) for kind in bases.kinds]
         self._assemble(rest, bases, units, sizes, init, seed)
+        if train_tower:
+            self._leave_trainable()
+        else:
+            self.freeze()
 
     def weight_of(self, unit) -> Tensor:
         """The weights [K_u] of one adapted unit, by layout index, row or (layer, head)."""
@@ -291,6 +334,7 @@ class CoarseHeads(UnitAdapter):
         units = {kind: UnitSum(self._view.maps(kind), dtype) for kind in kinds}
         spans = [self.layout.span(kind) for kind in kinds]
         self._assemble(rest, bases, units, [span.stop - span.start for span in spans], init, seed)
+        self.freeze()
 
 
 class OutputSpectral(TowerAdapter):
@@ -310,12 +354,13 @@ class OutputSpectral(TowerAdapter):
         seed: int = 0,
         backend: str = "auto",
     ):
-        _check_arguments(tower, bases)
+        _check_arguments(tower, bases, backend=backend)
         super().__init__(tower)
         like = next(tower.parameters())
         self.bases = replace(bases, moments=None)
         self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
         self.weight = _initial_weight(len(self.spectral.basis), init, seed, like)
+        self.freeze()
 
     def _embed(self, batch: Terms) -> Tensor:
         return self.spectral(batch.output[:, None, :], None, None, self.weight)
@@ -327,12 +372,14 @@ class OutputLinear(TowerAdapter):
     default_lr = 1e-3
 
     def __init__(self, tower: nn.Module, *, seed: int = 0):
+        _check_arguments(tower, None)
         super().__init__(tower)
         like = next(tower.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.linear = nn.Linear(self.dim, self.dim)
         self.linear.to(device=like.device, dtype=wide(like.dtype))
+        self.freeze()
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn)
@@ -343,12 +390,19 @@ class OutputLinear(TowerAdapter):
         return self.linear(batch.output.to(self.linear.weight.dtype))
 
 
-def _check_arguments(tower: nn.Module, bases: SpectralBases | None, rest: str = "zero") -> None:
-    """Everything about tower, bases and rest that can be wrong, before anything is touched."""
+def _check_arguments(
+    tower: nn.Module, bases: SpectralBases | None, rest: str = "zero", backend: str = "auto"
+) -> None:
+    """Everything about the arguments that can be wrong, before anything is touched."""
     if isinstance(tower, TowerAdapter):
         raise ValueError(
             f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it first"
         )
+    if backend not in (
+        "auto",
+        *backends.BACKENDS,
+    ):  # whether it is here is asked where it computes: modules move
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(backends.BACKENDS)} or auto")
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {', '.join(RESTS)}; got {rest!r}")
     if rest == "mean" and bases is None:

@@ -7,27 +7,29 @@ components. Sums run about the first batch's mean and end in float64; moments of
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from residual_kernels import ops, towers
-from residual_kernels.decomposition import check_finite
+from residual_kernels.cache import UnitCache
+from residual_kernels.decomposition import checked_batches
 from residual_kernels.files import load_tensors, save_tensors
-from residual_kernels.towers import Tower, UnitLayout
+from residual_kernels.towers import Terms, Tower, UnitLayout, UnitMaps
 
 OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
 WHAT = "spectral bases file"
 # A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
 CONSTANT = 1e-24
+CACHED_ROWS = 1024  # rows of a cache taken at a time
 
 
 @dataclass(frozen=True)
 class Moments:
     """Sums that PCA of one kind needs; float64. count rows, mean [R, C+2], scatter [R, C+2, C+2] about the mean;
-    rows [R, C+2, D] and constant [D] map l to the output space."""
+    rows [R, C+2, D] (or [1, C+2, D], shared by all units) and constant [D] map l to the output space."""
 
     count: int
     mean: Tensor
@@ -60,11 +62,12 @@ class MomentSum:
         if self.shift is None:
             total, _ = ops.unit_moments(z, scale, mean)
             self.shift = total / len(z)
-            self.total, self.moment = torch.zeros_like(total), 0.0
+            self.total = torch.zeros_like(total)
+            self.moment = total.new_zeros(*total.shape, total.shape[1])
         total, moment = ops.unit_moments(z, scale, mean, self.shift)
         self.count += len(z)
-        self.total = self.total + total
-        self.moment = self.moment + moment
+        self.total += total
+        self.moment += moment
 
     def moments(self) -> Moments:
         offset = self.total / self.count
@@ -101,27 +104,31 @@ def _fix_signs(components: Tensor) -> Tensor:
 
 def _principal(moments: Moments) -> KindBases:
     """Eigen-decomposition of every unit's covariance (over n - 1) in the output space."""
-    units, size, dim = moments.rows.shape
-    kept = min(size, dim)
+    (units, size), dim = moments.mean.shape, moments.rows.shape[2]
+    kept = min(
+        size, dim
+    )  # all that a unit can span: fewer images leave directions without variance, kept for `full`
     components = torch.empty(units, kept, dim, dtype=torch.float64)
     variance = torch.empty(units, kept, dtype=torch.float64)
     covariance = moments.scatter / (moments.count - 1)
     group = max(1, 2**27 // (8 * size * dim))  # units per batched factorisation: about 128 MB each
+    shared = torch.linalg.qr(moments.rows.transpose(1, 2)) if len(moments.rows) == 1 else None
     for start in range(0, units, group):
         part = slice(start, start + group)
-        Q, T = torch.linalg.qr(moments.rows[part].transpose(1, 2))
+        Q, T = shared or torch.linalg.qr(moments.rows[part].transpose(1, 2))
         short = T @ covariance[part] @ T.transpose(1, 2)
         values, vectors = torch.linalg.eigh((short + short.transpose(1, 2)) / 2)  # rising
         variance[part] = values.flip(-1).clamp_min(0)
         components[part] = (Q @ vectors).transpose(1, 2).flip(1)
     coordinates = covariance.diagonal(dim1=1, dim2=2).sum(1) + moments.mean.square().sum(1)
-    constant = variance.sum(1) <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates
-    variance[constant] = 0.0
+    total = variance.sum(1)
+    constant = total <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates
+    variance[constant], total[constant] = 0.0, 0.0
     return KindBases(
-        mean=torch.einsum("ri,rid->rd", moments.mean, moments.rows) + moments.constant,
+        mean=(moments.mean[:, None, :] @ moments.rows).squeeze(1) + moments.constant,
         components=_fix_signs(components).flatten(0, 1),
         variance=variance.flatten(),
-        total_variance=variance.sum(1),
+        total_variance=total,
         offsets=torch.arange(units + 1) * kept,
     )
 
@@ -257,8 +264,10 @@ class SpectralBases:
 
     def save(
         self, path: str | os.PathLike, *, moments: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
-        """Writes one safetensors file, atomically. Components are stored in `dtype`, everything else in float64.
+    ) -> str:
+        """Writes one safetensors file, atomically, and returns its checksum.
+
+        Components are stored in `dtype`, everything else in float64.
 
         With `moments` the file can be merged with others after loading; it is then about twice as large.
         """
@@ -278,12 +287,17 @@ class SpectralBases:
             "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
             "moments": moments,
         }  # fmt: skip
-        save_tensors(path, tensors, WHAT, header)
+        return save_tensors(path, tensors, WHAT, header)["sha256"]
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "SpectralBases":
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent, damaged or another file."""
+    def load(cls, path: str | os.PathLike, *, sha256: str | None = None) -> "SpectralBases":
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent, damaged or another file.
+
+        With `sha256`, what :meth:`save` returned, it must be that very file.
+        """
         tensors, header = load_tensors(path, WHAT)
+        if sha256 is not None and header["sha256"] != sha256:
+            raise ValueError(f"{path} holds other bases than those asked for (another checksum)")
         parts = {
             kind: KindBases(
                 **{
@@ -343,7 +357,7 @@ def _from_moments(like: SpectralBases, moments: dict[str, Moments]) -> SpectralB
 
 def fit_bases(
     tower: nn.Module,
-    loader: Iterable,
+    loader: "Iterable | UnitCache",
     kinds: Iterable[str] = ("head",),
     *,
     progress: Callable[[int], None] | None = None,
@@ -352,45 +366,41 @@ def fit_bases(
 
     Args:
         tower: a supported image tower, or a ResiDual around one.
-        loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read.
-        kinds: which units: "head", "mlp", "emb". The output's own basis is always fitted too.
+        loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read. Or a UnitCache of
+            this tower that holds the kinds: then the tower does not run.
+        kinds: which units: "head", "mlp", "emb". The output's own basis is always fitted too, and alone with ().
         progress: called with the number of images after every batch.
 
     Returns:
         :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank), in float64, covariance
-        over n - 1. The result of two calls merges exactly: ``a.merge(b)``.
+        over n - 1. With fewer images than that the last ones have no variance: truncate by energy, or fit on more.
+        The result of two calls merges exactly: ``a.merge(b)``.
 
     Raises:
         ValueError: fewer than 2 images, or images the tower cannot take (NaN and Inf are named by index).
 
     Deterministic for the same batches on the same machine; the tower is left bitwise as it was.
     """
-    view = towers.view(getattr(tower, "tower", tower))
-    kinds = towers.check_kinds(kinds)
-    device = next(view.module.parameters()).device
+    view = towers.view(towers.unwrap(tower))
+    kinds = towers.check_kinds(kinds) if kinds else ()
+    view.check_mode()
     sums = {}
     for kind in kinds:
         maps = view.maps(kind)
-        sums[kind] = MomentSum(maps.rows(), maps.e / maps.share)
+        distinct = len(maps.A) if maps.A.stride(0) else 1  # MLPs share one map
+        rows = UnitMaps(maps.A[:distinct], maps.b[:distinct], maps.g, maps.e, maps.share).rows()
+        sums[kind] = MomentSum(rows, maps.e / maps.share)
     eye = torch.eye(view.dim, dtype=torch.float64)
     blank = torch.zeros(2, view.dim, dtype=torch.float64)
     sums[OUTPUT] = MomentSum(torch.cat([eye, blank])[None], torch.zeros(view.dim, dtype=torch.float64))
     count = 0
-    for batch in loader:
-        images = batch[0] if isinstance(batch, list | tuple) else batch
-        images = images.to(device)
-        if not len(images):
-            continue
-        view.check_images(images)
-        check_finite(images, first=count)
-        with torch.no_grad():
-            terms = view.terms(images, kinds)
+    for terms in _terms(view, loader, kinds):
         for kind in kinds:
             sums[kind].add(terms.z[kind], terms.scale, terms.mean)
         sums[OUTPUT].add(terms.output[:, None, :], None, None)
-        count += len(images)
+        count += len(terms.output)
         if progress is not None:
-            progress(len(images))
+            progress(len(terms.output))
     if count < 2:
         raise ValueError(f"bases need at least 2 images to have a covariance; the loader gave {count}")
     shell = SpectralBases(
@@ -398,3 +408,16 @@ def fit_bases(
         checksum=towers.checksum(view.module), count=count, parts={},
     )  # fmt: skip
     return _from_moments(shell, {kind: held.moments() for kind, held in sums.items()})
+
+
+def _terms(view: Tower, source: "Iterable | UnitCache", kinds: tuple[str, ...]) -> Iterator[Terms]:
+    """Terms of every batch, from the tower or from what it left before."""
+    if isinstance(source, UnitCache):
+        source.check(view.module, kinds)
+        for start in range(0, len(source), CACHED_ROWS):
+            yield source.terms(slice(start, start + CACHED_ROWS))
+        return
+    for images, _ in checked_batches(view, source):
+        with torch.no_grad():
+            terms = view.terms(images, kinds)
+        yield terms

@@ -3,12 +3,14 @@
 import difflib
 import io
 import os
+import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -20,6 +22,8 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 def nearest(name: str, known: list[str]) -> str:
     """A clause that names the known names nearest to `name`."""
+    if not known:
+        return "none are known"
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     return f"nearest are {', '.join(close)}" if close else f"known are {', '.join(known[:5])} ..."
 
@@ -50,7 +54,11 @@ def load_model(name: str, pretrained: str | None = None) -> tuple[nn.Module, Cal
             f"{name} has no weights {pretrained!r} and no such file exists; {nearest(pretrained, tags)}"
         )
     weights = None if pretrained == "none" else pretrained
-    model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
+    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{pretrained} does not hold weights of {name}: {reason}") from error
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
 
 
@@ -82,7 +90,10 @@ class ImageFiles(Dataset):
 
     def _list(self) -> list[str]:
         if self.archive is None:
-            found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
+            inside = (
+                Path(root) / file for root, _, files in os.walk(self.path, followlinks=True) for file in files
+            )
+            found = (file.relative_to(self.path).as_posix() for file in inside)
         else:
             try:
                 with zipfile.ZipFile(self.archive) as file:
@@ -145,7 +156,9 @@ class ImageFiles(Dataset):
         try:
             with Image.open(io.BytesIO(self._bytes(name))) as image:
                 return self.preprocess(image.convert("RGB")), int(self.labels[index])
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
+        except UnidentifiedImageError as error:
+            raise ValueError(f"{self.path / name} is not a readable image: its format is unknown") from error
+        except (Image.DecompressionBombError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{self.path / name} is not a readable image: {error}") from error
 
 

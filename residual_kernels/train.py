@@ -1,5 +1,6 @@
 """Fitting the weights: schedule-free AdamW on cross-entropy, the paper's protocol by default."""
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residual_kernels.cache import UnitCache
-from residual_kernels.decomposition import check_finite
+from residual_kernels.decomposition import checked_batches, checked_labels
 from residual_kernels.modules import TowerAdapter, UnitAdapter
 from residual_kernels.zeroshot import ZeroShotHead
 
-EVALUATION_ROWS = 512
+EVALUATION_ROWS = 512  # of a cache
+PREDICTED_ROWS = 64  # images through the tower at a time
 
 
 @dataclass(frozen=True)
@@ -61,23 +63,20 @@ class Prediction:
 class _CachedData:
     """A UnitCache as an adapter reads it. The rest does not depend on the weights, so it is computed once."""
 
-    def __init__(self, adapter: TowerAdapter, cache: UnitCache):
-        cache.check_tower(adapter.tower)
+    def __init__(self, adapter: TowerAdapter, cache: UnitCache, head: ZeroShotHead, labelled: bool):
+        cache.check(adapter.tower, getattr(adapter, "adapted", ()))
+        if labelled:
+            if cache.labels is None:
+                raise ValueError("this needs labels; the cache holds only images")
+            _check_range(cache.labels, head)
         self.adapter, self.cache, self.labels = adapter, cache, cache.labels
         self.device = adapter.trainable()[0].device
         self.rest = None
         if isinstance(adapter, UnitAdapter):
-            missing = [kind for kind in adapter.adapted if kind not in cache.kinds]
-            if missing:
-                raise ValueError(
-                    f"this cache holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
-                )
+            runs = _runs(len(cache), EVALUATION_ROWS)
             with torch.no_grad():
-                parts = [
-                    adapter.rest(cache.terms(rows, self.device))
-                    for rows in _runs(len(cache), EVALUATION_ROWS)
-                ]
-            if parts[0] is not None and parts[0].ndim == 2:
+                parts = [adapter.rest(cache.terms(rows, self.device)) for rows in runs]
+            if parts and parts[0] is not None and parts[0].ndim == 2:
                 self.rest = torch.cat(parts)
 
     def embed(self, rows: Tensor | slice) -> Tensor:
@@ -100,20 +99,19 @@ class _CachedData:
 class _LoadedData:
     """A loader of (images, labels): the tower runs for every batch. Shuffling and batch size are the loader's own."""
 
-    def __init__(self, adapter: TowerAdapter, loader: Iterable):
-        self.adapter, self.loader = adapter, loader
+    def __init__(self, adapter: TowerAdapter, loader: Iterable, head: ZeroShotHead, labelled: bool):
+        self.adapter, self.loader, self.head, self.labelled = adapter, loader, head, labelled
         self.device = adapter.trainable()[0].device
 
     def epoch(self, batch_size: int, generator: torch.Generator | None) -> Iterator[tuple[Tensor, Tensor]]:
-        count = 0
-        for batch in self.loader:
-            images, labels = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
-            check_finite(images, first=count)
-            count += len(images)
-            y = self.adapter(images.to(self.device))
-            labels = (
-                None if labels is None else torch.as_tensor(labels, dtype=torch.int64, device=self.device)
-            )
+        for images, labels in checked_batches(self.adapter._view, self.loader):
+            if self.labelled:
+                if labels is None:
+                    raise ValueError("this needs labels; the loader gives only images")
+                labels = checked_labels(labels, len(images))
+                _check_range(labels, self.head)
+                labels = labels.to(self.device)
+            y = self.adapter(images)
             yield (y[0] if isinstance(y, tuple) else y), labels
 
 
@@ -121,22 +119,28 @@ def _runs(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _data(adapter: TowerAdapter, data: UnitCache | Iterable) -> _CachedData | _LoadedData:
+def _data(
+    adapter, data: UnitCache | Iterable, head: ZeroShotHead, *, labelled: bool
+) -> _CachedData | _LoadedData:
     if not isinstance(adapter, TowerAdapter):
         raise ValueError(
             f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
         )
-    return _CachedData(adapter, data) if isinstance(data, UnitCache) else _LoadedData(adapter, data)
+    kind = _CachedData if isinstance(data, UnitCache) else _LoadedData
+    return kind(adapter, data, head, labelled)
 
 
-def _check_labels(labels: Tensor | None, head: ZeroShotHead) -> None:
-    if labels is None:
-        raise ValueError("this needs labels; the data holds only images")
+def _check_range(labels: Tensor, head: ZeroShotHead) -> None:
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(head.class_names):
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, "
             f"but the head has {len(head.class_names)} classes"
         )
+
+
+def _placed(head: ZeroShotHead, device: torch.device) -> ZeroShotHead:
+    """The head on `device`; the caller's own stays where it is."""
+    return head if head.class_vectors.device == device else copy.deepcopy(head).to(device)
 
 
 def fit(
@@ -153,7 +157,7 @@ def fit(
     seed: int = 0,
     progress: Callable[[Epoch], None] | None = None,
 ) -> FitResult:
-    """Fits an adapter's weights by cross-entropy of head(y) with schedule-free AdamW.
+    """Fits an adapter's own weights by cross-entropy of head(y) with schedule-free AdamW; the tower never trains here.
 
     Args:
         adapter: ResiDual, CoarseHeads, OutputSpectral or OutputLinear. Its weights are the starting point.
@@ -171,7 +175,8 @@ def fit(
         equals; epoch 0 is the start).
 
     Raises:
-        ValueError: no labels, labels out of range, a cache of another tower or without the kinds needed.
+        ValueError: no labels, labels out of range, a cache of another tower or without the kinds needed, a loader that
+            can be read only once.
         FloatingPointError: the loss is not finite; the starting weights are put back.
 
     Deterministic for the same inputs, seed and number of threads.
@@ -183,13 +188,15 @@ def fit(
             f"epochs, batch_size and patience must be at least 1; got {epochs}, {batch_size}, {patience}"
         )
     start = time.perf_counter()
-    source = _data(adapter, train)
-    for cache in (train, val):
-        if isinstance(cache, UnitCache):
-            _check_labels(cache.labels, head)
-    held_out = None if val is None else _data(adapter, val)
-    parameters = [p for p in adapter.parameters() if p.requires_grad]
-    head = head.to(source.device)
+    for name, data in (("train", train), ("val", val)):
+        if isinstance(data, Iterator):
+            raise ValueError(
+                f"{name} can be read only once; give a loader or a list that every epoch can read anew"
+            )
+    source = _data(adapter, train, head, labelled=True)
+    held_out = None if val is None else _data(adapter, val, head, labelled=True)
+    parameters = adapter.trainable()
+    head = _placed(head, source.device)
     optimizer = schedulefree.AdamWScheduleFree(
         parameters, lr=adapter.default_lr if lr is None else lr, weight_decay=weight_decay
     )
@@ -219,10 +226,9 @@ def fit(
             optimizer.train()
             total, count = 0.0, 0
             for y, labels in source.epoch(batch_size, generator):
-                _check_labels(labels, head)
                 loss = F.cross_entropy(head(y), labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
+                for p, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    p.grad = grad  # of these alone: a tower that is not frozen gathers nothing
                 optimizer.step()
                 total, count = total + loss.detach() * len(labels), count + len(labels)
             if not count:
@@ -269,7 +275,6 @@ def _evaluate(source: _CachedData | _LoadedData, head: ZeroShotHead) -> Evaluati
     seen = torch.zeros(classes, dtype=torch.float64)
     loss, count = 0.0, 0
     for y, labels in source.epoch(EVALUATION_ROWS, None):
-        _check_labels(labels, head)
         logits = head(y)
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         count += len(labels)
@@ -286,21 +291,19 @@ def _evaluate(source: _CachedData | _LoadedData, head: ZeroShotHead) -> Evaluati
 
 def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Evaluation:
     """Accuracy and loss of an adapter on a UnitCache or a loader of (images, labels)."""
-    source = _data(adapter, data)
-    return _evaluate(source, head.to(source.device))
+    source = _data(adapter, data, head, labelled=True)
+    return _evaluate(source, _placed(head, source.device))
 
 
 @torch.no_grad()
 def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache | Iterable) -> Prediction:
     """Labels and probabilities for images [N, 3, H, W], a loader of image batches, or a UnitCache.
 
-    A batch of zero images gives an empty prediction. Raises ValueError for images the tower cannot take, NaN and Inf
-    named by index.
+    No images give an empty prediction. Raises ValueError for images the tower cannot take, NaN and Inf named by index.
     """
-    source = _data(adapter, [data] if isinstance(data, Tensor) else data)
-    head = head.to(source.device)
+    batches = data.split(PREDICTED_ROWS) if isinstance(data, Tensor) else data
+    source = _data(adapter, batches, head, labelled=False)
+    head = _placed(head, source.device)
     logits = [head(y).cpu() for y, _ in source.epoch(EVALUATION_ROWS, None)]
-    if not logits:
-        raise ValueError("there are no images to predict")
-    logits = torch.cat(logits)
+    logits = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, len(head.class_names)).cpu()
     return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import ops, towers
+from residual_kernels import backends, ops, towers
 from residual_kernels.ops.packing import PackedUnits, wide
 from residual_kernels.pca import OUTPUT, KindBases, SpectralBases
 from residual_kernels.towers import KINDS, Terms, UnitMaps
@@ -27,20 +27,15 @@ def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 class UnitSum(nn.Module):
-    """sum_u weight[u] * x_u over the units of one kind, from their coordinates, without ever making an x_u.
-
-    The constants are the tower's own and stay out of the state_dict.
-    """
+    """sum_u weight[u] * x_u over the units of one kind, from their coordinates, without ever making an x_u."""
 
     def __init__(self, maps: UnitMaps, dtype: torch.dtype):
         super().__init__()
         self.share = maps.share
-        self.shared_map = (
-            maps.A.stride(0) == 0
-        )  # MLP and embedding units all use one map: sum first, map once
+        self.shared_map = maps.A.stride(0) == 0  # MLP units all use one map: sum first, map once
         A = maps.A[0] if self.shared_map else maps.A.flatten(0, 1)  # [C, D] or [R*C, D]
         for name, value in (("A", A), ("b", maps.b), ("g", maps.g), ("e", maps.e)):
-            self.register_buffer(name, value.to(dtype), persistent=False)
+            self.register_buffer(name, value.to(dtype, copy=True))
 
     def _apply(self, fn, recurse=True):
         return super()._apply(at_least_float32(fn), recurse)
@@ -63,10 +58,11 @@ class Rest(nn.Module):
     def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
         super().__init__()
         self.rest, self.adapted = rest, adapted
-        self.others = tuple(kind for kind in KINDS if kind not in adapted)
-        self.sums = nn.ModuleDict()
-        if rest == "sum":
-            self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in KINDS})
+        self.others = tuple(kind for kind in KINDS if kind not in adapted) if rest == "sum" else ()
+        self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in self.others})
+        # Read when a cache holds the adapted kinds alone; large, made from the tower at first need and never stored.
+        self._view = view
+        self._adapted_sums: dict[str, UnitSum] = {}
 
     def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
         """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
@@ -85,7 +81,15 @@ class Rest(nn.Module):
         if recurse:
             for child in self.children():
                 child._apply(fn)
+        self._adapted_sums.clear()
         return super()._apply(at_least_float32(fn), recurse=False)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._adapted_sums.clear()
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_adapted_sums": {}}
 
     def forward(self, batch: Terms) -> Tensor | None:
         """[N, D] or [D] to add to the adapted units' sum; None for nothing."""
@@ -97,7 +101,9 @@ class Rest(nn.Module):
             return sum(self.sums[kind](batch.z[kind], batch.scale, batch.mean) for kind in self.others)
         kept = batch.output.to(batch.scale.dtype)
         for kind in self.adapted:
-            kept = kept - self.sums[kind](batch.z[kind], batch.scale, batch.mean)
+            if kind not in self._adapted_sums:
+                self._adapted_sums[kind] = UnitSum(self._view.maps(kind), kept.dtype)
+            kept = kept - self._adapted_sums[kind](batch.z[kind], batch.scale, batch.mean)
         return kept
 
 
@@ -108,32 +114,44 @@ class SpectralConstants(nn.Module):
         super().__init__()
         self.backend = backend
         proj, bias, slope, offset = _constants(maps, part, like.device)
-        basis = part.components
-        for name, value in (
-            ("proj", proj),
-            ("bias", bias),
-            ("slope", slope),
-            ("offset", offset),
-            ("basis", basis),
-        ):
+        constants = {"proj": proj, "bias": bias, "slope": slope, "offset": offset, "basis": part.components}
+        for name, value in constants.items():
             self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype), copy=True))
         self.register_buffer("unit_offsets", part.offsets.to(device=like.device, copy=True))
+        self._dtype = like.dtype  # the tower's, which z will have
         self._packs: dict[torch.dtype, PackedUnits] = {}
+        self._repack()
+
+    def _repack(self) -> None:
+        """Packs anew for z of the tower's dtype: before the first call, so that a compiled one never has to."""
+        self._packs.clear()
+        here = self.proj.device
+        if here.type != "meta" and (self.backend == "auto" or backends.missing(self.backend, here) is None):
+            self.packed(self._dtype)
 
     def _apply(self, fn, recurse=True):
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self.proj.device)).dtype
+        was_meta = self.proj.is_meta
         super()._apply(at_least_float32(fn), recurse)
-        self._packs.clear()
+        if was_meta:  # memory without values yet: packed when they are loaded
+            self._packs.clear()
+        else:
+            self._repack()
         return self
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._packs.clear()
+        self._repack()
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packs": {}}
 
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._repack()
+
     def packed(self, dtype: torch.dtype) -> PackedUnits:
-        """The constants laid out for z of `dtype`; made at first use and after every move, cast or load."""
+        """The constants laid out for z of `dtype`; made anew after every move, cast or load."""
         if dtype not in self._packs:
             self._packs[dtype] = ops.pack_units(
                 self.proj.to(dtype), self.bias, self.slope, self.offset, self.basis.to(dtype), self.unit_offsets,
@@ -145,6 +163,13 @@ class SpectralConstants(nn.Module):
         dtype = z.dtype
         if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(z.device.type)
+            if (
+                torch.compiler.is_compiling() and dtype not in self._packs
+            ):  # packing cannot be part of a graph
+                with torch.autocast(z.device.type, enabled=False):
+                    return ops.spectral_reweight_packed(
+                        z.to(self._dtype), scale, mean, weight, self.packed(self._dtype)
+                    )
         return ops.spectral_reweight_packed(z, scale, mean, weight, self.packed(dtype))
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from residual_kernels.cache import UnitCache
+from residual_kernels.decomposition import checked_labels
 from residual_kernels.files import load_tensors, save_tensors
 
 WHAT = "zero-shot head"
@@ -72,16 +74,17 @@ class ZeroShotHead(nn.Module):
         if blank:
             raise ValueError(f'templates need a "{{}}" where the class name goes; got {blank[0]!r}')
         device = next(model.parameters()).device
-        was_training = model.training
+        modes = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            # one kind of template at a time, as open_clip decides by the first one
-            callables = [t if callable(t) else t.format for t in templates]
+            # all callables, as open_clip decides by the first template; other braces are text
+            callables = [t if callable(t) else (lambda name, t=t: t.replace("{}", name)) for t in templates]
             vectors = build_zero_shot_classifier(
                 model, tokenizer, list(class_names), callables, device=device
             )
         finally:
-            model.train(was_training)
+            for module, mode in modes.items():
+                module.training = mode
         width = getattr(model.visual, "output_dim", len(vectors))
         if width != len(vectors):
             raise ValueError(
@@ -92,27 +95,30 @@ class ZeroShotHead(nn.Module):
     @classmethod
     def from_prototypes(
         cls,
-        embeddings: "Tensor | object",
+        embeddings: Tensor | UnitCache,
         labels: Tensor | None = None,
         class_names: Sequence[str] | None = None,
     ) -> "ZeroShotHead":
         """For towers without text: a class vector is the mean output embedding of the class; no logit scale.
 
         `embeddings` is [N, D] with `labels` [N], or a UnitCache, which brings both and its class names. Raises
-        ValueError when a class has no image.
+        ValueError when there are no labels, one is out of range, or a class has no image.
         """
-        if labels is None:
-            labels, class_names = embeddings.labels, embeddings.class_names
-            if labels is None:
-                raise ValueError("this cache holds no labels; encode (images, labels) batches for prototypes")
+        if isinstance(embeddings, UnitCache):
+            labels, class_names = embeddings.labels, class_names or embeddings.class_names
             embeddings = embeddings.output
+        if labels is None:
+            raise ValueError("prototypes need labels; encode (images, labels) batches, or give labels")
         count = len(class_names) if class_names is not None else int(labels.max()) + 1
         names = tuple(class_names) if class_names is not None else tuple(map(str, range(count)))
-        members = F.one_hot(labels, count).to(embeddings.dtype)  # [N, K]
-        empty = [names[k] for k in (members.sum(0) == 0).nonzero().flatten().tolist()]
+        labels = checked_labels(labels, len(embeddings), names)
+        sizes = torch.bincount(labels, minlength=count)
+        empty = [names[k] for k in (sizes == 0).nonzero().flatten().tolist()]
         if empty:
             raise ValueError(f"no image of class {', '.join(empty)}: a prototype is a mean over at least one")
-        return cls((embeddings.T @ members) / members.sum(0), names)
+        sums = torch.zeros(count, embeddings.shape[1], dtype=embeddings.dtype)
+        sums.index_add_(0, labels, embeddings.detach().cpu())
+        return cls((sums / sizes[:, None]).T, names)
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes class vectors, names and scale to one safetensors file, atomically."""

@@ -69,6 +69,10 @@ def test_what_is_wrong_is_named_before_the_tower_is_touched(tower, tmp_path):
         ("adapter.json", edit(**{"class": "os.system"}), "names the class 'os.system'"),
         ("adapter.json", edit(checksum="0" * 64), "other weights"),
         ("adapter.json", edit(weights_sha256="0"), "not the file"),
+        ("adapter.json", edit(bases_sha256="0"), "other bases than those asked for"),
+        ("adapter.json", edit(options={"rest": "zero", "colour": 1}), "unknown options"),
+        ("adapter.json", lambda b: b'{"schema": 1, "what": "adapter"}', "lacks class"),
+        ("adapter.json", lambda b: b'{"schema": 1, "what": "unit cache", "class": 1}', "lacks options"),
     ]
     for file, change, message in cases:
         restore = spoil(file, change)
@@ -84,3 +88,33 @@ def test_what_is_wrong_is_named_before_the_tower_is_touched(tower, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError, match="is a file"):
         rk.save_adapter(adapter, tmp_path / "file")
+
+
+def test_an_old_adapter_is_replaced_whole_or_not_at_all(tower, tmp_path, monkeypatch):
+    bases = rk.fit_bases(tower, [images_for(tower, 20)], kinds=("head", "mlp"))
+    folder = tmp_path / "a"
+    rk.save_adapter(MAKE["fine"](tower, bases), folder)
+    (folder / "mine.txt").write_text("keep")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("residual_kernels.adapter.write_json", stop)
+        with pytest.raises(KeyboardInterrupt):
+            rk.save_adapter(MAKE["linear"](tower, bases), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    rk.save_adapter(MAKE["linear"](tower, bases), folder)
+    assert {path.name for path in folder.iterdir()} == {"adapter.json", "weights.safetensors", "mine.txt"}
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_trained_tower_is_not_kept_by_halves(tower, tmp_path):
+    adapter = MAKE["fine"](tower, rk.fit_bases(tower, [images_for(tower, 20)], kinds=("head", "mlp")))
+    with torch.no_grad():
+        tower.transformer.resblocks[0].mlp.c_fc.weight.mul_(1.5)
+    with pytest.raises(ValueError, match="has been trained since its bases were fitted"):
+        rk.save_adapter(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

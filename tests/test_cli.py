@@ -31,8 +31,8 @@ def digits(tmp_path_factory):
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs the program in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(cli, "out", Console(width=200))
-    monkeypatch.setattr(cli, "err", Console(stderr=True, width=200))
+    monkeypatch.setattr(cli, "out", Console(width=200, markup=False, highlight=False))
+    monkeypatch.setattr(cli, "err", Console(stderr=True, width=200, markup=False, highlight=False))
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["residual-kernels", *map(str, arguments)])
@@ -138,6 +138,9 @@ def bad_inputs(digits, tmp):
         ((*fit, "--templates", tmp / "nothing.txt"), "no file of templates"),
         ((*fit, "--bases", tmp / "bad.safetensors"), "truncated or not a safetensors"),
         ((*fit, "--energy", "1.5"), "energy must lie"),
+        ((*fit, "--method", "linear", "--energy", "0.9"), "energy belongs to fine"),
+        ((*fit, "--method", "output", "--rest", "mean"), "adapts the output as a whole"),
+        ((*fit, "--model", "ViT-S-32-alt", "--pretrained", tmp / "bad.safetensors"), "does not hold weights"),
         ((*fit, "--method", "best"), "best"),
         (("eval", "--adapter", tmp / "nowhere", "--data", train), "no adapter"),
         (("predict", "--adapter", tmp / "nowhere", "--data", train, "--out", tmp / "p.csv"), "no adapter"),
@@ -146,13 +149,14 @@ def bad_inputs(digits, tmp):
     ]
 
 
-@pytest.mark.parametrize("case", range(17))
+@pytest.mark.parametrize("case", range(20))
 def test_bad_input_is_one_line_and_exit_code_2(run, digits, tmp_path, case):
     arguments, message = bad_inputs(digits, tmp_path)[case]
     code, out, err = run(*arguments)
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+    assert len(err.strip().splitlines()) == 1 or "Usage:" in err
     assert not (tmp_path / "o").exists()
     assert not (tmp_path / "p.csv").exists()
 
@@ -173,3 +177,39 @@ def test_as_a_program():
     )
     assert done.returncode == 2
     assert "Missing option" in done.stderr
+
+
+def test_eval_knows_classes_by_name(run, digits, tmp_path):
+    """A part of the classes is scored under their own names; classes it was not fitted to are refused."""
+    run("fit", "--data", digits / "train", "--method", "coarse", "--epochs", 1, "--out", tmp_path / "a")
+    some = tmp_path / "some"
+    for name in ("seven", "two"):
+        (some / name).mkdir(parents=True)
+        for path in (digits / "test" / name).iterdir():
+            (some / name / path.name).write_bytes(path.read_bytes())
+    code, out, err = run("eval", "--adapter", tmp_path / "a", "--data", some, "--json", tmp_path / "s.json")
+    assert code == 0, err
+    run("eval", "--adapter", tmp_path / "a", "--data", digits / "test", "--json", tmp_path / "w.json")
+    part, whole = (
+        json.loads((tmp_path / name).read_text())["class_accuracy"] for name in ("s.json", "w.json")
+    )
+    assert part["seven"] == whole["seven"]
+    assert part["two"] == whole["two"]
+    (some / "seven").rename(some / "ant [x]")
+    code, out, err = run("eval", "--adapter", tmp_path / "a", "--data", some)
+    assert code == 2
+    assert "not fitted to: ant [x]" in err
+
+
+def test_a_bad_image_is_one_line_from_other_processes_too(run, digits, tmp_path):
+    folder = tmp_path / "d" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(b"no image")
+    for workers in (0, 1):
+        code, out, err = run(
+            "encode", "--data", tmp_path / "d", "--out", tmp_path / "o", "--workers", workers
+        )
+        assert code == 2
+        assert err.strip().startswith("error: ")
+        assert "cat/a.png is not a readable image" in err
+        assert len(err.strip().splitlines()) == 1

@@ -64,11 +64,13 @@ def test_detach_twice_is_once(model, bases):
     assert handle.detach() is tower is model.visual
 
 
-def test_an_adapter_made_before(model):
+def test_an_adapter_made_before_and_attached_again(model):
     adapter = rk.CoarseHeads(model.visual)
-    handle = rk.attach(model, adapter=adapter)
-    assert model.visual is adapter
-    handle.detach()
+    for _ in range(2):
+        handle = rk.attach(model, adapter=adapter)
+        assert model.visual is adapter
+        assert not any(p.requires_grad for p in adapter.tower.parameters())
+        assert all(p.requires_grad for p in handle.detach().parameters())
 
 
 def test_refusals_change_nothing(model, bases):
@@ -79,6 +81,7 @@ def test_refusals_change_nothing(model, bases):
         (lambda: rk.attach(model), "either bases"),
         (lambda: rk.attach(model, bases, adapter=foreign), "either bases"),
         (lambda: rk.attach(model, adapter=foreign), "another tower"),
+        (lambda: rk.attach(model, adapter=foreign, rest="mean"), "made with its own"),
         (lambda: rk.attach(tower, bases), "no image tower at .visual"),
         (lambda: rk.attach(model, bases, rest="none"), "rest must be"),
         (lambda: rk.attach(model, rk.fit_bases(build(seed=8), [images_for(tower)])), "other weights"),

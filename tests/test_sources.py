@@ -70,6 +70,12 @@ def test_a_folder_and_a_zip_of_it_read_the_same(folder, archive):
     assert flat.class_names is None
 
 
+def test_linked_class_folders_are_followed(folder, tmp_path):
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "cat").symlink_to(folder / "train" / "cat")
+    assert sources.ImageFiles(tmp_path / "linked", pixels).names == ["cat/a.png", "cat/b.png"]
+
+
 def test_layouts_that_cannot_be_labelled(folder, archive, tmp_path):
     for path in (folder, archive):
         with pytest.raises(ValueError, match="hold folders, not images; name one of them, such as .*train"):

@@ -221,6 +221,8 @@ def test_bad_weight_index():
         (lambda t: t, torch.zeros(7, dtype=torch.int64), "chooses among weights"),
         (lambda t: t[None], torch.zeros(6, dtype=torch.int64), "weight_index must be int64"),
         (lambda t: t[None], torch.zeros(7), "weight_index must be int64"),
+        (lambda t: t[None], torch.full((7,), -1), "from -1 to -1, but there are T = 1"),
+        (lambda t: t[None], torch.arange(7), "from 0 to 6, but there are T = 1"),
     ):
         with pytest.raises(ValueError, match=message):
             spectral_reweight(**spoiled(weight=weight), weight_index=index)
@@ -235,6 +237,7 @@ def test_dtype_of_z_and_pack_must_agree():
 
 def test_backends_are_chosen_as_documented(monkeypatch):
     cpu = torch.device("cpu")
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     assert backends.available("cpu")[-1] == "torch"
     assert backends.resolve("auto", cpu) == backends.available("cpu")[0]
     monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "torch")

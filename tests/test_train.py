@@ -67,7 +67,12 @@ def test_head_from_text_is_open_clips():
     expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
     assert torch.allclose(head.class_vectors, expected, atol=1e-6)
     assert torch.allclose(head.logit_scale, model.logit_scale.detach())
+    model.train()
+    model.visual.eval()
     mixed = rk.ZeroShotHead.from_text(model, tokenizer, names, ["a {}", lambda name: f"a blue {name}"])
+    assert model.training  # every module's mode is as it was
+    assert not model.visual.training
+    rk.ZeroShotHead.from_text(model, tokenizer, names, ["a {} of {style}"])  # other braces are text
     assert torch.allclose(mixed.class_vectors, expected, atol=1e-6)
     for arguments, message in (
         (([], ["a {}"]), "must not be empty"),
@@ -88,8 +93,14 @@ def test_head_from_prototypes(cache):
         assert torch.allclose(head.class_vectors[:, k], cache.output[cache.labels == k].mean(0), atol=1e-6)
     assert head.class_names == ("a", "b", "c")
     assert head.logit_scale == 0
-    with pytest.raises(ValueError, match="no image of class d"):
-        rk.ZeroShotHead.from_prototypes(cache.output, cache.labels, "abcd")
+    for labels, names, message in (
+        (cache.labels, "abcd", "no image of class d"),
+        (cache.labels, "ab", "there are 2 classes"),
+        (cache.labels - 1, "abc", "from -1 to 1"),
+        (None, "abc", "need labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rk.ZeroShotHead.from_prototypes(cache.output, labels, names)
 
 
 def test_head_file(head, tmp_path):
@@ -201,7 +212,12 @@ def test_refusals(tower, data, bases, cache, head):
         (lambda: rk.fit(residual, head, []), "no images"),
         (lambda: rk.fit(tower, head, cache), "expected a ResiDual"),
         (lambda: rk.evaluate(residual, head, []), "no images"),
-        (lambda: rk.predict(residual, head, []), "no images"),
+        (lambda: rk.fit(residual, head, iter([data])), "train can be read only once"),
+        (lambda: rk.fit(residual, head, cache, iter([data])), "val can be read only once"),
+        (lambda: rk.fit(residual, head, [(data[0], data[1][:5])]), "60 images but labels"),
+        (lambda: rk.evaluate(residual, head, [data[0]]), "needs labels"),
+        (lambda: rk.evaluate(residual, head, [data[0][0, 0, 0]]), "must be a tensor"),
+        (lambda: rk.evaluate(residual, head, [{"image": data[0]}]), "must be a tensor"),
     ]
     for run, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -274,7 +290,13 @@ def test_damaged_caches_are_refused_by_name(tower, data, tmp_path):
     with pytest.raises(ValueError, match="not the shard its manifest names"):
         rk.UnitCache.load(folder)
     (folder / MANIFEST).write_text("{")
-    with pytest.raises(ValueError, match="not a readable unit cache manifest"):
+    with pytest.raises(ValueError, match="not a readable unit cache"):
+        rk.UnitCache.load(folder)
+    (folder / MANIFEST).write_text('{"schema": 1, "what": "unit cache"}')
+    with pytest.raises(ValueError, match="lacks shards, kinds"):
+        rk.UnitCache.load(folder)
+    (folder / MANIFEST).write_text('{"schema": 1, "what": "adapter"}')
+    with pytest.raises(ValueError, match="lacks|is a adapter"):
         rk.UnitCache.load(folder)
     (folder / MANIFEST).write_text('{"schema": 99}')
     with pytest.raises(ValueError, match="schema 99; this version reads up to"):
@@ -282,3 +304,65 @@ def test_damaged_caches_are_refused_by_name(tower, data, tmp_path):
     (folder / MANIFEST).unlink()
     with pytest.raises(FileNotFoundError, match="did not finish"):
         rk.UnitCache.load(folder)
+
+
+def test_fit_trains_the_adapter_alone(data, head):
+    """README's own sequence: detach, then fit again; the tower's parameters are trainable again, and stay put."""
+    tower = build()
+    tower.requires_grad_(True)
+    residual = rk.ResiDual(tower, rk.fit_bases(tower, [data[0]]).truncate(energy=0.9))
+    residual.detach()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    result = rk.fit(residual, head, [data], epochs=2)
+    assert result.parameters == len(residual.weight)
+    assert all(torch.equal(before[name], value) for name, value in tower.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in tower.parameters())
+
+
+def test_empty_batches_are_passed_over(tower, data, bases, head):
+    residual = rk.ResiDual(tower, bases.of("head"))
+    none = data[0][:0], data[1][:0]
+    whole = rk.evaluate(residual, head, [data])
+    assert rk.evaluate(residual, head, [none, data, none]).loss == pytest.approx(whole.loss)
+    found = rk.predict(residual, head, data[0][:0])
+    assert found.labels.shape == (0,)
+    assert found.probabilities.shape == (0, 3)
+
+
+def test_the_callers_head_stays_where_it_is(tower, data, bases, cache, head):
+    before = head.class_vectors
+    rk.fit(rk.ResiDual(tower, bases.of("head")), head, cache, epochs=1)
+    assert head.class_vectors is before
+
+
+def test_bases_from_a_cache_are_bases_from_the_images(tower, data, bases, cache):
+    again = rk.fit_bases(tower, cache, kinds=("head", "mlp"))
+    for row in again.layout:
+        if row.kind != "emb":
+            assert torch.allclose(again.mean(row), bases.mean(row), atol=1e-6)
+            assert torch.allclose(
+                again.explained_variance(row), bases.explained_variance(row), rtol=1e-3, atol=1e-7
+            )
+    with pytest.raises(ValueError, match="no terms of kind emb"):
+        rk.fit_bases(tower, cache, kinds=("emb",))
+    with pytest.raises(ValueError, match="other weights"):
+        rk.fit_bases(build(seed=4), cache)
+
+
+def test_random_patch_dropout_is_refused(data):
+    tower = build(patch_dropout=0.5)
+    rk.encode(tower, [data[0]])
+    tower.train()
+    for run in (lambda: rk.encode(tower, [data[0]]), lambda: rk.fit_bases(tower, [data[0]])):
+        with pytest.raises(ValueError, match="drops patches at random"):
+            run()
+
+
+def test_an_interrupt_at_the_very_end_leaves_nothing(tower, data, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("residual_kernels.cache.write_json", stop)
+    with pytest.raises(KeyboardInterrupt):
+        rk.encode(tower, [data], tmp_path / "c")
+    assert not (tmp_path / "c").exists()

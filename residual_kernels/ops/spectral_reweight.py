@@ -25,6 +25,11 @@ def _spectral_reweight(
     dim: int,
     backend: str,
 ) -> Tensor:
+    # Values cannot be looked at while tracing, and on a device a look would wait for it: checked here, on the CPU.
+    if weight_index is not None and weight_index.device.type == "cpu" and len(weight_index):
+        low, high = int(weight_index.min()), int(weight_index.max())
+        if low < 0 or high >= len(weight):
+            raise ValueError(f"weight_index runs from {low} to {high}, but there are T = {len(weight)} weights")
     return backends.load(backend).spectral_reweight_forward(
         z, scale, mean, weight, weight_index, tensors, sizes
     )
@@ -172,7 +177,7 @@ def spectral_reweight(
         proj: [J, C]; bias, slope, offset: [J]; basis: [J, D]: constants, which must not require grad.
         weight: [J], or [T, J] for T tasks on the same coefficients.
         unit_offsets: [R+1] int64; unit r owns the run of components unit_offsets[r] to unit_offsets[r+1].
-        weight_index: [N] int64 in [0, T): row n uses weight[weight_index[n]].
+        weight_index: [N] int64 in [0, T): row n uses weight[weight_index[n]]. Checked on the CPU only.
         backend: ``auto``, ``triton``, ``cpp`` or ``torch``.
 
     Returns:

@@ -6,6 +6,7 @@ coordinates at the pooled token. Architectures are told apart by structure, neve
 """
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -130,7 +131,11 @@ class Tower(Protocol):
     head_width: int
     dim: int  # D
 
-    def maps(self, kind: str) -> UnitMaps: ...
+    def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps: ...
+
+    def check_images(self, images: Tensor) -> None: ...
+
+    def check_mode(self) -> None: ...
 
     def terms(self, images: Tensor, kinds: Iterable[str]) -> Terms: ...
 
@@ -139,6 +144,11 @@ class Tower(Protocol):
 
 class UnsupportedTowerError(ValueError):
     """The tower's structure has no exact units here; the message says what was found and what is supported."""
+
+
+def unwrap(tower: nn.Module) -> nn.Module:
+    """The tower inside an adapter of this library, or the module itself."""
+    return tower.tower if getattr(tower, "wraps_tower", False) is True else tower
 
 
 def view(tower: nn.Module) -> Tower:
@@ -163,12 +173,37 @@ def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
 
 
 def checksum(tower: nn.Module) -> str:
-    """SHA-256 of a tower's weights: names, shapes and values rounded to bfloat16, so a cast to bf16 keeps it."""
+    """SHA-256 of a tower's weights: names, shapes and values rounded to bfloat16.
+
+    A cast to bfloat16 or float64 keeps it; float16 rounds differently, so fit and use in float16 alike, or in neither.
+    """
+    state = sorted(tower.state_dict().items())
+    stamp = _stamp(state)
+    known = _checksums.get(tower)
+    if known is not None and known[0] == stamp:
+        return known[1]
     digest = hashlib.sha256()
-    for name, tensor in sorted(tower.state_dict().items()):
+    for name, tensor in state:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         value = tensor.detach().to("cpu")
         if value.is_floating_point():
             value = value.to(torch.bfloat16).view(torch.int16)
         digest.update(value.contiguous().numpy().data)
+    _checksums[tower] = stamp, digest.hexdigest()
     return digest.hexdigest()
+
+
+# Hashing ViT-bigG takes seconds, and every fit and evaluation asks. A tower's checksum is kept until its weights move,
+# their version counters rise, or a sample of their values differs (writes through `.data` raise no counter).
+_checksums: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str]]" = weakref.WeakKeyDictionary()
+_SAMPLE = 1009
+
+
+def _stamp(state: list[tuple[str, Tensor]]) -> tuple:
+    seen = []
+    for name, tensor in state:
+        sample = tensor.detach().reshape(-1)[::_SAMPLE].double()
+        version = None if tensor.is_inference() else tensor._version
+        seen.append((name, tuple(tensor.shape), tensor.dtype, tensor.data_ptr(), version, sample.sum()))
+    sums = torch.stack([entry[-1].cpu() for entry in seen]).tolist() if seen else []
+    return tuple((*entry[:-1], total) for entry, total in zip(seen, sums, strict=True))

@@ -5,7 +5,7 @@ Blocks are run here, by structure, with `scaled_dot_product_attention`, for both
 is hooked, swapped or written: the tower is read.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,8 +153,8 @@ class OpenClipTower:
         return found
 
     @torch.no_grad()
-    def maps(self, kind: str) -> UnitMaps:
-        """Constants of one kind, float64 on the tower's device."""
+    def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps:
+        """Constants of one kind, float64 on the tower's device; of some of its units (counted from 0) or of all."""
         norm, layers, heads = self.module.ln_post, self.layout.layers, self.layout.heads
         device = self.module.conv1.weight.device
         eye = torch.eye(self.width, dtype=torch.float64, device=device)
@@ -163,22 +163,34 @@ class OpenClipTower:
         beta = P.new_zeros(self.width) if norm.bias is None else norm.bias.double()
         folded = gamma[:, None] * P  # [width, D]
         share = 2 * layers + 1
+        if units is None:
+            span = self.layout.span(kind)
+            units = range(span.stop - span.start)
         if kind != "head":
-            units = 1 if kind == "emb" else layers
-            A = folded.expand(units, -1, -1)
-            b = P.new_zeros(units, self.dim)
+            A = folded.expand(len(units), -1, -1)
+            b = P.new_zeros(len(units), self.dim)
         else:
             weights, biases = [], []
-            for block in self.module.transformer.resblocks:
+            for layer, head in (divmod(unit, heads) for unit in units):
+                block = self.module.transformer.resblocks[layer]
                 out = block.attn.out_proj
                 gain = getattr(getattr(block, "ls_1", None), "gamma", None)
                 gain = P.new_ones(self.width) if gain is None else gain.double()
-                weights.append(out.weight.double().T * gain)  # [width in, width out]
+                run = slice(head * self.head_width, (head + 1) * self.head_width)
+                weights.append(out.weight[:, run].double().T * gain)  # [C, width]
                 biases.append(gain * (0.0 if out.bias is None else out.bias.double() / heads))
-            A = torch.stack(weights).view(layers * heads, self.head_width, self.width) @ folded
-            b = (torch.stack(biases) @ folded).repeat_interleave(heads, dim=0)
+            A = torch.stack(weights) @ folded
+            b = torch.stack(biases) @ folded
             share *= heads
         return UnitMaps(A=A, b=b, g=gamma @ P, e=beta @ P, share=share)
+
+    def check_mode(self) -> None:
+        """Raises ValueError when the tower would drop patches at random, so that its units were not repeatable."""
+        dropout = getattr(self.module, "patch_dropout", None)
+        if self.module.training and getattr(dropout, "prob", 0.0) > 0:
+            raise ValueError(
+                "this tower is in training mode and drops patches at random; call .eval() on it first"
+            )
 
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError for images this tower cannot take: rank, size, dtype, device, NaN or Inf."""
