@@ -90,7 +90,7 @@ def test_drawings_depend_on_seed_and_index_alone():
 
 
 def test_drawings_cover_every_attribute():
-    labels = draw(2500, seed=8).labels
+    labels = draw(1200, seed=8).labels
     for name, values in ATTRIBUTES.items():
         seen = {values[i] for i in np.unique(labels[:, COLUMN[name]]) if i >= 0}
         expected = set(values) - {"photo", *PHOTOS}
@@ -132,4 +132,4 @@ def test_reads_fresh_digits_zero_shot(loaded):
             tokenizer([prompt("what", word, "digit") for word in DIGITS]), normalize=True
         )
     guess = (image_features @ words.T).argmax(1).numpy()
-    assert (guess == labels[:, COLUMN["what"]]).mean() > 0.5  # chance is 0.1
+    assert (guess == labels[:, COLUMN["what"]]).mean() > 0.75  # measured 0.85, chance is 0.1
