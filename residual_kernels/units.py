@@ -126,7 +126,8 @@ class SpectralConstants(nn.Module):
         """Packs anew for z of the tower's dtype: before the first call, so that a compiled one never has to."""
         self._packs.clear()
         here = self.proj.device
-        if here.type != "meta" and (self.backend == "auto" or backends.missing(self.backend, here) is None):
+        ready = self.backend == "auto" or backends.missing(self.backend, here, self._dtype) is None
+        if here.type != "meta" and ready:
             self.packed(self._dtype)
 
     def _apply(self, fn, recurse=True):

@@ -1,3 +1,4 @@
 import os
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel module is imported; without a GPU kernels run interpreted
+# Read when a kernel module is imported: kernels run interpreted, unless TRITON_INTERPRET=0 asks for a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")

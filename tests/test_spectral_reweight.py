@@ -247,7 +247,7 @@ def test_backends_are_chosen_as_documented(monkeypatch):
     with pytest.raises(ValueError, match="unknown backend 'fortran'"):
         backends.resolve("auto", cpu)
     monkeypatch.setattr(
-        backends, "missing", lambda name, device: None if name == "torch" else "it is not here"
+        backends, "missing", lambda name, *_, **__: None if name == "torch" else "it is not here"
     )
     with pytest.raises(RuntimeError, match="'cpp' was asked for on cpu, but it is not here"):
         backends.resolve("cpp", cpu)

@@ -1,7 +1,16 @@
 """The spectral operators: how the library computes fast. Each is a custom op of its own, for any training stack."""
 
 from residual_kernels.ops.packing import PackedUnits, pack_units
+from residual_kernels.ops.plan import Plan, explain
 from residual_kernels.ops.spectral_reweight import spectral_reweight, spectral_reweight_packed
 from residual_kernels.ops.unit_moments import unit_moments
 
-__all__ = ["PackedUnits", "pack_units", "spectral_reweight", "spectral_reweight_packed", "unit_moments"]
+__all__ = [
+    "PackedUnits",
+    "Plan",
+    "explain",
+    "pack_units",
+    "spectral_reweight",
+    "spectral_reweight_packed",
+    "unit_moments",
+]

@@ -99,7 +99,7 @@ def pack_units(
                 f"unit_offsets must rise from 0 to J = {components}; got {bounds[:4]} ... {bounds[-2:]}"
             )
 
-    chosen = backends.resolve(backend, proj.device)
+    chosen = backends.resolve(backend, proj.device, proj.dtype)
     least = wide(proj.dtype)
     tensors, sizes = backends.load(chosen).pack(
         proj.detach(), bias.detach().to(least), slope.detach().to(least), offset.detach().to(least),

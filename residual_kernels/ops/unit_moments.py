@@ -71,5 +71,5 @@ def unit_moments(
             None if scale is None else scale.detach(),
             None if mean is None else mean.detach(),
             shift.detach().to(torch.float64),
-            backends.resolve(backend, z.device),
+            backends.resolve(backend, z.device, z.dtype),
         )

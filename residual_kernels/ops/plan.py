@@ -1,0 +1,44 @@
+"""Which way a call of `spectral_reweight` is computed, and why."""
+
+from dataclasses import dataclass
+
+from residual_kernels import backends
+from residual_kernels.ops.packing import PackedUnits
+from residual_kernels.ops.triton_routes import Explanation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The backend and the route of both passes; `str()` gives sentences."""
+
+    backend: str
+    forward: Explanation
+    backward: Explanation
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}", str(self.forward), str(self.backward)]
+        if self.forward.estimates:
+            lines.append("Times are estimates from nominal rates of an H100, not measured.")
+        return "\n".join(lines)
+
+
+def explain(
+    pack: PackedUnits, rows: int, *, tasks: int = 1, indexed: bool = False, plain: bool = False
+) -> Plan:
+    """How :func:`spectral_reweight_packed` computes `rows` rows with these constants: route, tiles, reason.
+
+    Args:
+        pack: the packed constants.
+        rows: N.
+        tasks: T, for a weight [T, J].
+        indexed: whether rows choose among the weights (weight_index).
+        plain: whether scale and mean are both None (the stream form).
+    """
+    if pack.backend != "triton":
+        reason = f"the {pack.backend} backend has one way to compute"
+        routes = [Explanation(name, pack.backend, None, 1, {}, reason) for name in ("forward", "backward")]
+        return Plan(pack.backend, *routes)
+    found = backends.load("triton").explain(
+        pack.dtype, list(pack.tensors), list(pack.sizes), rows, tasks, indexed, plain
+    )
+    return Plan("triton", *found)

@@ -1,0 +1,117 @@
+"""Every Triton kernel compiles for every target, inside its limits and with the instructions that were meant. No GPU.
+
+Runs in processes of its own, because TRITON_INTERPRET, which the other tests need, changes what a kernel is at import.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+ROOT = Path(__file__).parent.parent
+SHARES = (("sm_90,sm_80:0/4",), ("gfx942,sm_100:1/4", "--edges"))  # two processes, about equally long
+KERNELS = {
+    "spectral_reweight_fwd",
+    "spectral_reweight_bwd",
+    "coefficients",
+    "sum_partials",
+    "fold",
+    "fold_bwd",
+    "affine",
+    "unit_moments",
+}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Rows of benchmarks.resources: a pairwise choice of routes, widths, dtypes, rows, flags and wanted gradients."""
+    folder = tmp_path_factory.mktemp("resources")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    processes = []
+    for number, share in enumerate(SHARES):
+        command = [sys.executable, "-m", "benchmarks.resources", "--json", str(folder / f"{number}.json")]
+        command += ["--targets", *share]
+        processes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate()[1] for process in processes]
+    rows = []
+    for number, text in enumerate(said):
+        file = folder / f"{number}.json"
+        assert file.exists(), text
+        rows += json.loads(file.read_text())
+    return rows
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_nothing_is_wrong_on(target, compiled):
+    rows = [row for row in compiled if row["target"] == target]
+    assert rows
+    assert [f"{row['kernel']} {row['kind']}: {row['wrong']}" for row in rows if row["wrong"]] == []
+
+
+def test_every_kernel_and_every_kind_of_product_is_there(compiled):
+    assert {row["kernel"].split()[0] for row in compiled if row["target"] == "sm_90"} == KERNELS
+    assert {row["kind"] for row in compiled} == {"bf16", "fp16", "tf32", "fp32", "none"}
+    widths = {
+        word
+        for row in compiled
+        if row["target"] == "sm_90"
+        for word in row["kernel"].split()
+        if word[0] == "c"
+    }
+    assert widths >= {f"c{width}" for width in (64, 72, 80, 88, 96, 104, 112)}
+
+
+@pytest.mark.parametrize(
+    ("target", "instruction"),
+    [("sm_90", "wgmma"), ("sm_80", "mma.sync"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
+)
+def test_the_target_s_own_matrix_instruction_is_used(target, instruction, compiled):
+    rows = [row for row in compiled if row["target"] == target and row["kind"] in ("bf16", "fp16", "tf32")]
+    assert any(instruction in row["instructions"] for row in rows)
+
+
+def test_loads_are_wide(compiled):
+    """A head width of 72 or 104 must not fall back to loads of one element."""
+    widths = [f" c{width} " for width in (64, 72, 80, 88, 96, 104, 112)]
+    readers = ("spectral_reweight_fwd", "coefficients", "unit_moments")
+    for row in compiled:
+        if row["target"] == "sm_90" and row["kernel"].startswith(readers):
+            if not any(width in row["kernel"] for width in widths):
+                continue
+            assert row["wide_loads"] > 0, row["kernel"]
+
+
+def test_spills_elsewhere_are_reported(compiled, capsys):
+    with capsys.disabled():
+        worst = max((row for row in compiled if row["target"] == "sm_80"), key=lambda row: row["spills"])
+        print(f" [most spilled on sm_80: {worst['spills']} bytes, {worst['kernel']} {worst['kind']}]", end="")
+
+
+def test_a_complaint_is_made():
+    """The negative case: rows that break each rule."""
+    code = (
+        "from dataclasses import replace\n"
+        "from benchmarks.compile_targets import Resources\n"
+        "from benchmarks.resources import complaints\n"
+        "good = Resources('fwd c64 n64', 'bf16', 'sm_90', 4, 3, 100, 0, 1000, ['wgmma'], 4, 0.5)\n"
+        "assert complaints(good) == []\n"
+        "for change in ({'spills': 24}, {'shared': 300000}, {'instructions': ['mma.sync']}, {'kind': 'fp32'},\n"
+        "               {'instructions': ['fma']}, {'target': 'gfx942'}):\n"
+        "    assert complaints(replace(good, **change)), change\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)

@@ -1,0 +1,204 @@
+"""The Triton kernel of unit_moments against float64, in the interpreter and on a GPU."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_as_accurate
+
+from residual_kernels import ops, reference
+from residual_kernels.ops import torch_backend
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+from residual_kernels.ops import triton_unit_moments
+
+INTERPRETED = triton_unit_moments.INTERPRETED
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode that poisons memory
+NEEDS_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        INTERPRETED or not torch.cuda.is_available(), reason="needs a GPU and TRITON_INTERPRET=0"
+    ),
+]
+DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=NEEDS_GPU)]
+gpu_only = pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """torch.empty is full of NaN: what a kernel does not write, a comparison sees."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(rows, units, width, *, dtype=torch.float32, scale=True, mean=True, shift=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    centre = 3 * normal(units, width + 2)
+    return {
+        "z": (centre[:, :width] + normal(rows, units, width)).to(dtype),
+        "scale": (1 + 0.1 * normal(rows)).to(wide) if scale else None,
+        "mean": normal(rows).to(wide) if mean else None,
+        "shift": centre if shift else None,
+    }
+
+
+def compute(arguments, backend):
+    if backend == "truth":
+        return reference.unit_moments(**arguments)
+    return ops.unit_moments(**arguments, backend=backend)
+
+
+def check(arguments, device, *, exact=True):
+    """`exact`: the tile products are exact float32 ones, so the result is held to float32; else to z's dtype."""
+    arguments = {name: None if value is None else value.to(device) for name, value in arguments.items()}
+    truth, peer, got = (compute(arguments, backend) for backend in ("truth", "torch", "triton"))
+    for name, a, t, p in zip(("total", "moment"), got, truth, peer, strict=True):
+        assert a.dtype == torch.float64
+        dtype = torch.float32 if exact or name == "total" else arguments["z"].dtype
+        assert_as_accurate(a.to(dtype), t, p.to(dtype), name)
+    assert torch.equal(got[1], got[1].transpose(1, 2))
+    return got
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 2, 16), (7, 3, 64), (33, 2, 80), (70, 2, 104), (5, 1, 128), (40, 2, 72), (9, 2, 17)],
+    ids=str,
+)
+def test_float32(shape, device):
+    check(make(*shape), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(7, 3, 64), (70, 2, 80)], ids=str)
+def test_half(shape, dtype, device):
+    check(make(*shape, dtype=dtype), device, exact=device == "cpu")
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": False}, {"mean": False}, {"scale": False, "mean": False}, {"shift": False}]
+)
+def test_what_may_be_missing(options, device):
+    check(make(37, 2, 24, **options), device)
+
+
+def test_strides(device):
+    arguments = make(20, 4, 32)
+    z = arguments["z"]
+    for layout in (
+        z.transpose(0, 2).contiguous().transpose(0, 2),
+        torch.randn(20, 8, 64)[:, ::2, 5:37],
+        z[:1].expand(20, 4, 32),
+    ):
+        check(
+            {**arguments, "z": layout, "scale": torch.rand(40)[::2], "mean": torch.rand(1).expand(20)}, device
+        )
+
+
+def test_runs_of_rows_merge_in_float64(device, monkeypatch):
+    monkeypatch.setattr(triton_unit_moments, "ROWS_PER_SPLIT", 32)
+    monkeypatch.setattr(triton_unit_moments, "PROGRAMS", 4)
+    check(make(300, 2, 24), device)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 64), (0, 1, 8), (4, 2, 8), (4, 2, 130)], ids=str)
+def test_what_the_torch_backend_does(shape, device, monkeypatch):
+    calls = []
+    function = torch_backend.unit_moments
+    monkeypatch.setattr(torch_backend, "unit_moments", lambda *args: (calls.append(1), function(*args))[1])
+    arguments = {k: None if v is None else v.to(device) for k, v in make(*shape).items()}
+    got, truth = compute(arguments, "triton"), compute(arguments, "truth")
+    assert calls
+    for a, t in zip(got, truth, strict=True):
+        assert_as_accurate(a.float(), t, t.float())
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(0, 70), units=st.integers(1, 3), width=st.integers(16, 40), seed=st.integers(0, 99))
+@pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+def test_any_small_shape(rows, units, width, seed):
+    check(make(rows, units, width, seed=seed), "cpu")
+
+
+def test_a_perturbed_input_fails(device):
+    arguments = {name: value.to(device) for name, value in make(20, 2, 24).items()}
+    truth, peer = compute(arguments, "truth"), compute(arguments, "torch")
+    arguments["z"] = arguments["z"].clone()
+    arguments["z"][3, 1, 5] += 1e-3
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_as_accurate(compute(arguments, "triton")[1].float(), truth[1], peer[1].float())
+
+
+def test_the_same_bits_every_time(device):
+    arguments = {name: value.to(device) for name, value in make(700, 3, 24).items()}
+    first = compute(arguments, "triton")
+    for _ in range(2):
+        assert all(torch.equal(a, b) for a, b in zip(first, compute(arguments, "triton"), strict=True))
+
+
+def test_compiles_and_refuses_float64(device):
+    arguments = {name: value.to(device) for name, value in make(9, 2, 24).items()}
+
+    def total(z, scale):
+        return ops.unit_moments(z, scale, None, backend="triton")[0] + 1
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    assert torch.equal(
+        compiled(arguments["z"], arguments["scale"]), total(arguments["z"], arguments["scale"])
+    )
+    with pytest.raises(ValueError, match="float64; use backend='torch'"):
+        compute({**arguments, "z": arguments["z"].double()}, "triton")
+
+
+@pytest.mark.parametrize("width", [16, 64, 72, 80, 96, 104, 112, 128])
+def test_columns_are_covered_by_two_tiles(width):
+    main = triton_unit_moments.main_width(width)
+    tail = triton_unit_moments.tail_width(width, main)
+    assert main <= width
+    assert width + 2 <= main + tail
+    assert tail == 16 or tail < 2 * (width + 2 - main)
+
+
+@gpu_only
+def test_a_small_variance_far_from_the_origin_survives_16_bits(device):
+    arguments = {name: value.to(device) for name, value in make(4096, 2, 64, dtype=torch.bfloat16).items()}
+    truth, got = compute(arguments, "truth"), compute(arguments, "triton")
+    error = (got[1] - truth[1]).norm() / truth[1].norm()
+    assert error < 1e-4  # a plain bfloat16 product would leave 2e-3
+
+
+@gpu_only
+def test_tf32_stays_inside_its_bound(device):
+    arguments = {name: value.to(device) for name, value in make(1024, 2, 80).items()}
+    torch.set_float32_matmul_precision("high")
+    try:
+        got = compute(arguments, "triton")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    truth = compute(arguments, "truth")
+    assert (got[1] - truth[1]).norm() <= 2e-3 * truth[1].norm()
+
+
+@gpu_only
+def test_offsets_past_two_to_the_31(device):
+    if torch.cuda.mem_get_info()[0] < 10 << 30:
+        pytest.skip("needs 10 GB of free device memory")
+    rows = (1 << 31) // (32 * 64) + 64
+    z = torch.zeros(rows, 32, 64, dtype=torch.bfloat16, device=device)
+    z[-64:] = 1
+    total, moment = ops.unit_moments(z, None, None, backend="triton")
+    assert torch.all(total[:, :64] == 64)
+    assert torch.all(moment[:, :64, :64] == 64)
