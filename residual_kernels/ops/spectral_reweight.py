@@ -29,7 +29,9 @@ def _spectral_reweight(
     if weight_index is not None and weight_index.device.type == "cpu" and len(weight_index):
         low, high = int(weight_index.min()), int(weight_index.max())
         if low < 0 or high >= len(weight):
-            raise ValueError(f"weight_index runs from {low} to {high}, but there are T = {len(weight)} weights")
+            raise ValueError(
+                f"weight_index runs from {low} to {high}, but there are T = {len(weight)} weights"
+            )
     return backends.load(backend).spectral_reweight_forward(
         z, scale, mean, weight, weight_index, tensors, sizes
     )

@@ -1,0 +1,124 @@
+// The extension module residual_kernels._cpp: names, checks, and letting go of the GIL. Arrays arrive as addresses with
+// sizes and strides counted in elements; the Python side keeps them alive and allocates every output.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace residual_kernels;
+
+namespace {
+
+using Strides = std::array<int64_t, 3>;
+
+const Kernels& kernels_of(int set) {
+  if (set < 0 || set >= INSTRUCTION_SETS) throw std::invalid_argument("no instruction set number " + std::to_string(set));
+  if (const char* reason = why_not(static_cast<InstructionSet>(set)))
+    throw std::runtime_error(std::string(name_of(static_cast<InstructionSet>(set))) + " cannot run here: " + reason);
+  return *kernels(static_cast<InstructionSet>(set));
+}
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void check(bool fine, const char* message) {
+  if (!fine) throw std::invalid_argument(message);
+}
+
+Reweight common_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
+                   uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
+                   uintptr_t weight_index) {
+  const auto [N, R, C, D, J, T, blocks] = sizes;
+  check(N >= 0 && R >= 1 && C >= 0 && D >= 0 && J >= 0 && T >= 0 && blocks >= 1, "a size is negative");
+  check(dtype >= FLOAT32 && dtype <= BFLOAT16, "unknown data type");
+  for (uintptr_t address : {units[0], units[1]}) check(address != 0, "blocks or offsets are missing");
+  for (int i = 2; i < 7; ++i) check(units[i] != 0 || J * C * D == 0, "a packed constant is missing");
+  check(z != 0 || N * C == 0, "z is missing");
+  Reweight x{};
+  x.units = Units{R, C, D, J, blocks, at<const int64_t>(units[0]), at<const int64_t>(units[1]), at<const void>(units[2]),
+                  at<const void>(units[3]), at<const void>(units[4]), at<const void>(units[5]), at<const void>(units[6])};
+  x.dtype = static_cast<DataType>(dtype);
+  x.N = N;
+  x.T = T;
+  x.z = Array3{at<const void>(z), {z_strides[0], z_strides[1], z_strides[2]}};
+  x.scale = at<const void>(scale);
+  x.mean = at<const void>(mean);
+  x.weight = at<const void>(weight);
+  x.weight_index = at<const int64_t>(weight_index);
+  x.threads = threads;
+  if (x.weight_index)
+    for (int64_t n = 0; n < N; ++n)
+      if (x.weight_index[n] < 0 || x.weight_index[n] >= T)
+        throw py::index_error("weight_index[" + std::to_string(n) + "] is " + std::to_string(x.weight_index[n]) +
+                              ", not in [0, T) with T = " + std::to_string(T));
+  return x;
+}
+
+const Kernels& reweight_kernels(int set, int dtype) {
+  check(set != AMX || dtype == BFLOAT16, "AMX multiplies bfloat16 alone");
+  return kernels_of(set);
+}
+
+void forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
+             uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
+             uintptr_t weight_index, uintptr_t y) {
+  const Kernels& chosen = reweight_kernels(set, dtype);
+  Forward call{common_of(dtype, threads, sizes, units, z, z_strides, scale, mean, weight, weight_index), at<void>(y)};
+  py::gil_scoped_release unlocked;
+  if (!chosen.forward(call)) throw std::bad_alloc();
+}
+
+void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
+              uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
+              uintptr_t weight_index, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight, uintptr_t dz,
+              uintptr_t dscale, uintptr_t dmean) {
+  const Kernels& chosen = reweight_kernels(set, dtype);
+  Backward call{common_of(dtype, threads, sizes, units, z, z_strides, scale, mean, weight, weight_index),
+                Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}},
+                at<void>(dweight), at<void>(dz), at<void>(dscale), at<void>(dmean)};
+  py::gil_scoped_release unlocked;
+  if (!chosen.backward(call)) throw std::bad_alloc();
+}
+
+void moments(int set, int dtype, int threads, const Strides& sizes, uintptr_t z, const Strides& z_strides,
+             uintptr_t scale, uintptr_t mean, uintptr_t shift, uintptr_t total, uintptr_t moment) {
+  const Kernels& chosen = kernels_of(set);
+  const auto [N, R, C] = sizes;
+  check(N >= 0 && R >= 0 && C >= 0, "a size is negative");
+  check(dtype >= FLOAT32 && dtype <= BFLOAT16, "unknown data type");
+  Moments call{static_cast<DataType>(dtype), N, R, C, Array3{at<const void>(z), {z_strides[0], z_strides[1], z_strides[2]}},
+               at<const void>(scale), at<const void>(mean), at<const double>(shift), at<double>(total), at<double>(moment),
+               threads};
+  py::gil_scoped_release unlocked;
+  if (!chosen.moments(call)) throw std::bad_alloc();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpp, module) {
+  module.doc() = "Loops of the CPU backend; call residual_kernels.ops instead.";
+  module.def("forward", &forward);
+  module.def("backward", &backward);
+  module.def("moments", &moments);
+  module.def("layout", [](int set) {
+    const Kernels& chosen = kernels_of(set);
+    return py::make_tuple(chosen.vector_bytes, chosen.vectors_in_panel);
+  });
+  module.def("instruction_sets", [] {
+    py::dict reasons;  // name -> why it cannot run here, or None
+    for (int set = 0; set < INSTRUCTION_SETS; ++set) {
+      const char* reason = why_not(static_cast<InstructionSet>(set));
+      reasons[name_of(static_cast<InstructionSet>(set))] = reason ? py::cast(reason) : py::none();
+    }
+    return reasons;
+  });
+}

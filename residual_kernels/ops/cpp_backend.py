@@ -1,0 +1,305 @@
+"""The operators in compiled C++ on CPU tensors (csrc/), on the widest vectors the processor has.
+
+This file lays the constants out, allocates results and hands addresses over; the loops never allocate tensors. float64
+computes in float64, everything else in float32: bfloat16 is widened and rounded while it is read and written, float16
+goes through a float32 copy. Results do not depend on the number of threads (torch.get_num_threads() of them are used).
+
+Units with many coordinates (an MLP's, the embedding's) and many rows are cheaper folded: weight, proj and basis of a
+unit are multiplied first, and the rows pass through that one [C, D] matrix. These products are torch's own, a unit at a
+time.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from residual_kernels import _cpp
+
+ENVIRONMENT_VARIABLE = "RESIDUAL_KERNELS_INSTRUCTION_SET"
+INSTRUCTION_SETS = (
+    "portable",
+    "avx2",
+    "avx512",
+    "amx",
+)  # slow to fast; the position is the extension's number
+_BY_NAME = ("amx",)  # taken only when asked for
+FOLDED_PAYS = 0.75  # the folded route is taken below this share of the direct route's FLOP
+FOLDED_WIDTH = (
+    128  # and for units of at least so many coordinates: one product per unit must fill the machine
+)
+BLOCK = 256  # components that stay in cache between the two products, at most
+_TILE = 32  # bfloat16 numbers in a row of an AMX tile; a tile has 16 rows
+_DIRECT_TENSORS = 7  # of a pack; two more are there where the folded route may pay
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+def instruction_set() -> tuple[str, dict[str, str]]:
+    """The instruction set in use, and for each faster one why it is not.
+
+    RESIDUAL_KERNELS_INSTRUCTION_SET chooses one by name (for tests and comparisons); RuntimeError where it cannot run.
+    """
+    reasons = _cpp.instruction_sets()
+    asked = os.environ.get(ENVIRONMENT_VARIABLE)
+    if asked is None:
+        chosen = [name for name in INSTRUCTION_SETS if reasons[name] is None and name not in _BY_NAME][-1]
+    elif asked not in INSTRUCTION_SETS:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE} is {asked!r}; choose one of {', '.join(INSTRUCTION_SETS)}"
+        )
+    elif reasons[asked] is not None:
+        raise RuntimeError(f"{ENVIRONMENT_VARIABLE} asks for {asked}, but {reasons[asked]}")
+    else:
+        chosen = asked
+    if asked is None:
+        by_name = f"so far it has run in emulation only; {ENVIRONMENT_VARIABLE}={{}} takes it"
+        others = {name: by_name.format(name) for name in _BY_NAME}
+    else:
+        others = dict.fromkeys(INSTRUCTION_SETS, f"{ENVIRONMENT_VARIABLE} asks for {chosen}")
+    faster = INSTRUCTION_SETS[INSTRUCTION_SETS.index(chosen) + 1 :]
+    return chosen, {name: reasons[name] or others[name] for name in faster}
+
+
+def _number() -> int:
+    """The instruction set in use, as the extension numbers it."""
+    return INSTRUCTION_SETS.index(instruction_set()[0])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _blocks(bounds: list[int], most: int, step: int) -> list[tuple[int, int, int, int, int]]:
+    """Components cut into blocks of at most `most`: runs of whole units, or a piece of one larger unit.
+
+    A block is (first, last+1, first unit, last+1 unit, first when every earlier block is padded to `step`).
+    """
+    blocks = []
+    start = 0  # first unit of the block being filled
+    for unit in range(len(bounds) - 1):
+        low, high = bounds[unit], bounds[unit + 1]
+        if high - bounds[start] > most and start < unit:
+            blocks.append((bounds[start], low, start, unit))
+            start = unit
+        if high - low > most:
+            pieces = -(-(high - low) // most)
+            cuts = [low + (high - low) * piece // pieces for piece in range(pieces + 1)]
+            blocks += [(a, b, unit, unit + 1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+            start = unit + 1
+    if start < len(bounds) - 1:
+        blocks.append((bounds[start], bounds[-1], start, len(bounds) - 1))
+    padded = [0]
+    for low, high, _, _ in blocks:
+        padded.append(padded[-1] + _up(high - low, step))
+    return [(*block, at) for block, at in zip(blocks, padded[:-1], strict=True)]
+
+
+def _up(count: int, step: int) -> int:
+    return -(-count // step) * step
+
+
+def _in_panels(basis: Tensor, blocks: list, dtype: torch.dtype, lanes: int, panel: int) -> Tensor:
+    """Per block: panels of `panel` columns, each [components, panel]; the last as wide as whole vectors need."""
+    components, dim = basis.shape
+    padded_dim = _up(dim, lanes)
+    panels = basis.new_zeros(components * padded_dim, dtype=dtype)
+    whole = dim // panel * panel  # columns in full panels
+    for low, high, *_ in blocks:
+        count = high - low
+        block = panels[low * padded_dim : high * padded_dim]
+        full, rest = block[: count * whole], block[count * whole :]
+        in_panels = basis[low:high, :whole].reshape(count, whole // panel, panel)
+        full.view(whole // panel, count, panel).copy_(in_panels.transpose(0, 1))
+        rest.view(count, padded_dim - whole)[:, : dim - whole] = basis[low:high, whole:]
+    return panels
+
+
+def _in_tiles(basis: Tensor, blocks: list) -> Tensor:
+    """Per block, in tiles of 16 x 32: its transpose (dimensions by components) for forward, itself for backward."""
+    dim = basis.shape[1]
+    padded_dim = _up(dim, _TILE)
+    parts = []
+    for low, high, *_ in blocks:
+        block = basis.new_zeros(_up(high - low, _TILE), padded_dim)
+        block[: high - low, :dim] = basis[low:high]
+        for matrix in (block.T, block):
+            rows, columns = matrix.shape
+            tiles = matrix.reshape(rows // 16, 16, columns // _TILE, _TILE).transpose(1, 2)
+            parts.append(tiles.reshape(-1))
+    return torch.cat(parts)
+
+
+def pack(
+    proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
+) -> tuple[list[Tensor], list[int]]:
+    """Tensors (blocks [B, 5], unit_offsets, proj [J, C padded], basis in panels, bias, slope, offset; then proj and
+    basis as they came where the folded route may pay) and sizes (instruction set, C, D, J). proj and basis become
+    float32 (float64 stays), padded to whole vectors with zeros; for AMX basis stays bfloat16, in tiles."""
+    number = _number()
+    tiled = INSTRUCTION_SETS[number] == "amx" and proj.dtype == torch.bfloat16
+    if INSTRUCTION_SETS[number] == "amx" and not tiled:
+        number = INSTRUCTION_SETS.index("avx512")  # AMX multiplies bfloat16 alone
+    vector_bytes, vectors = _cpp.layout(number)
+    dtype = _wide(proj.dtype)
+    lanes = vector_bytes // dtype.itemsize
+    (components, width), dim = proj.shape, basis.shape[1]
+    padded = proj.new_zeros(components, _up(width, lanes), dtype=dtype)
+    padded[:, :width] = proj
+    blocks = _blocks(unit_offsets.tolist(), 2 * BLOCK if tiled else BLOCK, _TILE if tiled else 1)
+    panels = _in_tiles(basis, blocks) if tiled else _in_panels(basis, blocks, dtype, lanes, lanes * vectors)
+    table = torch.tensor(blocks, dtype=torch.int64)
+    vectors_of_j = [x.contiguous() for x in (bias, slope, offset)]
+    tensors = [table, unit_offsets.contiguous(), padded, panels, *vectors_of_j]
+    if _folding_saves(1 << 40, unit_offsets.numel() - 1, width, dim, components, proj.dtype):
+        tensors += [proj, basis]
+    return tensors, [number, width, dim, components]
+
+
+def _folding_saves(rows: int, units: int, width: int, dim: int, components: int, dtype: torch.dtype) -> bool:
+    """Whether the folded route needs clearly fewer FLOP than the direct one: the same rule forward and backward."""
+    direct = rows * components * (width + dim)
+    folded = (rows * units + components) * width * dim
+    return width >= FOLDED_WIDTH and dtype in (torch.float32, torch.float64) and folded < FOLDED_PAYS * direct
+
+
+def _folds(
+    z: Tensor, weight: Tensor, weight_index: Tensor | None, tensors: list[Tensor], sizes: list[int]
+) -> bool:
+    _, width, dim, components = sizes
+    if len(weight) != 1 or weight_index is not None or len(tensors) == _DIRECT_TENSORS:
+        return False
+    return _folding_saves(z.shape[0], z.shape[1], width, dim, components, z.dtype)
+
+
+def _folded_forward(z, scale, mean, weight, tensors) -> Tensor:
+    """y = scale * (z F + bias + mean * slope) - offset with F, bias, slope, offset folded over the components."""
+    _, offsets, _, _, *constants, proj, basis = tensors
+    bias, slope, offset = ((weight * x) @ basis for x in constants)  # each [1, D]
+    y = bias.repeat(len(z), 1)
+    bounds = offsets.tolist()
+    for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        y.addmm_(z[:, unit], proj[low:high].T @ (weight[0, low:high, None] * basis[low:high]))
+    if mean is not None:
+        y.addcmul_(mean[:, None], slope)
+    if scale is not None:
+        y *= scale[:, None]
+    y -= offset
+    return y.unsqueeze(0)
+
+
+def _folded_dweight(dy, z, scale, mean, tensors) -> Tensor:
+    """dweight[j] = basis[j] . sum_n c[n,j] dy[n], the sum taken before the components are read from it."""
+    _, offsets, _, _, *constants, proj, basis = tensors
+    bias, slope, offset = constants
+    scaled = dy[0] if scale is None else scale[:, None] * dy[0]
+    dweight = (basis @ scaled.sum(0)) * bias - (basis @ dy[0].sum(0)) * offset
+    if mean is not None:
+        dweight += (basis @ (mean @ scaled)) * slope
+    bounds = offsets.tolist()
+    for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        fold = z[:, unit].T @ scaled  # [C, D]
+        dweight[low:high] += ((proj[low:high] @ fold) * basis[low:high]).sum(1)
+    return dweight.unsqueeze(0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _common(z, scale, mean, weight, weight_index, tensors, sizes) -> tuple[list, list[Tensor | None]]:
+    """The arguments that forward and backward share, and what must stay alive while they run."""
+    number, width, dim, components = sizes
+    kept = [None if x is None else x.contiguous() for x in (scale, mean, weight, weight_index)]
+    arguments = [
+        number,
+        _DTYPES[z.dtype],
+        torch.get_num_threads(),
+        [z.shape[0], z.shape[1], width, dim, components, weight.shape[0], tensors[0].shape[0]],
+        [x.data_ptr() for x in tensors[:_DIRECT_TENSORS]],
+        z.data_ptr(),
+        z.stride(),
+        *map(_address, kept),
+    ]
+    return arguments, kept
+
+
+def spectral_reweight_forward(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    tensors: list[Tensor],
+    sizes: list[int],
+) -> Tensor:
+    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]."""
+    if z.dtype == torch.float16:
+        y = spectral_reweight_forward(z.float(), scale, mean, weight, weight_index, tensors, sizes)
+        return y.to(z.dtype)
+    if _folds(z, weight, weight_index, tensors, sizes):
+        return _folded_forward(z, scale, mean, weight, tensors)
+    lead = (len(z),) if weight_index is not None else (len(weight), len(z))
+    y = z.new_empty(*lead, sizes[2])
+    arguments, _kept = _common(z, scale, mean, weight, weight_index, tensors, sizes)
+    _cpp.forward(*arguments, y.data_ptr())
+    return y
+
+
+def spectral_reweight_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    tensors: list[Tensor],
+    sizes: list[int],
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The wanted ones of (dweight, dz, dscale, dmean), in this order."""
+    if z.dtype == torch.float16:
+        grads = spectral_reweight_backward(
+            dy.float(), z.float(), scale, mean, weight, weight_index, tensors, sizes, wanted
+        )
+        return [g.to(z.dtype) if g.shape == z.shape else g for g in grads]
+    if wanted == [True, False, False, False] and _folds(z, weight, weight_index, tensors, sizes):
+        return [_folded_dweight(dy, z, scale, mean, tensors)]
+    least = _wide(z.dtype)
+    shapes = (weight.shape, z.shape, z.shape[:1], z.shape[:1])
+    dtypes = (least, z.dtype, least, least)
+    grads = [
+        z.new_empty(shape, dtype=dtype) if want else None
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+    ]
+    if dy.ndim == 2:
+        dy = dy.unsqueeze(0)
+    arguments, _kept = _common(z, scale, mean, weight, weight_index, tensors, sizes)
+    _cpp.backward(*arguments, dy.data_ptr(), dy.stride(), *map(_address, grads))
+    return [grad for grad in grads if grad is not None]
+
+
+def unit_moments(
+    z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sums and second moments of l - shift. 512 rows at a time are summed in float32 (float64 for float64 z)."""
+    if z.dtype == torch.float16:
+        z = z.float()
+    _, units, width = z.shape
+    scale, mean = (None if x is None else x.to(_wide(z.dtype)).contiguous() for x in (scale, mean))
+    shift = shift.contiguous()
+    total = torch.empty(units, width + 2, dtype=torch.float64)
+    moment = torch.empty(units, width + 2, width + 2, dtype=torch.float64)
+    _cpp.moments(
+        _number(),
+        _DTYPES[z.dtype],
+        torch.get_num_threads(),
+        z.shape,
+        z.data_ptr(),
+        z.stride(),
+        _address(scale),
+        _address(mean),
+        shift.data_ptr(),
+        total.data_ptr(),
+        moment.data_ptr(),
+    )
+    return total, moment

@@ -1,0 +1,84 @@
+"""What the distributions hold: the sdist all sources, the wheel the package and its extension and nothing else."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytest.importorskip("build")
+pytest.importorskip("setuptools")
+pytest.importorskip("pybind11")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The sdist of this tree and the wheel built from that sdist, as paths."""
+    out = tmp_path_factory.mktemp("dist")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--skip-dependency-check",
+            "--outdir",
+            str(out),
+            str(ROOT),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel, done.stdout + done.stderr
+
+
+def test_sdist_holds_every_source(distributions):
+    with tarfile.open(distributions[0]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
+    sources |= {str(path.relative_to(ROOT)) for path in (ROOT / "residual_kernels").rglob("*.py")}
+    assert sources <= names, sorted(sources - names)
+    assert {"setup.py", "pyproject.toml"} <= names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_wheel_holds_the_package_and_the_extension(distributions):
+    _, wheel, log = distributions
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        extension = [name for name in names if name.startswith("residual_kernels/_cpp.")]
+        metadata = archive.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert "residual_kernels/ops/cpp_backend.py" in names
+    assert "residual_kernels/py.typed" in names
+    packaged = ("residual_kernels/", "residual_kernels-")
+    assert not [name for name in names if not name.startswith(packaged)], (
+        "only the package itself is installed"
+    )
+    assert not [name for name in names if name.endswith((".cpp", ".h"))]
+    assert "Name: residual-kernels" in metadata
+    if not extension:  # no compiler here: the wheel is pure, and the build has said so
+        assert "the CPU extension was not built" in log
+        return
+    assert len(extension) == 1
+    assert "any" not in wheel.name.rpartition("-")[2]
+
+
+def test_without_a_compiler_it_installs_as_pure_python(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-base", str(tmp_path)],
+        cwd=ROOT,
+        env={"PATH": "/nonexistent", "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("residual_kernels:")]
+    assert "not built" in line
+    assert "torch backend" in line
+    assert list(tmp_path.rglob("cpp_backend.py"))
+    assert not list(tmp_path.rglob("*.so"))
