@@ -4,7 +4,10 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint clean
+RESULTS ?= build/gpu
+PART ?= tests
+
+.PHONY: demo test lint gpu sanitize clean
 
 demo: $(INSTALLED)  ## the main job on real handwritten digits, offline
 	$(BIN)/residual-kernels demo
@@ -15,6 +18,14 @@ test: $(INSTALLED) lint  ## everything that guards main
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|core|wide
+	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)
+
+sanitize: $(INSTALLED)  ## the operator tests on every instruction set, emulated, under ASan and UBSan (about 4 minutes)
+	RESIDUAL_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	EXTENSION_UNDER_TEST=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	$(BIN)/pytest -q -o pythonpath="tests build/sanitize/lib" tests/test_cpp_backend.py -k "not 1792 and not opcheck"
 
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
