@@ -4,6 +4,7 @@ Every module here wraps a tower, is called like it, returns what it returns, and
 :class:`TowerAdapter`; what differs is how the embedding y is made from the tower's terms (z, s, m and the output).
 """
 
+import abc
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
@@ -45,7 +46,7 @@ def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> n
     return nn.Parameter(value.to(device=like.device, dtype=dtype))
 
 
-class TowerAdapter(nn.Module):
+class TowerAdapter(nn.Module, abc.ABC):
     """An image tower whose embedding is made anew from its units. Base of the modules below.
 
     Called like the tower, with images [N, 3, H, W], it returns y [N, D] in the output's dtype, or (y, tokens) where the
@@ -200,8 +201,9 @@ class TowerAdapter(nn.Module):
         """Kinds that from_units cannot do without."""
         return self.kinds
 
+    @abc.abstractmethod
     def _embed(self, batch: Terms) -> Tensor:
-        raise NotImplementedError  # pragma: no cover (every public subclass has one)
+        """y [N, D] from a batch's terms."""
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         batch = self.collect(images)

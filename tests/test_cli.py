@@ -78,7 +78,7 @@ def test_the_whole_way(run, digits, tmp_path):
     assert code == 0, err
     seen = json.loads((tmp_path / "v.json").read_text())
     assert seen["images"] == 80
-    assert seen["accuracy"] > seen["base_accuracy"] + 0.05
+    assert seen["accuracy"] > max(seen["base_accuracy"], 0.8)
     assert list(seen["class_accuracy"]) == sorted(demo.DIGITS)
 
     flat = tmp_path / "new"
