@@ -28,6 +28,7 @@ from residual_kernels.zeroshot import ZeroShotHead
 HEAD, CLASSES = "head.safetensors", "classes.json"  # beside an adapter that `fit` wrote
 CLASSES_WHAT = "list of class folders"
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+BUNDLED_TEMPLATES = ("a {}",)  # what its captions say of anything, drawn or photographed
 app = typer.Typer(
     help=__doc__,
     no_args_is_help=True,
@@ -313,7 +314,7 @@ def fit_command(
     if prototypes:
         head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
     else:
-        default = _bundled_templates() if model == sources.BUNDLED else DEFAULT_TEMPLATES
+        default = BUNDLED_TEMPLATES if model == sources.BUNDLED else DEFAULT_TEMPLATES
         head = ZeroShotHead.from_text(clip, tokenizer, names, sources.templates(templates, default))
     fitted = None
     if method.needs_bases or rest is Rest.mean:
@@ -350,12 +351,6 @@ def fit_command(
 def _difference(a: tuple[str, ...], b: tuple[str, ...]) -> str:
     only = sorted(set(a) ^ set(b))
     return ", ".join(only[:5]) if only else "the same names in another order"
-
-
-def _bundled_templates() -> tuple[str, ...]:
-    from residual_kernels.demo import TEMPLATES
-
-    return TEMPLATES
 
 
 def _bases_for(file: Path | None, tower, training: UnitCache, kinds: tuple[str, ...]) -> SpectralBases:
