@@ -7,9 +7,9 @@ import sys
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from residual_kernels import cli, demo
+from residual_kernels.cli import printing
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +31,8 @@ def digits(tmp_path_factory):
 @pytest.fixture
 def run(capsys, monkeypatch):
     """Runs the program in this process: (exit code, stdout, stderr)."""
-    monkeypatch.setattr(cli, "out", Console(width=200, markup=False, highlight=False))
-    monkeypatch.setattr(cli, "err", Console(stderr=True, width=200, markup=False, highlight=False))
+    for console in (printing.out, printing.err):
+        monkeypatch.setattr(console, "width", 200)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["residual-kernels", *map(str, arguments)])

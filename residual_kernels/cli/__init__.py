@@ -1,0 +1,38 @@
+"""The command line: one program whose commands are the library's main steps, each usable on its own."""
+
+import sys
+
+import typer
+
+from residual_kernels.cli import encoding, fitting, story, using
+from residual_kernels.cli.printing import err
+
+app = typer.Typer(
+    help=__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(story.doctor)
+app.command()(story.demo)
+app.command("encode")(encoding.encode_command)
+app.command()(encoding.bases)
+app.command("fit")(fitting.fit_command)
+app.command("eval")(using.eval_command)
+app.command()(using.predict)
+
+
+def main() -> None:
+    """Entry point: bad input ends with exit code 2 and one clear line."""
+    try:
+        app()
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        text = str(error)
+        if (
+            "Original Traceback" in text
+        ):  # from a process that reads images: its last line says what went wrong
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        text = " ".join(text.split())
+        err.print(f"error: {text}", style="red", soft_wrap=True)
+        sys.exit(2)

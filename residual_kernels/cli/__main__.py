@@ -1,0 +1,3 @@
+from residual_kernels.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""The options that several commands share, each declared once."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Option(help="an open_clip model name, or `bundled`")]
+Pretrained = Annotated[
+    str | None, typer.Option(help="an open_clip tag, a local checkpoint, or `none` for random weights")
+]
+Data = Annotated[
+    Path, typer.Option(help="an ImageFolder directory, or a zip of one (photos.zip/train works too)")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")]
+Batch = Annotated[int, typer.Option(min=1, help="images per batch while encoding")]
+Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU when there is one")]
+ClassNames = Annotated[
+    str | None, typer.Option(help="file with a class name a line, in the folders' sorted order")
+]
+Templates = Annotated[
+    str | None, typer.Option(help="file with a template a line, or open_clip's `openai` or `simple`")
+]
+Adapter = Annotated[Path, typer.Option(help="the folder that `fit` wrote")]
+
+
+class Kind(str, Enum):
+    head = "head"
+    mlp = "mlp"
+    emb = "emb"
+
+
+class Rest(str, Enum):
+    zero = "zero"
+    sum = "sum"
+    mean = "mean"
+
+
+class DType(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"

@@ -1,0 +1,122 @@
+"""eval and predict: what a kept adapter is for."""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from residual_kernels import sources, train
+from residual_kernels.adapter import load_adapter
+from residual_kernels.cache import UnitCache
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, cached, labelled, loader_of, prepare
+from residual_kernels.cli.options import Adapter, Batch, Data, Device, Json, Model, Pretrained, Workers
+from residual_kernels.cli.printing import bar, out, write_numbers
+from residual_kernels.files import atomic_path, read_json
+from residual_kernels.methods import identity
+from residual_kernels.zeroshot import ZeroShotHead
+
+
+def _fitted(model, pretrained, device, adapter_folder: Path):
+    """The model with a kept adapter, and its head."""
+    clip, preprocess, _ = prepare(model, pretrained, device)
+    adapter = load_adapter(clip.visual, adapter_folder)
+    for name in (HEAD, CLASSES):
+        if not (adapter_folder / name).is_file():
+            raise FileNotFoundError(
+                f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
+            )
+    return adapter, ZeroShotHead.load(adapter_folder / HEAD), preprocess
+
+
+def _aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
+    """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent."""
+    if cache.class_names is None:
+        raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
+    foreign = [name for name in cache.class_names if name not in folders]
+    if foreign:
+        raise ValueError(
+            f"{data} has classes that the adapter was not fitted to: {', '.join(foreign[:5])}; it knows "
+            f"{', '.join(folders[:5])}{' ...' if len(folders) > 5 else ''}"
+        )
+    cache.labels = torch.tensor([folders.index(name) for name in cache.class_names])[cache.labels]
+    return cache
+
+
+def eval_command(
+    adapter: Adapter,
+    data: Data,
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
+    module, head, preprocess = _fitted(model, pretrained, device, adapter)
+    folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
+    kinds = getattr(module, "adapted", ())
+    cache = cached(module.tower, labelled(data, preprocess), kinds, "encoding", batch_size, workers)
+    cache = _aligned(cache, folders, data)
+    before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
+    table = Table("class", "images", "without", "with", title=f"{data}")
+    counts = torch.bincount(cache.labels, minlength=len(head.class_names)).tolist()
+    for index, name in enumerate(head.class_names):
+        table.add_row(
+            name,
+            str(counts[index]),
+            f"{before.class_accuracy[index]:.3f}",
+            f"{after.class_accuracy[index]:.3f}",
+        )
+    table.add_section()
+    table.add_row("all", str(after.count), f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")
+    out.print(table)
+    write_numbers(
+        json_file,
+        {
+            "images": after.count, "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
+            "class_accuracy": dict(zip(head.class_names, after.class_accuracy.tolist(), strict=True)),
+        },
+    )  # fmt: skip
+
+
+def predict(
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help="a folder of images, flat or nested, or a zip of one")],
+    out_file: Annotated[Path, typer.Option("--out", help="the CSV to write: image, label, probability")],
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Label new images: a CSV of image, label and probability."""
+    module, head, preprocess = _fitted(model, pretrained, device, adapter)
+    images = sources.ImageFiles(data, preprocess, labelled=False)
+    with bar("reading", len(images)) as step:
+        loader = loader_of(images, batch_size, workers)
+        place = next(module.tower.parameters()).device
+
+        def batches():
+            for batch, _ in loader:
+                yield batch.to(place)
+                step(len(batch))
+
+        found = train.predict(module, head, batches())
+    with atomic_path(out_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "probability"])
+        for name, label, row in zip(images.names, found.labels.tolist(), found.probabilities, strict=True):
+            writer.writerow([name, found.class_names[label], f"{row[label]:.6f}"])
+    counts = torch.bincount(found.labels, minlength=len(head.class_names)).tolist()
+    common = ", ".join(
+        f"{n} {name}" for n, name in sorted(zip(counts, head.class_names, strict=True), reverse=True)[:5]
+    )
+    out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
+    write_numbers(
+        json_file, {"images": len(images), "counts": dict(zip(head.class_names, counts, strict=True))}
+    )
