@@ -6,7 +6,7 @@ not a cache.
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -81,6 +81,13 @@ class UnitCache:
             mean=self.mean[rows].to(device),
             output=self.output[rows].to(device),
         )
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Terms]:
+        """The terms of all rows in order, at most `size` at a time."""
+        if size < 1:
+            raise ValueError(f"a batch holds at least one row; got size {size}")
+        for start in range(0, len(self), size):
+            yield self.terms(slice(start, start + size), device)
 
     def subset(self, rows: Tensor) -> "UnitCache":
         """A cache of some rows, in memory."""

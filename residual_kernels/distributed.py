@@ -1,0 +1,75 @@
+"""How do several processes share the work? torch.distributed as torchrun starts it, and nothing home-made.
+
+Without torchrun (no WORLD_SIZE in the environment) every function here answers for one process and does nothing.
+"""
+
+import datetime
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 1800.0  # seconds a process waits for one that is silent; one that died is noticed at once
+
+
+def initialise(timeout: float = TIMEOUT) -> bool:
+    """Joins the process group that torchrun describes in the environment; True when there are several processes.
+
+    gloo for tensors on the CPU and, where there are GPUs, nccl for those on a GPU; each process takes the GPU of its
+    LOCAL_RANK. A group that exists already is left as it is. Call `finish` at the end.
+    """
+    if not is_distributed() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+    return world() > 1
+
+
+def finish() -> None:
+    """Leaves the process group, if there is one."""
+    if is_distributed():
+        _control.cache_clear()
+        dist.destroy_process_group()
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(value: Any, timeout: float = TIMEOUT) -> list[Any]:
+    """Every process's `value` (numbers, strings, lists of them), by rank, once all have come here.
+
+    RuntimeError when a process has died, or does not come within `timeout` seconds.
+    """
+    if world() == 1:
+        return [value]
+    group = _control(dist.group.WORLD)
+    try:
+        dist.monitored_barrier(group, timeout=datetime.timedelta(seconds=timeout))
+        values: list[Any] = [None] * world()
+        dist.all_gather_object(values, value, group=group)
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"process {rank()} of {world()} waited for the others, and one has died or hangs: {first}"
+        ) from error
+    return values
+
+
+@functools.lru_cache(maxsize=1)
+def _control(_default: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A gloo group for small messages, whatever backend the tensors travel on."""
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
