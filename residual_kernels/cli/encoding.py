@@ -11,6 +11,7 @@ from residual_kernels.cache import DTYPES, encode
 from residual_kernels.cli.inputs import loader_of, prepare
 from residual_kernels.cli.options import Batch, Data, Device, DType, Json, Kind, Model, Pretrained, Workers
 from residual_kernels.cli.printing import bar, out, write_numbers
+from residual_kernels.images import open_images
 from residual_kernels.pca import fit_bases
 
 
@@ -30,7 +31,7 @@ def encode_command(
 ) -> None:
     """Run the tower over a folder of images once and keep its units."""
     clip, preprocess, _ = prepare(model, pretrained, device)
-    images = sources.ImageFiles(data, preprocess)
+    images = open_images(data, preprocess)
     chosen = tuple(kind.value for kind in kinds or [Kind.head])
     start = time.perf_counter()
     with bar("encoding", len(images)) as step:
@@ -61,7 +62,7 @@ def bases(
 ) -> None:
     """Fit the principal components of every unit on a folder of images (labels are not used)."""
     clip, preprocess, _ = prepare(model, pretrained, device)
-    images = sources.ImageFiles(data, preprocess, labelled=False)
+    images = open_images(data, preprocess, labelled=False)
     chosen = tuple(kind.value for kind in kinds or [Kind.head])
     start = time.perf_counter()
     with bar("fitting bases", len(images)) as step:

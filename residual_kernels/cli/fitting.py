@@ -6,7 +6,7 @@ from typing import Annotated
 import torch
 import typer
 
-from residual_kernels import sources, train
+from residual_kernels import prompts, sources, train
 from residual_kernels.adapter import CONFIG, save_adapter
 from residual_kernels.cache import UnitCache
 from residual_kernels.cli.inputs import (
@@ -95,7 +95,7 @@ def fit_command(
     folders = source.class_names
     if folders is None:
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
-    names = sources.class_names(class_names, folders)
+    names = prompts.class_names(class_names, folders)
 
     training = cached(tower, source, kinds, "encoding", batch_size, workers)
     if val is None:
@@ -113,7 +113,7 @@ def fit_command(
         head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
     else:
         default = BUNDLED_TEMPLATES if model == sources.BUNDLED else DEFAULT_TEMPLATES
-        head = ZeroShotHead.from_text(clip, tokenizer, names, sources.templates(templates, default))
+        head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, default))
     fitted = None
     if method.needs_bases or rest is Rest.mean:
         fitted = _bases_for(bases_file, tower, training, kinds)

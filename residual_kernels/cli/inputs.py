@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from residual_kernels import sources
 from residual_kernels.cache import MANIFEST, UnitCache, encode
 from residual_kernels.cli.printing import bar
+from residual_kernels.images import Images, open_images
 
 HEAD, CLASSES = "head.safetensors", "classes.json"  # beside an adapter that `fit` wrote
 CLASSES_WHAT = "list of class folders"
@@ -48,5 +49,5 @@ def cached(tower, images, kinds, title: str, batch_size: int, workers: int) -> U
         )  # fmt: skip
 
 
-def labelled(path: Path, preprocess: Callable) -> "UnitCache | sources.ImageFiles":
-    return UnitCache.load(path) if (path / MANIFEST).is_file() else sources.ImageFiles(path, preprocess)
+def labelled(path: Path, preprocess: Callable) -> UnitCache | Images:
+    return UnitCache.load(path) if (path / MANIFEST).is_file() else open_images(path, preprocess)

@@ -15,6 +15,7 @@ from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, cached, lab
 from residual_kernels.cli.options import Adapter, Batch, Data, Device, Json, Model, Pretrained, Workers
 from residual_kernels.cli.printing import bar, out, write_numbers
 from residual_kernels.files import atomic_path, read_json
+from residual_kernels.images import open_images
 from residual_kernels.methods import identity
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -96,7 +97,7 @@ def predict(
 ) -> None:
     """Label new images: a CSV of image, label and probability."""
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
-    images = sources.ImageFiles(data, preprocess, labelled=False)
+    images = open_images(data, preprocess, labelled=False)
     with bar("reading", len(images)) as step:
         loader = loader_of(images, batch_size, workers)
         place = next(module.tower.parameters()).device

@@ -1,0 +1,33 @@
+"""What every data set of images offers, wherever its images come from."""
+
+import abc
+from collections.abc import Callable
+
+from PIL.Image import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+
+class Images(Dataset, abc.ABC):
+    """Images read as (preprocessed image, label), in an order that never changes; the label is -1 where there is none.
+
+    Attributes:
+        names: of the images, in order.
+        class_names: names of the labels, or None where images are read without labels.
+        preprocess: PIL image -> tensor [3, H, W].
+    """
+
+    names: list[str]
+    class_names: tuple[str, ...] | None
+    preprocess: Callable[[Image], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abc.abstractmethod
+    def picture(self, index: int) -> tuple[Image, int]:
+        """The image itself, in RGB, and its label; a ValueError names the image when it cannot be read."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.picture(index)
+        return self.preprocess(image), label
