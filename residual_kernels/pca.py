@@ -1,8 +1,7 @@
 """Where bases come from: principal components of every unit from one streaming pass.
 
-A unit's output is x_u = l_u M_u + const with only C+2 numbers l = (s*z, s, s*m), so the second moment of l is all that
-PCA needs, whatever the output dimension D is. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the
-components. Sums run about the first batch's mean and end in float64; moments of two passes merge by Chan's update.
+A unit's output is x_u = l_u M_u + const, so the second moment of l (:mod:`residual_kernels.moments`) is all that PCA
+needs. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the components.
 """
 
 import os
@@ -13,68 +12,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import ops, towers
+from residual_kernels import towers
 from residual_kernels.cache import UnitCache
 from residual_kernels.decomposition import checked_batches
 from residual_kernels.files import load_tensors, save_tensors
+from residual_kernels.moments import Moments, MomentSum, StreamMoments
 from residual_kernels.towers import Terms, Tower, UnitLayout, UnitMaps
 
 OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
+PLACEMENTS = ("output", "stream")
 WHAT = "spectral bases file"
 # A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
 CONSTANT = 1e-24
 CACHED_ROWS = 1024  # rows of a cache taken at a time
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums that PCA of one kind needs; float64. count rows, mean [R, C+2], scatter [R, C+2, C+2] about the mean;
-    rows [R, C+2, D] (or [1, C+2, D], shared by all units) and constant [D] map l to the output space."""
-
-    count: int
-    mean: Tensor
-    scatter: Tensor
-    rows: Tensor
-    constant: Tensor
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Moments of both sets of rows (Chan, Golub and LeVeque 1979)."""
-        count = self.count + other.count
-        delta = other.mean - self.mean
-        outer = delta[:, :, None] * delta[:, None, :]
-        return replace(
-            self,
-            count=count,
-            mean=self.mean + delta * (other.count / count),
-            scatter=self.scatter + other.scatter + outer * (self.count * other.count / count),
-        )
-
-
-class MomentSum:
-    """Accumulates the moments of one kind over batches, about the first batch's mean."""
-
-    def __init__(self, rows: Tensor, constant: Tensor):
-        self.rows, self.constant = rows, constant
-        self.count = 0
-        self.shift = self.total = self.moment = None
-
-    def add(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
-        if self.shift is None:
-            total, _ = ops.unit_moments(z, scale, mean)
-            self.shift = total / len(z)
-            self.total = torch.zeros_like(total)
-            self.moment = total.new_zeros(*total.shape, total.shape[1])
-        total, moment = ops.unit_moments(z, scale, mean, self.shift)
-        self.count += len(z)
-        self.total += total
-        self.moment += moment
-
-    def moments(self) -> Moments:
-        offset = self.total / self.count
-        scatter = self.moment - self.count * offset[:, :, None] * offset[:, None, :]
-        return Moments(
-            self.count, (self.shift + offset).cpu(), scatter.cpu(), self.rows.cpu(), self.constant.cpu()
-        )
 
 
 @dataclass(frozen=True)
@@ -137,7 +87,8 @@ def _principal(moments: Moments) -> KindBases:
 class SpectralBases:
     """Means and principal components of a tower's units. Made by :func:`fit_bases`; immutable.
 
-    Units are named by layout index, by a layout row, or by (layer, head).
+    Units are named by layout index, by a layout row, or by (layer, head). With placement="stream" means and components
+    have model width instead of D, `tokens` says which tokens they were fitted over, and `count` counts these.
     """
 
     layout: UnitLayout
@@ -148,6 +99,8 @@ class SpectralBases:
     count: int
     parts: dict[str, KindBases]  # by kind, and OUTPUT
     moments: dict[str, Moments] | None = None
+    placement: str = "output"
+    tokens: str | None = None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -155,7 +108,8 @@ class SpectralBases:
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{kind}: {len(self.parts[kind].components)}" for kind in self.kinds)
-        return f"SpectralBases({self.tower}, {self.layout}, images={self.count}, components=({sizes}))"
+        rows = "images" if self.tokens is None else f"tokens ({self.tokens})"
+        return f"SpectralBases({self.tower}, {self.layout}, {rows}={self.count}, components=({sizes}))"
 
     def _find(self, unit) -> tuple[KindBases, int]:
         row = self.layout[self.layout.index(unit)]
@@ -190,7 +144,7 @@ class SpectralBases:
             raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {', '.join(missing)}")
 
         def pick(held: dict) -> dict:
-            return {kind: held[kind] for kind in (*towers.check_kinds(kinds), OUTPUT)}
+            return {kind: held[kind] for kind in (*towers.check_kinds(kinds), OUTPUT) if kind in held}
 
         return replace(
             self, parts=pick(self.parts), moments=None if self.moments is None else pick(self.moments)
@@ -254,6 +208,11 @@ class SpectralBases:
             raise ValueError("these bases come from two different towers (their checksums differ)")
         if self.kinds != other.kinds:
             raise ValueError(f"these bases hold different kinds: {self.kinds} and {other.kinds}")
+        if (self.placement, self.tokens) != (other.placement, other.tokens):
+            raise ValueError(
+                f"these bases are of two placements: {self.placement} (tokens: {self.tokens}) and "
+                f"{other.placement} (tokens: {other.tokens})"
+            )
         if self.moments is None or other.moments is None:
             raise ValueError(
                 "merging needs the moments of both bases; truncated bases, and files saved without moments=True, "
@@ -285,7 +244,7 @@ class SpectralBases:
         header = {
             "layers": self.layout.layers, "heads": self.layout.heads, "dim": self.dim, "width": self.width,
             "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
-            "moments": moments,
+            "moments": moments, "placement": self.placement, "tokens": self.tokens,
         }  # fmt: skip
         return save_tensors(path, tensors, WHAT, header)["sha256"]
 
@@ -320,6 +279,8 @@ class SpectralBases:
             layout=UnitLayout(header["layers"], header["heads"]),
             parts=parts,
             moments=moments,
+            placement=header.get("placement", "output"),
+            tokens=header.get("tokens"),
             **{name: header[name] for name in ("dim", "width", "tower", "checksum", "count")},
         )
 
@@ -360,6 +321,8 @@ def fit_bases(
     loader: "Iterable | UnitCache",
     kinds: Iterable[str] = ("head",),
     *,
+    placement: str = "output",
+    tokens: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> SpectralBases:
     """Fits the mean and principal components of every unit in one streaming pass; memory does not grow with the data.
@@ -369,21 +332,28 @@ def fit_bases(
         loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read. Or a UnitCache of
             this tower that holds the kinds: then the tower does not run.
         kinds: which units: "head", "mlp", "emb". The output's own basis is always fitted too, and alone with ().
+        placement: "output" for units as shares of the output, "stream" for heads where they enter the residual stream:
+            in model width, over tokens (a row is an image's token), from a loader alone.
+        tokens: of the stream: "all" (the default), "class" or "patches" (without class token and registers).
         progress: called with the number of images after every batch.
 
     Returns:
-        :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank), in float64, covariance
-        over n - 1. With fewer images than that the last ones have no variance: truncate by energy, or fit on more.
-        The result of two calls merges exactly: ``a.merge(b)``.
+        :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank; C in the stream), in
+        float64, covariance over n - 1. With fewer rows than that the last ones have no variance: truncate by energy, or
+        fit on more. The result of two calls merges exactly: ``a.merge(b)``.
 
     Raises:
-        ValueError: fewer than 2 images, or images the tower cannot take (NaN and Inf are named by index).
+        ValueError: fewer than 2 images (tokens in the stream), images the tower cannot take (NaN and Inf are named by
+            index), or arguments that do not go together.
 
     Deterministic for the same batches on the same machine; the tower is left bitwise as it was.
     """
     view = towers.view(towers.unwrap(tower))
     kinds = towers.check_kinds(kinds) if kinds else ()
+    check_placement(placement, tokens)
     view.check_mode()
+    if placement == "stream":
+        return _fit_in_stream(view, loader, kinds, tokens or "all", progress)
     sums = {}
     for kind in kinds:
         maps = view.maps(kind)
@@ -403,11 +373,42 @@ def fit_bases(
             progress(len(terms.output))
     if count < 2:
         raise ValueError(f"bases need at least 2 images to have a covariance; the loader gave {count}")
-    shell = SpectralBases(
+    return _from_moments(_shell(view), {kind: held.moments() for kind, held in sums.items()})
+
+
+def check_placement(placement: str, tokens: str | None) -> None:
+    """Raises ValueError for a placement that is none, or tokens where no token is adapted."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
+    if placement == "output" and tokens is not None:
+        raise ValueError(f'tokens={tokens!r} belongs to placement="stream"; the output has none')
+
+
+def _shell(view: Tower, **more) -> SpectralBases:
+    return SpectralBases(
         layout=view.layout, dim=view.dim, width=view.width, tower=view.name,
-        checksum=towers.checksum(view.module), count=count, parts={},
+        checksum=towers.checksum(view.module), count=0, parts={}, **more,
     )  # fmt: skip
-    return _from_moments(shell, {kind: held.moments() for kind, held in sums.items()})
+
+
+def _fit_in_stream(view: Tower, loader, kinds, tokens: str, progress) -> SpectralBases:
+    """Bases of every head in model width, over tokens."""
+    if kinds != ("head",):
+        raise ValueError(f'placement="stream" adapts heads; leave kinds out (got {kinds})')
+    if isinstance(loader, UnitCache):
+        raise ValueError(
+            "a cache keeps units at the pooled token alone; bases in the stream are fitted over tokens, so give a "
+            "loader of images"
+        )
+    sums = StreamMoments(view, tokens)
+    for images, _ in checked_batches(view, loader):
+        with torch.no_grad():
+            view.terms(images, (), sums, every_token=tokens != "class")
+        if progress is not None:
+            progress(len(images))
+    if sums.count < 2:
+        raise ValueError(f"bases need at least 2 tokens to have a covariance; the loader gave {sums.count}")
+    return _from_moments(_shell(view, placement="stream", tokens=tokens), {"head": sums.moments()})
 
 
 def _terms(view: Tower, source: "Iterable | UnitCache", kinds: tuple[str, ...]) -> Iterator[Terms]:

@@ -9,10 +9,13 @@ import hashlib
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from residual_kernels.towers.stream import Edit, OutProjection
 
 KINDS = ("emb", "head", "mlp")
 
@@ -130,6 +133,8 @@ class Tower(Protocol):
     width: int
     head_width: int
     dim: int  # D
+    class_token: bool  # whether the first token is one
+    prefix: int  # tokens before the patches: the class token, registers
 
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps: ...
 
@@ -137,7 +142,14 @@ class Tower(Protocol):
 
     def check_mode(self) -> None: ...
 
-    def terms(self, images: Tensor, kinds: Iterable[str]) -> Terms: ...
+    def terms(
+        self, images: Tensor, kinds: Iterable[str], edit: "Edit | None" = None, every_token: bool = False
+    ) -> Terms:
+        """`edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last
+        block computes all tokens even where the output depends on one."""
+        ...
+
+    def out_projection(self, layer: int) -> "OutProjection": ...
 
     def constant_parameters(self) -> dict[str, nn.Parameter]: ...
 

@@ -5,8 +5,9 @@ Blocks are run here, by structure, with `scaled_dot_product_attention`, for both
 is hooked, swapped or written: the tower is read.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from residual_kernels.towers import Terms, UnitLayout, UnitMaps, UnsupportedTowerError, check_kinds
+from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
 
 SUPPORTED = (
     "supported are pre-norm ViTs of open_clip's own VisionTransformer with class-token or average pooling: 54 of its "
@@ -111,11 +113,16 @@ def _head_inputs(attn: nn.Module, x: Tensor, pooled_only: bool) -> Tensor:
     return attn.ln_inner(out) if hasattr(attn, "ln_inner") else out
 
 
-def _block(block: nn.Module, x: Tensor, pooled_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _block(
+    block: nn.Module, x: Tensor, pooled_only: bool, edit: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """One pre-norm block: the stream after it, the head inputs z and the MLP's term, each [N, tokens or 1, width]."""
     z = _head_inputs(block.attn, block.ln_1(x), pooled_only)
     attended = F.linear(z, block.attn.out_proj.weight, block.attn.out_proj.bias)
-    x = (x[:, :1] if pooled_only else x) + (block.ls_1(attended) if hasattr(block, "ls_1") else attended)
+    attended = block.ls_1(attended) if hasattr(block, "ls_1") else attended
+    if edit is not None:
+        attended = edit(z.unflatten(2, (block.attn.num_heads, -1)), attended)
+    x = (x[:, :1] if pooled_only else x) + attended
     mlp = block.mlp(block.ln_2(x))
     mlp = block.ls_2(mlp) if hasattr(block, "ls_2") else mlp
     return x + mlp, z, mlp
@@ -127,6 +134,8 @@ class OpenClipTower:
 
     module: nn.Module
     name: str = "open_clip.VisionTransformer"
+    class_token: bool = True
+    prefix: int = 1
 
     def __post_init__(self):
         _check_structure(self.module)
@@ -170,19 +179,20 @@ class OpenClipTower:
             A = folded.expand(len(units), -1, -1)
             b = P.new_zeros(len(units), self.dim)
         else:
-            weights, biases = [], []
-            for layer, head in (divmod(unit, heads) for unit in units):
-                block = self.module.transformer.resblocks[layer]
-                out = block.attn.out_proj
-                gain = getattr(getattr(block, "ls_1", None), "gamma", None)
-                gain = P.new_ones(self.width) if gain is None else gain.double()
-                run = slice(head * self.head_width, (head + 1) * self.head_width)
-                weights.append(out.weight[:, run].double().T * gain)  # [C, width]
-                biases.append(gain * (0.0 if out.bias is None else out.bias.double() / heads))
-            A = torch.stack(weights) @ folded
-            b = torch.stack(biases) @ folded
+            layers_of = [divmod(unit, heads) for unit in units]
+            each = {
+                layer: stream_maps(self, layer) for layer in dict.fromkeys(layer for layer, _ in layers_of)
+            }
+            A = torch.stack([each[layer].A[head] for layer, head in layers_of]) @ folded
+            b = torch.stack([each[layer].b[head] for layer, head in layers_of]) @ folded
             share *= heads
         return UnitMaps(A=A, b=b, g=gamma @ P, e=beta @ P, share=share)
+
+    def out_projection(self, layer: int) -> OutProjection:
+        """The parameters that make the layer's term of the stream from the z of its heads."""
+        block = self.module.transformer.resblocks[layer]
+        gamma = getattr(getattr(block, "ls_1", None), "gamma", None)
+        return OutProjection(block.attn.out_proj.weight, block.attn.out_proj.bias, gamma)
 
     def check_mode(self) -> None:
         """Raises ValueError when the tower would drop patches at random, so that its units were not repeatable."""
@@ -219,19 +229,23 @@ class OpenClipTower:
                 f"images are {images.dtype} but the tower is {weight.dtype}; cast them with images.to({weight.dtype})"
             )
 
-    def terms(self, images: Tensor, kinds: Iterable[str]) -> Terms:
+    def terms(
+        self, images: Tensor, kinds: Iterable[str], edit: Edit | None = None, every_token: bool = False
+    ) -> Terms:
         """Runs the tower on images [N, 3, H, W] and collects z of `kinds`, s, m and the output.
 
-        Gradients flow to images and parameters as in the tower itself; gradient checkpointing is honoured.
+        `edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last block
+        computes all tokens even where the output depends on one. Gradients flow to images and parameters as in the
+        tower itself; gradient checkpointing is honoured.
         """
         kinds = check_kinds(kinds) if kinds else ()
         self.check_images(images)
         if not self.norm_before_pooling:
-            return self._terms(images, kinds)
+            return self._terms(images, kinds, edit, every_token)
         patches = self.module.positional_embedding.shape[0]
         per_image = patches * self.width * (2 * self.layout.layers + 1) * images.element_size()
         group = max(1, TOKEN_BYTES // per_image)
-        parts = [self._terms(part, kinds) for part in images.split(group)]
+        parts = [self._terms(part, kinds, edit, every_token) for part in images.split(group)]
         if len(parts) == 1:
             return parts[0]
         return Terms(
@@ -242,7 +256,7 @@ class OpenClipTower:
             tokens=None if parts[0].tokens is None else torch.cat([part.tokens for part in parts]),
         )
 
-    def _terms(self, images: Tensor, kinds: tuple[str, ...]) -> Terms:
+    def _terms(self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None, every_token: bool) -> Terms:
         tower = self.module
         class_token = tower.pool_type == "tok"
         keep_tokens = self.norm_before_pooling  # z of every token until s_t is known
@@ -258,11 +272,12 @@ class OpenClipTower:
         recompute = tower.transformer.grad_checkpointing and torch.is_grad_enabled()
         for index, block in enumerate(blocks):
             # Nothing reads the other tokens after the last block unless the tower returns them.
-            last = class_token and index == len(blocks) - 1 and not tower.output_tokens
+            last = class_token and index == len(blocks) - 1 and not (tower.output_tokens or every_token)
+            change = None if edit is None else partial(edit, index)
             if recompute:
-                x, z, mlp = checkpoint(_block, block, x, last, use_reentrant=False)
+                x, z, mlp = checkpoint(_block, block, x, last, change, use_reentrant=False)
             else:
-                x, z, mlp = _block(block, x, last)
+                x, z, mlp = _block(block, x, last, change)
             if "head" in kinds:
                 collected["head"].append(pooled(z))
             if "mlp" in kinds:

@@ -1,0 +1,65 @@
+"""Where do heads enter the residual stream? What a view tells of it, so that heads can be changed inside the tower.
+
+At a token, head h of layer l adds h_lh = gamma o (W_lh z_lh + b_l / H) to the stream, in model width: W_lh is its slice
+of the output projection, b_l the projection's bias, gamma the LayerScale where there is one. A head has rank C here.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels.towers import Tower, UnitMaps
+
+TOKENS = ("all", "class", "patches")
+
+# What a view calls in every block: (layer, z [N, tokens, H, C], what attention adds to the stream [N, tokens, width])
+# -> what it is to add instead. With the class token alone in the last block, tokens is 1 there.
+Edit = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OutProjection:
+    """What makes a layer's term of the stream from the z of its heads: gamma o (weight z + bias)."""
+
+    weight: nn.Parameter  # [width, H*C]
+    bias: nn.Parameter | None
+    gamma: nn.Parameter | None = None  # LayerScale, [width]
+
+    def gain(self) -> Tensor:
+        """gamma in float64; ones where there is none."""
+        if self.gamma is not None:
+            return self.gamma.double()
+        return torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
+
+
+@torch.no_grad()
+def stream_maps(view: Tower, layer: int) -> UnitMaps:
+    """A [H, C, width] and b [H, width] of one layer's heads in float64: h = z A + b at every token."""
+    out, heads = view.out_projection(layer), view.layout.heads
+    gain = out.gain()
+    A = out.weight.double().unflatten(1, (heads, -1)).permute(1, 2, 0) * gain
+    b = torch.zeros_like(gain) if out.bias is None else gain * out.bias.double() / heads
+    none = torch.zeros_like(gain)  # no final norm here
+    return UnitMaps(A=A, b=b.expand(heads, -1), g=none, e=none, share=1)
+
+
+def token_run(view: Tower, tokens: str) -> slice:
+    """The run of tokens that "all", "class" or "patches" names in this tower."""
+    if tokens not in TOKENS:
+        raise ValueError(f"tokens must be one of {', '.join(TOKENS)}; got {tokens!r}")
+    if tokens == "class" and not view.class_token:
+        raise ValueError('tokens="class", but this tower has no class token; use "all" or "patches"')
+    return {"all": slice(None), "class": slice(0, 1), "patches": slice(view.prefix, None)}[tokens]
+
+
+def check_layers(view: Tower, layers: Iterable[int] | None) -> tuple[int, ...]:
+    """`layers` in order without repeats, all of them for None; a ValueError names those that the tower lacks."""
+    depth = view.layout.layers
+    if layers is None:
+        return tuple(range(depth))
+    chosen = sorted({int(layer) for layer in layers})
+    if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
+        raise ValueError(f"layers must name some of the layers 0 to {depth - 1}; got {chosen}")
+    return tuple(chosen)
