@@ -17,7 +17,8 @@ def nearest(name: str, known: list[str]) -> str:
     """A clause that names the known names nearest to `name`."""
     if not known:
         return "none are known"
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    by_lower = {found.lower(): found for found in known}
+    close = [by_lower[found] for found in difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.4)]
     return f"nearest are {', '.join(close)}" if close else f"known are {', '.join(known[:5])} ..."
 
 

@@ -1,9 +1,12 @@
 """What every data set of images offers, wherever its images come from."""
 
 import abc
-from collections.abc import Callable
+import contextlib
+import zipfile
+from collections.abc import Callable, Iterator
 
-from PIL.Image import Image
+from PIL import UnidentifiedImageError
+from PIL.Image import DecompressionBombError, Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -31,3 +34,14 @@ class Images(Dataset, abc.ABC):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.picture(index)
         return self.preprocess(image), label
+
+
+@contextlib.contextmanager
+def read_picture(name: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes a ValueError that names the image."""
+    try:
+        yield
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not a readable image: its format is unknown") from error
+    except (DecompressionBombError, OSError, SyntaxError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{name} is not a readable image: {error}") from error

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from residual_kernels.images.base import Images
+from residual_kernels.images.base import Images, read_picture
 from residual_kernels.sources import nearest
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -103,13 +103,8 @@ class ImageFiles(Images):
 
     def picture(self, index: int) -> tuple[Image.Image, int]:
         name = self.names[index]
-        try:
-            with Image.open(io.BytesIO(self._bytes(name))) as image:
-                return image.convert("RGB"), int(self.labels[index])
-        except UnidentifiedImageError as error:
-            raise ValueError(f"{self.path / name} is not a readable image: its format is unknown") from error
-        except (Image.DecompressionBombError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{self.path / name} is not a readable image: {error}") from error
+        with read_picture(str(self.path / name)), Image.open(io.BytesIO(self._bytes(name))) as image:
+            return image.convert("RGB"), int(self.labels[index])
 
 
 def _split_archive(path: Path) -> tuple[Path | None, str]:
