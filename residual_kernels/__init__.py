@@ -1,7 +1,7 @@
 """residual_kernels: one learned number per principal component of each attention head makes a CLIP-like model better at
 your own task (ResiDual, Basile et al., TMLR 2025), exact and fast."""
 
-from residual_kernels import ops
+from residual_kernels import analysis, ops
 from residual_kernels.adapter import load_adapter, save_adapter
 from residual_kernels.bundled import load_bundled
 from residual_kernels.cache import UnitCache, encode
@@ -25,6 +25,7 @@ __all__ = [
     "UnitLayout",
     "UnsupportedTowerError",
     "ZeroShotHead",
+    "analysis",
     "attach",
     "decompose",
     "encode",

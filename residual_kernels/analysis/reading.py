@@ -1,0 +1,170 @@
+"""What do the analyses read? Batches of a cache or a loader, and units in orthonormal coordinates of their own.
+
+A unit lies in the span of its C+2 map rows M. With M^T = Q T (Q orthonormal) the distances and inner products of the
+x_u are those of T l, so nothing here ever makes an [N, R, D] tensor.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import towers
+from residual_kernels.cache import UnitCache, encode
+from residual_kernels.decomposition import checked_batches, checked_labels
+from residual_kernels.pca import CONSTANT
+from residual_kernels.reference import unit_coordinates
+from residual_kernels.towers import Terms, Tower, Unit, UnitMaps
+
+BATCH_ROWS = 512  # rows of a cache taken at a time
+GROUP_BYTES = 512 * 2**20  # what the units looked at together may hold
+
+
+def check_kind(kind: str) -> str:
+    return towers.check_kinds((kind,))[0]
+
+
+def units_of(view: Tower, kind: str, units: Iterable | None = None) -> list[Unit]:
+    """Layout rows of one kind: all, or those named (by index, row or (layer, head)); ValueError for another kind."""
+    span = view.layout.span(check_kind(kind))
+    if units is None:
+        return list(view.layout[span])
+    found = [view.layout[view.layout.index(unit)] for unit in units]
+    foreign = [unit for unit in found if unit.kind != kind]
+    if foreign:
+        raise ValueError(f"unit {foreign[0].index} is of kind {foreign[0].kind!r}, not {kind!r}")
+    return found
+
+
+def held(tower: nn.Module, data: "UnitCache | Iterable", kinds: Iterable[str]) -> UnitCache:
+    """`data` itself when it is a cache (of this very tower, with these kinds); a loader is encoded in memory once."""
+    if isinstance(data, UnitCache):
+        data.check(towers.unwrap(tower), kinds)
+        return data
+    return encode(tower, data, kinds=kinds)
+
+
+def batches(
+    view: Tower, data: "UnitCache | Iterable", kinds: Sequence[str], *, labelled: bool = False
+) -> Iterator[tuple[Terms, Tensor | None]]:
+    """(terms on the tower's device, labels or None) of every batch, in order.
+
+    With `labelled`, a ValueError when there are none.
+    """
+    if isinstance(data, UnitCache):
+        data.check(view.module, kinds)
+        if labelled and data.labels is None:
+            raise ValueError("this needs labels; the cache holds only images")
+        device = next(view.module.parameters()).device
+        for start in range(0, len(data), BATCH_ROWS):
+            rows = slice(start, start + BATCH_ROWS)
+            labels = None if data.labels is None else data.labels[rows]
+            yield data.terms(rows, device), labels
+        return
+    for images, labels in checked_batches(view, data):
+        if labelled and labels is None:
+            raise ValueError("this needs labels; the loader gives only images")
+        with torch.no_grad():
+            terms = view.terms(images, kinds)
+        yield terms, None if labels is None else checked_labels(labels, len(images))
+
+
+def groups(units: Sequence[Unit], bytes_each: int) -> Iterator[list[Unit]]:
+    """Runs of units that together hold at most GROUP_BYTES; one unit at least."""
+    size = max(1, GROUP_BYTES // max(1, bytes_each))
+    for start in range(0, len(units), size):
+        yield list(units[start : start + size])
+
+
+def map_rows(view: Tower, units: Sequence[Unit]) -> Tensor:
+    """M [G, C+2, D] of units of one kind, float64; [1, C+2, D] where they share one map, as MLPs do."""
+    kind = units[0].kind
+    first = view.layout.span(kind).start
+    maps = view.maps(kind, [unit.index - first for unit in units])
+    distinct = len(maps.A) if maps.A.stride(0) else 1
+    return UnitMaps(maps.A[:distinct], maps.b[:distinct], maps.g, maps.e, maps.share).rows()
+
+
+def width_of(view: Tower, kind: str) -> int:
+    """C + 2 of a kind."""
+    return view.maps(kind, [0]).A.shape[1] + 2
+
+
+def constants(view: Tower, kind: str) -> Tensor:
+    """e / share [D], float64: what every unit of a kind has besides l M."""
+    maps = view.maps(kind, [0])
+    return maps.e / maps.share
+
+
+def short(terms: Terms, units: Sequence[Unit], first: int) -> Tensor:
+    """l = (s*z, s, s*m) of some units, [n, G, C+2] float64; `first` is the layout index where their kind begins."""
+    index = torch.tensor([unit.index - first for unit in units], device=terms.output.device)
+    z = terms.z[units[0].kind]
+    z = z if len(index) == z.shape[1] else z[:, index]
+    return unit_coordinates(z.double(), terms.scale.double(), terms.mean.double())
+
+
+def _run(rows: Tensor) -> Tensor | slice:
+    """Consecutive rows as a slice, which copies nothing."""
+    low, high = int(rows[0]), int(rows[-1])
+    return slice(low, high + 1) if high - low + 1 == len(rows) else rows
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Units in orthonormal frames: x_u - mean = points @ frame, up to rounding.
+
+    points [G, N, r], centred, in the outputs' dtype; frame [G, r, D] (or [1, r, D], shared) with orthonormal rows,
+    float64; mean [G, D] float64. r = min(C+2, D). A unit that is constant up to rounding is exactly zero.
+    """
+
+    units: list[Unit]
+    points: Tensor
+    frame: Tensor
+    mean: Tensor
+
+    def frame_of(self, position: int) -> Tensor:
+        return self.frame[position if len(self.frame) > 1 else 0]
+
+
+def coordinates(
+    tower: nn.Module,
+    cache: UnitCache,
+    kind: str = "head",
+    units: Iterable | None = None,
+    rows: Tensor | None = None,
+) -> Iterator[Coordinates]:
+    """The units of a cache in their own coordinates, in groups of bounded memory; `rows` picks some of the images."""
+    view = towers.view(towers.unwrap(tower))
+    chosen = units_of(view, kind, units)
+    cache.check(view.module, (kind,))
+    rows = torch.arange(len(cache)) if rows is None else rows
+    if not len(rows):
+        raise ValueError("there are no images in this cache")
+    width = width_of(view, kind)
+    dtype, first = cache.output.dtype, view.layout.span(kind).start
+    size, device = min(width, view.dim), next(view.module.parameters()).device
+    for group in groups(chosen, len(rows) * size * dtype.itemsize + 3 * width * view.dim * 8):
+        M = map_rows(view, group)
+        Q, T = torch.linalg.qr(M.transpose(1, 2))  # [., D, r], [., r, C+2]
+        short_map = T.transpose(1, 2).to(dtype)
+        points = torch.empty(len(group), len(rows), size, dtype=dtype)
+        shift, start = None, 0
+        square = 0.0
+        for part in rows.split(BATCH_ROWS):
+            local = short(cache.terms(_run(part), device), group, first)
+            square = square + local.square().sum(0)
+            if shift is None:  # provisional: subtracted in float64, before anything is rounded or multiplied
+                shift = local.mean(0)
+            local = (local - shift).to(dtype).transpose(0, 1)  # [G, n, C+2]
+            points[:, start : start + len(part)] = (local @ short_map).to(points.device)
+            start += len(part)
+        centre = points.mean(1, dtype=torch.float64)  # [G, r]
+        points -= centre.to(dtype)[:, None, :]
+        size_of = (square.sum(1) / len(rows) * M.square().sum((1, 2))).to(points.device)
+        spread = points.square().sum((1, 2), dtype=torch.float64) / len(rows)
+        points[spread <= CONSTANT * size_of] = 0.0
+        frame = Q.transpose(1, 2)
+        offset = (shift[:, None, :] @ M)[:, 0] + (centre.to(frame)[:, None, :] @ frame)[:, 0]
+        yield Coordinates(group, points, frame, offset + constants(view, kind))

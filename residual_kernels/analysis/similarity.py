@@ -1,0 +1,147 @@
+"""How alike are two heads? The normalised spectral cosine: between heads, between data sets, between towers."""
+
+import torch
+from torch import Tensor
+
+from residual_kernels.pca import KindBases, SpectralBases
+
+WEIGHTS = ("explained_variance", "singular", "eigenvalues", "uniform")
+PAIR_BYTES = 256 * 2**20  # of cosine matrices at a time
+
+
+def _weights(part: KindBases, unit: int, weights: str, count: int) -> Tensor:
+    """[count] weights of one unit's first components by falling variance, zeros past its last."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}; got {weights!r}")
+    variance = part.variance[part.run(unit)][:count]
+    match weights:
+        case "explained_variance":
+            value = part.ratio(unit)[:count]
+        case "singular":
+            value = variance.sqrt()
+        case "eigenvalues":
+            value = variance
+        case "uniform":
+            value = torch.ones_like(variance)
+    return torch.cat([value, value.new_zeros(count - len(value))])
+
+
+def _components(part: KindBases, unit: int, count: int) -> Tensor:
+    held = part.components[part.run(unit)][:count]
+    return torch.cat([held, held.new_zeros(count - len(held), held.shape[1])])
+
+
+def _greedy(cosines: Tensor) -> Tensor:
+    """l2 norm of the entries [P] that a greedy one-to-one matching takes from each matrix of [P, a, b] (overwritten).
+
+    Each step takes the largest entry left and strikes its row and column.
+    """
+    pairs, rows, columns = cosines.shape
+    every = torch.arange(pairs, device=cosines.device)
+    total = cosines.new_zeros(pairs)
+    for _ in range(min(rows, columns)):
+        row = cosines.amax(2).argmax(1)  # minima and maxima without their places run on whole vectors
+        value, column = cosines[every, row].max(1)
+        total += value.square()
+        cosines[every, row] = -1
+        cosines[every, :, column] = -1
+    return total.sqrt()
+
+
+def _normalised(cosines: Tensor, weights_a: Tensor, weights_b: Tensor) -> Tensor:
+    """The measure [P] for cosines [P, a, b] and weights [P, a], [P, b]; 0 where a unit is constant."""
+    shared = min(weights_a.shape[1], weights_b.shape[1])
+    best = (weights_a[:, :shared] * weights_b[:, :shared]).square().sum(1).sqrt()
+    matched = _greedy(cosines.abs() * weights_a[:, :, None] * weights_b[:, None, :])
+    return torch.where(best > 0, matched / best.clamp_min(torch.finfo(best.dtype).tiny), 0.0)
+
+
+def spectral_cosine(
+    bases_a: SpectralBases,
+    unit_a,
+    bases_b: SpectralBases,
+    unit_b,
+    *,
+    weights: str = "explained_variance",
+    components: int | tuple[int, int] | None = None,
+) -> float:
+    """Normalised spectral cosine of two units, in [0, 1]: 1 for equal spectra, 0 for orthogonal ones.
+
+    |cos| of every pair of components times the product of their weights; a greedy one-to-one matching of the largest;
+    the l2 norm of what it matched over the l2 norm of the weights' own products in order.
+
+    Args:
+        bases_a, bases_b: of one tower on two data sets, or of two towers with one output space; may be the same object.
+        unit_a, unit_b: layout index, row or (layer, head).
+        weights: "explained_variance", "singular" (values), "eigenvalues", or "uniform".
+        components: compare the first so many of each, or (of a, of b); all by default.
+    """
+    _same_space(bases_a, bases_b)
+    (part_a, a), (part_b, b) = bases_a._find(unit_a), bases_b._find(unit_b)
+    limit = components if isinstance(components, tuple) else (components, components)
+    count_a, count_b = (
+        _count(part, [unit], most) for part, unit, most in ((part_a, a, limit[0]), (part_b, b, limit[1]))
+    )
+    cosines = _components(part_a, a, count_a) @ _components(part_b, b, count_b).T
+    value = _normalised(
+        cosines[None],
+        _weights(part_a, a, weights, count_a)[None],
+        _weights(part_b, b, weights, count_b)[None],
+    )
+    return float(value)
+
+
+def similarity_matrix(
+    bases_a: SpectralBases,
+    bases_b: SpectralBases | None = None,
+    *,
+    kind: str = "head",
+    weights: str = "explained_variance",
+    components: int | None = None,
+) -> Tensor:
+    """:func:`spectral_cosine` of every unit of a kind with every other, [R_a, R_b] float64.
+
+    Without `bases_b`, of one set of bases with itself: symmetric, ones on the diagonal (0 for a constant unit).
+    """
+    other = bases_a if bases_b is None else bases_b
+    _same_space(bases_a, other)
+    parts = []
+    for bases in (bases_a, other):
+        if kind not in bases.parts:
+            raise ValueError(f"these bases hold {', '.join(bases.parts)}, not {kind}")
+        parts.append(bases.parts[kind])
+    sizes = [_count(part, range(len(part.mean)), components) for part in parts]
+    phis = [
+        torch.stack([_components(part, unit, size) for unit in range(len(part.mean))])
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    scales = [
+        torch.stack([_weights(part, unit, weights, size) for unit in range(len(part.mean))])
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+    result = torch.zeros(len(phis[0]), len(phis[1]), dtype=torch.float64)
+    block = max(1, PAIR_BYTES // (8 * sizes[0] * sizes[1]))
+    for a in range(len(result)):
+        start = a if bases_b is None else 0
+        for low in range(start, len(phis[1]), block):
+            run = slice(low, min(low + block, len(phis[1])))
+            cosines = phis[1][run] @ phis[0][a].T  # [pairs, K_b, K_a]
+            ours = scales[0][a].expand(len(cosines), -1)
+            result[a, run] = _normalised(cosines.transpose(1, 2), ours, scales[1][run])
+    if bases_b is None:
+        result = result.triu() + result.triu(1).T
+    return result
+
+
+def _same_space(a: SpectralBases, b: SpectralBases) -> None:
+    if a.dim != b.dim:
+        raise ValueError(
+            f"these bases lie in output spaces of {a.dim} and {b.dim} dimensions; only one space can be compared"
+        )
+
+
+def _count(part: KindBases, units, limit: int | None) -> int:
+    if limit is not None and limit < 1:
+        raise ValueError(f"components must be at least 1; got {limit}")
+    most = max(part.run(unit).stop - part.run(unit).start for unit in units)
+    return most if limit is None else min(limit, most)
