@@ -175,7 +175,7 @@ def encode(
     """
     view = towers.view(towers.unwrap(tower))
     view.check_mode()
-    kinds = towers.check_kinds(kinds) if kinds else ()
+    kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
     weight = next(view.module.parameters())
     dtype = weight.dtype if dtype is None else dtype
     if dtype not in DTYPES.values():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.towers import KINDS, Terms, Tower, Unit, UnitLayout, UnitMaps
+from residual_kernels.towers import Terms, Tower, Unit, UnitLayout, UnitMaps
 
 
 def check_finite(images: Tensor, first: int = 0) -> None:
@@ -80,7 +80,7 @@ class Decomposition:
         """
         chosen = self.layout.select(kind, layer, head)
         parts = []
-        for name in KINDS:
+        for name in self.layout.kinds:
             rows = [unit for unit in chosen if unit.kind == name]
             if rows:
                 parts.append(self._expand(name, rows))
@@ -94,7 +94,7 @@ class Decomposition:
         return expand(maps, self.terms.z[kind][:, index], self.terms.scale, self.terms.mean)
 
 
-def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] = KINDS) -> Decomposition:
+def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] | None = None) -> Decomposition:
     """Runs an image tower and keeps what its output is the sum of.
 
     Args:
@@ -112,7 +112,7 @@ def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] = KINDS) ->
     The tower is left bitwise as it was. Gradients flow as through the tower itself.
     """
     view = towers.view(towers.unwrap(tower))
-    kinds = towers.check_kinds(kinds)
+    kinds = view.layout.kinds if kinds is None else towers.check_kinds(kinds, view.layout)
     view.check_images(images)
     check_finite(images)
     terms = view.terms(images, kinds)

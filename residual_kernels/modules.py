@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from residual_kernels import backends, towers
 from residual_kernels.ops.packing import wide
 from residual_kernels.pca import OUTPUT, SpectralBases
-from residual_kernels.towers import KINDS, Terms
+from residual_kernels.towers import Terms
 from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32
 
 RESTS = ("zero", "sum", "mean")
@@ -232,7 +232,7 @@ class UnitAdapter(TowerAdapter):
         self.adapted = tuple(units)
         self.rest = Rest(rest, self.adapted, self._view, wide(like.dtype))
         self.rest.set_mean(bases, like)
-        self.kinds = KINDS if rest == "sum" else self.adapted
+        self.kinds = self.layout.kinds if rest == "sum" else self.adapted
         self.units = nn.ModuleDict(units)
         self._sizes = sizes
         self.weight = _initial_weight(sum(sizes), init, seed, like)
@@ -330,7 +330,7 @@ class CoarseHeads(UnitAdapter):
         seed: int = 0,
     ):
         _check_arguments(tower, bases, rest)
-        kinds = towers.check_kinds(kinds)
+        kinds = towers.check_kinds(kinds, towers.view(tower).layout)
         super().__init__(tower)
         dtype = wide(next(tower.parameters()).dtype)
         units = {kind: UnitSum(self._view.maps(kind), dtype) for kind in kinds}

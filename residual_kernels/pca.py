@@ -104,7 +104,7 @@ class SpectralBases:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return tuple(kind for kind in towers.KINDS if kind in self.parts)
+        return tuple(kind for kind in self.layout.kinds if kind in self.parts)
 
     def __repr__(self) -> str:
         sizes = ", ".join(f"{kind}: {len(self.parts[kind].components)}" for kind in self.kinds)
@@ -139,12 +139,13 @@ class SpectralBases:
 
     def of(self, *kinds: str) -> "SpectralBases":
         """The bases of these kinds alone (and of the output); a ValueError names a kind they do not hold."""
-        missing = [kind for kind in towers.check_kinds(kinds) if kind not in self.parts]
+        missing = [kind for kind in towers.check_kinds(kinds, self.layout) if kind not in self.parts]
         if missing:
             raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {', '.join(missing)}")
 
         def pick(held: dict) -> dict:
-            return {kind: held[kind] for kind in (*towers.check_kinds(kinds), OUTPUT) if kind in held}
+            wanted = (*towers.check_kinds(kinds, self.layout), OUTPUT)
+            return {kind: held[kind] for kind in wanted if kind in held}
 
         return replace(
             self, parts=pick(self.parts), moments=None if self.moments is None else pick(self.moments)
@@ -242,7 +243,8 @@ class SpectralBases:
             for kind, held in self.moments.items():
                 tensors |= {f"{kind}.moments.{name}": getattr(held, name) for name in _MOMENT_TENSORS}
         header = {
-            "layers": self.layout.layers, "heads": self.layout.heads, "dim": self.dim, "width": self.width,
+            "layers": self.layout.layers, "heads": self.layout.heads, "pool": self.layout.pool,
+            "dim": self.dim, "width": self.width,
             "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
             "moments": moments, "placement": self.placement, "tokens": self.tokens,
         }  # fmt: skip
@@ -276,7 +278,7 @@ class SpectralBases:
                 for kind in header["kinds"]
             }
         return cls(
-            layout=UnitLayout(header["layers"], header["heads"]),
+            layout=UnitLayout(header["layers"], header["heads"], header.get("pool", False)),
             parts=parts,
             moments=moments,
             placement=header.get("placement", "output"),
@@ -331,7 +333,8 @@ def fit_bases(
         tower: a supported image tower, or a ResiDual around one.
         loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read. Or a UnitCache of
             this tower that holds the kinds: then the tower does not run.
-        kinds: which units: "head", "mlp", "emb". The output's own basis is always fitted too, and alone with ().
+        kinds: which units: "head", "mlp", "emb", and "pool" where there is one. The output's own basis is always fitted
+            too, and alone with ().
         placement: "output" for units as shares of the output, "stream" for heads where they enter the residual stream:
             in model width, over tokens (a row is an image's token), from a loader alone.
         tokens: of the stream: "all" (the default), "class" or "patches" (without class token and registers).
@@ -349,7 +352,7 @@ def fit_bases(
     Deterministic for the same batches on the same machine; the tower is left bitwise as it was.
     """
     view = towers.view(towers.unwrap(tower))
-    kinds = towers.check_kinds(kinds) if kinds else ()
+    kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
     check_placement(placement, tokens)
     view.check_mode()
     if placement == "stream":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from residual_kernels import backends, ops, towers
 from residual_kernels.ops.packing import PackedUnits, wide
 from residual_kernels.pca import OUTPUT, KindBases, SpectralBases
-from residual_kernels.towers import KINDS, Terms, UnitMaps
+from residual_kernels.towers import Terms, UnitMaps
 
 
 def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -58,7 +58,9 @@ class Rest(nn.Module):
     def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
         super().__init__()
         self.rest, self.adapted = rest, adapted
-        self.others = tuple(kind for kind in KINDS if kind not in adapted) if rest == "sum" else ()
+        self.others = (
+            tuple(kind for kind in view.layout.kinds if kind not in adapted) if rest == "sum" else ()
+        )
         self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in self.others})
         # Read when a cache holds the adapted kinds alone; large, made from the tower at first need and never stored.
         self._view = view

@@ -30,6 +30,7 @@ class Kind(str, Enum):
     head = "head"
     mlp = "mlp"
     emb = "emb"
+    pool = "pool"
 
 
 class Rest(str, Enum):

@@ -1,8 +1,28 @@
 """What are this ViT's units? The only place that knows a model's internals.
 
-Every supported architecture is one module that offers a :class:`Tower` view of an image tower: it names the units,
-gives the constants that map a unit's coordinates to the output space, and runs the tower while collecting those
-coordinates at the pooled token. Architectures are told apart by structure, never by class name or version.
+Every supported family is one module that offers a :class:`Tower` view of an image tower: it names the units, gives the
+constants that map a unit's coordinates to the output space, and runs the tower while collecting those coordinates at
+the pooled token. Families are told apart by structure, never by version.
+
+How to write a view of another family:
+
+1. A file here with `LOOKED_FOR` (what tells the family, for the error about unknown towers), `recognises(tower)` (true
+   for unsupported members too, so that they get a reason) and a subclass of `transformer.TransformerTower`; an entry in
+   :func:`view`.
+2. `__init__` checks the structure against the parts it knows, refuses with UnsupportedTowerError and the reason, and
+   sets module, name, layout, width, head_width, dim and pooling. It reads shapes only, so it works on the meta device.
+3. `embed` runs everything before the first block with the model's own code: the unit `emb`, convolutions included.
+4. `block` runs one block with the model's own norms, MLP, LayerScale and position tables, but writes out the attention,
+   because z is what enters its output projection: after inner norms, gates and head scales, [N, tokens, heads, C].
+   With `first_only` only the first token's query is computed.
+   The MLP's term is all that its branch adds. `edit`, where there is one, changes what attention adds.
+5. `out_projection` names the projection's parameters, LayerScale as `gamma`. Where a norm stands behind the projection
+   (post-norm blocks) it is named too, and z is `norm.coordinates(z, attended)`.
+6. `norm`, `projection` and `finish` (the model's own code again) end it: output = norm(pooled) P + p.
+7. Whatever makes the sum inexact is refused: a norm or an MLP behind the sum, max pooling, tokens that are merged.
+8. `constant_parameters` lists what `norm`, `projection` and `out_projection` read.
+
+The test is one line for every variant: with random norms, biases and LayerScale, units must sum to the output.
 """
 
 import hashlib
@@ -17,7 +37,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from residual_kernels.towers.stream import Edit, OutProjection
 
-KINDS = ("emb", "head", "mlp")
+KINDS = ("emb", "head", "mlp", "pool")  # in this order everywhere; `layout.kinds` are those that a tower has
 
 
 @dataclass(frozen=True)
@@ -31,13 +51,17 @@ class Unit:
 
 
 class UnitLayout(Sequence[Unit]):
-    """The units of a tower in the library's order: emb, heads (layer-major), mlps (layer order)."""
+    """The units of a tower in the library's order: emb, heads (layer-major), mlps (layer order), pool.
 
-    def __init__(self, layers: int, heads: int):
-        self.layers, self.heads = layers, heads
+    `pool` says whether there is an MLP behind the pooling (SigLIP, PE-Core), which is one more unit.
+    """
+
+    def __init__(self, layers: int, heads: int, pool: bool = False):
+        self.layers, self.heads, self.pool = layers, heads, pool
         rows = [("emb", None, None)]
         rows += [("head", layer, head) for layer in range(layers) for head in range(heads)]
         rows += [("mlp", layer, None) for layer in range(layers)]
+        rows += [("pool", None, None)] * pool
         self._units = tuple(Unit(index, *row) for index, row in enumerate(rows))
 
     def __len__(self) -> int:
@@ -47,13 +71,20 @@ class UnitLayout(Sequence[Unit]):
         return self._units[index]
 
     def __repr__(self) -> str:
-        return f"UnitLayout(layers={self.layers}, heads={self.heads}, units={len(self)})"
+        pool = ", pool=True" if self.pool else ""
+        return f"UnitLayout(layers={self.layers}, heads={self.heads}{pool}, units={len(self)})"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of units that this tower has, in order."""
+        return KINDS if self.pool else KINDS[:-1]
 
     def span(self, kind: str) -> slice:
         """The contiguous run of layout indices that units of `kind` occupy."""
-        starts = {"emb": (0, 1), "head": (1, 1 + self.layers * self.heads)}
-        starts["mlp"] = (starts["head"][1], len(self))
-        return slice(*starts[kind])
+        heads = 1 + self.layers * self.heads
+        mlps = heads + self.layers
+        spans = {"emb": (0, 1), "head": (1, heads), "mlp": (heads, mlps), "pool": (mlps, len(self))}
+        return slice(*spans[kind])
 
     def select(
         self, kind: str | None = None, layer: int | None = None, head: int | None = None
@@ -69,7 +100,7 @@ class UnitLayout(Sequence[Unit]):
         if not found:
             raise ValueError(
                 f"no unit has kind={kind!r}, layer={layer}, head={head}; this tower has {self.layers} layers of "
-                f"{self.heads} heads and the kinds {', '.join(KINDS)}"
+                f"{self.heads} heads and the kinds {', '.join(self.kinds)}"
             )
         return found
 
@@ -166,22 +197,39 @@ def unwrap(tower: nn.Module) -> nn.Module:
 def view(tower: nn.Module) -> Tower:
     """The :class:`Tower` view of an image tower, chosen by structure.
 
-    Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly.
+    Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
+    what was looked for when it is of no known family.
     """
     from residual_kernels.towers import open_clip
 
-    return open_clip.OpenClipTower(tower)
+    kind = type(tower).__name__
+    if isinstance(getattr(tower, "visual", None), nn.Module):
+        raise UnsupportedTowerError(
+            f"{kind} is a whole CLIP model; pass its image tower, model.visual, or use attach(model, ...)"
+        )
+    families = {open_clip: open_clip.OpenClipTower}
+    for family, build in families.items():
+        if family.recognises(tower):
+            return build(tower)
+    raise UnsupportedTowerError(
+        f"{kind} is no image tower that this library knows: it has none of "
+        f"{'; '.join(family.LOOKED_FOR for family in families)}"
+    )
 
 
-def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
-    """`kinds` in layout order without repeats; a ValueError names what is wrong with it."""
+def check_kinds(kinds: Iterable[str], layout: UnitLayout | None = None) -> tuple[str, ...]:
+    """`kinds` in layout order without repeats; a ValueError names what is wrong with it, or absent from `layout`."""
     if isinstance(kinds, str):
         raise ValueError(f"kinds must be a tuple such as ({kinds!r},); got the string {kinds!r}")
     kinds = tuple(kinds)
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    there = KINDS if layout is None else layout.kinds
+    unknown = [kind for kind in kinds if kind not in there]
     if unknown or not kinds:
-        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}; got {kinds}")
-    return tuple(kind for kind in KINDS if kind in kinds)
+        raise ValueError(
+            f"kinds must name at least one of {', '.join(there)}"
+            f"{'' if layout is None else ', which this tower has'}; got {kinds}"
+        )
+    return tuple(kind for kind in there if kind in kinds)
 
 
 def checksum(tower: nn.Module) -> str:

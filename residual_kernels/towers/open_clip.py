@@ -5,28 +5,27 @@ Blocks are run here, by structure, with `scaled_dot_product_attention`, for both
 is hooked, swapped or written: the tower is read.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from residual_kernels.towers import Terms, UnitLayout, UnitMaps, UnsupportedTowerError, check_kinds
-from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
+from residual_kernels.towers import UnitLayout, UnsupportedTowerError
+from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.stream import OutProjection
+from residual_kernels.towers.transformer import AVERAGE, NORMED_AVERAGE, BlockEdit, TransformerTower
 
+LOOKED_FOR = "conv1 and transformer.resblocks (open_clip's own VisionTransformer)"
 SUPPORTED = (
     "supported are pre-norm ViTs of open_clip's own VisionTransformer with class-token or average pooling: 54 of its "
     "configurations, such as ViT-B-32, ViT-L-14 or ViT-bigG-14"
 )
-# Average pooling after the norm needs every token's z until the last layer's statistics are known; images are taken
-# in groups so that these stay within this many bytes.
-TOKEN_BYTES = 256 * 2**20
 
 _BLOCK_PARTS = {"ln_1", "attn", "ln_attn", "ls_1", "ln_2", "mlp", "ls_2"}
 _ATTENTION_PARTS = {"out_proj", "ln_q", "ln_k", "ln_inner", "attn_drop", "out_drop"}
+
+
+def recognises(tower: nn.Module) -> bool:
+    """Whether `tower` is of this family, supported or not."""
+    return hasattr(tower, "conv1") or hasattr(tower, "resblocks")
 
 
 def _refuse(reason: str) -> UnsupportedTowerError:
@@ -35,12 +34,6 @@ def _refuse(reason: str) -> UnsupportedTowerError:
 
 def _check_structure(tower: nn.Module) -> None:
     kind = type(tower).__name__
-    if hasattr(tower, "visual"):
-        raise UnsupportedTowerError(
-            f"{kind} is a whole CLIP model; pass its image tower, model.visual, or use attach(model, ...)"
-        )
-    if hasattr(tower, "trunk"):
-        raise _refuse(f"{kind} wraps a timm trunk ({type(tower.trunk).__name__})")
     if hasattr(tower, "layer1"):
         raise _refuse(
             f"{kind} is a convolutional network (layer1 ... layer4 instead of residual attention blocks)"
@@ -90,12 +83,12 @@ def _check_block(index: int, block: nn.Module) -> None:
         raise _refuse(f"attention of block {index} is scaled cosine attention")
 
 
-def _head_inputs(attn: nn.Module, x: Tensor, pooled_only: bool) -> Tensor:
+def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
     """What attention feeds to its output projection: [N, tokens, width], or [N, 1, width] for the class token alone."""
     rows, tokens, width = x.shape
-    queries = 1 if pooled_only else tokens
+    queries = 1 if first_only else tokens
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
-    if pooled_only:
+    if first_only:
         q = F.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
         kv = F.linear(x, weight[width:], None if bias is None else bias[width:])
         k, v = kv.chunk(2, dim=-1)
@@ -113,45 +106,47 @@ def _head_inputs(attn: nn.Module, x: Tensor, pooled_only: bool) -> Tensor:
     return attn.ln_inner(out) if hasattr(attn, "ln_inner") else out
 
 
-def _block(
-    block: nn.Module, x: Tensor, pooled_only: bool, edit: Callable[[Tensor, Tensor], Tensor] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One pre-norm block: the stream after it, the head inputs z and the MLP's term, each [N, tokens or 1, width]."""
-    z = _head_inputs(block.attn, block.ln_1(x), pooled_only)
-    attended = F.linear(z, block.attn.out_proj.weight, block.attn.out_proj.bias)
-    attended = block.ls_1(attended) if hasattr(block, "ls_1") else attended
-    if edit is not None:
-        attended = edit(z.unflatten(2, (block.attn.num_heads, -1)), attended)
-    x = (x[:, :1] if pooled_only else x) + attended
-    mlp = block.mlp(block.ln_2(x))
-    mlp = block.ls_2(mlp) if hasattr(block, "ls_2") else mlp
-    return x + mlp, z, mlp
-
-
-@dataclass
-class OpenClipTower:
+class OpenClipTower(TransformerTower):
     """The :class:`~residual_kernels.towers.Tower` view of an open_clip VisionTransformer."""
 
-    module: nn.Module
-    name: str = "open_clip.VisionTransformer"
-    class_token: bool = True
-    prefix: int = 1
+    name = "open_clip.VisionTransformer"
 
-    def __post_init__(self):
-        _check_structure(self.module)
-        blocks = self.module.transformer.resblocks
-        self.width = self.module.ln_post.normalized_shape[0]
-        heads = blocks[0].attn.num_heads
-        self.head_width = self.width // heads
-        self.layout = UnitLayout(len(blocks), heads)
-        self.dim = self.width if self.module.proj is None else self.module.proj.shape[1]
+    def __init__(self, module: nn.Module):
+        _check_structure(module)
+        self.module = module
+        blocks = module.transformer.resblocks
+        self.width = module.ln_post.normalized_shape[0]
+        self.layout = UnitLayout(len(blocks), blocks[0].attn.num_heads)
+        self.head_width = self.width // self.layout.heads
+        self.dim = self.width if module.proj is None else module.proj.shape[1]
+        if module.pool_type == "avg":
+            self.pooling = AVERAGE if module.final_ln_after_pool else NORMED_AVERAGE
 
     @property
-    def norm_before_pooling(self) -> bool:
-        return self.module.pool_type == "avg" and not self.module.final_ln_after_pool
+    def returns_tokens(self) -> bool:
+        return self.module.output_tokens
+
+    @property
+    def stem_weight(self) -> Tensor:
+        return self.module.conv1.weight
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.module.image_size
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.module.ln_post)
+
+    def projection(self) -> tuple[Tensor | None, None]:
+        return self.module.proj, None
+
+    def out_projection(self, layer: int) -> OutProjection:
+        block = self.module.transformer.resblocks[layer]
+        gamma = getattr(getattr(block, "ls_1", None), "gamma", None)
+        return OutProjection(block.attn.out_proj.weight, block.attn.out_proj.bias, gamma)
 
     def constant_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters that the maps are made of: a trained copy of them would not match the maps."""
         names = {"ln_post.weight", "ln_post.bias", "proj"}
         found = {name: p for name, p in self.module.named_parameters() if name in names}
         for index, block in enumerate(self.module.transformer.resblocks):
@@ -161,155 +156,37 @@ class OpenClipTower:
                     found[f"{prefix}.{name}"] = p
         return found
 
-    @torch.no_grad()
-    def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps:
-        """Constants of one kind, float64 on the tower's device; of some of its units (counted from 0) or of all."""
-        norm, layers, heads = self.module.ln_post, self.layout.layers, self.layout.heads
-        device = self.module.conv1.weight.device
-        eye = torch.eye(self.width, dtype=torch.float64, device=device)
-        P = eye if self.module.proj is None else self.module.proj.double()
-        gamma = P.new_ones(self.width) if norm.weight is None else norm.weight.double()
-        beta = P.new_zeros(self.width) if norm.bias is None else norm.bias.double()
-        folded = gamma[:, None] * P  # [width, D]
-        share = 2 * layers + 1
-        if units is None:
-            span = self.layout.span(kind)
-            units = range(span.stop - span.start)
-        if kind != "head":
-            A = folded.expand(len(units), -1, -1)
-            b = P.new_zeros(len(units), self.dim)
-        else:
-            layers_of = [divmod(unit, heads) for unit in units]
-            each = {
-                layer: stream_maps(self, layer) for layer in dict.fromkeys(layer for layer, _ in layers_of)
-            }
-            A = torch.stack([each[layer].A[head] for layer, head in layers_of]) @ folded
-            b = torch.stack([each[layer].b[head] for layer, head in layers_of]) @ folded
-            share *= heads
-        return UnitMaps(A=A, b=b, g=gamma @ P, e=beta @ P, share=share)
+    @property
+    def recomputes(self) -> bool:
+        return self.module.transformer.grad_checkpointing
 
-    def out_projection(self, layer: int) -> OutProjection:
-        """The parameters that make the layer's term of the stream from the z of its heads."""
-        block = self.module.transformer.resblocks[layer]
-        gamma = getattr(getattr(block, "ls_1", None), "gamma", None)
-        return OutProjection(block.attn.out_proj.weight, block.attn.out_proj.bias, gamma)
-
-    def check_mode(self) -> None:
-        """Raises ValueError when the tower would drop patches at random, so that its units were not repeatable."""
+    def drops(self) -> list[str]:
         dropout = getattr(self.module, "patch_dropout", None)
-        if self.module.training and getattr(dropout, "prob", 0.0) > 0:
-            raise ValueError(
-                "this tower is in training mode and drops patches at random; call .eval() on it first"
-            )
+        return ["patches"] if getattr(dropout, "prob", 0.0) > 0 else []
 
-    def check_images(self, images: Tensor) -> None:
-        """Raises ValueError for images this tower cannot take: rank, size, dtype, device, NaN or Inf."""
-        height, width = self.module.image_size
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
-            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"images must be a tensor [N, 3, {height}, {width}]; got {shape}")
-        if not len(images):
-            raise ValueError("this batch holds no images, and the tower cannot run on none")
-        if images.shape[2:] != (height, width):
-            raise ValueError(
-                f"this tower takes images of {height} x {width} pixels; got {images.shape[2]} x {images.shape[3]}; "
-                "resize them (the tower's preprocess does)"
-            )
-        weight = self.module.conv1.weight
-        if images.device != weight.device:
-            raise ValueError(
-                f"images are on {images.device} but the tower is on {weight.device}; move one of them"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images have dtype {images.dtype}; use the preprocess of the model (floating point)"
-            )
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
-            raise ValueError(
-                f"images are {images.dtype} but the tower is {weight.dtype}; cast them with images.to({weight.dtype})"
-            )
+    def token_count(self, images: Tensor) -> int:
+        return self.module.positional_embedding.shape[0]
 
-    def terms(
-        self, images: Tensor, kinds: Iterable[str], edit: Edit | None = None, every_token: bool = False
-    ) -> Terms:
-        """Runs the tower on images [N, 3, H, W] and collects z of `kinds`, s, m and the output.
+    def embed(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.module._embeds(images), None
 
-        `edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last block
-        computes all tokens even where the output depends on one. Gradients flow to images and parameters as in the
-        tower itself; gradient checkpointing is honoured.
-        """
-        kinds = check_kinds(kinds) if kinds else ()
-        self.check_images(images)
-        if not self.norm_before_pooling:
-            return self._terms(images, kinds, edit, every_token)
-        patches = self.module.positional_embedding.shape[0]
-        per_image = patches * self.width * (2 * self.layout.layers + 1) * images.element_size()
-        group = max(1, TOKEN_BYTES // per_image)
-        parts = [self._terms(part, kinds, edit, every_token) for part in images.split(group)]
-        if len(parts) == 1:
-            return parts[0]
-        return Terms(
-            z={kind: torch.cat([part.z[kind] for part in parts]) for kind in parts[0].z},
-            scale=torch.cat([part.scale for part in parts]),
-            mean=torch.cat([part.mean for part in parts]),
-            output=torch.cat([part.output for part in parts]),
-            tokens=None if parts[0].tokens is None else torch.cat([part.tokens for part in parts]),
-        )
+    def block(
+        self, index: int, x: Tensor, context: None, first_only: bool, edit: BlockEdit | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        block = self.module.transformer.resblocks[index]
+        z = _head_inputs(block.attn, block.ln_1(x), first_only)
+        attended = F.linear(z, block.attn.out_proj.weight, block.attn.out_proj.bias)
+        attended = block.ls_1(attended) if hasattr(block, "ls_1") else attended
+        z = z.unflatten(2, (self.layout.heads, -1))
+        if edit is not None:
+            attended = edit(z, attended)
+        x = (x[:, :1] if first_only else x) + attended
+        mlp = block.mlp(block.ln_2(x))
+        mlp = block.ls_2(mlp) if hasattr(block, "ls_2") else mlp
+        return x + mlp, z, mlp
 
-    def _terms(self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None, every_token: bool) -> Terms:
+    def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         tower = self.module
-        class_token = tower.pool_type == "tok"
-        keep_tokens = self.norm_before_pooling  # z of every token until s_t is known
-
-        def pooled(x: Tensor) -> Tensor:
-            if class_token:
-                return x[:, 0]
-            return x[:, 1:] if keep_tokens else x[:, 1:].mean(dim=1)
-
-        x = tower._embeds(images)
-        collected = {"emb": [pooled(x)], "head": [], "mlp": []}
-        blocks = tower.transformer.resblocks
-        recompute = tower.transformer.grad_checkpointing and torch.is_grad_enabled()
-        for index, block in enumerate(blocks):
-            # Nothing reads the other tokens after the last block unless the tower returns them.
-            last = class_token and index == len(blocks) - 1 and not (tower.output_tokens or every_token)
-            change = None if edit is None else partial(edit, index)
-            if recompute:
-                x, z, mlp = checkpoint(_block, block, x, last, change, use_reentrant=False)
-            else:
-                x, z, mlp = _block(block, x, last, change)
-            if "head" in kinds:
-                collected["head"].append(pooled(z))
-            if "mlp" in kinds:
-                collected["mlp"].append(pooled(mlp))
-
-        final = pooled(x)
-        precise = final.to(torch.promote_types(final.dtype, torch.float32))
-        variance, mean = torch.var_mean(precise, dim=-1, correction=0)
-        scale = (variance + tower.ln_post.eps).rsqrt()
-        if keep_tokens:
-            share = scale / scale.sum(1, keepdim=True)  # [N, tokens]
-            mean = (share * mean).sum(1)
-            scale = scale.mean(1)
-            collected = {
-                kind: [torch.einsum("nt,ntw->nw", share.to(part.dtype), part) for part in parts]
-                for kind, parts in collected.items()
-            }
-        z = {}
-        for kind in kinds:
-            stacked = torch.stack(collected[kind], dim=1)  # [N, layers or 1, width]
-            z[kind] = stacked.unflatten(2, (-1, self.head_width)).flatten(1, 2) if kind == "head" else stacked
-
-        pooled_out, tokens = self._finish(x, final)
-        output = pooled_out if tower.proj is None else pooled_out @ tower.proj
-        return Terms(
-            z=z, scale=scale, mean=mean, output=output, tokens=tokens if tower.output_tokens else None
-        )
-
-    def _finish(self, x: Tensor, final: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Pooled embedding after the final norm and, where the tower returns them, its tokens."""
-        tower = self.module
-        if tower.output_tokens:
-            return tower._pool(x)
-        normed = tower.ln_post(final)
-        return (normed.mean(dim=1) if self.norm_before_pooling else normed), None
+        pooled, tokens = tower._pool(x)
+        output = pooled if tower.proj is None else pooled @ tower.proj
+        return output, tokens if tower.output_tokens else None

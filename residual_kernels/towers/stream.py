@@ -2,6 +2,7 @@
 
 At a token, head h of layer l adds h_lh = gamma o (W_lh z_lh + b_l / H) to the stream, in model width: W_lh is its slice
 of the output projection, b_l the projection's bias, gamma the LayerScale where there is one. A head has rank C here.
+Where a norm stands behind the projection (EVA02-E), z is [s z, s] with that norm's s, and C is one more.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import Tower, UnitMaps
+from residual_kernels.towers.norm import Norm
 
 TOKENS = ("all", "class", "patches")
 
@@ -21,11 +23,12 @@ Edit = Callable[[int, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class OutProjection:
-    """What makes a layer's term of the stream from the z of its heads: gamma o (weight z + bias)."""
+    """What makes a layer's term of the stream from the z of its heads: gamma o (weight z + bias), or its norm."""
 
     weight: nn.Parameter  # [width, H*C]
     bias: nn.Parameter | None
     gamma: nn.Parameter | None = None  # LayerScale, [width]
+    norm: Norm | None = None  # behind the projection; then there is no LayerScale
 
     def gain(self) -> Tensor:
         """gamma in float64; ones where there is none."""
@@ -41,6 +44,11 @@ def stream_maps(view: Tower, layer: int) -> UnitMaps:
     gain = out.gain()
     A = out.weight.double().unflatten(1, (heads, -1)).permute(1, 2, 0) * gain
     b = torch.zeros_like(gain) if out.bias is None else gain * out.bias.double() / heads
+    if out.norm is not None:
+        A = torch.cat([A, b.expand(heads, 1, -1)], dim=1)
+        A = A - A.mean(2, keepdim=True) if out.norm.kind == "layer" else A
+        gamma, beta = out.norm.constants(len(gain), gain)
+        A, b = A * gamma, beta / heads
     none = torch.zeros_like(gain)  # no final norm here
     return UnitMaps(A=A, b=b.expand(heads, -1), g=none, e=none, share=1)
 

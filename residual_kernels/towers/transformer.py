@@ -1,0 +1,253 @@
+"""How is a transformer tower run and read? What the views of all families share.
+
+A subclass of :class:`TransformerTower` says where a model keeps its parts; this file collects z, s and m at the pooled
+token and makes the constants, for any of the poolings below. Nothing is hooked, swapped or written: the tower is read.
+"""
+
+import abc
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from residual_kernels.towers import Terms, UnitLayout, UnitMaps, check_kinds
+from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
+
+# Where a tower needs every token's terms until the last layer is done (average pooling after the norm, attention
+# pooling), images are taken in groups so that these stay within this many bytes.
+TOKEN_BYTES = 256 * 2**20
+
+FIRST = "class token"
+AVERAGE = "average, norm after"  # tokens are averaged, then normalised
+NORMED_AVERAGE = "average, norm before"  # every token is normalised, then they are averaged
+
+
+# An :data:`~residual_kernels.towers.stream.Edit` of one layer: (z, what attention adds) -> what it is to add instead.
+BlockEdit = Callable[[Tensor, Tensor], Tensor]
+
+
+class TransformerTower(abc.ABC):
+    """A :class:`~residual_kernels.towers.Tower` whose output is a norm and a linear map of a pooled residual stream.
+
+    A subclass sets these and the methods marked abstract. It holds the module and plain numbers, never a parameter:
+    those are read where they are needed, so that moves, casts and loads are seen.
+
+    Attributes:
+        module: the tower. name: its family, for messages and files.
+        layout, width, head_width (C), dim (D): sizes.
+        class_token, prefix: whether the first token is one; how many tokens stand before the patches.
+        pooling: FIRST, AVERAGE or NORMED_AVERAGE; `span`: the tokens that are averaged.
+        returns_tokens: whether the call also returns tokens, so that the last block must compute them all.
+    """
+
+    module: nn.Module
+    name: str
+    layout: UnitLayout
+    width: int
+    head_width: int
+    dim: int
+    class_token: bool = True
+    prefix: int = 1
+    pooling: str = FIRST
+    span: slice = slice(1, None)
+    returns_tokens: bool = False
+
+    # Where the parts are.
+
+    @property
+    @abc.abstractmethod
+    def stem_weight(self) -> Tensor:
+        """A parameter of the first layer: images must have its dtype and device."""
+
+    @property
+    @abc.abstractmethod
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that images must have; None where the tower takes others too."""
+
+    @property
+    @abc.abstractmethod
+    def norm(self) -> Norm:
+        """The final norm."""
+
+    @abc.abstractmethod
+    def projection(self) -> tuple[Tensor | None, Tensor | None]:
+        """P [width, D] and p [D] of output = norm(pooled) P + p; None for the identity and for no bias."""
+
+    @abc.abstractmethod
+    def out_projection(self, layer: int) -> OutProjection:
+        """The parameters that make the layer's term of the stream from the z of its heads."""
+
+    @abc.abstractmethod
+    def constant_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters that the maps are made of: a trained copy of them would not match the maps."""
+
+    # How it runs.
+
+    @property
+    @abc.abstractmethod
+    def recomputes(self) -> bool:
+        """Whether gradient checkpointing is switched on in the tower."""
+
+    @abc.abstractmethod
+    def drops(self) -> list[str]:
+        """Names of what the tower drops at random while it trains, so that its units are not repeatable."""
+
+    @abc.abstractmethod
+    def token_count(self, images: Tensor) -> int:
+        """Tokens that these images become."""
+
+    @abc.abstractmethod
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]:
+        """The stream before the first block [N, tokens, width], and what else the blocks need (position tables)."""
+
+    @abc.abstractmethod
+    def block(
+        self, index: int, x: Tensor, context: Any, first_only: bool, edit: BlockEdit | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One block: the stream after it, the heads' coordinates z [N, tokens, H, C] and the MLP's whole term.
+
+        With `first_only` nothing reads the other tokens afterwards: return the first alone, [N, 1, ...]. What attention
+        adds to the stream is `edit(z, attended)` where there is an edit.
+        """
+
+    @abc.abstractmethod
+    def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tower's own output [N, D] from the stream after the last block, and its tokens where it returns them."""
+
+    # What is made of them.
+
+    @torch.no_grad()
+    def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps:
+        """Constants of one kind, float64 on the tower's device; of some of its units (counted from 0) or of all."""
+        P, p = self.projection()
+        like = self.stem_weight
+        P = torch.eye(self.width, dtype=torch.float64, device=like.device) if P is None else P.double()
+        gamma, beta = self.norm.constants(self.width, like)
+        folded = gamma[:, None] * P  # [width, D]
+        share = 2 * self.layout.layers + 1
+        if units is None:
+            span = self.layout.span(kind)
+            units = range(span.stop - span.start)
+        if kind == "head":
+            share *= self.layout.heads
+            places = [divmod(unit, self.layout.heads) for unit in units]
+            made = {layer: stream_maps(self, layer) for layer in sorted({layer for layer, _ in places})}
+            A = torch.stack([made[layer].A[head] for layer, head in places]) @ folded
+            b = torch.stack([made[layer].b[head] for layer, head in places]) @ folded
+        else:
+            A = folded.expand(len(units), -1, -1)
+            b = P.new_zeros(len(units), self.dim)
+        e = beta @ P if p is None else beta @ P + p.double()
+        return UnitMaps(A=A, b=b, g=gamma @ P, e=e, share=share)
+
+    def check_mode(self) -> None:
+        """Raises ValueError when the tower would drop parts at random, so that its units were not repeatable."""
+        if self.module.training and (found := self.drops()):
+            raise ValueError(
+                f"this tower is in training mode and drops {', '.join(found)} at random; call .eval() on it first"
+            )
+
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError for images this tower cannot take: rank, size, dtype or device."""
+        height, width = self.image_size or ("H", "W")
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
+            shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images must be a tensor [N, 3, {height}, {width}]; got {shape}")
+        if not len(images):
+            raise ValueError("this batch holds no images, and the tower cannot run on none")
+        if self.image_size is not None and images.shape[2:] != (height, width):
+            raise ValueError(
+                f"this tower takes images of {height} x {width} pixels; got {images.shape[2]} x {images.shape[3]}; "
+                "resize them (the tower's preprocess does)"
+            )
+        weight = self.stem_weight
+        if images.device != weight.device:
+            raise ValueError(
+                f"images are on {images.device} but the tower is on {weight.device}; move one of them"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"images have dtype {images.dtype}; use the preprocess of the model (floating point)"
+            )
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images are {images.dtype} but the tower is {weight.dtype}; cast them with images.to({weight.dtype})"
+            )
+
+    def terms(
+        self, images: Tensor, kinds: Iterable[str], edit: Edit | None = None, every_token: bool = False
+    ) -> Terms:
+        """Runs the tower on images [N, 3, H, W] and collects z of `kinds`, s, m and the output.
+
+        `edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last block
+        computes all tokens even where the output depends on one. Gradients flow to images and parameters as in the
+        tower itself; gradient checkpointing is honoured.
+        """
+        kinds = check_kinds(kinds, self.layout) if kinds else ()
+        self.check_images(images)
+        if not self._keeps_tokens:
+            return self._terms(images, kinds, edit, every_token)
+        units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}
+        held = sum(units.get(kind, 0) for kind in kinds)
+        per_image = self.token_count(images) * self.width * (held + 1) * images.element_size()
+        groups = images.split(max(1, TOKEN_BYTES // per_image))
+        return _joined([self._terms(part, kinds, edit, every_token) for part in groups])
+
+    def _terms(self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None, every_token: bool) -> Terms:
+        x, context = self.embed(images)
+        held = {kind: [] for kind in kinds}
+        if "emb" in kinds:
+            held["emb"].append(self._select(x.unsqueeze(-2)))
+        recompute = self.recomputes and torch.is_grad_enabled()
+        last = self.layout.layers - 1
+        # Nothing reads the other tokens after the last block unless the tower, or the caller, wants them.
+        shorten = self.pooling == FIRST and not (self.returns_tokens or every_token)
+        for index in range(self.layout.layers):
+            arguments = (index, x, context, shorten and index == last, edit and partial(edit, index))
+            if recompute:
+                x, z, mlp = checkpoint(self.block, *arguments, use_reentrant=False)
+            else:
+                x, z, mlp = self.block(*arguments)
+            if "head" in kinds:
+                held["head"].append(self._select(z))
+            if "mlp" in kinds:
+                held["mlp"].append(self._select(mlp.unsqueeze(-2)))
+        output, tokens = self.finish(x)
+        scale, mean = self.norm.statistics(self._select(x))
+        if self._keeps_tokens:
+            share = scale / scale.sum(1, keepdim=True)  # [N, tokens]
+            mean = (share * mean).sum(1)
+            scale = scale.mean(1)
+            held = {
+                kind: [torch.einsum("nt,ntrc->nrc", share.to(part.dtype), part) for part in parts]
+                for kind, parts in held.items()
+            }
+        z = {kind: torch.cat(parts, dim=1) for kind, parts in held.items()}  # [N, R, C]
+        return Terms(z=z, scale=scale, mean=mean, output=output, tokens=tokens)
+
+    @property
+    def _keeps_tokens(self) -> bool:
+        return self.pooling not in (FIRST, AVERAGE)
+
+    def _select(self, x: Tensor) -> Tensor:
+        """The pooled token of [N, tokens, ...], or the tokens that will be pooled once their norms are known."""
+        if self.pooling == FIRST:
+            return x[:, 0]
+        return x[:, self.span] if self._keeps_tokens else x[:, self.span].mean(dim=1)
+
+
+def _joined(parts: list[Terms]) -> Terms:
+    """Terms of consecutive groups of images as one."""
+    if len(parts) == 1:
+        return parts[0]
+    return Terms(
+        z={kind: torch.cat([part.z[kind] for part in parts]) for kind in parts[0].z},
+        scale=torch.cat([part.scale for part in parts]),
+        mean=torch.cat([part.mean for part in parts]),
+        output=torch.cat([part.output for part in parts]),
+        tokens=None if parts[0].tokens is None else torch.cat([part.tokens for part in parts]),
+    )
