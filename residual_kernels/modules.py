@@ -170,6 +170,21 @@ class TowerAdapter(nn.Module, abc.ABC):
         """D, the dimension of the embedding."""
         return self._view.dim
 
+    @property
+    def removed_mean(self) -> Tensor:
+        """[D], the means of the adapted units (as fitted), which y lacks because it is centred.
+
+        Classes are told apart without it. Text-image retrieval compares images with captions that know the mean: use
+        ``normalize(y + residual.removed_mean)``, which with all components, weights of one and rest="sum" is the
+        tower's own embedding.
+        """
+        like = self.trainable()[0].detach()
+        return sum((mean.to(like) for mean in self._centred()), like.new_zeros(self.dim))
+
+    def _centred(self) -> list[Tensor]:
+        """The means [D] that the embedding is taken about."""
+        return []
+
     def trainable(self) -> list[nn.Parameter]:
         """The adapter's own parameters, without the tower's."""
         return [p for name, p in self.named_parameters() if not name.startswith("tower.")]
@@ -298,6 +313,9 @@ class ResiDual(UnitAdapter):
         else:
             self.freeze()
 
+    def _centred(self) -> list[Tensor]:
+        return [self.bases.parts[kind].mean.sum(0) for kind in self.adapted]
+
     def weight_of(self, unit) -> Tensor:
         """The weights [K_u] of one adapted unit, by layout index, row or (layer, head)."""
         row = self.layout[self.layout.index(unit)]
@@ -363,6 +381,9 @@ class OutputSpectral(TowerAdapter):
         self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
         self.weight = _initial_weight(len(self.spectral.basis), init, seed, like)
         self.freeze()
+
+    def _centred(self) -> list[Tensor]:
+        return [self.bases.parts[OUTPUT].mean[0]]
 
     def _embed(self, batch: Terms) -> Tensor:
         return self.spectral(batch.output[:, None, :], None, None, self.weight)
