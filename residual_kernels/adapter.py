@@ -91,6 +91,8 @@ def _replaced_folder(path: Path) -> Iterator[Path]:
 def _options(adapter: TowerAdapter) -> dict:
     if isinstance(adapter, CoarseHeads):
         return {"rest": adapter.rest.rest, "kinds": list(adapter.adapted)}
+    if isinstance(adapter, ResiDual):
+        return adapter.options()
     return {"rest": adapter.rest.rest} if isinstance(adapter, UnitAdapter) else {}
 
 
@@ -119,7 +121,7 @@ def load_adapter(tower: nn.Module, path: str | os.PathLike) -> TowerAdapter:
             f"(checksum {config['checksum'][:12]}, this tower has {found[:12]})"
         )
     options = dict(config["options"])
-    if set(options) - {"rest", "kinds"}:
+    if set(options) - {"rest", "kinds", "placement", "tokens", "layers"}:
         raise ValueError(f"{path / CONFIG} has unknown options {sorted(options)}; save the adapter again")
     if config["bases_sha256"] is not None:
         options["bases"] = SpectralBases.load(path / BASES, sha256=config["bases_sha256"])

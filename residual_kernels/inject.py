@@ -6,6 +6,7 @@ from torch import nn
 
 from residual_kernels.modules import ResiDual, TowerAdapter
 from residual_kernels.pca import SpectralBases
+from residual_kernels.wrapping import AroundTower
 
 
 class Attachment:
@@ -62,7 +63,7 @@ def attach(
         raise ValueError(
             f"{type(model).__name__} has no image tower at .visual; wrap its tower with ResiDual instead"
         )
-    if isinstance(visual, TowerAdapter):
+    if isinstance(visual, AroundTower):
         raise ValueError(f"a {type(visual).__name__} is attached to this model already; detach it first")
     if (bases is None) == (adapter is None):
         raise ValueError("give either bases (for a new ResiDual) or adapter (a module made before)")

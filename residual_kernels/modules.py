@@ -1,11 +1,11 @@
 """How do I put it in a model? Drop-in modules that stand where the image tower stood.
 
 Every module here wraps a tower, is called like it, returns what it returns, and learns one tensor. They share
-:class:`TowerAdapter`; what differs is how the embedding y is made from the tower's terms (z, s, m and the output).
+:class:`~residual_kernels.wrapping.TowerAdapter`; what differs is how the embedding y is made from the tower's terms
+(z, s, m and the output), or what is changed inside the tower.
 """
 
 import abc
-import weakref
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -14,18 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import backends, towers
+from residual_kernels.merge import Fold, MergedOutput, MergedUnits, fold_into_tower
 from residual_kernels.ops.packing import wide
-from residual_kernels.pca import OUTPUT, SpectralBases
+from residual_kernels.pca import OUTPUT, SpectralBases, check_placement
+from residual_kernels.stream import StreamHeads
 from residual_kernels.towers import Terms
 from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32
+from residual_kernels.wrapping import AroundTower, TowerAdapter
 
 RESTS = ("zero", "sum", "mean")
-
-# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first to
-# come writes the flags down, the last to go puts them back.
-_frozen: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, bool], weakref.WeakSet[TowerAdapter]]]" = (
-    weakref.WeakKeyDictionary()
-)
 
 
 def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> nn.Parameter:
@@ -44,186 +41,6 @@ def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> n
     else:
         raise ValueError(f'init must be "ones", "normal" or a tensor; got {init!r}')
     return nn.Parameter(value.to(device=like.device, dtype=dtype))
-
-
-class TowerAdapter(nn.Module, abc.ABC):
-    """An image tower whose embedding is made anew from its units. Base of the modules below.
-
-    Called like the tower, with images [N, 3, H, W], it returns y [N, D] in the output's dtype, or (y, tokens) where the
-    tower returns tokens. Attributes it lacks come from the tower. The tower's parameters are frozen while wrapped;
-    :meth:`detach` gives the tower back with its flags restored.
-    """
-
-    default_lr = 0.8  # of the paper, for weights on components and heads
-    kinds: tuple[str, ...] = ()  # what the tower must be asked for
-    bases: SpectralBases | None = None  # what the constants were made of, kept for save_adapter
-    wraps_tower = True  # what towers.unwrap looks for
-    _flags: dict[str, bool] | None = (
-        None  # the tower's requires_grad flags before it was frozen; None: left trainable
-    )
-
-    def __init__(self, tower: nn.Module):
-        super().__init__()
-        self._view = towers.view(tower)
-        self.tower = tower
-
-    def freeze(self) -> None:
-        """Freezes the tower's parameters; :meth:`detach` restores their flags. The last step of every constructor."""
-        flags, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
-        thawed = any(p.requires_grad for p in self.tower.parameters())
-        if flags is None or (thawed and not adapters):
-            flags = {name: p.requires_grad for name, p in self.tower.named_parameters()}
-        adapters.add(self)
-        _frozen[self.tower] = flags, adapters
-        self._flags = flags
-        self.tower.requires_grad_(False)
-
-    def _leave_trainable(self) -> None:
-        """Instead of freezing: the tower trains along, but for what is folded into the constants."""
-        fixed = self._folded_and_trainable()
-        if fixed:
-            raise ValueError(
-                f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would train "
-                f"({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post and proj first"
-            )
-        if not any(p.requires_grad for p in self.tower.parameters()):
-            raise ValueError(
-                "train_tower=True, but nothing in this tower would train; set requires_grad_(True) where it should, "
-                "and detach other adapters on it first"
-            )
-
-    def _folded_and_trainable(self) -> list[str]:
-        return [name for name, p in self._view.constant_parameters().items() if p.requires_grad]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            tower = self.__dict__.get("_modules", {}).get("tower")
-            if tower is None or name.startswith("__"):
-                raise
-            return getattr(tower, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # What is the tower's own (output_tokens, say) is set there, so that both go on agreeing.
-        tower = self.__dict__.get("_modules", {}).get("tower")
-        own = tower is None or name in self.__dict__ or hasattr(type(self), name) or name.startswith("_")
-        registered = not own and any(
-            name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
-        )
-        if own or registered or not hasattr(tower, name):
-            super().__setattr__(name, value)
-        else:
-            setattr(tower, name, value)
-
-    def lock(self, *args: Any, **kwargs: Any) -> None:
-        """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded in."""
-        self.tower.lock(*args, **kwargs)
-        fixed = self._folded_and_trainable()
-        if fixed:
-            self.tower.requires_grad_(False)
-            raise ValueError(
-                f"this would train parameters that are folded into the constants ({', '.join(fixed[:3])} ...); "
-                "the tower stays frozen"
-            )
-
-    def _apply(self, fn, recurse=True):
-        # Own tensors stay at float32 or better; the tower and the constants follow fn by their own rules.
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return super()._apply(at_least_float32(fn), recurse=False)
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # A checkpoint of the bare tower loads too: its keys move under "tower.", and what only the adapter has stays.
-        names = self.tower.state_dict().keys()
-        own = {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
-        bare = not any(prefix + name in state_dict for name in own) and all(
-            prefix + n in state_dict for n in names
-        )
-        if bare:
-            for name in names:
-                state_dict[f"{prefix}tower.{name}"] = state_dict.pop(prefix + name)
-            state_dict.update({prefix + name: value for name, value in own.items()})
-            self._check_constants(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Raises ValueError when the tower's incoming weights are not those that the constants were made of."""
-        for name, held in self._view.constant_parameters().items():
-            coming = state_dict[f"{prefix}tower.{name}"]
-            if held.is_meta or coming.shape != held.shape:  # a wrong shape is load_state_dict's own error
-                continue
-            if not torch.equal(coming.to(held), held):
-                raise ValueError(
-                    f"these weights have another {name} than the tower that the bases were fitted on, so the constants "
-                    "would not match them; detach, load them into the tower and fit bases for it"
-                )
-
-    @property
-    def layout(self) -> towers.UnitLayout:
-        """The tower's units in order."""
-        return self._view.layout
-
-    @property
-    def dim(self) -> int:
-        """D, the dimension of the embedding."""
-        return self._view.dim
-
-    @property
-    def removed_mean(self) -> Tensor:
-        """[D], the means of the adapted units (as fitted), which y lacks because it is centred.
-
-        Classes are told apart without it. Text-image retrieval compares images with captions that know the mean: use
-        ``normalize(y + residual.removed_mean)``, which with all components, weights of one and rest="sum" is the
-        tower's own embedding.
-        """
-        like = self.trainable()[0].detach()
-        return sum((mean.to(like) for mean in self._centred()), like.new_zeros(self.dim))
-
-    def _centred(self) -> list[Tensor]:
-        """The means [D] that the embedding is taken about."""
-        return []
-
-    def trainable(self) -> list[nn.Parameter]:
-        """The adapter's own parameters, without the tower's."""
-        return [p for name, p in self.named_parameters() if not name.startswith("tower.")]
-
-    def detach(self) -> nn.Module:
-        """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the tower."""
-        _, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
-        adapters.discard(self)
-        if self._flags is not None and not adapters:
-            for name, p in self.tower.named_parameters():
-                p.requires_grad_(self._flags.get(name, p.requires_grad))
-            _frozen.pop(self.tower, None)
-        return self.tower
-
-    def collect(self, images: Tensor) -> Terms:
-        """Runs the tower and returns what :meth:`from_units` needs of it."""
-        return self._view.terms(images, self.kinds)
-
-    def from_units(self, batch: Terms) -> Tensor:
-        """y [N, D] from terms collected before (a batch of a UnitCache, or :meth:`collect`)."""
-        missing = [kind for kind in self._reads() if kind not in batch.z]
-        if missing:
-            raise ValueError(
-                f"this batch holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
-            )
-        return self._embed(batch).to(batch.output.dtype)
-
-    def _reads(self) -> tuple[str, ...]:
-        """Kinds that from_units cannot do without."""
-        return self.kinds
-
-    @abc.abstractmethod
-    def _embed(self, batch: Terms) -> Tensor:
-        """y [N, D] from a batch's terms."""
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        batch = self.collect(images)
-        y = self.from_units(batch)
-        return y if batch.tokens is None else (y, batch.tokens)
 
 
 class UnitAdapter(TowerAdapter):
@@ -268,18 +85,45 @@ class UnitAdapter(TowerAdapter):
         rest = self.rest(batch)
         return y if rest is None else y + rest
 
+    def merge(self) -> nn.Module:
+        fold = Fold(self.dim, self.weight.device)
+        for kind, weight in zip(self.adapted, self.weight.split(self._sizes), strict=True):
+            self._fold(fold, kind, weight)
+            if self.rest.rest == "sum":
+                fold.subtract_units(self._view.maps(kind))
+        if self.rest.rest == "mean":
+            fold.e += self.rest.mean
+        return MergedUnits(self._view, self.adapted, fold, keep_output=self.rest.rest == "sum")
+
+    @abc.abstractmethod
+    def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:
+        """Adds the reweighted units of one kind to what is folded."""
+
 
 class ResiDual(UnitAdapter):
     """y = sum over adapted units of Phi_u^T diag(weight_u) Phi_u (x_u - mu_u), plus the rest. Exact, in low rank.
 
+    With placement="stream" the heads are reweighted inside the tower instead: a head that adds x to the residual stream
+    at a token adds x + Phi^T diag(weight - 1) Phi (x - mu), so that later layers see it. weight = 1 is the tower, and y
+    is an embedding like the tower's own (not centred).
+
     Args:
         tower: an image tower that :func:`residual_kernels.decompose` supports.
-        bases: fitted on this very tower by :func:`fit_bases`, usually truncated. Their kinds are the adapted ones.
-        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean).
+        bases: fitted on this very tower by :func:`fit_bases` with the same placement, usually truncated. Their kinds
+            are the adapted ones.
+        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean). In the stream they
+            stay as they are, and rest is left out.
+        placement: "output" (the paper's: units as shares of the output) or "stream".
+        tokens: of the stream: "all", "class" or "patches" (without class token and registers); those that the bases
+            were fitted over by default.
+        layers: of the stream: whose heads are adapted; all by default.
         init: "ones", "normal" (N(1, 1) with `seed`) or a tensor [J].
         train_tower: leave the tower's requires_grad flags as they are, to train it end to end; parameters folded into
             the constants (out_proj, ls_1, ln_post, proj) must not train.
         backend: who computes the operator; see :mod:`residual_kernels.backends`.
+
+    In the stream every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is
+    honoured): `fit` takes loaders, not caches.
 
     `weight` [J], at least float32, is the only trainable tensor; its order is the layout's (heads layer-major, then
     MLPs), components by falling variance. `state_dict` holds `weight`, the constants and `tower.*`;
@@ -287,6 +131,9 @@ class ResiDual(UnitAdapter):
 
     Raises ValueError when the bases are of another tower, the tower is wrapped already, or an argument is out of range.
     """
+
+    placement = "output"
+    _originals: dict[str, Tensor] | None = None  # of a tower that the weight is merged into
 
     def __init__(
         self,
@@ -296,17 +143,30 @@ class ResiDual(UnitAdapter):
         *,
         init: str | Tensor = "ones",
         seed: int = 0,
+        placement: str = "output",
+        tokens: str | None = None,
+        layers: Iterable[int] | None = None,
         train_tower: bool = False,
         backend: str = "auto",
     ):
-        _check_arguments(tower, bases, rest, backend)
+        _check_arguments(tower, bases, rest, backend, placement)
+        check_placement(placement, tokens)
+        if placement == "stream" and rest != "zero":
+            raise ValueError(f'placement="stream" keeps every other unit as it is; leave rest={rest!r} out')
+        if placement == "output" and layers is not None:
+            raise ValueError('layers belongs to placement="stream"; choose kinds of units with bases.of(...)')
         super().__init__(tower)
+        self.placement = placement
         like = next(tower.parameters())
-        units = {
-            kind: SpectralConstants(self._view.maps(kind), bases.parts[kind], like, backend)
-            for kind in bases.kinds
-        }
-        sizes = [len(bases.parts[kind].components) for kind in bases.kinds]
+        if placement == "stream":
+            units = {"head": StreamHeads(self._view, bases, layers, tokens, like, backend)}
+            sizes = [sum(units["head"].sizes)]
+        else:
+            units = {
+                kind: SpectralConstants(self._view.maps(kind), bases.parts[kind], like, backend)
+                for kind in bases.kinds
+            }
+            sizes = [len(bases.parts[kind].components) for kind in bases.kinds]
         self._assemble(rest, bases, units, sizes, init, seed)
         if train_tower:
             self._leave_trainable()
@@ -314,7 +174,80 @@ class ResiDual(UnitAdapter):
             self.freeze()
 
     def _centred(self) -> list[Tensor]:
+        if self.placement == "stream":  # the tower's own mean stays
+            return []
         return [self.bases.parts[kind].mean.sum(0) for kind in self.adapted]
+
+    def collect(self, images: Tensor) -> Terms:
+        if self.placement == "output":
+            return super().collect(images)
+        return self._view.terms(images, (), None if self.merged else self.units["head"].edit(self.weight))
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return super()._embed(batch) if self.placement == "output" else batch.output
+
+    def from_units(self, batch: Terms) -> Tensor:
+        if self.placement == "stream":
+            raise ValueError(
+                "this adapter works inside the tower, so units kept before cannot tell its output; give images, or a "
+                "loader of (images, labels) instead of a cache"
+            )
+        return super().from_units(batch)
+
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again."""
+        if self.placement == "output":
+            return {"rest": self.rest.rest}
+        heads = self.units["head"]
+        return {"placement": "stream", "tokens": heads.tokens, "layers": list(heads.layers)}
+
+    def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:
+        fold.add_spectral(self.units[kind], weight)
+
+    def merge(self) -> nn.Module:
+        """The adapter with its weight folded away.
+
+        At the output: a new module of torch layers around the same tower (not a copy), y = s (z F + b + m g) + e with
+        one matrix F, which torch.export and ONNX can carry.
+
+        In the stream with tokens="all": the tower itself, its output projections holding the change (LayerScale folded
+        in and set to one). Its state_dict has the same keys as ever and loads where this package is absent. This module
+        goes on giving the same numbers, and :meth:`unmerge` or :meth:`detach` put the tower's own weights back.
+
+        Raises ValueError, with nothing changed, where folding is impossible or gives NaN or Inf.
+        """
+        if self.placement == "output":
+            return super().merge()
+        if self.merged:
+            raise ValueError("this adapter is merged already; unmerge it first")
+        if self.neighbours():
+            raise ValueError(
+                f"{self.neighbours()} more adapters live on this tower, and merging would change it beneath them; "
+                "detach them, or merge a copy (copy.deepcopy)"
+            )
+        changed = fold_into_tower(self._view, self.units["head"], self.weight.detach())
+        names = {p: name for name, p in self.tower.named_parameters()}
+        self._originals = {names[p]: value for p, value in changed}
+        return self.tower
+
+    @property
+    def merged(self) -> bool:
+        """Whether :meth:`merge` has folded the weight into the tower's own parameters."""
+        return self._originals is not None
+
+    def unmerge(self) -> None:
+        """Puts the tower's own weights back, bit for bit, after :meth:`merge` in the stream."""
+        if not self.merged:
+            raise ValueError("this adapter is not merged into its tower, so there is nothing to undo")
+        with torch.no_grad():
+            for name, value in self._originals.items():
+                self.tower.get_parameter(name).copy_(value)
+        self._originals = None
+
+    def detach(self) -> nn.Module:
+        if self.merged:
+            self.unmerge()
+        return super().detach()
 
     def weight_of(self, unit) -> Tensor:
         """The weights [K_u] of one adapted unit, by layout index, row or (layer, head)."""
@@ -356,6 +289,9 @@ class CoarseHeads(UnitAdapter):
         self._assemble(rest, bases, units, [span.stop - span.start for span in spans], init, seed)
         self.freeze()
 
+    def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:
+        fold.add_units(self._view.maps(kind), weight)
+
 
 class OutputSpectral(TowerAdapter):
     """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit, all components kept (a baseline).
@@ -388,6 +324,11 @@ class OutputSpectral(TowerAdapter):
     def _embed(self, batch: Terms) -> Tensor:
         return self.spectral(batch.output[:, None, :], None, None, self.weight)
 
+    def merge(self) -> nn.Module:
+        fold = Fold(self.dim, self.weight.device)
+        fold.add_spectral(self.spectral, self.weight)
+        return MergedOutput(self.tower, fold.rows[0].T, fold.b + fold.e)
+
 
 class OutputLinear(TowerAdapter):
     """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed` (a baseline)."""
@@ -412,12 +353,19 @@ class OutputLinear(TowerAdapter):
     def _embed(self, batch: Terms) -> Tensor:
         return self.linear(batch.output.to(self.linear.weight.dtype))
 
+    def merge(self) -> nn.Module:
+        return MergedOutput(self.tower, self.linear.weight.detach(), self.linear.bias.detach())
+
 
 def _check_arguments(
-    tower: nn.Module, bases: SpectralBases | None, rest: str = "zero", backend: str = "auto"
+    tower: nn.Module,
+    bases: SpectralBases | None,
+    rest: str = "zero",
+    backend: str = "auto",
+    placement: str = "output",
 ) -> None:
     """Everything about the arguments that can be wrong, before anything is touched."""
-    if isinstance(tower, TowerAdapter):
+    if isinstance(tower, AroundTower):
         raise ValueError(
             f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it first"
         )
@@ -432,4 +380,9 @@ def _check_arguments(
         raise ValueError('rest="mean" needs bases: the mean is the fitted one, not the batch\'s')
     view = towers.view(tower)
     if bases is not None:
+        if bases.placement != placement:
+            raise ValueError(
+                f"these bases were fitted with placement={bases.placement!r}, but {placement!r} is wanted here; fit "
+                f"them with fit_bases(..., placement={placement!r})"
+            )
         bases.check_tower(view)

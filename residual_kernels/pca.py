@@ -41,6 +41,17 @@ class KindBases:
     def run(self, unit: int) -> slice:
         return slice(int(self.offsets[unit]), int(self.offsets[unit + 1]))
 
+    def units(self, start: int, stop: int) -> "KindBases":
+        """The bases of a run of units."""
+        run = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        return KindBases(
+            mean=self.mean[start:stop],
+            components=self.components[run],
+            variance=self.variance[run],
+            total_variance=self.total_variance[start:stop],
+            offsets=self.offsets[start : stop + 1] - self.offsets[start],
+        )
+
     def ratio(self, unit: int) -> Tensor:
         variance, total = self.variance[self.run(unit)], self.total_variance[unit]
         return torch.zeros_like(variance) if total == 0 else variance / total
