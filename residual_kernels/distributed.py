@@ -6,6 +6,7 @@ Without torchrun (no WORLD_SIZE in the environment) every function here answers 
 import datetime
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,22 @@ def gather(value: Any, timeout: float = TIMEOUT) -> list[Any]:
             f"process {rank()} of {world()} waited for the others, and one has died or hangs: {first}"
         ) from error
     return values
+
+
+def from_first(make: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
+    """What `make` gives in process 0, in every process. When it raises there, the others raise RuntimeError."""
+    value, failure = None, None
+    if rank() == 0:
+        try:
+            value = make()
+        except (ValueError, OSError) as error:
+            failure = error
+    text, value = gather((failure and str(failure), value), timeout)[0]
+    if failure is not None:
+        raise failure
+    if text is not None:
+        raise RuntimeError(f"process 0 stopped: {text}")
+    return value
 
 
 @functools.lru_cache(maxsize=1)

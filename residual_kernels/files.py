@@ -1,4 +1,4 @@
-"""How files are written and read: atomically, as safetensors or JSON, with a checksum that is verified on load."""
+"""How are files written and read? Atomically and durably, as safetensors or JSON, with a checksum verified on load."""
 
 import contextlib
 import hashlib
@@ -15,22 +15,47 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SCHEMA = 1  # of every file this library writes; a reader refuses a newer one
+PARTIAL = ".part"  # the ending of a file that is being written
+METADATA = "residual_kernels"  # the key of our header in a safetensors file
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well and is removed when it does not."""
+    """A temporary path beside `path` that replaces it when the block ends well and is removed when it does not.
+
+    After the block the file is on the disk itself, not only in the system's memory. An OSError names `path`.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
+        os.close(handle)
+        temporary = Path(name)
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())
+        _flush(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":  # Windows does not open folders
+            _flush(path.parent)
+    except OSError as error:
+        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def partial_files(folder: Path) -> list[Path]:
+    """What a process killed inside `atomic_path` left in a folder."""
+    return [path for path in folder.glob(f".*{PARTIAL}") if path.is_file()]
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _umask() -> int:
@@ -64,9 +89,11 @@ def read_json(path: str | os.PathLike, what: str, required: Iterable[str] = ()) 
     return value
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes."""
+def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """SHA-256 of a header without its own checksum, and of the tensors' names, dtypes, shapes and bytes."""
     total = hashlib.sha256()
+    rest = {key: value for key, value in header.items() if key != "sha256"}
+    total.update(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -79,17 +106,21 @@ def save_tensors(
 ) -> dict:
     """Writes tensors and a JSON header to one safetensors file, atomically; returns the header with its checksum."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {"schema": SCHEMA, "what": what, "sha256": digest(stored), **header}
+    header = {"schema": SCHEMA, "what": what, **header}
+    header["sha256"] = digest(stored, header)
     with atomic_path(path) as temporary:
-        save_file(stored, temporary, metadata={"residual_kernels": json.dumps(header)})
+        try:
+            save_file(stored, temporary, metadata={METADATA: json.dumps(header)})
+        except SafetensorError as error:  # a full disk, a quota
+            raise OSError(str(error)) from error
     return header
 
 
-def load_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and header of a file written by :func:`save_tensors`.
+def map_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and header of a file written by :func:`save_tensors`, mapped: bytes are read where they are touched.
 
-    Raises FileNotFoundError when there is none, ValueError when it is another kind of file, of a newer schema,
-    truncated, or its bytes do not match its checksum.
+    Raises FileNotFoundError when there is none, ValueError when it is another kind of file, of a newer schema, or
+    truncated. The checksum is not verified.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,15 +131,23 @@ def load_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor],
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); make it again") from error
-    if "residual_kernels" not in metadata:
+    if METADATA not in metadata:
         raise ValueError(f"{path} holds tensors but no {what} of residual_kernels")
-    header = json.loads(metadata["residual_kernels"])
-    if header["schema"] > SCHEMA:
-        raise ValueError(
-            f"{path} has schema {header['schema']}; this version reads up to {SCHEMA}, so upgrade it"
-        )
-    if header["what"] != what:
-        raise ValueError(f"{path} holds a {header['what']}, not a {what}")
-    if digest(tensors) != header["sha256"]:
+    try:
+        header = json.loads(metadata[METADATA])
+        schema, found = header["schema"], header["what"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is corrupted: its header cannot be read; make it again") from error
+    if schema > SCHEMA:
+        raise ValueError(f"{path} has schema {schema}; this version reads up to {SCHEMA}, so upgrade it")
+    if found != what:
+        raise ValueError(f"{path} holds a {found}, not a {what}")
+    return tensors, header
+
+
+def load_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:func:`map_tensors`, verified: a ValueError too when the bytes do not match their checksum."""
+    tensors, header = map_tensors(path, what)
+    if digest(tensors, header) != header.get("sha256"):
         raise ValueError(f"{path} is corrupted: its bytes do not match their checksum; make it again")
     return tensors, header

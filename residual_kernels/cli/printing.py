@@ -14,10 +14,10 @@ err = Console(stderr=True, markup=False)
 
 
 @contextmanager
-def bar(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
+def bar(title: str, total: int | None, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr; yields what to call with the number of images done."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as progress:
+    with Progress(*columns, console=err, transient=True, disable=quiet) as progress:
         task = progress.add_task(title, total=total)
         yield lambda done: progress.advance(task, done)
 

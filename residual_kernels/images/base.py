@@ -2,6 +2,7 @@
 
 import abc
 import contextlib
+import hashlib
 import zipfile
 from collections.abc import Callable, Iterator
 
@@ -30,6 +31,11 @@ class Images(Dataset, abc.ABC):
     @abc.abstractmethod
     def picture(self, index: int) -> tuple[Image, int]:
         """The image itself, in RGB, and its label; a ValueError names the image when it cannot be read."""
+
+    def fingerprint(self) -> str:
+        """A line that tells this data set from others, wherever it lies: the number of images and a digest of names."""
+        names = hashlib.sha256("\n".join((*self.names, *(self.class_names or ()))).encode()).hexdigest()
+        return f"{len(self)} images ({names[:32]})"
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.picture(index)

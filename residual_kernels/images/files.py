@@ -1,5 +1,6 @@
 """Images of a folder, or of a zip of one."""
 
+import hashlib
 import io
 import os
 import zipfile
@@ -97,6 +98,19 @@ class ImageFiles(Images):
         if self._open is None or self._open[0] != os.getpid():
             self._open = (os.getpid(), zipfile.ZipFile(self.archive))
         return self._open[1].read(self.prefix + name)
+
+    def fingerprint(self) -> str:
+        """Number of images, and a digest of their names, sizes and labels (and of their CRCs, in a zip)."""
+        total = hashlib.sha256()
+        if self.archive is None:
+            seen = (f"{(self.path / name).stat().st_size}" for name in self.names)
+        else:
+            with zipfile.ZipFile(self.archive) as file:
+                entries = (file.getinfo(self.prefix + name) for name in self.names)
+                seen = [f"{entry.file_size} {entry.CRC}" for entry in entries]
+        for name, label, what in zip(self.names, self.labels.tolist(), seen, strict=True):
+            total.update(f"{name}\0{label}\0{what}\n".encode())
+        return f"{len(self)} images ({total.hexdigest()[:32]})"
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": None}
