@@ -4,7 +4,6 @@ A unit's output is x_u = l_u M_u + const, so the second moment of l (:mod:`resid
 needs. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the components.
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -239,7 +238,7 @@ class SpectralBases:
         for kind, part in self.parts.items():
             tensors |= {f"{kind}.mean": part.mean, f"{kind}.offsets": part.offsets}
             tensors[f"{kind}.components"] = part.components.float()
-        return hashlib.sha256(f"{self.checksum} {digest(tensors)}".encode()).hexdigest()
+        return digest(tensors, {"tower": self.checksum})
 
     def merge(self, other: "SpectralBases") -> "SpectralBases":
         """Bases of both fitting sets together, equal to one fit on their union.
