@@ -3,7 +3,6 @@ your own task (ResiDual, Basile et al., TMLR 2025), exact and fast."""
 
 from residual_kernels import analysis, ops
 from residual_kernels.adapter import load_adapter, save_adapter
-from residual_kernels.adapter_set import AdapterSet
 from residual_kernels.bundled import load_bundled
 from residual_kernels.cache import UnitCache, encode
 from residual_kernels.decomposition import Decomposition, decompose
@@ -16,7 +15,6 @@ from residual_kernels.zeroshot import ZeroShotHead
 
 __version__ = "0.1.0"
 __all__ = [
-    "AdapterSet",
     "CoarseHeads",
     "Decomposition",
     "OutputLinear",

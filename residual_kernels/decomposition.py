@@ -1,6 +1,6 @@
 """What an image's embedding is the sum of: one vector of the output space per residual unit, exactly."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,12 +21,23 @@ def check_finite(images: Tensor, first: int = 0) -> None:
         )
 
 
+def parts_of(batch: Any) -> tuple[Any, Any]:
+    """(images, labels or None) of what a loader yields: images, (images, labels, ...), or transformers' mapping."""
+    if isinstance(batch, Mapping):
+        if "pixel_values" not in batch:
+            raise ValueError(
+                f"a batch that is a mapping needs its images under 'pixel_values'; got {', '.join(map(str, batch))}"
+            )
+        return batch["pixel_values"], batch.get("labels")
+    return (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
+
+
 def checked_batches(view: Tower, loader: Iterable) -> Iterator[tuple[Tensor, Any]]:
     """(images on the tower's device, labels or None) of every batch that holds images, each checked."""
     device = next(view.module.parameters()).device
     count = 0
     for batch in loader:
-        images, labels = (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
+        images, labels = parts_of(batch)
         if not isinstance(images, Tensor):
             view.check_images(images)  # says what was expected
         images = images.to(device)

@@ -19,7 +19,7 @@ from residual_kernels.ops.packing import wide
 from residual_kernels.pca import OUTPUT, SpectralBases, check_placement
 from residual_kernels.stream import StreamHeads
 from residual_kernels.towers import Terms
-from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32, reweighted_sum
+from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32
 from residual_kernels.wrapping import AroundTower, TowerAdapter
 
 RESTS = ("zero", "sum", "mean")
@@ -69,15 +69,16 @@ class UnitAdapter(TowerAdapter):
         self._sizes = sizes
         self.weight = _initial_weight(sum(sizes), init, seed, like)
 
-    def options(self) -> dict[str, Any]:
-        return {"rest": self.rest.rest}
-
     def _reads(self) -> tuple[str, ...]:
         return self.adapted
 
     def adapted_sum(self, batch: Terms) -> Tensor:
         """The reweighted units alone, [N, D], without the rest."""
-        return reweighted_sum(self.units, self._sizes, batch, self.weight)
+        weights = self.weight.split(self._sizes)
+        return sum(
+            self.units[kind](batch.z[kind], batch.scale, batch.mean, weight)
+            for kind, weight in zip(self.adapted, weights, strict=True)
+        )
 
     def _embed(self, batch: Terms) -> Tensor:
         y = self.adapted_sum(batch)
@@ -156,7 +157,7 @@ class ResiDual(UnitAdapter):
             raise ValueError('layers belongs to placement="stream"; choose kinds of units with bases.of(...)')
         super().__init__(tower)
         self.placement = placement
-        like = next(tower.parameters())
+        like = next(self.tower.parameters())
         if placement == "stream":
             units = {"head": StreamHeads(self._view, bases, layers, tokens, like, backend)}
             sizes = [sum(units["head"].sizes)]
@@ -194,8 +195,9 @@ class ResiDual(UnitAdapter):
         return super().from_units(batch)
 
     def options(self) -> dict[str, Any]:
+        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again."""
         if self.placement == "output":
-            return super().options()
+            return {"rest": self.rest.rest}
         heads = self.units["head"]
         return {"placement": "stream", "tokens": heads.tokens, "layers": list(heads.layers)}
 
@@ -281,21 +283,14 @@ class CoarseHeads(UnitAdapter):
         _check_arguments(tower, bases, rest)
         kinds = towers.check_kinds(kinds, towers.view(tower).layout)
         super().__init__(tower)
-        dtype = wide(next(tower.parameters()).dtype)
+        dtype = wide(next(self.tower.parameters()).dtype)
         units = {kind: UnitSum(self._view.maps(kind), dtype) for kind in kinds}
         spans = [self.layout.span(kind) for kind in kinds]
         self._assemble(rest, bases, units, [span.stop - span.start for span in spans], init, seed)
-        self.bases = None
-        if rest == "mean":  # of the bases only the means were read
-            used = bases.of(*kinds)
-            self.bases = used.keep({kind: [0] * len(part.mean) for kind, part in used.parts.items()})
         self.freeze()
 
     def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:
         fold.add_units(self._view.maps(kind), weight)
-
-    def options(self) -> dict[str, Any]:
-        return {**super().options(), "kinds": list(self.adapted)}
 
 
 class OutputSpectral(TowerAdapter):
@@ -317,8 +312,8 @@ class OutputSpectral(TowerAdapter):
     ):
         _check_arguments(tower, bases, backend=backend)
         super().__init__(tower)
-        like = next(tower.parameters())
-        self.bases = replace(bases, parts={OUTPUT: bases.parts[OUTPUT]}, moments=None)
+        like = next(self.tower.parameters())
+        self.bases = replace(bases, moments=None)
         self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
         self.weight = _initial_weight(len(self.spectral.basis), init, seed, like)
         self.freeze()
@@ -343,7 +338,7 @@ class OutputLinear(TowerAdapter):
     def __init__(self, tower: nn.Module, *, seed: int = 0):
         _check_arguments(tower, None)
         super().__init__(tower)
-        like = next(tower.parameters())
+        like = next(self.tower.parameters())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.linear = nn.Linear(self.dim, self.dim)

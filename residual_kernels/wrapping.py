@@ -56,7 +56,7 @@ class TowerAdapter(AroundTower, abc.ABC):
     def __init__(self, tower: nn.Module):
         super().__init__()
         self._view = towers.view(tower)
-        self.tower = tower
+        self.tower = self._view.module  # of a whole transformers model, its image side
 
     def freeze(self) -> None:
         """Freezes the tower's parameters; :meth:`detach` restores their flags. The last step of every constructor."""
@@ -141,10 +141,6 @@ class TowerAdapter(AroundTower, abc.ABC):
                     f"these weights have another {name} than the tower that the bases were fitted on, so the constants "
                     "would not match them; detach, load them into the tower and fit bases for it"
                 )
-
-    def options(self) -> dict[str, Any]:
-        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again; as JSON."""
-        return {}
 
     @property
     def layout(self) -> towers.UnitLayout:

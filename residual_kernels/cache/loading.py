@@ -23,14 +23,11 @@ from torch.utils.data import (
     default_collate,
 )
 
+from residual_kernels.decomposition import parts_of
+
 ALL, FIRST, NONE = "all", "first", "none"  # what a pass needs of a shard's images
 Piece = tuple[int, Any, Any]  # number of the first image, images, labels or None
 Need = Callable[[int], str]  # of a shard, by its index
-
-
-def parts_of(batch: Any) -> tuple[Any, Any]:
-    """(images, labels or None) of what a loader yields."""
-    return (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
 
 
 class Stream:

@@ -114,7 +114,7 @@ class UnitCache:
             raise ValueError(
                 f"this cache holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
             )
-        found = towers.checksum(tower)
+        found = towers.checksum(towers.view(tower).module)
         if found != self.checksum:
             raise ValueError(
                 f"this cache was encoded by a tower with other weights (checksum {self.checksum[:12]}, this tower has "

@@ -1,0 +1,300 @@
+"""transformers' models: exact units at true widths, and ResiDual inside them, beside them and around them."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from test_towers import relative
+from transformers import (
+    BlipConfig,
+    CLIPConfig,
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    ViTConfig,
+)
+
+import residual_kernels as rk
+from residual_kernels import towers
+from residual_kernels.towers.hugging_face import ImageTower, image_tower
+
+TEXT = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60,
+    "max_position_embeddings": 12, "projection_dim": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+BLIP_TEXT = TEXT | {"sep_token_id": 3}
+
+
+def vision(width=48, heads=3, size=16, patch=8, **more) -> dict:
+    return {
+        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": heads,
+        "image_size": size, "patch_size": patch,
+    } | more  # fmt: skip
+
+
+def unsettled(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with random norms, biases, tokens and LayerScale, so that nothing in it is a hidden identity."""
+    for name, p in model.named_parameters():
+        if p.ndim == 1 and p.numel() > 1:
+            torch.nn.init.normal_(p, 1.0 if name.endswith("weight") or "lambda" in name else 0.0, 0.2)
+        elif "token" in name or "position" in name:
+            torch.nn.init.normal_(p, 0.0, 0.2)
+    return model.eval()
+
+
+def make(kind: str, config, seed=0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return unsettled(getattr(transformers, kind)(config))
+
+
+def clip(dim=32, seed=0, **more):
+    return make(
+        "CLIPModel", CLIPConfig(vision_config=vision(**more), text_config=TEXT, projection_dim=dim), seed
+    )
+
+
+def blip(dim=32, **more):
+    config = BlipConfig(
+        vision_config=vision(**more), text_config=BLIP_TEXT | {"encoder_hidden_size": more.get("width", 48)},
+        image_text_hidden_size=dim,
+    )  # fmt: skip
+    return make("BlipForImageTextRetrieval", config)
+
+
+def embedding_of(model, images):
+    """The image embedding by transformers' own means."""
+    with torch.no_grad():
+        if hasattr(model, "get_image_features"):
+            return model.get_image_features(images).pooler_output
+        if hasattr(model, "vision_proj"):
+            return model.vision_proj(model.vision_model(images).last_hidden_state[:, 0])
+        if hasattr(model, "visual_projection"):
+            return model(images).image_embeds
+        return getattr(model, model.base_model_prefix, model)(images).last_hidden_state[:, 0]
+
+
+def images_for(model, count=3, dtype=torch.float32, seed=1):
+    config = getattr(model.config, "vision_config", model.config)
+    return torch.randn(count, 3, *2 * (config.image_size,), generator=torch.Generator().manual_seed(seed)).to(
+        dtype
+    )
+
+
+def assert_exact(model, bound, dtype=torch.float32, count=2):
+    images = images_for(model, count, dtype)
+    state = copy.deepcopy(model.state_dict())
+    expected = embedding_of(model, images)
+    with torch.no_grad():
+        parts = rk.decompose(model, images)
+        assert torch.equal(image_tower(model)(images), expected)
+    units = parts.units()
+    assert relative(units.sum(1), expected) < bound
+    assert relative(parts.output, expected) < bound
+    others = [index for index in range(len(parts.layout)) if index != 1]
+    assert relative(units[:, others].sum(1), expected) > 10 * bound
+    after = model.state_dict()
+    assert all(torch.equal(state[name], after[name]) for name in state)
+    return parts
+
+
+TRUE_WIDTHS = {
+    "CLIP ViT-B-32": lambda: clip(512, width=768, heads=12, size=64, patch=32, hidden_act="quick_gelu"),
+    "CLIP ViT-L-14": lambda: clip(768, width=1024, heads=16, size=28, patch=14, hidden_act="quick_gelu"),
+    "BLIP large": lambda: blip(256, width=1024, heads=16, size=32, patch=16),
+    "ViT-L-16": lambda: make("ViTModel", ViTConfig(**vision(1024, 16, 32, 16))),
+    "DINOv2-L-14": lambda: make("Dinov2Model", Dinov2Config(**vision(1024, 16, 28, 14))),
+}
+
+
+@pytest.mark.parametrize("name", TRUE_WIDTHS)
+def test_true_widths(name):
+    parts = assert_exact(TRUE_WIDTHS[name](), 1e-5)
+    assert parts.layout.heads in (12, 16)
+
+
+TINY = {
+    "CLIPModel": clip,
+    "CLIPVisionModelWithProjection": lambda: make(
+        "CLIPVisionModelWithProjection", CLIPVisionConfig(**vision(), projection_dim=32)
+    ),
+    "BlipForImageTextRetrieval": blip,
+    "ViTModel": lambda: make("ViTModel", ViTConfig(**vision())),
+    "ViTForImageClassification": lambda: make("ViTForImageClassification", ViTConfig(**vision())),
+    "DeiTModel": lambda: make("DeiTModel", DeiTConfig(**vision())),
+    "Dinov2Model": lambda: make("Dinov2Model", Dinov2Config(**vision())),
+    "Dinov2Model, SwiGLU": lambda: make("Dinov2Model", Dinov2Config(**vision(), use_swiglu_ffn=True)),
+    "Dinov2WithRegistersModel": lambda: make(
+        "Dinov2WithRegistersModel", Dinov2WithRegistersConfig(**vision(), num_register_tokens=3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_float64(name):
+    model = TINY[name]().double()
+    assert_exact(model, 1e-12, torch.float64)
+    view = towers.view(model)
+    with torch.no_grad():
+        assert view.embed(images_for(model, 1, torch.float64))[0].shape[1] - view.prefix == 4  # patches
+
+
+def test_attention_implementations():
+    """eager and sdpa give the model's numbers; one that was registered is the one that runs."""
+    model, calls = clip().double(), []
+    images = images_for(model, 2, torch.float64)
+    for name, bound in (("eager", 1e-6), ("sdpa", 1e-12)):  # its eager softmax is float32
+        model.set_attn_implementation(name)
+        assert_exact(model, bound, torch.float64)
+
+    def counted(module, q, k, v, mask, scaling, **more):
+        calls.append(q.shape[2])
+        share = (q @ k.transpose(-1, -2) * scaling).softmax(-1)
+        return (share @ v).transpose(1, 2).flip(2), None  # heads in another order: not the others' numbers
+
+    transformers.AttentionInterface.register("counted", counted)
+    expected = embedding_of(model, images)
+    model.set_attn_implementation("counted")
+    assert_exact(model, 1e-12, torch.float64)
+    assert 1 in calls  # in the last block only the class token asks
+    assert relative(embedding_of(model, images), expected) > 1e-3
+
+
+def test_images_of_other_sizes():
+    """DINOv2 interpolates its positions to any size; CLIP takes its own alone."""
+    model = TINY["Dinov2Model"]().double()
+    images = torch.randn(2, 3, 24, 32, dtype=torch.float64)
+    with torch.no_grad():
+        parts = rk.decompose(model, images)
+        assert relative(parts.units().sum(1), model(images).pooler_output) < 1e-12
+    with pytest.raises(ValueError, match="takes images of 16 x 16"):
+        rk.decompose(clip().double(), images)
+
+
+def test_the_image_tower_is_made_of_the_models_parts():
+    model = clip()
+    tower = image_tower(model)
+    assert image_tower(model) is tower
+    assert image_tower(tower) is tower
+    assert tower.layers[0] is model.vision_model.encoder.layers[0]
+    assert isinstance(tower, ImageTower)
+    assert not tower.training
+    model.train()
+    assert tower.training
+    model.eval()
+    twin = copy.deepcopy(model)
+    assert image_tower(twin) is not tower
+    assert towers.checksum(image_tower(twin)) == towers.checksum(tower)
+    model.visual_projection = copy.deepcopy(model.visual_projection)
+    assert image_tower(model).projection is model.visual_projection
+    alone = make("CLIPVisionModelWithProjection", CLIPVisionConfig(**vision(), projection_dim=32))
+    alone.load_state_dict(model.state_dict(), strict=False)  # the same weights are the same tower
+    assert towers.checksum(image_tower(alone)) == towers.checksum(tower)
+    gone = weakref.ref(twin)
+    del twin
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_untrained_pooler_is_no_part_of_the_tower():
+    """ViTModel.from_pretrained of a classifier draws a new pooler each time; bases and adapters must not notice."""
+    model = TINY["ViTModel"]()
+    before = towers.checksum(image_tower(model))
+    torch.nn.init.normal_(model.pooler.dense.weight)
+    assert towers.checksum(image_tower(model)) == before
+
+
+def test_dropout_and_checkpointing():
+    model = make("ViTModel", ViTConfig(**vision(), hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
+    rk.decompose(model, images_for(model))
+    model.train()
+    with pytest.raises(ValueError, match="drops attention weights, hidden states at random"):
+        rk.decompose(model, images_for(model))
+    model = TINY["ViTModel"]().train()
+    residual = rk.ResiDual(model, rk.fit_bases(model, [images_for(model, 8)]))
+    calls, grads = [], []
+    model.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        images = images_for(model).requires_grad_()
+        calls.clear()
+        grads.append(torch.autograd.grad(residual(images).square().sum(), images)[0])
+        assert len(calls) == 1 + checkpointing
+    assert relative(grads[1], grads[0]) < 1e-5
+
+
+def refused() -> dict:
+    blip_config = BlipConfig(vision_config=vision(), text_config=BLIP_TEXT | {"encoder_hidden_size": 48})
+    return {
+        "BlipModel": (blip_config, "normalises its class token twice"),
+        "CLIPForImageClassification": (
+            CLIPConfig(vision_config=vision(), text_config=TEXT),
+            "more than an embedding",
+        ),
+        "CLIPTextModel": (transformers.CLIPTextConfig(**TEXT), "lacks norm"),
+        "ViTMAEModel": (transformers.ViTMAEConfig(**vision()), "drop patches"),
+        "BeitModel": (transformers.BeitConfig(**vision()), "is Identity, not LayerNorm"),
+        "BertModel": (transformers.BertConfig(**TEXT), "lacks norm"),
+        "ResNetModel": (
+            transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
+            "embeddings and",
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", refused())
+def test_what_has_no_exact_units_is_told_why(kind):
+    config, message = refused()[kind]
+    model = getattr(transformers, kind)(config).eval()
+    with pytest.raises(rk.UnsupportedTowerError, match=message):
+        rk.decompose(model, torch.randn(1, 3, 16, 16))
+
+
+def test_the_whole_way(tmp_path):
+    """Batches as transformers has them, a cache, a fit by prototypes, an adapter on disk; the model unchanged."""
+    model = TINY["Dinov2Model"]()
+    images = images_for(model, 48)
+    labels = (embedding_of(model, images)[:, 0] > 0).long()
+    batches = [
+        transformers.BatchFeature({"pixel_values": x, "labels": y})
+        for x, y in zip(images.split(16), labels.split(16), strict=True)
+    ]
+    before = model(images).last_hidden_state
+    bases = rk.fit_bases(model, batches).truncate(energy=0.9)
+    cache = rk.encode(model, batches, tmp_path / "cache")
+    assert torch.equal(cache.labels, labels)
+    residual = rk.ResiDual(model, bases)
+    assert not any(p.requires_grad for p in model.encoder.parameters())
+    head = rk.ZeroShotHead.from_prototypes(cache)
+    rk.fit(residual, head, cache, cache, epochs=2)
+    expected = residual(images)
+    assert relative(expected, embedding_of(model, images)) > 1e-3
+    rk.save_adapter(residual, tmp_path / "adapter")
+    assert isinstance(residual.detach(), ImageTower)
+    assert all(p.requires_grad for p in model.encoder.parameters())
+    assert torch.equal(model(images).last_hidden_state, before)
+    assert torch.equal(rk.load_adapter(model, tmp_path / "adapter")(images), expected)
+    assert (
+        relative(rk.load_adapter(copy.deepcopy(model), tmp_path / "adapter").merge()(images), expected) < 1e-5
+    )
+    with pytest.raises(ValueError, match="needs its images under 'pixel_values'; got images, label"):
+        rk.fit_bases(model, [{"images": images, "label": labels}])
+
+
+def test_compiles_and_casts():
+    model = clip()
+    images = images_for(model)
+    residual = rk.ResiDual(model, rk.fit_bases(model, [images_for(model, 20)]).truncate(energy=0.9))
+    expected = residual(images)
+    (grad,) = torch.autograd.grad(expected.square().sum(), residual.weight)
+    compiled = torch.compile(lambda x: residual(x).square().sum(), fullgraph=True, backend="aot_eager")
+    (again,) = torch.autograd.grad(compiled(images), residual.weight)
+    assert relative(again, grad) < 1e-5
+    twin = copy.deepcopy(residual).to(torch.bfloat16)
+    assert twin.tower.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
+    assert residual.tower.layers[0].mlp.fc1.weight.dtype == torch.float32
+    assert relative(twin(images.bfloat16()).float(), expected) < 0.05
