@@ -7,18 +7,44 @@ from residual_kernels.analysis.dimension import (
     two_nn,
     two_nn_dimension,
 )
-from residual_kernels.analysis.scores import correlations, own_accuracy, rank_correlations
+from residual_kernels.analysis.scores import (
+    component_correlations,
+    component_separation,
+    correlations,
+    own_accuracy,
+    rank_correlations,
+)
+from residual_kernels.analysis.selection import SelectionCurves, ablate, selection_curves
 from residual_kernels.analysis.similarity import similarity_matrix, spectral_cosine
+from residual_kernels.analysis.words import (
+    Description,
+    TextDictionary,
+    component_words,
+    unit_words,
+    words_at_ends,
+    words_of_units,
+)
 
 __all__ = [
+    "Description",
+    "SelectionCurves",
+    "TextDictionary",
+    "ablate",
+    "component_correlations",
+    "component_separation",
+    "component_words",
     "correlations",
     "linear_dimension",
     "nearest_two",
     "own_accuracy",
     "participation_ratio",
     "rank_correlations",
+    "selection_curves",
     "similarity_matrix",
     "spectral_cosine",
     "two_nn",
     "two_nn_dimension",
+    "unit_words",
+    "words_at_ends",
+    "words_of_units",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from residual_kernels import towers
 from residual_kernels.cache import UnitCache, encode
 from residual_kernels.decomposition import checked_batches, checked_labels
-from residual_kernels.pca import CONSTANT
+from residual_kernels.pca import CONSTANT, SpectralBases
 from residual_kernels.reference import unit_coordinates
 from residual_kernels.towers import Terms, Tower, Unit, UnitMaps
 
@@ -99,9 +99,10 @@ def constants(view: Tower, kind: str) -> Tensor:
 
 def short(terms: Terms, units: Sequence[Unit], first: int) -> Tensor:
     """l = (s*z, s, s*m) of some units, [n, G, C+2] float64; `first` is the layout index where their kind begins."""
-    index = torch.tensor([unit.index - first for unit in units], device=terms.output.device)
+    index = [unit.index - first for unit in units]
     z = terms.z[units[0].kind]
-    z = z if len(index) == z.shape[1] else z[:, index]
+    if index != list(range(z.shape[1])):
+        z = z[:, torch.tensor(index, device=z.device)]
     return unit_coordinates(z.double(), terms.scale.double(), terms.mean.double())
 
 
@@ -168,3 +169,31 @@ def coordinates(
         frame = Q.transpose(1, 2)
         offset = (shift[:, None, :] @ M)[:, 0] + (centre.to(frame)[:, None, :] @ frame)[:, 0]
         yield Coordinates(group, points, frame, offset + constants(view, kind))
+
+
+class ComponentReader:
+    """c = Phi_u (x_u - mu_u) of all kept components of a kind, [n, J] in the outputs' dtype, from terms."""
+
+    def __init__(self, view: Tower, bases: SpectralBases, kind: str):
+        self.units, self.first = units_of(view, kind), view.layout.span(kind).start
+        part = bases.of(kind).parts[kind]
+        bases.check_tower(view)
+        rows, constant = map_rows(view, self.units), constants(view, kind)
+        self.projections, self.offsets = [], []
+        for place in range(len(self.units)):
+            M = rows[place if len(rows) > 1 else 0]
+            phi = part.components[part.run(place)].to(M)
+            self.projections.append(M @ phi.T)  # [C+2, K_u]
+            self.offsets.append(phi @ (constant - part.mean[place].to(M)))
+
+    def __call__(self, terms: Terms) -> Tensor:
+        dtype = terms.output.dtype
+        local = short(terms, self.units, self.first)
+        # About the batch's mean, so that large means cancel in float64 and not in the product.
+        shift = local.mean(0)
+        local = (local - shift).to(dtype)
+        read = [
+            local[:, place] @ projection.to(dtype) + (shift[place] @ projection + offset).to(dtype)
+            for place, (projection, offset) in enumerate(zip(self.projections, self.offsets, strict=True))
+        ]
+        return torch.cat(read, dim=1)

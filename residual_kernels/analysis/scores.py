@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from residual_kernels import ops, towers
 from residual_kernels.analysis.reading import (
+    ComponentReader,
     Coordinates,
     batches,
     constants,
@@ -22,7 +23,7 @@ from residual_kernels.analysis.reading import (
     width_of,
 )
 from residual_kernels.cache import UnitCache
-from residual_kernels.pca import CONSTANT
+from residual_kernels.pca import CONSTANT, SpectralBases
 from residual_kernels.towers import Tower, Unit
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -289,3 +290,57 @@ def check_range(labels: Tensor, classes: int) -> None:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, but the head has {classes} classes"
         )
+
+
+def component_correlations(
+    tower: nn.Module, data: "UnitCache | Iterable", bases: SpectralBases, kind: str = "head"
+) -> Tensor:
+    """Pearson correlation of every kept component's coefficient with the output along the component, [J] float64.
+
+    Streamed, no labels needed; 0 for a component without variance.
+    """
+    view = towers.view(towers.unwrap(tower))
+    part = bases.of(kind).parts[kind]
+    bases.check_tower(view)
+    first, found = view.layout.span(kind).start, []
+    for moments in cross_moments(tower, data, kind):
+        for place, unit in enumerate(moments.units):
+            rows = moments.rows[place if len(moments.rows) > 1 else 0]
+            phi = part.components[part.run(unit.index - first)].to(rows)
+            to_phi = phi @ rows.T  # [K, C+2]: c = to_phi l
+            variance = ((to_phi @ moments.covariance[place]) * to_phi).sum(1)
+            output = ((phi @ moments.output) * phi).sum(1)
+            shared = ((to_phi @ moments.cross[place]) * phi).sum(1)
+            size = moments.covariance[place].diagonal() + moments.mean[place].square()
+            constant = (variance <= CONSTANT * (to_phi.square() @ size)) | (output <= 0)
+            scale = (variance.clamp_min(0) * output.clamp_min(0)).sqrt().masked_fill(constant, 1.0)
+            found.append(torch.where(constant, 0.0, shared / scale))
+    return torch.cat(found).cpu()
+
+
+def component_separation(
+    tower: nn.Module,
+    data: "UnitCache | Iterable",
+    bases: SpectralBases,
+    classes: int,
+    kind: str = "head",
+) -> Tensor:
+    """How far a component tells classes apart: the variance between their mean coefficients, [J] float64.
+
+    A class counts in proportion to its images. Needs labels; streamed.
+    """
+    view = towers.view(towers.unwrap(tower))
+    read = ComponentReader(view, bases, kind)
+    sums = counts = None
+    for terms, labels in batches(view, data, (kind,), labelled=True):
+        check_range(labels, classes)
+        members = torch.nn.functional.one_hot(labels, classes).double().to(terms.output.device)
+        added = members.T @ read(terms).double()
+        sums = added if sums is None else sums + added
+        counts = members.sum(0) if counts is None else counts + members.sum(0)
+    if sums is None:
+        raise ValueError("there are no images to score on")
+    share = counts / counts.sum()
+    means = sums / counts.clamp_min(1)[:, None]
+    whole = share @ means
+    return (share @ (means - whole).square()).cpu()

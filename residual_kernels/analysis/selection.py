@@ -1,0 +1,250 @@
+"""How few heads, or components, does a task need? Accuracy with the best of them kept and the rest zeroed or averaged.
+
+Accuracy needs only the dot products with K class vectors (the largest does not depend on an embedding's length), so a
+unit is K numbers an image here, whatever D is.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import towers
+from residual_kernels.analysis.reading import (
+    ComponentReader,
+    batches,
+    check_kind,
+    constants,
+    held,
+    map_rows,
+    short,
+    units_of,
+)
+from residual_kernels.analysis.scores import check_range, class_maps
+from residual_kernels.cache import UnitCache
+from residual_kernels.pca import OUTPUT, SpectralBases
+from residual_kernels.towers import KINDS, Terms, Tower
+from residual_kernels.zeroshot import ZeroShotHead
+
+FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.30, 0.50, 0.75, 1.0)
+RESTS = ("zero", "mean")
+BATCH_BYTES = 128 * 2**20  # of units' dot products with the class vectors at a time
+
+
+@dataclass(frozen=True)
+class SelectionCurves:
+    """Accuracy against how much is kept.
+
+    of: "units" or "components"; rest: "zero" or "mean"; total: how many there are; kept [F]: how many were kept at
+    each of `fractions` [F]. accuracy: score -> [F]; random: one [F] per seed; base: the model's own accuracy.
+    """
+
+    of: str
+    kind: str
+    rest: str
+    total: int
+    fractions: tuple[float, ...]
+    kept: tuple[int, ...]
+    accuracy: dict[str, tuple[float, ...]]
+    random: tuple[tuple[float, ...], ...]
+    base: float
+
+
+def ablate(
+    tower: nn.Module,
+    data: "UnitCache | Iterable",
+    keep: Iterable,
+    rest: str = "zero",
+    *,
+    bases: SpectralBases | None = None,
+) -> Tensor:
+    """The embeddings [N, D] with some units kept and all others dropped ("zero") or at their fitted mean ("mean").
+
+    Args:
+        data: a UnitCache of this tower with the kinds of the units kept, or a loader.
+        keep: layout indices, rows or (layer, head), of any kinds; each once.
+        bases: for "mean": of this tower, whole or truncated, with the kinds kept.
+
+    One image's result never depends on the others.
+    """
+    view = towers.view(towers.unwrap(tower))
+    chosen = [view.layout[view.layout.index(unit)] for unit in keep]
+    if len({unit.index for unit in chosen}) < len(chosen):
+        raise ValueError("a unit is named twice among those to keep")
+    kinds = tuple(kind for kind in KINDS if any(unit.kind == kind for unit in chosen))
+    _check_rest(rest, bases, kinds)
+    offset = torch.zeros(view.dim, dtype=torch.float64)
+    if rest == "mean":
+        bases.check_tower(view)
+        offset = bases.parts[OUTPUT].mean[0].clone()
+    parts = []
+    for kind in kinds:
+        units = [unit for unit in chosen if unit.kind == kind]
+        if rest == "mean":
+            for unit in units:
+                offset -= bases.mean(unit)
+        parts.append((units, view.layout.span(kind).start, map_rows(view, units)))
+        offset += len(units) * constants(view, kind).cpu()
+    found = []
+    for terms, _ in batches(view, data, kinds):
+        dtype = terms.output.dtype
+        y = offset.to(terms.output).expand(len(terms.output), -1)
+        for units, first, rows in parts:
+            local = short(terms, units, first).to(dtype)
+            flat = local.sum(1) if len(rows) == 1 else local.flatten(1)
+            y = y + flat @ rows.flatten(0, 1).to(dtype)
+        found.append(y.cpu())
+    if not found:
+        raise ValueError("there are no images to embed")
+    return torch.cat(found)
+
+
+def _check_rest(rest: str, bases: SpectralBases | None, kinds: Iterable[str]) -> None:
+    if rest not in RESTS:
+        raise ValueError(f"rest must be one of {', '.join(RESTS)}; got {rest!r}")
+    if rest == "mean":
+        if bases is None:
+            raise ValueError('rest="mean" needs bases: the mean is the fitted one, not the batch\'s')
+        missing = [kind for kind in kinds if kind not in bases.parts]
+        if missing:
+            raise ValueError(f"these bases hold {', '.join(bases.kinds)}, not {', '.join(missing)}")
+
+
+class _Units:
+    """Every unit's dot products with the class vectors, batch by batch."""
+
+    def __init__(self, view: Tower, kind: str, head: ZeroShotHead, bases: SpectralBases | None):
+        self.units, self.first = units_of(view, kind), view.layout.span(kind).start
+        maps, constant = class_maps(view, self.units, head)
+        self.total, self.classes = len(self.units), maps.shape[2]
+        self.maps = maps
+        if bases is None:
+            self.offset = constant[None, None]
+            self.base = torch.zeros_like(constant)
+        else:  # a unit that is kept adds what it is beyond its mean to the mean of all
+            V = head.class_vectors.to(maps)
+            self.offset = (constant - bases.parts[kind].mean.to(maps) @ V)[:, None]
+            self.base = bases.parts[OUTPUT].mean[0].to(maps) @ V
+        self.bytes_a_row = self.total * self.classes * 8
+
+    def load(self, terms: Terms) -> None:
+        dtype = terms.output.dtype
+        local = short(terms, self.units, self.first).to(dtype).transpose(0, 1)
+        self.products = local @ self.maps.to(dtype) + self.offset.to(dtype)  # [R, n, K]
+
+    def add(self, items: Tensor) -> Tensor:
+        return self.products[items].sum(0)
+
+
+class _Components:
+    """Every kept component's coefficient, and its direction's dot products with the class vectors."""
+
+    def __init__(self, view: Tower, kind: str, head: ZeroShotHead, bases: SpectralBases, rest: str):
+        self.read = ComponentReader(view, bases, kind)
+        part = bases.parts[kind]
+        V = head.class_vectors.double()
+        if V.shape[0] != bases.dim:
+            raise ValueError(
+                f"embeddings have {bases.dim} numbers but the class vectors {V.shape[0]}: "
+                "they come from two different models"
+            )
+        self.directions = part.components.to(V) @ V  # [J, K]
+        self.total, self.classes = self.directions.shape
+        mean = bases.parts[OUTPUT].mean[0].to(V) @ V
+        self.base = mean if rest == "mean" else torch.zeros_like(mean)
+        self.bytes_a_row = self.total * 8
+
+    def load(self, terms: Terms) -> None:
+        self.coefficients = self.read(terms)
+        self.narrow = self.directions.to(self.coefficients)
+
+    def add(self, items: Tensor) -> Tensor:
+        return self.coefficients[:, items] @ self.narrow[items]
+
+
+@torch.no_grad()
+def selection_curves(
+    tower: nn.Module,
+    data: "UnitCache | Iterable",
+    head: ZeroShotHead,
+    scores: Mapping[str, Tensor],
+    *,
+    kind: str = "head",
+    of: str = "units",
+    rest: str = "zero",
+    bases: SpectralBases | None = None,
+    fractions: Sequence[float] = FRACTIONS,
+    seeds: Iterable[int] = range(10),
+) -> SelectionCurves:
+    """Accuracy with only the highest-scored units (or components) kept, for every score and for random orders.
+
+    Args:
+        data: labelled; a UnitCache of this tower with `kind`, or a loader (encoded in memory first).
+        scores: name -> [R] numbers per unit of the kind, or [J] per kept component; the first of equals is taken first.
+        of: "units" (x_u is kept whole) or "components" (c_j phi_j is kept, as in a ResiDual with weights of 1 and 0).
+        rest: what becomes of everything else, the other kinds included: "zero", or "mean" (its fitted mean).
+        bases: needed for "mean" and for components.
+        fractions: of the total, in (0, 1], rising; at least one is kept.
+        seeds: of the random orders that serve as control.
+    """
+    kind = check_kind(kind)
+    _check_rest(rest, bases, (kind,))
+    if of not in ("units", "components"):
+        raise ValueError(f'of must be "units" or "components"; got {of!r}')
+    if of == "components" and bases is None:
+        raise ValueError("selecting components needs bases")
+    fractions = tuple(float(f) for f in fractions)
+    if (
+        not fractions
+        or list(fractions) != sorted(set(fractions))
+        or not 0 < fractions[0] <= fractions[-1] <= 1
+    ):
+        raise ValueError(f"fractions must rise within (0, 1]; got {fractions}")
+    view = towers.view(towers.unwrap(tower))
+    cache = held(tower, data, (kind,))
+    if cache.labels is None:
+        raise ValueError("accuracy needs labels; the cache holds only images")
+    check_range(cache.labels, len(head.class_names))
+    if bases is not None:
+        bases.check_tower(view)
+    parts = (
+        _Components(view, kind, head, bases, rest)
+        if of == "components"
+        else _Units(view, kind, head, bases if rest == "mean" else None)
+    )
+    orders = {}
+    for name, score in scores.items():
+        if score.shape != (parts.total,) or score.isnan().any():
+            raise ValueError(
+                f"score {name!r} must be {parts.total} numbers, one per {of[:-1]}, without NaN; "
+                f"got {tuple(score.shape)}"
+            )
+        orders[name] = score.argsort(descending=True, stable=True)
+    seeds = list(seeds)
+    for seed in seeds:
+        orders[seed] = torch.randperm(parts.total, generator=torch.Generator().manual_seed(seed))
+    kept = tuple(max(1, round(fraction * parts.total)) for fraction in fractions)
+    hits = {name: torch.zeros(len(kept), dtype=torch.float64) for name in orders}
+    right = 0
+    device = next(view.module.parameters()).device
+    size = max(1, min(512, BATCH_BYTES // parts.bytes_a_row))
+    bounds = list(zip((0, *kept[:-1]), kept, strict=True))
+    for start in range(0, len(cache), size):
+        rows = slice(start, start + size)
+        terms, labels = cache.terms(rows, device), cache.labels[rows]
+        named = head(terms.output.to(head.class_vectors.device)).argmax(1)
+        right += int((named.cpu() == labels).sum())
+        parts.load(terms)
+        for name, order in orders.items():
+            products = parts.base.to(terms.output).expand(len(labels), -1)
+            for place, (low, high) in enumerate(bounds):
+                if high > low:
+                    products = products + parts.add(order[low:high].to(device))
+                hits[name][place] += (products.argmax(1).cpu() == labels).sum()
+    share = {name: tuple((count / len(cache)).tolist()) for name, count in hits.items()}
+    return SelectionCurves(
+        of=of, kind=kind, rest=rest, total=parts.total, fractions=fractions, kept=kept,
+        accuracy={name: share[name] for name in scores}, random=tuple(share[seed] for seed in seeds),
+        base=right / len(cache),
+    )  # fmt: skip

@@ -1,0 +1,360 @@
+"""What words describe a head, or one of its components? SOMP, OMP and TextSpan over a dictionary of text embeddings.
+
+A unit's data enter as `rows` in an orthonormal `frame` of its span, and atoms are projected instead of residuals: the
+residual of x against chosen atoms has the same products with an atom as x has with the atom's own residual. Every
+criterion but "l1" needs second moments alone, so it needs bases and no data at all.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels.analysis.reading import coordinates, held
+from residual_kernels.bundled.captions import prompt
+from residual_kernels.bundled.drawings import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
+from residual_kernels.cache import UnitCache
+from residual_kernels.pca import KindBases, SpectralBases
+from residual_kernels.zeroshot import ZeroShotHead
+
+CRITERIA = ("l1", "std")
+PRODUCT_BYTES = 32 * 2**20  # of products of rows and atoms at a time
+TRIED = 64  # atoms whose l1 norms are taken together
+
+
+@dataclass(frozen=True)
+class TextDictionary:
+    """Words (or phrases) and their embeddings [W, D], of length one, float64."""
+
+    words: tuple[str, ...]
+    vectors: Tensor = field(repr=False)
+
+    def __post_init__(self):
+        if self.vectors.ndim != 2 or len(self.vectors) != len(self.words) or not len(self.words):
+            raise ValueError(
+                f"a dictionary needs one vector a word; got {len(self.words)} words and {tuple(self.vectors.shape)}"
+            )
+        vectors = self.vectors.detach().cpu().double()
+        norms = vectors.norm(dim=1, keepdim=True)
+        if not vectors.isfinite().all() or not (norms > 0).all():
+            raise ValueError("a dictionary's vectors must be finite and not zero")
+        object.__setattr__(self, "vectors", vectors / norms)
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    @classmethod
+    def from_words(
+        cls,
+        model: nn.Module,
+        tokenizer: Callable,
+        words: Iterable[str],
+        templates: Sequence[str | Callable[[str], str]] = ("{}",),
+    ) -> "TextDictionary":
+        """Words encoded by a model's text tower, through each template, as :meth:`ZeroShotHead.from_text` encodes
+        classes. Repeated words count once; ValueError when there are none."""
+        words = tuple(dict.fromkeys(words))
+        if not words:
+            raise ValueError("a dictionary needs at least one word")
+        return cls(words, ZeroShotHead.from_text(model, tokenizer, words, templates).class_vectors.T)
+
+    @classmethod
+    def from_file(
+        cls, model: nn.Module, tokenizer: Callable, path: str | os.PathLike, templates=("{}",)
+    ) -> "TextDictionary":
+        """A text file (UTF-8) with a word or phrase a line; blank lines and lines that begin with # are skipped."""
+        try:
+            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+        words = [line for line in lines if line and not line.startswith("#")]
+        if not words:
+            raise ValueError(f"{path} holds no words; write one a line")
+        return cls.from_words(model, tokenizer, words, templates)
+
+    @classmethod
+    def bundled(cls, model: nn.Module, tokenizer: Callable) -> "TextDictionary":
+        """What the bundled model's captions know: a phrase for every value of every attribute."""
+        return cls.from_words(model, tokenizer, bundled_phrases())
+
+
+def bundled_phrases() -> tuple[str, ...]:
+    """A phrase for every value of every attribute that the bundled model's captions speak of."""
+    kinds = {"digit": DIGITS, "letter": LETTERS, "shape": SHAPES, "pattern": PATTERNS, "photo": PHOTOS}
+    kind_of = {value: kind for kind, values in kinds.items() for value in values}
+    return tuple(
+        prompt(attribute, value, kind_of.get(value, ""))
+        for attribute, values in ATTRIBUTES.items()
+        for value in values
+    )
+
+
+@dataclass(frozen=True)
+class Description:
+    """Words for a unit or a component, in the order in which they were chosen.
+
+    chosen: their places in the dictionary. weights: their strength; for a component (OMP) signed, with the sign of the
+    end that a word belongs to. explained: the share of the variance that lies in the span of the words so far.
+    """
+
+    words: tuple[str, ...]
+    chosen: tuple[int, ...]
+    weights: tuple[float, ...]
+    explained: tuple[float, ...]
+
+
+def _describe(
+    dictionary: TextDictionary, chosen: list[int], weights: Tensor, explained: Tensor
+) -> Description:
+    return Description(
+        words=tuple(dictionary.words[index] for index in chosen),
+        chosen=tuple(chosen),
+        weights=tuple(weights.tolist()),
+        explained=tuple(explained.tolist()),
+    )
+
+
+def _check(dictionary: TextDictionary, count: int, dim: int) -> None:
+    if dictionary.vectors.shape[1] != dim:
+        raise ValueError(
+            f"the dictionary's vectors have {dictionary.vectors.shape[1]} numbers but the units {dim}: "
+            "encode it with the model whose units these are"
+        )
+    if not 1 <= count <= min(len(dictionary), dim):
+        raise ValueError(
+            f"count must lie between 1 and {min(len(dictionary), dim)} (words in the dictionary, dimensions); "
+            f"got {count}"
+        )
+
+
+def pursue(
+    rows: Tensor, frame: Tensor, vectors: Tensor, count: int, criterion: str = "l1"
+) -> tuple[list[int], Tensor, Tensor]:
+    """Simultaneous orthogonal matching pursuit of X = rows @ frame over atoms.
+
+    Repeat: the atom with the largest sum ("l1") or root of the sum of squares ("std", as X is centred) of its products
+    with the residual's rows; then least squares on all atoms chosen so far. What is numerically in their span is not
+    chosen again; fewer than `count` come back when nothing else is left.
+
+    Args:
+        rows: [n, r]; frame: [r, D] with orthonormal rows; vectors: [W, D].
+
+    Returns:
+        chosen (a list), the coefficients [n, k] of the last least squares, and the orthonormal directions [k, D] that
+        the atoms added one by one.
+    """
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")
+    frame, left = frame.double(), vectors.double().clone()
+    lengths = left.norm(dim=1)
+    local = left @ frame.T  # [W, r]; both are atoms less their part in the span of those chosen
+    moment = rows.double().T @ rows.double()
+    chosen, directions, first = [], [], None
+    for _ in range(count):
+        spent = left.norm(dim=1) <= 1e-8 * lengths
+        root = ((local @ moment) * local).sum(1).clamp_min(0).sqrt()
+        root[spent] = -1.0
+        best = int(root.argmax()) if criterion == "std" else _largest_sum(rows, local, root)
+        first = float(root[best]) if first is None else first
+        if root[best] <= 1e-12 * first:
+            break
+        direction = left[best] / left[best].norm()
+        for earlier in directions:  # once more: the first subtraction leaves roundings
+            direction = direction - (direction @ earlier) * earlier
+        direction = direction / direction.norm()
+        chosen.append(best)
+        directions.append(direction)
+        products = left @ direction
+        left -= torch.outer(products, direction)
+        local -= torch.outer(products, frame @ direction)
+        left[best], local[best] = 0.0, 0.0
+    if not chosen:
+        return [], rows.new_zeros(len(rows), 0), frame[:0]
+    Q = torch.stack(directions)
+    triangle = vectors[chosen].double() @ Q.T  # atoms = triangle @ Q, lower triangular
+    inside = rows.double() @ (frame @ Q.T)  # [n, k]
+    coefficients = torch.linalg.solve_triangular(triangle.tril(), inside, upper=False, left=False)
+    return chosen, coefficients, Q
+
+
+def _largest_sum(rows: Tensor, local: Tensor, root: Tensor) -> int:
+    """The atom with the largest sum of |products| over rows, looking only where the Cauchy-Schwarz bound
+    sum |t| <= sqrt(n) * (sum t^2)^(1/2) lets one be."""
+    bound = root * (len(rows) ** 0.5 * (1 + 1e-6))
+    order = bound.argsort(descending=True, stable=True)
+    size = max(1, PRODUCT_BYTES // (TRIED * rows.dtype.itemsize))
+    best, where = -1.0, int(order[0])
+    for start in range(0, len(order), TRIED):
+        part = order[start : start + TRIED]
+        if float(bound[part[0]]) < best or float(root[part[0]]) <= 0:
+            break
+        atoms = local[part].to(rows.dtype).T
+        sums = sum((block @ atoms).abs().sum(0, dtype=torch.float64) for block in rows.split(size))
+        sums[root[part] <= 0] = -1.0
+        value, place = sums.max(0)
+        if float(value) > best:
+            best, where = float(value), int(part[place])
+    return where
+
+
+def unit_words(
+    bases: SpectralBases,
+    dictionary: TextDictionary,
+    unit,
+    count: int = 5,
+    *,
+    method: str = "somp",
+    criterion: str = "std",
+    components: int | None = None,
+    rank: int | None = None,
+) -> Description:
+    """Words for a unit, from its bases alone.
+
+    Args:
+        unit: layout index, row or (layer, head).
+        method: "somp", or "textspan" (Gandelsman et al. 2024), which projects the dictionary onto the unit's leading
+            directions and takes what is explained out of the atoms too.
+        criterion: of "somp": "std", or "l1", which needs `components` here (of all images: :func:`words_of_units`).
+        components: of "somp": describe the first so many components, each times its singular value squared; the
+            unit's whole variance by default.
+        rank: of "textspan": how many leading directions of the data, not centred; all that hold anything by default.
+
+    A constant unit has no words.
+    """
+    part, index = bases._find(unit)
+    _check(dictionary, count, bases.dim)
+    if method == "textspan":
+        return _text_span(part, index, bases.count, dictionary, count, rank)
+    if method != "somp":
+        raise ValueError(f'method must be "somp" or "textspan"; got {method!r}')
+    if criterion == "l1" and components is None:
+        raise ValueError('criterion "l1" needs components, or words_of_units with the images themselves')
+    return _somp(part, index, bases.count, dictionary, count, components, criterion)
+
+
+def _somp(
+    part: KindBases, index: int, images: int, dictionary: TextDictionary, count: int, components: int | None,
+    criterion: str,
+) -> Description:  # fmt: skip
+    frame, scatter = part.components[part.run(index)], part.variance[part.run(index)] * (images - 1)
+    if components is None:
+        rows = torch.diag(scatter.sqrt())
+    else:
+        if components < 1:
+            raise ValueError(f"components must be at least 1; got {components}")
+        rows = torch.diag(scatter)[:components]
+    chosen, coefficients, Q = pursue(rows, frame, dictionary.vectors, count, criterion)
+    held_ = (frame @ Q.T).square() * scatter[:, None]
+    explained = held_.sum(0).cumsum(0) / (part.total_variance[index] * (images - 1)).clamp_min(1e-300)
+    return _describe(dictionary, chosen, coefficients.norm(dim=0), explained)
+
+
+def _text_span(
+    part: KindBases, index: int, images: int, dictionary: TextDictionary, count: int, rank: int | None
+) -> Description:
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be at least 1; got {rank}")
+    phi, mean = part.components[part.run(index)], part.mean[index]
+    deviations = (part.variance[part.run(index)] * (images - 1)).sqrt()
+    data = torch.cat(
+        [deviations[:, None] * phi, images**0.5 * mean[None]]
+    )  # the data's own second moment about zero
+    _, values, right = torch.linalg.svd(data, full_matrices=False)
+    # a direction that holds nothing but rounding would still change the lengths of the projected atoms
+    kept = int((values > values[0] * 1e-7).sum()) if values[0] > 0 else 0
+    right = right[: kept if rank is None else min(rank, kept)]  # [rank, D]
+    atoms = dictionary.vectors @ right.T
+    rows = (deviations[:, None] * phi) @ right.T
+    total = part.total_variance[index] * (images - 1)
+    chosen, weights, explained = [], [], []
+    for _ in range(min(count, len(right))):
+        products = rows @ atoms.T
+        root = products.square().sum(0).sqrt()
+        best = int(root.argmax())
+        atom = atoms[best].clone()
+        square = float(atom.square().sum())
+        if root[best] <= 1e-12 * total.sqrt() or square <= 1e-20:
+            break
+        chosen.append(best)
+        weights.append(root[best])
+        explained.append(root[best].square() / square / total)
+        rows = rows - torch.outer(products[:, best] / square, atom)
+        atoms = atoms - torch.outer(atoms @ atom / square, atom)
+    if not chosen:
+        return Description((), (), (), ())
+    return _describe(dictionary, chosen, torch.stack(weights), torch.stack(explained).cumsum(0))
+
+
+def component_words(
+    bases: SpectralBases, dictionary: TextDictionary, unit, component: int, count: int = 5
+) -> Description:
+    """Words for one component by orthogonal matching pursuit: phi = sum of weight * word + residual.
+
+    A positive weight belongs to the end where coefficients are high, a negative one to the other.
+    """
+    part, index = bases._find(unit)
+    _check(dictionary, count, bases.dim)
+    phi = part.components[part.run(index)]
+    if not 0 <= component < len(phi):
+        raise ValueError(f"component {component} is outside the {len(phi)} that unit {unit} keeps")
+    one = torch.ones(1, 1, dtype=torch.float64)
+    chosen, coefficients, Q = pursue(one, phi[component][None], dictionary.vectors, count)
+    explained = (Q @ phi[component]).square().cumsum(0)
+    return _describe(dictionary, chosen, coefficients[0], explained)
+
+
+def words_at_ends(
+    bases: SpectralBases, dictionary: TextDictionary, unit, component: int, count: int = 5
+) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
+    """((word, score), ...) nearest the low end and nearest the high end of a component.
+
+    A score is the word's product with the component less the dictionary's mean product, so that what all words share
+    (text lies far from images) belongs to neither end.
+    """
+    part, index = bases._find(unit)
+    _check(dictionary, count, bases.dim)
+    phi = part.components[part.run(index)]
+    if not 0 <= component < len(phi):
+        raise ValueError(f"component {component} is outside the {len(phi)} that unit {unit} keeps")
+    products = dictionary.vectors @ phi[component]
+    products = products - products.mean()
+    order = products.argsort(stable=True).tolist()
+    low, high = (
+        tuple((dictionary.words[i], float(products[i])) for i in places[:count])
+        for places in (order, order[::-1])
+    )
+    return low, high
+
+
+def words_of_units(
+    tower: nn.Module,
+    data: "UnitCache | Iterable",
+    dictionary: TextDictionary,
+    kind: str = "head",
+    count: int = 5,
+    *,
+    units: Iterable | None = None,
+    criterion: str = "l1",
+    progress: Callable[[int], None] | None = None,
+) -> list[Description]:
+    """Words for every unit by SOMP over the images of a cache (or a loader, encoded in memory first).
+
+    `criterion` "l1" (the sum of |residual . atom| over images) or "std". Units come in groups of bounded memory.
+    """
+    cache = held(tower, data, (kind,))
+    _check(dictionary, count, cache.output.shape[1])
+    found = []
+    for group in coordinates(tower, cache, kind, units):
+        for position, rows in enumerate(group.points):
+            frame = group.frame_of(position).cpu()
+            chosen, coefficients, Q = pursue(rows, frame, dictionary.vectors, count, criterion)
+            total = float(rows.square().sum(dtype=torch.float64))
+            inside = (rows.double() @ (frame @ Q.T)).square().sum(0)
+            explained = inside.cumsum(0) / total if total > 0 else inside
+            found.append(_describe(dictionary, chosen, coefficients.norm(dim=0), explained))
+            if progress is not None:
+                progress(1)
+    return found
