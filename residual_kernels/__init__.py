@@ -3,9 +3,11 @@ your own task (ResiDual, Basile et al., TMLR 2025), exact and fast."""
 
 from residual_kernels import analysis, ops
 from residual_kernels.adapter import load_adapter, save_adapter
+from residual_kernels.adapter_set import AdapterSet
 from residual_kernels.bundled import load_bundled
 from residual_kernels.cache import UnitCache, encode
 from residual_kernels.decomposition import Decomposition, decompose
+from residual_kernels.hub import pull_adapter, push_adapter
 from residual_kernels.inject import attach
 from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
 from residual_kernels.pca import SpectralBases, fit_bases
@@ -15,6 +17,7 @@ from residual_kernels.zeroshot import ZeroShotHead
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdapterSet",
     "CoarseHeads",
     "Decomposition",
     "OutputLinear",
@@ -36,5 +39,7 @@ __all__ = [
     "load_bundled",
     "ops",
     "predict",
+    "pull_adapter",
+    "push_adapter",
     "save_adapter",
 ]

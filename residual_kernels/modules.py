@@ -19,7 +19,7 @@ from residual_kernels.ops.packing import wide
 from residual_kernels.pca import OUTPUT, SpectralBases, check_placement
 from residual_kernels.stream import StreamHeads
 from residual_kernels.towers import Terms
-from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32
+from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32, reweighted_sum
 from residual_kernels.wrapping import AroundTower, TowerAdapter
 
 RESTS = ("zero", "sum", "mean")
@@ -69,16 +69,15 @@ class UnitAdapter(TowerAdapter):
         self._sizes = sizes
         self.weight = _initial_weight(sum(sizes), init, seed, like)
 
+    def options(self) -> dict[str, Any]:
+        return {"rest": self.rest.rest}
+
     def _reads(self) -> tuple[str, ...]:
         return self.adapted
 
     def adapted_sum(self, batch: Terms) -> Tensor:
         """The reweighted units alone, [N, D], without the rest."""
-        weights = self.weight.split(self._sizes)
-        return sum(
-            self.units[kind](batch.z[kind], batch.scale, batch.mean, weight)
-            for kind, weight in zip(self.adapted, weights, strict=True)
-        )
+        return reweighted_sum(self.units, self._sizes, batch, self.weight)
 
     def _embed(self, batch: Terms) -> Tensor:
         y = self.adapted_sum(batch)
@@ -195,9 +194,8 @@ class ResiDual(UnitAdapter):
         return super().from_units(batch)
 
     def options(self) -> dict[str, Any]:
-        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again."""
         if self.placement == "output":
-            return {"rest": self.rest.rest}
+            return super().options()
         heads = self.units["head"]
         return {"placement": "stream", "tokens": heads.tokens, "layers": list(heads.layers)}
 
@@ -287,10 +285,17 @@ class CoarseHeads(UnitAdapter):
         units = {kind: UnitSum(self._view.maps(kind), dtype) for kind in kinds}
         spans = [self.layout.span(kind) for kind in kinds]
         self._assemble(rest, bases, units, [span.stop - span.start for span in spans], init, seed)
+        self.bases = None
+        if rest == "mean":  # of the bases only the means were read
+            used = bases.of(*kinds)
+            self.bases = used.keep({kind: [0] * len(part.mean) for kind, part in used.parts.items()})
         self.freeze()
 
     def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:
         fold.add_units(self._view.maps(kind), weight)
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "kinds": list(self.adapted)}
 
 
 class OutputSpectral(TowerAdapter):
@@ -313,7 +318,7 @@ class OutputSpectral(TowerAdapter):
         _check_arguments(tower, bases, backend=backend)
         super().__init__(tower)
         like = next(self.tower.parameters())
-        self.bases = replace(bases, moments=None)
+        self.bases = replace(bases, parts={OUTPUT: bases.parts[OUTPUT]}, moments=None)
         self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
         self.weight = _initial_weight(len(self.spectral.basis), init, seed, like)
         self.freeze()

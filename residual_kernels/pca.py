@@ -6,7 +6,7 @@ needs. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the co
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from residual_kernels import towers
 from residual_kernels.cache import UnitCache
 from residual_kernels.decomposition import checked_batches
-from residual_kernels.files import load_tensors, save_tensors
+from residual_kernels.files import digest, load_tensors, save_tensors
 from residual_kernels.moments import Moments, MomentSum, StreamMoments
 from residual_kernels.towers import Terms, Tower, UnitLayout, UnitMaps
 
@@ -210,6 +210,35 @@ class SpectralBases:
                 stacklevel=2,
             )
         return replace(self, parts=parts, moments=None)
+
+    def keep(self, sizes: Mapping[str, Sequence[int]]) -> "SpectralBases":
+        """New bases of these kinds alone, with the first sizes[kind][u] components of unit u (0: its mean only).
+
+        Raises ValueError when a kind is not held, or a unit holds fewer.
+        """
+        parts = {}
+        for kind, wanted in sizes.items():
+            if kind not in self.parts:
+                raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {kind}")
+            held = self.parts[kind].offsets.diff().tolist()
+            if len(wanted) != len(held) or any(not 0 <= k <= h for k, h in zip(wanted, held, strict=True)):
+                raise ValueError(
+                    f"these bases hold up to {max(held)} components for {len(held)} units of kind {kind!r}; "
+                    f"asked for were up to {max(wanted, default=0)} for {len(wanted)}"
+                )
+            parts[kind] = _take(self.parts[kind], list(wanted))
+        return replace(self, parts=parts, moments=None)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what an adapter rests on: the tower's checksum, and the means and components as files hold them.
+
+        Components count as float32, so that bases in memory and what :meth:`save` wrote have one fingerprint.
+        """
+        tensors = {}
+        for kind, part in self.parts.items():
+            tensors |= {f"{kind}.mean": part.mean, f"{kind}.offsets": part.offsets}
+            tensors[f"{kind}.components"] = part.components.float()
+        return digest(tensors, {"tower": self.checksum})
 
     def merge(self, other: "SpectralBases") -> "SpectralBases":
         """Bases of both fitting sets together, equal to one fit on their union.

@@ -48,9 +48,9 @@ class StreamHeads(nn.Module):
         self.constants = nn.ModuleDict(constants)
         self.register_buffer("unit_offsets", torch.cat(offsets).to(like.device))
 
-    def edit(self, weight: Tensor) -> Edit:
-        """What a view is to call in every block, for weight [J]."""
-        less_one = dict(zip(self.layers, (weight - 1).split(self.sizes), strict=True))
+    def edit(self, weight: Tensor, weight_index: Tensor | None = None) -> Edit:
+        """What a view is to call in every block, for weight [J], or [T, J] with an index [N] of the images' own."""
+        less_one = dict(zip(self.layers, (weight - 1).split(self.sizes, dim=-1), strict=True))
 
         def change(layer: int, z: Tensor, attended: Tensor) -> Tensor:
             if layer not in less_one:
@@ -58,7 +58,8 @@ class StreamHeads(nn.Module):
             chosen = z[:, self._run]  # [N, tokens, H, C]
             if not chosen.shape[1]:  # "patches", and the last block computes the class token alone
                 return attended
-            delta = self.constants[str(layer)](chosen.flatten(0, 1), None, None, less_one[layer])
+            rows = None if weight_index is None else weight_index.repeat_interleave(chosen.shape[1])
+            delta = self.constants[str(layer)](chosen.flatten(0, 1), None, None, less_one[layer], rows)
             delta = delta.unflatten(0, chosen.shape[:2])
             if delta.shape == attended.shape:
                 return attended + delta

@@ -4,6 +4,7 @@ These are the parts that the drop-in modules are assembled from. All of them kee
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,22 @@ class UnitSum(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(at_least_float32(fn), recurse)
 
-    def forward(self, z: Tensor, scale: Tensor, mean: Tensor, weight: Tensor | None = None) -> Tensor:
-        """[N, D] in z's dtype widened to at least float32; `weight` [R], or None for ones."""
+    def forward(
+        self,
+        z: Tensor,
+        scale: Tensor,
+        mean: Tensor,
+        weight: Tensor | None = None,
+        weight_index: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] in z's dtype widened to at least float32; `weight` [R], [T, R] with an index [N], or None for ones."""
         z = z.to(self.A.dtype)
-        units = z.shape[1]
-        weighted = z if weight is None else z * weight[:, None]
+        if weight is None:
+            weighted, b, total = z, self.b.sum(0), z.new_full((1,), z.shape[1])
+        else:
+            chosen = weight if weight_index is None else weight[weight_index]
+            weighted, b, total = z * chosen[..., None], chosen @ self.b, chosen.sum(-1, keepdim=True)
         raw = weighted.sum(1) @ self.A if self.shared_map else weighted.flatten(1) @ self.A
-        b = self.b.sum(0) if weight is None else weight @ self.b
-        total = units if weight is None else weight.sum()
         raw = raw + b - mean[:, None] * (total / self.share * self.g)
         return scale[:, None] * raw + total / self.share * self.e
 
@@ -109,14 +118,28 @@ class Rest(nn.Module):
         return kept
 
 
+def reweighted_sum(
+    units: nn.ModuleDict, sizes: list[int], batch: Terms, weight: Tensor, weight_index: Tensor | None = None
+) -> Tensor:
+    """The reweighted units of all kinds, [N, D]; `weight` [J], or [T, J] with an index [N], runs through them."""
+    return sum(
+        unit(batch.z[kind], batch.scale, batch.mean, part, weight_index)
+        for (kind, unit), part in zip(units.items(), weight.split(sizes, dim=-1), strict=True)
+    )
+
+
 class SpectralConstants(nn.Module):
     """proj, bias, slope, offset, basis of one kind (buffers), and their packed form for the backend (derived)."""
 
     def __init__(self, maps: UnitMaps | None, part: KindBases, like: Tensor, backend: str):
         super().__init__()
         self.backend = backend
-        proj, bias, slope, offset = _constants(maps, part, like.device)
-        constants = {"proj": proj, "bias": bias, "slope": slope, "offset": offset, "basis": part.components}
+        # All constants come from one rounding of the components, the one that files keep, and from copies laid out
+        # alike, since BLAS adds up by alignment: an adapter that was saved and loaded is the same bit for bit.
+        basis = part.components.to(wide(like.dtype)).double().clone(memory_format=torch.contiguous_format)
+        held = replace(part, components=basis, mean=part.mean.clone(memory_format=torch.contiguous_format))
+        proj, bias, slope, offset = _constants(maps, held, like.device)
+        constants = {"proj": proj, "bias": bias, "slope": slope, "offset": offset, "basis": basis}
         for name, value in constants.items():
             self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype), copy=True))
         self.register_buffer("unit_offsets", part.offsets.to(device=like.device, copy=True))
@@ -162,7 +185,15 @@ class SpectralConstants(nn.Module):
             )  # fmt: skip
         return self._packs[dtype]
 
-    def forward(self, z: Tensor, scale: Tensor | None, mean: Tensor | None, weight: Tensor) -> Tensor:
+    def forward(
+        self,
+        z: Tensor,
+        scale: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        weight_index: Tensor | None = None,
+    ) -> Tensor:
+        """[N, D] in z's dtype; `weight` [J], or [T, J] with an index [N]."""
         dtype = z.dtype
         if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(z.device.type)
@@ -171,9 +202,9 @@ class SpectralConstants(nn.Module):
             ):  # packing cannot be part of a graph
                 with torch.autocast(z.device.type, enabled=False):
                     return ops.spectral_reweight_packed(
-                        z.to(self._dtype), scale, mean, weight, self.packed(self._dtype)
+                        z.to(self._dtype), scale, mean, weight, self.packed(self._dtype), weight_index
                     )
-        return ops.spectral_reweight_packed(z, scale, mean, weight, self.packed(dtype))
+        return ops.spectral_reweight_packed(z, scale, mean, weight, self.packed(dtype), weight_index)
 
 
 def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

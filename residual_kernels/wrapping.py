@@ -142,6 +142,10 @@ class TowerAdapter(AroundTower, abc.ABC):
                     "would not match them; detach, load them into the tower and fit bases for it"
                 )
 
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again; as JSON."""
+        return {}
+
     @property
     def layout(self) -> towers.UnitLayout:
         """The tower's units in order."""

@@ -44,6 +44,106 @@ def test_round_trip_is_exact(tower, tmp_path, name):
         assert torch.equal(rk.load_adapter(copy.deepcopy(tower), tmp_path / "a")(images), expected)
 
 
+def test_bases_by_reference(tower, tmp_path):
+    bases = rk.fit_bases(tower, [images_for(tower, 20)], kinds=("head", "mlp"))
+    file = tmp_path / "shared.safetensors"
+    bases.save(file)
+    in_stream = rk.fit_bases(tower, [images_for(tower, 20)], placement="stream")
+    in_stream.save(tmp_path / "stream.safetensors")
+    cases = [
+        (MAKE[name](tower, bases), bases, file) for name in ("fine", "full", "mean", "coarse mean", "output")
+    ]
+    stream = rk.ResiDual(
+        tower, in_stream.truncate(components=5), placement="stream", layers=[1], init="normal"
+    )
+    cases.append((stream, in_stream, tmp_path / "stream.safetensors"))
+    images = images_for(tower)
+    for adapter, whole, where in cases:
+        rk.save_adapter(adapter, tmp_path / "a", bases=False)
+        rk.save_adapter(adapter, tmp_path / "b", bases=where)
+        rk.save_adapter(adapter, tmp_path / "whole")
+        assert not (tmp_path / "a" / "bases.safetensors").exists()
+        with torch.no_grad():
+            expected = adapter(images)
+            for again in (
+                rk.load_adapter(copy.deepcopy(tower), tmp_path / "a", bases=whole),
+                rk.load_adapter(copy.deepcopy(tower), tmp_path / "a", bases=where),
+                rk.load_adapter(copy.deepcopy(tower), tmp_path / "b"),
+                rk.load_adapter(copy.deepcopy(tower), tmp_path / "whole"),
+            ):
+                assert torch.equal(again(images), expected)
+            rk.save_adapter(again, tmp_path / "c", bases=False)  # one loaded refers to the same bases
+            again = rk.load_adapter(copy.deepcopy(tower), tmp_path / "c", bases=whole)
+            assert torch.equal(again(images), expected)
+
+    rk.save_adapter(cases[0][0], tmp_path / "b", bases=file)
+    fine = MAKE["fine"](tower, bases)
+    rk.save_adapter(fine, tmp_path / "a", bases=False)
+    rk.save_adapter(fine, tmp_path / "whole")
+    other = rk.fit_bases(tower, [images_for(tower, 20, seed=7)])
+    other.save(tmp_path / "other.safetensors")
+    flags = [p.requires_grad for p in fine.detach().parameters()]
+    cases = [
+        (lambda: rk.load_adapter(tower, tmp_path / "a"), FileNotFoundError, "fitted on 20 images"),
+        (lambda: rk.load_adapter(tower, tmp_path / "a", bases=other), ValueError, "other bases"),
+        (lambda: rk.load_adapter(tower, tmp_path / "a", bases=bases.truncate(components=2)), ValueError, "up to 2"),
+        (lambda: rk.load_adapter(tower, tmp_path / "a", bases=bases.of("mlp")), ValueError, "hold mlp, not head"),
+        (lambda: rk.load_adapter(tower, tmp_path / "a", bases="no.safetensors"), FileNotFoundError, "no file at"),
+        (lambda: rk.load_adapter(tower, tmp_path / "whole", bases=bases), ValueError, "leave the argument bases out"),
+        (lambda: rk.save_adapter(fine, tmp_path / "a", bases=tmp_path / "other.safetensors"), ValueError, "other base"),
+        (lambda: rk.save_adapter(fine, tmp_path / "a", bases=tmp_path / "none"), FileNotFoundError, "no spectral"),
+        (lambda: rk.save_adapter(fine, tmp_path / "whole", bases=tmp_path / "whole" / "bases.safetensors"),
+         ValueError, "outside of"),
+        (lambda: rk.save_adapter(MAKE["linear"](tower, bases), tmp_path / "a", bases=False), ValueError, "no bases"),
+    ]  # fmt: skip
+    tower.requires_grad_(True)
+    for run, error, message in cases:
+        with pytest.raises(error, match=message):
+            run()
+    MAKE["linear"](tower, bases).detach()
+    assert flags == [p.requires_grad for p in tower.parameters()]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("b", "shared.safetensors"):  # a folder and its bases travel together
+        (tmp_path / name).rename(moved / name)
+    rk.load_adapter(tower, moved / "b")
+
+
+def test_a_float64_tower_keeps_float64(tmp_path):
+    tower = build().double()
+    bases = rk.fit_bases(tower, [images_for(tower, 20, torch.float64)])
+    adapter = rk.ResiDual(tower, bases.truncate(energy=0.9), init="normal")
+    images = images_for(tower, dtype=torch.float64)
+    rk.save_adapter(adapter, tmp_path / "whole")
+    bases.save(tmp_path / "single.safetensors")
+    rk.save_adapter(adapter, tmp_path / "reference", bases=tmp_path / "single.safetensors")
+    with torch.no_grad():
+        expected = adapter(images)
+        assert torch.equal(rk.load_adapter(copy.deepcopy(tower), tmp_path / "whole")(images), expected)
+        rounded = rk.load_adapter(copy.deepcopy(tower), tmp_path / "reference")(images)
+        assert 0 < (rounded - expected).norm() / expected.norm() < 1e-6  # components of the file are float32
+
+
+def test_the_size_on_vit_l_14(tmp_path):
+    """About 60 kB by reference, whatever the bases weigh: all 384 heads, 36 components each, D = 768."""
+    import open_clip
+    from open_clip.model import _build_vision_tower
+
+    config = open_clip.get_model_config("ViT-L-14")
+    torch.manual_seed(0)
+    tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"] | {"layers": 1}).eval()
+    shallow = rk.fit_bases(tower, [images_for(tower, 4)])
+    adapter = rk.ResiDual(tower, shallow.truncate(components=36))
+    rk.save_adapter(adapter, tmp_path / "a", bases=False)
+    sizes = {file.name: file.stat().st_size for file in (tmp_path / "a").iterdir()}
+    heads, depth = 16, 24  # of the one layer here, and layers of the real one
+    per_head = 36 * 4 + 4  # weights, and how many there are
+    assert len(adapter.weight) == heads * 36
+    overhead = sum(sizes.values()) - heads * per_head
+    assert overhead < 2500  # the config and the file's header do not grow with depth
+    assert 55_000 < overhead + depth * heads * per_head < 62_000
+
+
 def test_what_is_wrong_is_named_before_the_tower_is_touched(tower, tmp_path):
     bases = rk.fit_bases(tower, [images_for(tower, 20)])
     adapter = MAKE["fine"](tower, bases)
@@ -71,6 +171,9 @@ def test_what_is_wrong_is_named_before_the_tower_is_touched(tower, tmp_path):
         ("adapter.json", edit(weights_sha256="0"), "not the file"),
         ("adapter.json", edit(bases_sha256="0"), "other bases than those asked for"),
         ("adapter.json", edit(options={"rest": "zero", "colour": 1}), "unknown options"),
+        ("adapter.json", edit(options={"rest": "zero", "seed": 3}), "other options or shapes"),
+        ("adapter.json", edit(options={"rest": "none"}), "rest must be one of"),
+        ("adapter.json", edit(bases_sha256=None), "rests on bases"),
         ("adapter.json", lambda b: b'{"schema": 1, "what": "adapter"}', "lacks class"),
         ("adapter.json", lambda b: b'{"schema": 1, "what": "unit cache", "class": 1}', "lacks options"),
     ]
