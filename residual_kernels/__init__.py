@@ -12,7 +12,7 @@ from residual_kernels.inject import attach
 from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
 from residual_kernels.pca import SpectralBases, fit_bases
 from residual_kernels.towers import UnitLayout, UnsupportedTowerError
-from residual_kernels.train import evaluate, fit, predict
+from residual_kernels.train import evaluate, fit, fit_many, predict
 from residual_kernels.zeroshot import ZeroShotHead
 
 __version__ = "0.1.0"
@@ -35,6 +35,7 @@ __all__ = [
     "evaluate",
     "fit",
     "fit_bases",
+    "fit_many",
     "load_adapter",
     "load_bundled",
     "ops",

@@ -21,6 +21,19 @@ def check_finite(images: Tensor, first: int = 0) -> None:
         )
 
 
+def check_finite_units(tensors: Iterable[Tensor], rows: Sequence[int]) -> None:
+    """Raises ValueError naming the cached rows whose values, a row per leading index, hold NaN or Inf."""
+    for tensor in tensors:
+        if tensor.numel() and not tensor.sum().isfinite():  # a sum may overflow, so it only raises suspicion
+            bad = (~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero().flatten().tolist()
+            if bad:
+                named = ", ".join(str(rows[index]) for index in bad[:8])
+                raise ValueError(
+                    f"the units of {len(bad)} cached images hold NaN or Inf: row {named}"
+                    f"{' ...' if len(bad) > 8 else ''}; encode them again or leave them out with subset"
+                )
+
+
 def parts_of(batch: Any) -> tuple[Any, Any]:
     """(images, labels or None) of what a loader yields: images, (images, labels, ...), or transformers' mapping."""
     if isinstance(batch, Mapping):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 TIMEOUT = 1800.0  # seconds a process waits for one that is silent; one that died is noticed at once
 
@@ -84,6 +85,15 @@ def from_first(make: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
     if text is not None:
         raise RuntimeError(f"process 0 stopped: {text}")
     return value
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over processes, added in the order of their ranks: the same bits everywhere. For small tensors."""
+    if world() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts).sum(0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ Every module here wraps a tower, is called like it, returns what it returns, and
 """
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,6 +83,28 @@ class UnitAdapter(TowerAdapter):
         y = self.adapted_sum(batch)
         rest = self.rest(batch)
         return y if rest is None else y + rest
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        found = {}
+        for kind in self.adapted:
+            one = self.units[kind].features(batch.z[kind], batch.scale, batch.mean)
+            found |= {f"{kind}.{name}": value for name, value in one.items()}
+        if self.rest.rest == "sum":
+            found["rest"] = self.rest(batch)
+        return found
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        y = 0.0
+        for kind, weight in zip(self.adapted, weights[0].split(self._sizes, -1), strict=True):
+            own = {
+                name.removeprefix(f"{kind}."): value
+                for name, value in features.items()
+                if name.startswith(f"{kind}.")
+            }
+            y = y + self.units[kind].from_features(own, weight)
+        if self.rest.rest == "zero":
+            return y
+        return y + (features["rest"] if self.rest.rest == "sum" else self.rest.mean)
 
     def merge(self) -> nn.Module:
         fold = Fold(self.dim, self.weight.device)
@@ -185,13 +207,31 @@ class ResiDual(UnitAdapter):
     def _embed(self, batch: Terms) -> Tensor:
         return super()._embed(batch) if self.placement == "output" else batch.output
 
-    def from_units(self, batch: Terms) -> Tensor:
+    def _check_placement_of_units(self) -> None:
         if self.placement == "stream":
             raise ValueError(
                 "this adapter works inside the tower, so units kept before cannot tell its output; give images, or a "
                 "loader of (images, labels) instead of a cache"
             )
+
+    def from_units(self, batch: Terms) -> Tensor:
+        self._check_placement_of_units()
         return super().from_units(batch)
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        self._check_placement_of_units()
+        return super().features(batch)
+
+    def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
+        if self.placement == "output":
+            return super().features_of_images(images)
+        return {"images": images}  # inside the tower everything depends on the weight
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        if self.placement == "output":
+            return super().from_features(features, weights)
+        edits = [None if self.merged else self.units["head"].edit(weight) for weight in weights[0]]
+        return torch.stack([self._view.terms(features["images"], (), edit).output for edit in edits])
 
     def options(self) -> dict[str, Any]:
         if self.placement == "output":
@@ -329,6 +369,12 @@ class OutputSpectral(TowerAdapter):
     def _embed(self, batch: Terms) -> Tensor:
         return self.spectral(batch.output[:, None, :], None, None, self.weight)
 
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        return self.spectral.features(batch.output[:, None, :], None, None)
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        return self.spectral.from_features(features, weights[0])
+
     def merge(self) -> nn.Module:
         fold = Fold(self.dim, self.weight.device)
         fold.add_spectral(self.spectral, self.weight)
@@ -357,6 +403,13 @@ class OutputLinear(TowerAdapter):
 
     def _embed(self, batch: Terms) -> Tensor:
         return self.linear(batch.output.to(self.linear.weight.dtype))
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        return {"output": batch.output.to(self.linear.weight.dtype)}
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        weight, bias = weights
+        return features["output"] @ weight.mT + bias.unsqueeze(-2)
 
     def merge(self) -> nn.Module:
         return MergedOutput(self.tower, self.linear.weight.detach(), self.linear.bias.detach())

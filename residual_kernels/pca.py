@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from residual_kernels import towers
 from residual_kernels.cache import UnitCache
-from residual_kernels.decomposition import checked_batches
+from residual_kernels.decomposition import check_finite_units, checked_batches
 from residual_kernels.files import digest, load_tensors, save_tensors
 from residual_kernels.moments import Moments, MomentSum, StreamMoments
 from residual_kernels.towers import Terms, Tower, UnitLayout, UnitMaps
@@ -459,7 +459,9 @@ def _terms(view: Tower, source: "Iterable | UnitCache", kinds: tuple[str, ...]) 
     if isinstance(source, UnitCache):
         source.check(view.module, kinds)
         for start in range(0, len(source), CACHED_ROWS):
-            yield source.terms(slice(start, start + CACHED_ROWS))
+            terms = source.terms(slice(start, start + CACHED_ROWS))
+            check_finite_units((*terms.z.values(), terms.output), range(start, start + CACHED_ROWS))
+            yield terms
         return
     for images, _ in checked_batches(view, source):
         with torch.no_grad():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import backends, ops, towers
+from residual_kernels import backends, ops, reference, towers
 from residual_kernels.ops.packing import PackedUnits, wide
 from residual_kernels.pca import OUTPUT, KindBases, SpectralBases
 from residual_kernels.towers import Terms, UnitMaps
@@ -49,16 +49,28 @@ class UnitSum(nn.Module):
         weight: Tensor | None = None,
         weight_index: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] in z's dtype widened to at least float32; `weight` [R], [T, R] with an index [N], or None for ones."""
+        """[N, D] in z's dtype widened to at least float32; `weight` [R], [T, R] with an index [N], or None for ones.
+
+        Without an index, leading dimensions of z [..., N, R, C] (scale and mean [..., N]) and of weight [..., R]
+        broadcast.
+        """
         z = z.to(self.A.dtype)
         if weight is None:
-            weighted, b, total = z, self.b.sum(0), z.new_full((1,), z.shape[1])
+            chosen = z.new_ones(1, z.shape[-2])
         else:
-            chosen = weight if weight_index is None else weight[weight_index]
-            weighted, b, total = z * chosen[..., None], chosen @ self.b, chosen.sum(-1, keepdim=True)
-        raw = weighted.sum(1) @ self.A if self.shared_map else weighted.flatten(1) @ self.A
-        raw = raw + b - mean[:, None] * (total / self.share * self.g)
-        return scale[:, None] * raw + total / self.share * self.e
+            chosen = weight.unsqueeze(-2) if weight_index is None else weight[weight_index]  # [..., 1 or N, R]
+            z = z * chosen[..., None]
+        raw = z.sum(-2) @ self.A if self.shared_map else z.flatten(-2) @ self.A
+        total = chosen.sum(-1, keepdim=True) / self.share
+        raw = raw + chosen @ self.b - mean[..., None] * (total * self.g)
+        return scale[..., None] * raw + total * self.e
+
+    def features(self, z: Tensor, scale: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """What :meth:`from_features` reads besides the weight."""
+        return {"z": z.to(self.A.dtype), "scale": scale, "mean": mean}
+
+    def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
+        return self(features["z"], features["scale"], features["mean"], weight)
 
 
 class Rest(nn.Module):
@@ -205,6 +217,17 @@ class SpectralConstants(nn.Module):
                         z.to(self._dtype), scale, mean, weight, self.packed(self._dtype), weight_index
                     )
         return ops.spectral_reweight_packed(z, scale, mean, weight, self.packed(dtype), weight_index)
+
+    def features(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> dict[str, Tensor]:
+        """The coefficients c [N, J]: they do not depend on the weight, so a fit computes them once."""
+        constants = (self.proj, self.bias, self.slope, self.offset)
+        return {
+            "c": reference.coefficients(z.to(self.proj.dtype), scale, mean, *constants, self.unit_offsets)
+        }
+
+    def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
+        """y [..., N, D] of coefficients [..., N, J] and weights [..., J]."""
+        return (features["c"] * weight.unsqueeze(-2)) @ self.basis
 
 
 def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,6 +6,7 @@ follows casts and checkpoints.
 
 import abc
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -210,6 +211,23 @@ class TowerAdapter(AroundTower, abc.ABC):
     @abc.abstractmethod
     def _embed(self, batch: Terms) -> Tensor:
         """y [N, D] from a batch's terms."""
+
+    @abc.abstractmethod
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        """What of y does not depend on the weights, a row per image: a fit on cached units computes it once."""
+
+    @torch.no_grad()
+    def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
+        """The same of images, by running the tower."""
+        return self.features(self.collect(images))
+
+    @abc.abstractmethod
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """y [..., N, D], at least float32, from :meth:`features` and from weights in the order of :meth:`trainable`.
+
+        Leading dimensions broadcast: weights [T, J] on features [N, ...], or on [T, N, ...] where every task has rows
+        of its own, give [T, N, D]: T tasks at once.
+        """
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         batch = self.collect(images)

@@ -1,0 +1,67 @@
+"""How does a fit go on after it was killed? Its state between two epochs, in one file, for the very same fit only."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from residual_kernels.cache import UnitCache
+from residual_kernels.evaluation import Heads
+from residual_kernels.files import digest, load_tensors, save_tensors
+from residual_kernels.modules import TowerAdapter
+
+WHAT = "fit checkpoint"
+SAMPLE = 64  # rows of a cache that are looked at to know it again
+
+
+def save(path: str | os.PathLike, identity: dict[str, Any], state: dict, tensors: dict[str, Tensor]) -> None:
+    """Writes the state of a fit, atomically."""
+    save_tensors(path, tensors, WHAT, {"identity": identity, "state": state})
+
+
+def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[str, Tensor]] | None:
+    """State and tensors of the fit with this identity, or None when there is no file.
+
+    Raises ValueError when the file is damaged, or is of a fit of other data or options, which are named.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a checkpoint is one file, such as {path / 'fit.safetensors'}")
+    if not path.exists():
+        return None
+    tensors, header = load_tensors(path, WHAT)
+    held = header["identity"]
+    different = [name for name in identity if held.get(name) != identity[name]]
+    if different:
+        name = different[0]
+        was, now = (str(value)[:60] for value in (held.get(name), identity[name]))
+        raise ValueError(
+            f"{path} is the checkpoint of another fit: {', '.join(different)} differ ({name} was {was}, now {now}); "
+            "name another file, or remove it to start anew"
+        )
+    return header["state"], tensors
+
+
+def of_adapter(adapter: TowerAdapter, starts: list[Tensor]) -> str:
+    """Checksum of the adapter's constants and of the starting weights."""
+    trained = {name for name, _ in adapter.named_parameters()}
+    constants = {
+        name: value
+        for name, value in adapter.state_dict().items()
+        if not name.startswith("tower.") and name not in trained
+    }
+    return digest(constants | {f"start.{index}": start for index, start in enumerate(starts)}, {})
+
+
+def of_heads(heads: Heads) -> str:
+    """Checksum of class vectors and scales."""
+    return digest({"vectors": heads.vectors, "scale": heads.scale}, {})
+
+
+def of_cache(cache: UnitCache, labels: Tensor) -> str:
+    """Checksum of what tells a cache from others: tower, kinds, ids, the labels used, and the terms of some rows."""
+    some = cache.terms(torch.linspace(0, len(cache) - 1, min(len(cache), SAMPLE)).long())
+    tensors = {"ids": cache.ids, "labels": labels, "output": some.output, "scale": some.scale, **some.z}
+    return digest(tensors, {"tower": cache.checksum, "kinds": list(cache.kinds)})

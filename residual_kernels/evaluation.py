@@ -1,0 +1,157 @@
+"""How good is it? Accuracies, loss and confusions of an adapter, and the labels it gives to new images."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, check_range
+from residual_kernels.cache import UnitCache
+from residual_kernels.modules import TowerAdapter
+from residual_kernels.zeroshot import ZeroShotHead
+
+PREDICTED_ROWS = 64  # images through the tower at a time
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies and mean cross-entropy over `count` images.
+
+    class_accuracy [K] is NaN where a class has no image; balanced_accuracy is its mean over the classes that have some.
+    confusion [K, K] int64 counts images of the row's class that were given the column's.
+    """
+
+    accuracy: float
+    loss: float
+    count: int
+    class_accuracy: Tensor = field(repr=False)
+    balanced_accuracy: float
+    confusion: Tensor = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """labels [N] int64, probabilities [N, K] float32 or better (rows add to one), and the K class names."""
+
+    labels: Tensor
+    probabilities: Tensor
+    class_names: tuple[str, ...]
+
+
+class Heads:
+    """Zero-shot heads of several tasks at once: fewer classes are padded to the most, and padding is never chosen."""
+
+    def __init__(self, heads: Sequence[ZeroShotHead], device: torch.device):
+        self.sizes = [len(head.class_names) for head in heads]
+        self.classes = max(self.sizes)
+        widths = sorted({len(head.class_vectors) for head in heads})
+        if len(widths) > 1:
+            raise ValueError(f"all heads must read embeddings of one width; got {widths}")
+        vectors = [
+            F.pad(head.class_vectors.to(device), (0, self.classes - size))
+            for head, size in zip(heads, self.sizes, strict=True)
+        ]
+        self.vectors = torch.stack(vectors)  # [L, D, K]
+        self.scale = torch.stack([head.logit_scale.to(device) for head in heads])[:, None, None]
+        sizes = torch.tensor(self.sizes, device=device)[:, None, None]
+        padding = torch.arange(self.classes, device=device) >= sizes  # [L, 1, K]
+        self.padding = padding if padding.any() else None
+
+    def logits(self, y: Tensor, which: Tensor) -> Tensor:
+        """[T, n, K] of y [T, n, D]; head which[t] reads task t."""
+        if y.shape[-1] != self.vectors.shape[1]:
+            raise ValueError(
+                f"embeddings have {y.shape[-1]} numbers but the class vectors {self.vectors.shape[1]}: "
+                "they come from two different models"
+            )
+        dtype = torch.promote_types(y.dtype, self.vectors.dtype)
+        one = len(self.vectors) == 1
+        vectors = (self.vectors[0] if one else self.vectors[which]).to(dtype)
+        scale = (self.scale if one else self.scale[which]).to(dtype).exp()
+        logits = F.normalize(y.to(dtype), dim=-1) @ vectors * scale
+        if self.padding is None:
+            return logits
+        return logits.masked_fill(self.padding[which], float("-inf"))
+
+
+def opened(
+    adapter: TowerAdapter, data: UnitCache | Iterable, *, classes: int, labelled: bool = True, memory: int = 0
+) -> CachedRows | LoadedRows:
+    """The rows of a cache or a loader as `adapter` reads them; a ValueError says what they lack."""
+    if not isinstance(adapter, TowerAdapter):
+        raise ValueError(
+            f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
+        )
+    if not isinstance(data, UnitCache):
+        return LoadedRows(adapter, data, labelled=labelled, classes=classes)
+    if labelled:
+        check_labels(data, classes)
+    return CachedRows(adapter, data, memory)
+
+
+def check_labels(cache: UnitCache, classes: int) -> None:
+    if cache.labels is None:
+        raise ValueError("this needs labels; the cache holds only images")
+    check_range(cache.labels, classes)
+
+
+def balanced(hits: Tensor, seen: Tensor) -> Tensor:
+    """Mean accuracy [...] over the classes that have images, from counts [..., K]."""
+    present = seen > 0
+    return torch.where(present, hits / seen.clamp_min(1), 0.0).sum(-1) / present.sum(-1)
+
+
+@torch.no_grad()
+def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Evaluation:
+    """Accuracies, loss and confusions of an adapter on a UnitCache or a loader of (images, labels).
+
+    In a process group this process evaluates alone, on all that it is given.
+    """
+    classes = len(head.class_names)
+    source = opened(adapter, data, classes=classes)
+    heads = Heads([head], source.device)
+    weights = [p.detach()[None] for p in adapter.trainable()]
+    labels = data.labels.to(source.device) if isinstance(data, UnitCache) else None
+    which = torch.zeros(1, dtype=torch.int64, device=source.device)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=source.device)
+    loss = torch.zeros((), dtype=torch.float64, device=source.device)
+    for batch in source.in_order(CHUNK):
+        truth = batch.labels if labels is None else labels[batch.rows[0]]
+        logits = heads.logits(adapter.from_features(batch.features, weights), which)[0]
+        loss += F.cross_entropy(logits, truth, reduction="none").double().sum()
+        confusion += torch.bincount(truth * classes + logits.argmax(1), minlength=classes * classes)
+    confusion = confusion.view(classes, classes).cpu()
+    count = int(confusion.sum())
+    if not count:
+        raise ValueError("there are no images to evaluate on")
+    hits, seen = confusion.diagonal().double(), confusion.sum(1).double()
+    return Evaluation(
+        accuracy=float(hits.sum()) / count,
+        loss=float(loss) / count,
+        count=count,
+        class_accuracy=hits / seen,
+        balanced_accuracy=float(balanced(hits, seen)),
+        confusion=confusion,
+    )
+
+
+@torch.no_grad()
+def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache | Iterable) -> Prediction:
+    """Labels and probabilities for images [N, 3, H, W], a loader of image batches, or a UnitCache.
+
+    No images give an empty prediction. Raises ValueError for images the tower cannot take, NaN and Inf named by index.
+    """
+    classes = len(head.class_names)
+    batches = data.split(PREDICTED_ROWS) if isinstance(data, Tensor) else data
+    source = opened(adapter, batches, classes=classes, labelled=False)
+    heads = Heads([head], source.device)
+    weights = [p.detach()[None] for p in adapter.trainable()]
+    which = torch.zeros(1, dtype=torch.int64, device=source.device)
+    logits = [
+        heads.logits(adapter.from_features(batch.features, weights), which)[0].cpu()
+        for batch in source.in_order(CHUNK)
+    ]
+    logits = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
+    return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)
