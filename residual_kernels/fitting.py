@@ -80,7 +80,9 @@ class Run:
         self.parallel = distributed.world() > 1 and not alone
         self.by_balanced_accuracy = isinstance(class_weight, str)
         if getattr(adapter, "merged", False):
-            raise ValueError("this adapter is merged into its tower, so its weight changes nothing; unmerge it first")
+            raise ValueError(
+                "this adapter is merged into its tower, so its weight changes nothing; unmerge it first"
+            )
         self.parameters = adapter.trainable()
         self.device = self.parameters[0].device
         self.heads = Heads(heads, self.device)
@@ -200,7 +202,9 @@ class Run:
 
     def _identity(self, train, val, shots, class_weight) -> dict[str, Any]:
         """What makes this fit itself: a checkpoint, and every process, must have the same."""
-        given = digest({"class_weight": class_weight}, {}) if isinstance(class_weight, Tensor) else class_weight
+        given = (
+            digest({"class_weight": class_weight}, {}) if isinstance(class_weight, Tensor) else class_weight
+        )
         return {
             "train": checkpoints.of_cache(train, self.labels),
             "val": None if val is None else checkpoints.of_cache(val, self.val_labels),

@@ -215,7 +215,7 @@ def test_refusals(tower, data, bases, cache, head):
         (lambda: rk.fit(residual, head, [(data[0], data[1][:5])]), "60 images but labels"),
         (lambda: rk.evaluate(residual, head, [data[0]]), "needs labels"),
         (lambda: rk.evaluate(residual, head, [data[0][0, 0, 0]]), "must be a tensor"),
-        (lambda: rk.evaluate(residual, head, [{"image": data[0]}]), "must be a tensor"),
+        (lambda: rk.evaluate(residual, head, [{"image": data[0]}]), "under .pixel_values."),
     ]
     for run, message in cases:
         with pytest.raises(ValueError, match=message):
