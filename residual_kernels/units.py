@@ -58,7 +58,9 @@ class UnitSum(nn.Module):
         if weight is None:
             chosen = z.new_ones(1, z.shape[-2])
         else:
-            chosen = weight.unsqueeze(-2) if weight_index is None else weight[weight_index]  # [..., 1 or N, R]
+            chosen = (
+                weight.unsqueeze(-2) if weight_index is None else weight[weight_index]
+            )  # [..., 1 or N, R]
             z = z * chosen[..., None]
         raw = z.sum(-2) @ self.A if self.shared_map else z.flatten(-2) @ self.A
         total = chosen.sum(-1, keepdim=True) / self.share
