@@ -1,14 +1,22 @@
 """Several processes, as torchrun starts them."""
 
 import os
+import subprocess
+import sys
 import time
 
 import processes
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
+from test_encoding import KINDS, SHARD, build, contents, loader, stream
+from torch.utils.data import DataLoader
 
+import residual_kernels as rk
 from residual_kernels import distributed
+from residual_kernels.cache import MANIFEST
+from residual_kernels.images import ImageFiles
 
 
 def test_one_process_needs_no_group():
@@ -56,3 +64,131 @@ def test_a_missing_process_is_noticed(tmp_path, how):
     ranks[1].kill()
     assert ranks[0].exitcode == 3
     assert float((tmp_path / "seconds").read_text()) < 10
+
+
+def _fails_first(folder, error):
+    distributed.initialise()
+
+    def make():
+        raise error
+
+    expected = (type(error), "no") if distributed.rank() == 0 else (RuntimeError, "process 0 stopped: no")
+    with pytest.raises(expected[0], match=expected[1]):
+        distributed.from_first(make)
+    assert distributed.from_first(lambda: [distributed.rank()]) == [0]
+    (folder / str(distributed.rank())).touch()
+    distributed.finish()
+
+
+def test_what_the_first_process_cannot_do_stops_all(tmp_path):
+    ranks = processes.start_ranks(2, _fails_first, tmp_path, ValueError("no"))
+    assert processes.exit_codes(ranks) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+# encode
+
+OPTIONS = {"class_names": "abc", "shard_images": SHARD, "preprocessing": "'noise'", "data": "noise"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "c"
+    rk.encode(build(), loader(), folder, KINDS, **OPTIONS)
+    return contents(folder)
+
+
+def _encodes(folder, make, report):
+    distributed.initialise()
+    seen = []
+    cache = rk.encode(build(), make(), folder, KINDS, progress=seen.append, **OPTIONS)
+    (report / str(distributed.rank())).write_text(f"{len(cache)} {sum(seen)} {cache.output.sum()}")
+    distributed.finish()
+
+
+@pytest.mark.parametrize("world, make", [(2, loader), (3, stream)])
+def test_processes_share_the_shards(undisturbed, tmp_path, world, make):
+    ranks = processes.start_ranks(world, _encodes, tmp_path / "c", make, tmp_path)
+    assert processes.exit_codes(ranks) == [0] * world
+    assert contents(tmp_path / "c") == undisturbed
+    reports = [(tmp_path / str(rank)).read_text().split() for rank in range(world)]
+    assert {length for length, _, _ in reports} == {"100"}
+    assert [int(own) for _, own, _ in reports] == {2: [52, 48], 3: [48, 28, 24]}[world]
+    assert len({total for _, _, total in reports}) == 1
+
+
+def _dies(folder, report):
+    distributed.initialise()
+    seen = []
+
+    def step(images):
+        seen.append(images)
+        if distributed.rank() == 1 and len(seen) == 4:
+            os._exit(9)  # in its second shard
+
+    try:
+        rk.encode(build(), loader(), folder, KINDS, progress=step, **OPTIONS)
+    except RuntimeError as error:
+        (report / "error").write_text(str(error))
+        os._exit(3)
+
+
+def test_a_process_that_dies_leaves_a_cache_to_go_on_with(undisturbed, tmp_path):
+    """The other finishes its own shards and ends with an error; the next run makes what is missing, alone or not."""
+    start = time.monotonic()
+    ranks = processes.start_ranks(2, _dies, tmp_path / "c", tmp_path)
+    assert processes.exit_codes(ranks) == [3, 9]
+    assert time.monotonic() - start < 60
+    assert "one has died or hangs" in (tmp_path / "error").read_text()
+    left = contents(tmp_path / "c")
+    kept = {name for name in left if name.startswith("shard-")}
+    assert {"shard-00000.safetensors", "shard-00002.safetensors", "shard-00004.safetensors"} <= kept
+    assert len(kept) < 5
+    assert all(left[name] == undisturbed[name] for name in kept)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        rk.UnitCache.load(tmp_path / "c")
+    ranks = processes.start_ranks(2, _encodes, tmp_path / "c", loader, tmp_path)
+    assert processes.exit_codes(ranks) == [0, 0]
+    assert contents(tmp_path / "c") == undisturbed
+
+
+def _different_data(folder):
+    distributed.initialise()
+    with pytest.raises(
+        (ValueError, RuntimeError), match="loaders gave 100, 90 images; give each the same data"
+    ):
+        rk.encode(build(), loader(100 - 10 * distributed.rank()), folder, KINDS, **OPTIONS)
+    with pytest.raises((ValueError, RuntimeError), match="other dtype .float32 there, bfloat16 here"):
+        rk.encode(build(), loader(), folder, KINDS, torch.bfloat16, **OPTIONS)
+    distributed.finish()
+
+
+def test_processes_with_different_data_are_refused(tmp_path):
+    ranks = processes.start_ranks(2, _different_data, tmp_path / "c")
+    assert processes.exit_codes(ranks) == [0, 0]
+    assert b'"complete": false' in (tmp_path / "c" / MANIFEST).read_bytes()
+
+
+def test_torchrun_on_the_command_line(tmp_path):
+    """The line that README gives, against one process."""
+    for index in range(20):
+        path = tmp_path / "images" / ("cat", "dog")[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 5.0 * index).save(path)
+    arguments = ["--data", tmp_path / "images", "--batch-size", 4, "--shard-images", 8, "--device", "cpu"]
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
+            "residual_kernels.cli", "encode", *map(str, arguments), "--out", tmp_path / "two",
+        ],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("20 images of 2 classes") == 1
+    model, preprocess, _ = rk.load_bundled()
+    images = ImageFiles(tmp_path / "images", preprocess)
+    rk.encode(
+        model.visual, DataLoader(images, batch_size=4), tmp_path / "one", class_names=images.class_names,
+        shard_images=8,
+    )  # fmt: skip
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

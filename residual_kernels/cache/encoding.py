@@ -20,16 +20,18 @@ from residual_kernels.cache.loading import ALL, FIRST, NONE, Indexed, Stream
 from residual_kernels.cache.shards import (
     DTYPES,
     MANIFEST,
+    SHARD,
     SHARD_BYTES,
     STORED,
     WHAT,
     finished_shard,
     shard_files,
+    shard_name,
     write_shard,
 )
 from residual_kernels.cache.unit_cache import UnitCache
 from residual_kernels.decomposition import check_finite, checked_labels
-from residual_kernels.files import SCHEMA, partial_files, write_json
+from residual_kernels.files import SCHEMA, map_tensors, partial_files, write_json
 
 
 def encode(
@@ -212,10 +214,7 @@ def _on_disk(
             shard = first // size
             if shard in mine:
                 if mine[shard][1]["first_image"] != loading.image_digest(images):
-                    raise ValueError(
-                        f"{path / mine[shard][0]['file']} was made from another image {first} than the loader gives "
-                        "now: the data, its order or its preprocessing has changed; name a new folder"
-                    )
+                    raise _changed(path / mine[shard][0]["file"], first)
                 continue
             writer.add(first, encoder.columns(first, images, labels), images)
             if progress is not None:
@@ -240,13 +239,13 @@ def _begin(
     shard_images: int | None,
 ) -> tuple[dict, bool]:
     """Takes the folder for this run: (the run as it is written there, whether it is finished already)."""
-    manifest = manifest_of(path, run, shard_images)
-    if manifest is not None and is_whole(path, manifest):
-        return run, True
-    lock(held, path)
-    manifest = manifest_of(path, run, shard_images)  # by the process that held the lock until now
-    if manifest is not None and is_whole(path, manifest):
-        return run, True
+    for locked in (False, True):  # looked at again under the lock: another process may just have ended
+        if locked:
+            lock(held, path)
+        manifest = manifest_of(path, run, shard_images)
+        if manifest is not None and is_whole(path, manifest):
+            _check_first(path, source)
+            return run, True
     for part in partial_files(path):
         part.unlink()
     if manifest is None:
@@ -256,6 +255,22 @@ def _begin(
     if manifest is None or manifest["complete"]:
         write_json(path / MANIFEST, {"schema": SCHEMA, "what": WHAT, "complete": False, "run": run})
     return run, False
+
+
+def _check_first(path: Path, source: Stream | Indexed) -> None:
+    """Raises ValueError unless a finished cache begins with the image that the data begin with."""
+    first = source.first()
+    images = None if first is None else loading.parts_of(first[0])[0]
+    _, header = map_tensors(path / shard_name(0), SHARD)
+    if images is None or header["first_image"] != loading.image_digest(images):
+        raise _changed(path / shard_name(0), 0)
+
+
+def _changed(shard: Path, first: int) -> ValueError:
+    return ValueError(
+        f"{shard} was made from another image {first} than the loader gives now: the data, their order or their "
+        "preprocessing have changed; name a new folder"
+    )
 
 
 def _planned(

@@ -4,7 +4,7 @@ import abc
 import contextlib
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from PIL import UnidentifiedImageError
 from PIL.Image import DecompressionBombError, Image
@@ -33,9 +33,15 @@ class Images(Dataset, abc.ABC):
         """The image itself, in RGB, and its label; a ValueError names the image when it cannot be read."""
 
     def fingerprint(self) -> str:
-        """A line that tells this data set from others, wherever it lies: the number of images and a digest of names."""
-        names = hashlib.sha256("\n".join((*self.names, *(self.class_names or ()))).encode()).hexdigest()
-        return f"{len(self)} images ({names[:32]})"
+        """A line that tells this data set from others, wherever it lies: a count, and a digest of what is known."""
+        total = hashlib.sha256(repr((getattr(self, "source", None), self.class_names)).encode())
+        for line in self._described():
+            total.update(f"{line}\n".encode())
+        return f"{len(self)} images ({total.hexdigest()[:32]})"
+
+    def _described(self) -> Iterable[str]:
+        """What is known of every image without opening it."""
+        return self.names
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, label = self.picture(index)

@@ -1,10 +1,9 @@
 """Images of a folder, or of a zip of one."""
 
-import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -99,18 +98,16 @@ class ImageFiles(Images):
             self._open = (os.getpid(), zipfile.ZipFile(self.archive))
         return self._open[1].read(self.prefix + name)
 
-    def fingerprint(self) -> str:
-        """Number of images, and a digest of their names, sizes and labels (and of their CRCs, in a zip)."""
-        total = hashlib.sha256()
+    def _described(self) -> Iterator[str]:
+        """Names, labels and sizes; in a zip also its own checksums of the files."""
         if self.archive is None:
             seen = (f"{(self.path / name).stat().st_size}" for name in self.names)
         else:
             with zipfile.ZipFile(self.archive) as file:
-                entries = (file.getinfo(self.prefix + name) for name in self.names)
-                seen = [f"{entry.file_size} {entry.CRC}" for entry in entries]
+                entries = [file.getinfo(self.prefix + name) for name in self.names]
+            seen = (f"{entry.file_size} {entry.CRC}" for entry in entries)
         for name, label, what in zip(self.names, self.labels.tolist(), seen, strict=True):
-            total.update(f"{name}\0{label}\0{what}\n".encode())
-        return f"{len(self)} images ({total.hexdigest()[:32]})"
+            yield f"{name}\0{label}\0{what}"
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": None}

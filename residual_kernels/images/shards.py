@@ -3,7 +3,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from PIL import Image
@@ -101,6 +101,10 @@ class ShardImages(Images):
                     raise ValueError(f"{file} has {len(names)} names, but the shards hold class {highest}")
                 return names
         return tuple(map(str, range(highest + 1)))
+
+    def _described(self) -> Iterator[str]:
+        for name, label, (_, _, size) in zip(self.names, self._labels, self._images, strict=True):
+            yield f"{name}\0{label}\0{size}"
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
         handle = self._open.get((os.getpid(), shard))

@@ -49,6 +49,9 @@ class SelectedImages(Images):
         self.class_names = images.class_names
         self.preprocess = images.preprocess
 
+    def _described(self) -> list[str]:
+        return [self.images.fingerprint(), *self.names]
+
     def picture(self, index: int) -> tuple[Image, int]:
         return self.images.picture(self.rows[index])
 
