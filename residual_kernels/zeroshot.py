@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from residual_kernels.cache import UnitCache
 from residual_kernels.decomposition import checked_labels
 from residual_kernels.files import load_tensors, save_tensors
+from residual_kernels.towers.text import TextSide, has_text_side
 
 WHAT = "zero-shot head"
 
@@ -56,12 +57,20 @@ class ZeroShotHead(nn.Module):
         tokenizer: Callable,
         class_names: Sequence[str],
         templates: Sequence[str | Callable[[str], str]] = ("a photo of a {}.",),
+        *,
+        logit_scale: float | None = None,
     ) -> "ZeroShotHead":
         """open_clip's own class vectors: the mean over templates of normalised text embeddings, normalised again.
 
-        `model` is a CLIP with `encode_text` and `logit_scale`; a template holds one ``{}`` or is a callable. Raises
-        ValueError for empty or repeated names, a template without a place for the name, or a text tower whose
-        embeddings have another width than the image tower's.
+        `model` is an open_clip model, or a transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval (then
+        `tokenizer` is its tokenizer or processor); a template holds one ``{}`` or is a callable. `logit_scale` is the
+        natural logarithm of the scale: the model's own, or 0 where it has none (transformers' BLIP dropped its own,
+        which began at log(1 / 0.07)).
+        SigLIP's logit_bias is the same for every class, so it moves neither labels nor softmax and is left out: add
+        it to the logits for sigmoid probabilities.
+
+        Raises ValueError for empty or repeated names, a template without a place for the name, a model without a text
+        side, or a text tower whose embeddings have another width than the image tower's.
         """
         from open_clip import build_zero_shot_classifier
 
@@ -73,6 +82,14 @@ class ZeroShotHead(nn.Module):
         blank = [t for t in templates if isinstance(t, str) and "{}" not in t]
         if blank:
             raise ValueError(f'templates need a "{{}}" where the class name goes; got {blank[0]!r}')
+        encoder = model
+        if has_text_side(model):
+            encoder = TextSide(model, tokenizer)
+            tokenizer = encoder.tokenize
+        elif not hasattr(model, "encode_text"):
+            raise ValueError(
+                f"{type(model).__name__} embeds no text; use ZeroShotHead.from_prototypes on images of each class"
+            )
         device = next(model.parameters()).device
         modes = {module: module.training for module in model.modules()}
         model.eval()
@@ -80,17 +97,19 @@ class ZeroShotHead(nn.Module):
             # all callables, as open_clip decides by the first template; other braces are text
             callables = [t if callable(t) else (lambda name, t=t: t.replace("{}", name)) for t in templates]
             vectors = build_zero_shot_classifier(
-                model, tokenizer, list(class_names), callables, device=device
+                encoder, tokenizer, list(class_names), callables, device=device
             )
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        width = getattr(model.visual, "output_dim", len(vectors))
+        width = getattr(getattr(model, "visual", None), "output_dim", len(vectors))
         if width != len(vectors):
             raise ValueError(
                 f"the text tower embeds into {len(vectors)} numbers but the image tower into {width}"
             )
-        return cls(vectors, class_names, float(model.logit_scale.detach()))
+        if logit_scale is None:
+            logit_scale = float(model.logit_scale.detach()) if hasattr(model, "logit_scale") else 0.0
+        return cls(vectors, class_names, logit_scale)
 
     @classmethod
     def from_prototypes(

@@ -8,6 +8,10 @@ import pytest
 import torch
 import transformers
 from test_towers import relative
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BlipConfig,
     CLIPConfig,
@@ -298,3 +302,160 @@ def test_compiles_and_casts():
     assert twin.tower.layers[0].mlp.fc1.weight.dtype == torch.bfloat16
     assert residual.tower.layers[0].mlp.fc1.weight.dtype == torch.float32
     assert relative(twin(images.bfloat16()).float(), expected) < 0.05
+
+
+def attached(model, images, **options):
+    bases = rk.fit_bases(model, [images_for(model, 20, images.dtype, seed=3)]).truncate(energy=0.9)
+    return rk.attach(model, bases, init="normal", **options)
+
+
+def everything(output) -> dict[str, torch.Tensor]:
+    """All tensors of a transformers output, nested ones too."""
+    found = {}
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            found |= {f"{name}.{inner}": tensor for inner, tensor in everything(value).items()}
+    return found
+
+
+@torch.no_grad()
+def test_attached_to_a_clip_and_restored_exactly():
+    model = clip().double()
+    images = images_for(model, 4, torch.float64)
+    text = {
+        "input_ids": torch.tensor([[1, 5, 6, 2], [1, 7, 2, 0]]),
+        "attention_mask": torch.ones(2, 4).long(),
+    }
+    inputs = text | {"pixel_values": images}
+    before, parts = everything(model(**inputs)), dict(model.named_modules())
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    names = list(model.state_dict())
+    with attached(model, images) as handle:
+        residual = handle.residual
+        y, tokens = residual(images)
+        inside = model(**inputs)
+        normed = y / y.norm(dim=-1, keepdim=True)
+        assert relative(model.get_image_features(images).pooler_output, y) < 1e-12
+        assert relative(inside.image_embeds, normed) < 1e-12
+        logits = model.logit_scale.exp() * normed @ inside.text_embeds.T
+        assert relative(inside.logits_per_image, logits) < 1e-12
+        assert relative(inside.logits_per_image, before["logits_per_image"]) > 1e-3
+        # the tokens are the tower's own
+        assert (
+            relative(
+                inside.vision_model_output.last_hidden_state, before["vision_model_output.last_hidden_state"]
+            )
+            < 1e-12
+        )
+        assert torch.equal(tokens, inside.vision_model_output.last_hidden_state)
+        assert model(**inputs, return_dict=False)[0].shape == (4, 2)
+        assert (
+            model.get_image_features(images.float()).pooler_output.dtype == torch.float64
+        )  # cast, as without us
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(**inputs).logits_per_image, inside.logits_per_image)
+        for name in ("output_hidden_states", "interpolate_pos_encoding"):
+            with pytest.raises(ValueError, match=f"{name} cannot be had while a ResiDual is attached"):
+                model(**inputs, **{name: True})
+        with pytest.raises(ValueError, match="attached to this model already"):
+            rk.attach(model, residual.bases)
+        with pytest.raises(ValueError, match="attached to this model already"):
+            rk.decompose(model, images)
+    assert dict(model.named_modules()) == parts
+    assert list(model.state_dict()) == names
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+    after = everything(model(**inputs))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert residual(images).shape == (4, 32)  # alone again, it returns y alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["ViT", "Dinov2"])
+def test_attached_to_a_classifier(kind):
+    """y stands where the classifier reads the class token."""
+    config = getattr(transformers, f"{kind}Config")(**vision(), num_labels=5)
+    model = make(f"{kind}ForImageClassification", config).double()
+    images = images_for(model, 4, torch.float64)
+    before = model(images).logits
+    with attached(model, images) as handle:
+        y, tokens = handle.residual(images)
+        read = y if kind == "ViT" else torch.cat([y, tokens[:, 1:].mean(1)], dim=1)
+        assert relative(model(images).logits, model.classifier(read)) < 1e-12
+        assert relative(model(images).logits, before) > 1e-3
+    assert torch.equal(model(images).logits, before)
+
+
+@torch.no_grad()
+def test_stream_inside_a_clip():
+    """placement="stream" works in there too; merged, it is the model's own state_dict."""
+    model = clip().double()
+    images = images_for(model, 3, torch.float64)
+    bases = rk.fit_bases(model, [images_for(model, 20, torch.float64)], placement="stream")
+    names = set(model.state_dict())
+    residual = rk.ResiDual(model, bases, placement="stream", init="normal")
+    y = residual(images)
+    with rk.attach(model, adapter=residual):
+        assert relative(model.get_image_features(images).pooler_output, y) < 1e-12
+    residual.merge()
+    assert set(model.state_dict()) == names
+    assert relative(embedding_of(model, images), y) < 1e-10
+
+
+def test_attach_refuses_and_changes_nothing():
+    for model, message in (
+        (blip(), "matches text with all image tokens"),
+        (TINY["ViTModel"](), "no image tower at"),
+    ):
+        bases = rk.fit_bases(model, [images_for(model, 8)])
+        modules = dict(model.named_modules())
+        with pytest.raises(ValueError, match=message):
+            rk.attach(model, bases)
+        assert dict(model.named_modules()) == modules
+        assert all(p.requires_grad for p in model.parameters())
+    model, other = clip(), clip(seed=1)
+    with pytest.raises(ValueError, match="another tower"):
+        rk.attach(model, adapter=rk.CoarseHeads(other))
+    handle = rk.attach(model, adapter=rk.CoarseHeads(model))
+    model.visual_projection = torch.nn.Linear(48, 32)
+    with pytest.raises(RuntimeError, match="visual_projection is no longer the module that was attached"):
+        handle.detach()
+
+
+def tokenizer():
+    words = {
+        word: index
+        for index, word in enumerate(["<pad>", "<s>", "</s>", "<sep>", "a", "photo", "of", "cat", "dog"])
+    }
+    made = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    made.pre_tokenizer = Whitespace()
+    made.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("make_model", [clip, blip])
+def test_class_vectors_from_text(make_model):
+    model = make_model().train()
+    templates = ("a photo of a {}", lambda name: f"a {name}")
+    head = rk.ZeroShotHead.from_text(model, tokenizer(), ["cat", "dog"], templates)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        for column, name in enumerate(["cat", "dog"]):
+            vectors = []
+            for text in (f"a photo of a {name}", f"a {name}"):
+                inputs = tokenizer()([text], return_tensors="pt")  # one by one: no padding
+                if make_model is clip:
+                    vectors.append(model.get_text_features(**inputs).pooler_output[0])
+                else:
+                    hidden = model.text_encoder(
+                        inputs["input_ids"], inputs["attention_mask"]
+                    ).last_hidden_state
+                    vectors.append(model.text_proj(hidden[:, 0])[0])
+            mean = sum(vector / vector.norm() for vector in vectors)
+            assert relative(head.class_vectors[:, column], mean / mean.norm()) < 1e-5
+    assert float(head.logit_scale) == (pytest.approx(2.6592) if make_model is clip else 0.0)
+    assert float(rk.ZeroShotHead.from_text(model, tokenizer(), ["cat"], logit_scale=1.5).logit_scale) == 1.5
+    with pytest.raises(ValueError, match="ViTModel embeds no text; use ZeroShotHead.from_prototypes"):
+        rk.ZeroShotHead.from_text(TINY["ViTModel"](), tokenizer(), ["cat"])

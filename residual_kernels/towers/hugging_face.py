@@ -150,7 +150,7 @@ def vision_model(model: nn.Module) -> nn.Module:
         )
     if hasattr(inner, "residual"):
         raise UnsupportedTowerError(
-            f"a {type(inner.residual).__name__} is attached to this {kind}; detach it first"
+            f"a {type(inner.residual).__name__} is attached to this model already; detach it first"
         )
     return inner
 
