@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import pickle
+import sys
 import weakref
 
 import pytest
@@ -23,7 +25,8 @@ from transformers import (
 )
 
 import residual_kernels as rk
-from residual_kernels import towers
+from residual_kernels import cli, demo, towers
+from residual_kernels.sources import load_model
 from residual_kernels.towers.hugging_face import ImageTower, image_tower
 
 TEXT = {
@@ -459,3 +462,41 @@ def test_class_vectors_from_text(make_model):
     assert float(rk.ZeroShotHead.from_text(model, tokenizer(), ["cat"], logit_scale=1.5).logit_scale) == 1.5
     with pytest.raises(ValueError, match="ViTModel embeds no text; use ZeroShotHead.from_prototypes"):
         rk.ZeroShotHead.from_text(TINY["ViTModel"](), tokenizer(), ["cat"])
+
+
+def test_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """hf: and a folder that holds a model, its image processor and its tokenizer."""
+    folder, words = tmp_path / "model", tokenizer()
+    clip(size=32).save_pretrained(folder)
+    words.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    transformers.CLIPImageProcessor(size=size, crop_size=size).save_pretrained(folder)
+    pictures, labels = demo.digit_images()
+    for index in range(40):
+        place = tmp_path / "data" / ("cat" if labels[index] < 5 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        pictures[index].save(place / f"{index}.png")
+
+    def run(command, *arguments):
+        monkeypatch.setattr(sys, "argv", ["residual-kernels", command, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capsys.readouterr()
+
+    shared = ("--model", f"hf:{folder}", "--data", tmp_path / "data")
+    code, seen = run("fit", *shared, "--out", tmp_path / "adapter", "--epochs", 2)
+    assert code == 0, seen.err
+    code, seen = run("eval", *shared, "--adapter", tmp_path / "adapter")
+    assert code == 0, seen.err
+    model, preprocess, _ = load_model(f"hf:{folder}")
+    assert preprocess(pictures[0]).shape == (3, 32, 32)
+    assert pickle.loads(pickle.dumps(preprocess))(pictures[0]).equal(preprocess(pictures[0]))
+    residual = rk.load_adapter(model, tmp_path / "adapter")
+    assert residual(torch.stack([preprocess(picture) for picture in pictures[:2]])).shape == (2, 32)
+    for arguments, message in (
+        (("--model", f"hf:{tmp_path / 'nowhere'}"), "cannot be loaded"),
+        (("--model", f"hf:{folder}", "--pretrained", "none"), "leave --pretrained out"),
+    ):
+        code, seen = run("bases", "--data", tmp_path / "data", "--out", tmp_path / "b", *arguments)
+        assert code == 2
+        assert message in seen.err

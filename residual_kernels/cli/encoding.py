@@ -51,7 +51,7 @@ def encode_command(
     start = time.perf_counter()
     with bar("encoding", len(images) // distributed.world(), quiet=not first) as step:
         cache = encode(
-            clip.visual, loader_of(images, batch_size, workers), out_folder, chosen, DTYPES[dtype.value],
+            sources.image_tower(clip), loader_of(images, batch_size, workers), out_folder, chosen, DTYPES[dtype.value],
             class_names=images.class_names, progress=step, shard_images=shard_images,
         )  # fmt: skip
     seconds = time.perf_counter() - start
@@ -83,7 +83,9 @@ def bases(
     chosen = tuple(kind.value for kind in kinds or [Kind.head])
     start = time.perf_counter()
     with bar("fitting bases", len(images)) as step:
-        fitted = fit_bases(clip.visual, loader_of(images, batch_size, workers), chosen, progress=step)
+        fitted = fit_bases(
+            sources.image_tower(clip), loader_of(images, batch_size, workers), chosen, progress=step
+        )
     fitted.save(out_file, moments=moments)
     seconds = time.perf_counter() - start
     kept = fitted.truncate(energy=0.90)

@@ -89,7 +89,7 @@ def fit_command(
         method, rest=chosen_rest, energy=energy, components=components, max_components=max_components
     )
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
-    tower = clip.visual
+    tower = sources.image_tower(clip)
     kinds = method.kinds
     source = labelled(data, preprocess)
     folders = source.class_names

@@ -6,7 +6,12 @@ from typing import Annotated
 
 import typer
 
-Model = Annotated[str, typer.Option(help="an open_clip model name, or `bundled`")]
+Model = Annotated[
+    str,
+    typer.Option(
+        help="an open_clip model name, `bundled`, or hf:NAME (transformers: a folder, or a name on the hub)"
+    ),
+]
 Pretrained = Annotated[
     str | None, typer.Option(help="an open_clip tag, a local checkpoint, or `none` for random weights")
 ]

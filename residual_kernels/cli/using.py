@@ -23,7 +23,7 @@ from residual_kernels.zeroshot import ZeroShotHead
 def _fitted(model, pretrained, device, adapter_folder: Path):
     """The model with a kept adapter, and its head."""
     clip, preprocess, _ = prepare(model, pretrained, device)
-    adapter = load_adapter(clip.visual, adapter_folder)
+    adapter = load_adapter(sources.image_tower(clip), adapter_folder)
     for name in (HEAD, CLASSES):
         if not (adapter_folder / name).is_file():
             raise FileNotFoundError(
