@@ -193,7 +193,6 @@ def test_low_precision_towers(dtype):
 
 
 REFUSED = {
-    "attentional pooling": ({"attentional_pool": True}, "attn_pool"),
     "norm after attention": ({"scale_attn": True}, "pre-norm"),
     "no pooling": ({"pool_type": "none"}, "pool_type"),
     "convolutions": ({"layers": [1, 1, 1, 1], "width": 16, "image_size": 32}, "convolutional"),

@@ -200,14 +200,18 @@ def view(tower: nn.Module) -> Tower:
     Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
     what was looked for when it is of no known family.
     """
-    from residual_kernels.towers import hugging_face, open_clip
+    from residual_kernels.towers import hugging_face, open_clip, timm
 
     kind = type(tower).__name__
     if isinstance(getattr(tower, "visual", None), nn.Module):
         raise UnsupportedTowerError(
             f"{kind} is a whole CLIP model; pass its image tower, model.visual, or use attach(model, ...)"
         )
-    families = {open_clip: open_clip.OpenClipTower, hugging_face: hugging_face.HuggingFaceTower}
+    families = {
+        open_clip: open_clip.OpenClipTower,
+        timm: timm.TimmTower,
+        hugging_face: hugging_face.HuggingFaceTower,
+    }
     for family, build in families.items():
         if family.recognises(tower):
             return build(tower)

@@ -43,3 +43,17 @@ class Norm:
         """
         scale = self.statistics(attended)[0].to(z.dtype)[..., None, None]
         return torch.cat([z * scale, scale.expand(*z.shape[:-1], 1)], dim=-1)
+
+
+def norm_of(module: nn.Module) -> Norm | None:
+    """What `module` is as a norm, an Identity being none; None when it is something else.
+
+    RMS norms are told by name, which is all that torch's, timm's and transformers' have in common.
+    """
+    if isinstance(module, nn.LayerNorm):
+        return Norm(module)
+    if isinstance(module, nn.Identity):
+        return Norm(module, "none")
+    if "rmsnorm" in type(module).__name__.lower() and hasattr(module, "eps") and hasattr(module, "weight"):
+        return Norm(module, "rms")
+    return None

@@ -9,14 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers import UnitLayout, UnsupportedTowerError
+from residual_kernels.towers.attention_pool import AttentionPooler, multihead_pooler
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.stream import OutProjection
-from residual_kernels.towers.transformer import AVERAGE, NORMED_AVERAGE, BlockEdit, TransformerTower
+from residual_kernels.towers.transformer import (
+    ATTENTION,
+    AVERAGE,
+    NORMED_AVERAGE,
+    BlockEdit,
+    TransformerTower,
+)
 
 LOOKED_FOR = "conv1 and transformer.resblocks (open_clip's own VisionTransformer)"
 SUPPORTED = (
-    "supported are pre-norm ViTs of open_clip's own VisionTransformer with class-token or average pooling: 54 of its "
-    "configurations, such as ViT-B-32, ViT-L-14 or ViT-bigG-14"
+    "supported are pre-norm ViTs of open_clip's own VisionTransformer with class-token, average or attention "
+    "pooling: all 56 of its configurations, such as ViT-B-32, ViT-L-14, ViT-bigG-14 or coca_ViT-L-14"
 )
 
 _BLOCK_PARTS = {"ln_1", "attn", "ln_attn", "ls_1", "ln_2", "mlp", "ls_2"}
@@ -51,8 +58,10 @@ def _check_structure(tower: nn.Module) -> None:
     missing = [name for name in needed if not hasattr(tower, name)]
     if missing or not hasattr(tower.transformer, "resblocks"):
         raise _refuse(f"{kind} lacks {', '.join(missing) or 'transformer.resblocks'}")
-    if getattr(tower, "attn_pool", None) is not None:
-        raise _refuse("it pools by attention (attn_pool, as CoCa does), so a head's share has no short form")
+    if getattr(tower, "attn_pool_contrastive", None) is not None:
+        raise _refuse("it pools twice by attention, with no norm between (attn_pool_contrastive)")
+    if getattr(tower, "attn_pool", None) is not None and tower.pool_type != "tok":
+        raise _refuse(f"it pools by attention and then by {tower.pool_type!r} over the pooler's queries")
     if tower.pool_type not in ("tok", "avg"):
         raise _refuse(f"pool_type is {tower.pool_type!r}: there is no pooled embedding to decompose")
     if not isinstance(tower.ln_post, nn.LayerNorm):
@@ -115,11 +124,13 @@ class OpenClipTower(TransformerTower):
         _check_structure(module)
         self.module = module
         blocks = module.transformer.resblocks
-        self.width = module.ln_post.normalized_shape[0]
+        self.width = len(module.class_embedding)
         self.layout = UnitLayout(len(blocks), blocks[0].attn.num_heads)
         self.head_width = self.width // self.layout.heads
-        self.dim = self.width if module.proj is None else module.proj.shape[1]
-        if module.pool_type == "avg":
+        self.dim = module.ln_post.normalized_shape[0] if module.proj is None else module.proj.shape[1]
+        if module.attn_pool is not None:
+            self.pooling, self.span, self.head_width = ATTENTION, slice(None), self.dim
+        elif module.pool_type == "avg":
             self.pooling = AVERAGE if module.final_ln_after_pool else NORMED_AVERAGE
 
     @property
@@ -136,6 +147,14 @@ class OpenClipTower(TransformerTower):
 
     @property
     def norm(self) -> Norm:
+        return Norm(self.module.ln_post if self.module.attn_pool is None else self.module.attn_pool.ln_k)
+
+    def pooler(self) -> AttentionPooler:
+        pool = self.module.attn_pool
+        return multihead_pooler(pool.attn, pool.ln_q(pool.query[:1])[0])
+
+    @property
+    def outer_norm(self) -> Norm:
         return Norm(self.module.ln_post)
 
     def projection(self) -> tuple[Tensor | None, None]:

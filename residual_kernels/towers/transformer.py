@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from residual_kernels.towers import Terms, UnitLayout, UnitMaps, check_kinds
+from residual_kernels.towers.attention_pool import AttentionPooler, attended
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
 
@@ -24,6 +25,7 @@ TOKEN_BYTES = 256 * 2**20
 FIRST = "class token"
 AVERAGE = "average, norm after"  # tokens are averaged, then normalised
 NORMED_AVERAGE = "average, norm before"  # every token is normalised, then they are averaged
+ATTENTION = "attention"  # every token is normalised, then a pooler attends to them
 
 
 # An :data:`~residual_kernels.towers.stream.Edit` of one layer: (z, what attention adds) -> what it is to add instead.
@@ -40,7 +42,7 @@ class TransformerTower(abc.ABC):
         module: the tower. name: its family, for messages and files.
         layout, width, head_width (C), dim (D): sizes.
         class_token, prefix: whether the first token is one; how many tokens stand before the patches.
-        pooling: FIRST, AVERAGE or NORMED_AVERAGE; `span`: the tokens that are averaged.
+        pooling: FIRST, AVERAGE, NORMED_AVERAGE or ATTENTION; `span`: the tokens that are pooled.
         returns_tokens: whether the call also returns tokens, so that the last block must compute them all.
     """
 
@@ -75,7 +77,10 @@ class TransformerTower(abc.ABC):
 
     @abc.abstractmethod
     def projection(self) -> tuple[Tensor | None, Tensor | None]:
-        """P [width, D] and p [D] of output = norm(pooled) P + p; None for the identity and for no bias."""
+        """P [width, D] and p [D] of output = norm(pooled) P + p; None for the identity and for no bias.
+
+        With attention pooling the last norm is `outer_norm`.
+        """
 
     @abc.abstractmethod
     def out_projection(self, layer: int) -> OutProjection:
@@ -84,6 +89,19 @@ class TransformerTower(abc.ABC):
     @abc.abstractmethod
     def constant_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that the maps are made of: a trained copy of them would not match the maps."""
+
+    # Of attention pooling alone: its own projections, the norm behind it, and the MLP behind it (the unit `pool`).
+
+    def pooler(self) -> AttentionPooler:
+        raise NotImplementedError
+
+    @property
+    def outer_norm(self) -> Norm:
+        return Norm(nn.Identity(), "none")
+
+    def pool_mlp(self, pooled: Tensor) -> Tensor:
+        """What the MLP behind the pooling adds to the pooled vector [N, width]."""
+        raise NotImplementedError
 
     # How it runs.
 
@@ -95,6 +113,14 @@ class TransformerTower(abc.ABC):
     @abc.abstractmethod
     def drops(self) -> list[str]:
         """Names of what the tower drops at random while it trains, so that its units are not repeatable."""
+
+    def unsteady(self) -> list[str]:
+        """All that makes units unrepeatable in training mode, as in "drops patches at random"."""
+        return [f"drops {', '.join(found)} at random"] if (found := self.drops()) else []
+
+    def inexact(self) -> list[str]:
+        """What the tower has that would spoil the sum of the units in training mode, as in "drop path"."""
+        return []
 
     @abc.abstractmethod
     def token_count(self, images: Tensor) -> int:
@@ -123,15 +149,19 @@ class TransformerTower(abc.ABC):
     @torch.no_grad()
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps:
         """Constants of one kind, float64 on the tower's device; of some of its units (counted from 0) or of all."""
-        P, p = self.projection()
+        if units is None:
+            span = self.layout.span(kind)
+            units = range(span.stop - span.start)
         like = self.stem_weight
+        if self.pooling == ATTENTION:  # z is x_u itself
+            eye = torch.eye(self.dim, dtype=torch.float64, device=like.device)
+            A, none = eye.expand(len(units), -1, -1), torch.zeros_like(eye[0])
+            return UnitMaps(A=A, b=none.expand(len(units), -1), g=none, e=none, share=1)
+        P, p = self.projection()
         P = torch.eye(self.width, dtype=torch.float64, device=like.device) if P is None else P.double()
         gamma, beta = self.norm.constants(self.width, like)
         folded = gamma[:, None] * P  # [width, D]
         share = 2 * self.layout.layers + 1
-        if units is None:
-            span = self.layout.span(kind)
-            units = range(span.stop - span.start)
         if kind == "head":
             share *= self.layout.heads
             places = [divmod(unit, self.layout.heads) for unit in units]
@@ -145,10 +175,10 @@ class TransformerTower(abc.ABC):
         return UnitMaps(A=A, b=b, g=gamma @ P, e=e, share=share)
 
     def check_mode(self) -> None:
-        """Raises ValueError when the tower would drop parts at random, so that its units were not repeatable."""
-        if self.module.training and (found := self.drops()):
+        """Raises ValueError when the tower is in a mode in which its units would not be repeatable."""
+        if self.module.training and (found := self.unsteady()):
             raise ValueError(
-                f"this tower is in training mode and drops {', '.join(found)} at random; call .eval() on it first"
+                f"this tower is in training mode and {', '.join(found)}; call .eval() on it first"
             )
 
     def check_images(self, images: Tensor) -> None:
@@ -189,6 +219,11 @@ class TransformerTower(abc.ABC):
         """
         kinds = check_kinds(kinds, self.layout) if kinds else ()
         self.check_images(images)
+        if self.module.training and (found := self.inexact()):
+            raise ValueError(
+                f"this tower is in training mode and has {', '.join(found)}, with which its output is no sum of units; "
+                "call .eval() on it"
+            )
         if not self._keeps_tokens:
             return self._terms(images, kinds, edit, every_token)
         units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}
@@ -217,6 +252,10 @@ class TransformerTower(abc.ABC):
             if "mlp" in kinds:
                 held["mlp"].append(self._select(mlp.unsqueeze(-2)))
         output, tokens = self.finish(x)
+        if self.pooling == ATTENTION:
+            z = attended(self, x, held)
+            scale, mean = Norm(nn.Identity(), "none").statistics(output)
+            return Terms(z=z, scale=scale, mean=mean, output=output, tokens=tokens)
         scale, mean = self.norm.statistics(self._select(x))
         if self._keeps_tokens:
             share = scale / scale.sum(1, keepdim=True)  # [N, tokens]
