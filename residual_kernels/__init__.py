@@ -1,7 +1,7 @@
 """residual_kernels: one learned number per principal component of each attention head makes a CLIP-like model better at
 your own task (ResiDual, Basile et al., TMLR 2025), exact and fast."""
 
-from residual_kernels import analysis, ops
+from residual_kernels import analysis, export, ops
 from residual_kernels.adapter import load_adapter, save_adapter
 from residual_kernels.adapter_set import AdapterSet
 from residual_kernels.bundled import load_bundled
@@ -33,6 +33,7 @@ __all__ = [
     "decompose",
     "encode",
     "evaluate",
+    "export",
     "fit",
     "fit_bases",
     "fit_many",

@@ -53,6 +53,10 @@ def save_adapter(
 
     if type(adapter).__name__ not in _CLASSES:
         raise ValueError(f"save_adapter keeps {', '.join(_CLASSES)}; got {type(adapter).__name__}")
+    if getattr(adapter, "merged", False):
+        raise ValueError(
+            "this adapter is merged into its tower; unmerge it first, and merge it again when it is kept"
+        )
     checksum = towers.checksum(adapter.tower)
     if adapter.bases is not None and adapter.bases.checksum != checksum:
         raise ValueError(

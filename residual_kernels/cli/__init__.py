@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from residual_kernels.cli import encoding, fitting, story, using
+from residual_kernels.cli import encoding, fitting, merging, story, using
 from residual_kernels.cli.printing import err
 
 app = typer.Typer(
@@ -21,13 +21,14 @@ app.command()(encoding.bases)
 app.command("fit")(fitting.fit_command)
 app.command("eval")(using.eval_command)
 app.command()(using.predict)
+app.command("merge")(merging.merge_command)
 
 
 def main() -> None:
     """Entry point: bad input ends with exit code 2 and one clear line."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         text = str(error)
         if (
             "Original Traceback" in text

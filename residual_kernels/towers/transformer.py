@@ -22,6 +22,9 @@ from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
 # pooling), images are taken in groups so that these stay within this many bytes.
 TOKEN_BYTES = 256 * 2**20
 
+# Newer torch tells export from compile.
+_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 FIRST = "class token"
 AVERAGE = "average, norm after"  # tokens are averaged, then normalised
 NORMED_AVERAGE = "average, norm before"  # every token is normalised, then they are averaged
@@ -187,7 +190,7 @@ class TransformerTower(abc.ABC):
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor [N, 3, {height}, {width}]; got {shape}")
-        if not len(images):
+        if images.shape[0] == 0:  # len() would fix the batch size of an exported graph
             raise ValueError("this batch holds no images, and the tower cannot run on none")
         if self.image_size is not None and images.shape[2:] != (height, width):
             raise ValueError(
@@ -224,7 +227,7 @@ class TransformerTower(abc.ABC):
                 f"this tower is in training mode and has {', '.join(found)}, with which its output is no sum of units; "
                 "call .eval() on it"
             )
-        if not self._keeps_tokens:
+        if not self._keeps_tokens or _exporting():  # a graph for any batch size takes the batch whole
             return self._terms(images, kinds, edit, every_token)
         units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}
         held = sum(units.get(kind, 0) for kind in kinds)
