@@ -21,6 +21,7 @@ from transformers import (
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    SiglipConfig,
     ViTConfig,
 )
 
@@ -72,6 +73,12 @@ def blip(dim=32, **more):
     return make("BlipForImageTextRetrieval", config)
 
 
+def siglip(**more):
+    text = {name: value for name, value in TEXT.items() if name != "projection_dim"}
+    text |= {"hidden_size": more.get("width", 48), "num_attention_heads": 3}
+    return make("SiglipModel", SiglipConfig(vision_config=vision(**more), text_config=text))
+
+
 def embedding_of(model, images):
     """The image embedding by transformers' own means."""
     with torch.no_grad():
@@ -111,6 +118,7 @@ def assert_exact(model, bound, dtype=torch.float32, count=2):
 TRUE_WIDTHS = {
     "CLIP ViT-B-32": lambda: clip(512, width=768, heads=12, size=64, patch=32, hidden_act="quick_gelu"),
     "CLIP ViT-L-14": lambda: clip(768, width=1024, heads=16, size=28, patch=14, hidden_act="quick_gelu"),
+    "SigLIP so400m-14": lambda: siglip(width=1152, heads=16, size=28, patch=14),
     "BLIP large": lambda: blip(256, width=1024, heads=16, size=32, patch=16),
     "ViT-L-16": lambda: make("ViTModel", ViTConfig(**vision(1024, 16, 32, 16))),
     "DINOv2-L-14": lambda: make("Dinov2Model", Dinov2Config(**vision(1024, 16, 28, 14))),
@@ -128,6 +136,7 @@ TINY = {
     "CLIPVisionModelWithProjection": lambda: make(
         "CLIPVisionModelWithProjection", CLIPVisionConfig(**vision(), projection_dim=32)
     ),
+    "SiglipModel": siglip,
     "BlipForImageTextRetrieval": blip,
     "ViTModel": lambda: make("ViTModel", ViTConfig(**vision())),
     "ViTForImageClassification": lambda: make("ViTForImageClassification", ViTConfig(**vision())),
@@ -218,7 +227,7 @@ def test_dropout_and_checkpointing():
     model = make("ViTModel", ViTConfig(**vision(), hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1))
     rk.decompose(model, images_for(model))
     model.train()
-    with pytest.raises(ValueError, match="drops attention weights, hidden states at random"):
+    with pytest.raises(ValueError, match="dropout of attention weights, dropout of hidden states"):
         rk.decompose(model, images_for(model))
     model = TINY["ViTModel"]().train()
     residual = rk.ResiDual(model, rk.fit_bases(model, [images_for(model, 8)]))
@@ -437,7 +446,30 @@ def tokenizer():
     return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("make_model", [clip, blip])
+@torch.no_grad()
+def test_siglip_pools_by_attention():
+    """Its MLP behind the pooling is one more unit, and y serves its own sigmoid logits when attached."""
+    model = siglip().double()
+    images = images_for(model, 3, torch.float64)
+    parts = rk.decompose(model, images)
+    assert parts.layout.kinds == ("emb", "head", "mlp", "pool")
+    pooler = model.vision_model.head
+    pooled = pooler.attention(
+        pooler.probe.expand(3, -1, -1), *2 * (model.vision_model(images).last_hidden_state,)
+    )[0]
+    expected = pooler.mlp(pooler.layernorm(pooled))
+    assert relative(parts.units(kind="pool"), expected) < 1e-12
+    inputs = {"pixel_values": images, "input_ids": torch.tensor([[5, 6, 7]])}
+    before = model(**inputs).logits_per_image
+    with attached(model, images) as handle:
+        y, _ = handle.residual(images)
+        inside = model(**inputs)
+        assert relative(inside.image_embeds, y / y.norm(dim=-1, keepdim=True)) < 1e-12
+        assert relative(inside.logits_per_image, before) > 1e-3
+    assert torch.equal(model(**inputs).logits_per_image, before)
+
+
+@pytest.mark.parametrize("make_model", [clip, siglip, blip])
 def test_class_vectors_from_text(make_model):
     model = make_model().train()
     templates = ("a photo of a {}", lambda name: f"a {name}")
@@ -448,8 +480,10 @@ def test_class_vectors_from_text(make_model):
         for column, name in enumerate(["cat", "dog"]):
             vectors = []
             for text in (f"a photo of a {name}", f"a {name}"):
-                inputs = tokenizer()([text], return_tensors="pt")  # one by one: no padding
-                if make_model is clip:
+                padding = {"padding": "max_length", "max_length": 12} if make_model is siglip else {}
+                inputs = tokenizer()([text], return_tensors="pt", **padding)  # one by one: no other padding
+                inputs.pop("token_type_ids", None)
+                if make_model is not blip:
                     vectors.append(model.get_text_features(**inputs).pooler_output[0])
                 else:
                     hidden = model.text_encoder(
@@ -458,7 +492,8 @@ def test_class_vectors_from_text(make_model):
                     vectors.append(model.text_proj(hidden[:, 0])[0])
             mean = sum(vector / vector.norm() for vector in vectors)
             assert relative(head.class_vectors[:, column], mean / mean.norm()) < 1e-5
-    assert float(head.logit_scale) == (pytest.approx(2.6592) if make_model is clip else 0.0)
+    scale = 0.0 if make_model is blip else float(model.logit_scale.detach())
+    assert float(head.logit_scale) == pytest.approx(scale)
     assert float(rk.ZeroShotHead.from_text(model, tokenizer(), ["cat"], logit_scale=1.5).logit_scale) == 1.5
     with pytest.raises(ValueError, match="ViTModel embeds no text; use ZeroShotHead.from_prototypes"):
         rk.ZeroShotHead.from_text(TINY["ViTModel"](), tokenizer(), ["cat"])

@@ -54,7 +54,7 @@ def distributed_worker(rank: int, store: str) -> None:
     assert relative(replicated.module.weight, expected) < 1e-5
 
     mesh = init_device_mesh("cpu", (2,))
-    for per_block in (False,):
+    for per_block in (False, True):
         sharded, _ = made()
         if per_block:
             sharded.set_grad_checkpointing(True)

@@ -1,4 +1,4 @@
-"""Exact units of transformers' image towers: CLIP, BLIP, ViT, DINOv2 and whatever is built the same way.
+"""Exact units of transformers' image towers: CLIP, SigLIP, BLIP, ViT, DINOv2 and whatever is built the same way.
 
 A transformers model returns more than an embedding, and a CLIP's projection lies outside its vision model. So the
 tower is an :class:`ImageTower`, which is made of the model's own modules and returns the embedding alone; a whole model
@@ -13,14 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers import UnitLayout, UnsupportedTowerError
+from residual_kernels.towers.attention_pool import AttentionPooler, multihead_pooler
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.stream import OutProjection
-from residual_kernels.towers.transformer import BlockEdit, TransformerTower
+from residual_kernels.towers.transformer import ATTENTION, BlockEdit, TransformerTower
 
-LOOKED_FOR = "vision_model, or embeddings and encoder or layers (transformers' CLIP, BLIP, ViT, DINOv2)"
+LOOKED_FOR = (
+    "vision_model, or embeddings and encoder or layers (transformers' CLIP, SigLIP, BLIP, ViT, DINOv2)"
+)
 SUPPORTED = (
-    "supported are CLIPModel, CLIPVisionModelWithProjection, BlipForImageTextRetrieval, ViTModel, Dinov2Model, their "
-    "image classifiers, and models built the same way"
+    "supported are CLIPModel, CLIPVisionModelWithProjection, SiglipModel, BlipForImageTextRetrieval, ViTModel, "
+    "Dinov2Model, classifiers around these two, and models built the same way"
 )
 
 _WHOLE = {  # what may stand beside the vision model of a whole model
@@ -45,6 +48,7 @@ _BLOCK_PARTS = {
     "dropout",
 }
 _ATTENTION_PARTS = {*_OUT, "q_proj", "k_proj", "v_proj", "qkv", "dropout"}
+_POOLER_PARTS = {"attention", "layernorm", "mlp"}  # beside the parameter `probe`
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
@@ -71,7 +75,7 @@ class ImageTower(nn.Module):
 
     Its parts are the model's own modules, not copies, so both train, move and load together. The embedding is the class
     token behind the final norm (``last_hidden_state[:, 0]``, CLIP's ``pooler_output``), then the projection where the
-    model has one: ``get_image_features`` of a CLIP.
+    model has one: ``get_image_features`` of a CLIP. SigLIP's is what attention pooling (`pooler`) makes of all tokens.
     """
 
     def __init__(
@@ -80,11 +84,12 @@ class ImageTower(nn.Module):
         pre_norm: nn.Module | None,
         layers: nn.ModuleList,
         norm: nn.Module,
+        pooler: nn.Module | None,
         projection: nn.Module | None,
     ):
         super().__init__()
         self.embeddings, self.pre_norm, self.layers = embeddings, pre_norm, layers
-        self.norm, self.projection = norm, projection
+        self.norm, self.pooler, self.projection = norm, pooler, projection
 
     # The mode is the parts': the model that they belong to does not know this module.
     training = property(lambda self: self.embeddings.training, lambda self, mode: None)
@@ -104,7 +109,7 @@ class ImageTower(nn.Module):
 
     def pool(self, x: Tensor) -> Tensor:
         """The embedding, from the stream after the last block."""
-        pooled = self.norm(x[:, 0])
+        pooled = self.norm(x[:, 0]) if self.pooler is None else self.pooler(self.norm(x))
         return pooled if self.projection is None else self.projection(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,22 +165,30 @@ def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
     inner, kind = vision_model(model), type(model).__name__
     found = {
         "embeddings": _first(inner, ("embeddings",)), "pre_norm": _first(inner, _PRE_NORM),
-        "layers": _first(inner, _LAYERS), "norm": _first(inner, _FINAL_NORM), "projection": _first(model, _PROJECTIONS),
+        "layers": _first(inner, _LAYERS), "norm": _first(inner, _FINAL_NORM), "pooler": _first(inner, ("head",)),
+        "projection": _first(model, _PROJECTIONS),
     }  # fmt: skip
     lacking = [name for name in ("embeddings", "layers", "norm") if found[name] is None]
-    extra = _children(inner) - {"embeddings", "encoder", "layers", "pooler", *_PRE_NORM, *_FINAL_NORM}
+    extra = _children(inner) - {"embeddings", "encoder", "layers", "pooler", "head", *_PRE_NORM, *_FINAL_NORM}
     if lacking or extra:
         named = ", ".join(lacking or sorted(extra))
         raise _refuse(f"the vision model of {kind} {'lacks' if lacking else 'has unknown parts'} {named}")
     if not isinstance(found["norm"], nn.LayerNorm):
         raise _refuse(f"the final norm of {kind} is {type(found['norm']).__name__}, not LayerNorm")
-    if not any(hasattr(found["embeddings"], name) for name in ("class_embedding", "cls_token")):
+    if found["pooler"] is not None:
+        if not hasattr(found["pooler"], "probe") or _children(found["pooler"]) != _POOLER_PARTS:
+            raise _refuse(f"{kind} pools in a way that is not known here (head)")
+    elif not _has_class_token(found["embeddings"]):
         raise _refuse(f"{kind} has no class token, and no pooling that is known here")
     for index, layer in enumerate(found["layers"]):
         _check_layer(index, layer)
     if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
         raise _refuse(f"{kind} normalises its class token twice (BlipForImageTextRetrieval does not)")
     return found
+
+
+def _has_class_token(embeddings: nn.Module) -> bool:
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
 
 def _check_layer(index: int, layer: nn.Module) -> None:
@@ -243,13 +256,16 @@ class HuggingFaceTower(TransformerTower):
         self.module = tower = image_tower(module)
         attn = _first(tower.layers[0], _ATTENTION)
         self.width = len(tower.norm.weight)
-        self.layout = UnitLayout(len(tower.layers), _heads(attn))
+        self.layout = UnitLayout(len(tower.layers), _heads(attn), pool=tower.pooler is not None)
         self.head_width = _first(attn, _OUT).in_features // self.layout.heads
         self.dim = self.width if tower.projection is None else tower.projection.out_features
+        if tower.pooler is not None:
+            self.pooling, self.span, self.head_width = ATTENTION, slice(None), self.dim
         embeddings = tower.embeddings
         registers = getattr(embeddings, "register_tokens", None)
         distilled = getattr(embeddings, "distillation_token", None) is not None
-        self.prefix = 1 + distilled + (0 if registers is None else registers.shape[1])
+        self.class_token = _has_class_token(embeddings)
+        self.prefix = self.class_token + distilled + (0 if registers is None else registers.shape[1])
 
     @property
     def stem_weight(self) -> Tensor:
@@ -264,8 +280,18 @@ class HuggingFaceTower(TransformerTower):
         return self.module.image_size
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        return self.module.layers
+
+    @property
     def norm(self) -> Norm:
         return Norm(self.module.norm)
+
+    def pooler(self) -> AttentionPooler:
+        return multihead_pooler(self.module.pooler.attention, self.module.pooler.probe[0, 0])
+
+    def pool_mlp(self, pooled: Tensor) -> Tensor:
+        return self.module.pooler.mlp(self.module.pooler.layernorm(pooled))
 
     def projection(self) -> tuple[Tensor | None, Tensor | None]:
         held = self.module.projection
@@ -297,16 +323,19 @@ class HuggingFaceTower(TransformerTower):
         )
 
     def drops(self) -> list[str]:
+        return []
+
+    def inexact(self) -> list[str]:
         found = []
         for layer in self.module.layers:
             attn = _first(layer, _ATTENTION)
             rates = [getattr(attn, "dropout", 0.0), getattr(attn, "attention_dropout", 0.0)]
             if any(getattr(rate, "p", rate) for rate in rates):
-                found.append("attention weights")
-            if any(getattr(getattr(layer, name, None), "p", 0.0) for name in ("dropout",)):
-                found.append("hidden states")
+                found.append("dropout of attention weights")
+            if getattr(getattr(layer, "dropout", None), "p", 0.0):
+                found.append("dropout of hidden states")
             if getattr(getattr(layer, "drop_path", None), "drop_prob", 0.0):
-                found.append("whole branches")
+                found.append("drop path")
         return list(dict.fromkeys(found))
 
     def token_count(self, images: Tensor) -> int:
@@ -315,7 +344,6 @@ class HuggingFaceTower(TransformerTower):
         return self.prefix + height * width
 
     def embed(self, images: Tensor) -> tuple[Tensor, None]:
-        self.check_mode()  # dropout behind a head's map would make its units inexact
         x = self.module.embed(images)
         if not isinstance(x, Tensor):
             raise _refuse("its embeddings return more than the stream, as ViTMAE's do, which drop patches")

@@ -146,6 +146,10 @@ class OpenClipTower(TransformerTower):
         return self.module.image_size
 
     @property
+    def blocks(self) -> nn.ModuleList:
+        return self.module.transformer.resblocks
+
+    @property
     def norm(self) -> Norm:
         return Norm(self.module.ln_post if self.module.attn_pool is None else self.module.attn_pool.ln_k)
 

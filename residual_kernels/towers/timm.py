@@ -288,6 +288,10 @@ class TimmTower(TransformerTower):
         return None if not embed.strict_img_size or embed.img_size is None else tuple(embed.img_size)
 
     @property
+    def blocks(self) -> nn.Sequential | nn.ModuleList:
+        return self.trunk.blocks
+
+    @property
     def norm(self) -> Norm:
         trunk = self.trunk
         outer = self.pooling != ATTENTION and isinstance(trunk.norm, nn.Identity)

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from residual_kernels.towers import Terms, UnitLayout, UnitMaps, check_kinds
 from residual_kernels.towers.attention_pool import AttentionPooler, attended
+from residual_kernels.towers.blocks import run_block
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
 
@@ -77,6 +77,11 @@ class TransformerTower(abc.ABC):
     @abc.abstractmethod
     def norm(self) -> Norm:
         """The final norm."""
+
+    @property
+    @abc.abstractmethod
+    def blocks(self) -> Sequence[nn.Module]:
+        """The modules that `block` runs."""
 
     @abc.abstractmethod
     def projection(self) -> tuple[Tensor | None, Tensor | None]:
@@ -246,10 +251,7 @@ class TransformerTower(abc.ABC):
         shorten = self.pooling == FIRST and not (self.returns_tokens or every_token)
         for index in range(self.layout.layers):
             arguments = (index, x, context, shorten and index == last, edit and partial(edit, index))
-            if recompute:
-                x, z, mlp = checkpoint(self.block, *arguments, use_reentrant=False)
-            else:
-                x, z, mlp = self.block(*arguments)
+            x, z, mlp = run_block(self.blocks[index], self.block, *arguments, recompute=recompute)
             if "head" in kinds:
                 held["head"].append(self._select(z))
             if "mlp" in kinds:
