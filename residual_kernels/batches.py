@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels import distributed
 from residual_kernels.cache import UnitCache
 from residual_kernels.decomposition import check_finite_units, checked_batches, checked_labels
 from residual_kernels.modules import TowerAdapter
@@ -53,12 +52,6 @@ def runs(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def share(count: int) -> slice:
-    """This process's part of `count` rows: contiguous, equal but for one row."""
-    processes, rank = distributed.world(), distributed.rank()
-    return slice(count * rank // processes, count * (rank + 1) // processes)
-
-
 def whole(count: int) -> slice:
     """All of `count` rows: for a process that works alone."""
     return slice(0, count)
@@ -67,8 +60,8 @@ def whole(count: int) -> slice:
 class CachedRows:
     """A UnitCache as an adapter reads it; all features stay on the device when they take at most `memory` bytes.
 
-    `part` says which of every batch's rows are this process's: :func:`share` or :func:`whole`; `names` what to call the
-    rows in errors.
+    `part` says which of every batch's rows are this process's, :func:`distributed.share` or :func:`whole`; `names` what
+    errors call the rows.
     """
 
     def __init__(

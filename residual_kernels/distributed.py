@@ -3,10 +3,11 @@
 Without torchrun (no WORLD_SIZE in the environment) every function here answers for one process and does nothing.
 """
 
+import contextlib
 import datetime
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -59,16 +60,23 @@ def gather(value: Any, timeout: float = TIMEOUT) -> list[Any]:
     if world() == 1:
         return [value]
     group = _control(dist.group.WORLD)
-    try:
+    with _waiting():
         dist.monitored_barrier(group, timeout=datetime.timedelta(seconds=timeout))
         values: list[Any] = [None] * world()
         dist.all_gather_object(values, value, group=group)
+    return values
+
+
+@contextlib.contextmanager
+def _waiting() -> Iterator[None]:
+    """Whatever torch says when the others do not come becomes one clear line."""
+    try:
+        yield
     except RuntimeError as error:
         first = str(error).strip().splitlines()[0]
         raise RuntimeError(
             f"process {rank()} of {world()} waited for the others, and one has died or hangs: {first}"
         ) from error
-    return values
 
 
 def from_first(make: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
@@ -87,13 +95,32 @@ def from_first(make: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
     return value
 
 
+def share(count: int) -> slice:
+    """This process's part of `count` things in a row: contiguous, and equal but for one."""
+    return slice(count * rank() // world(), count * (rank() + 1) // world())
+
+
 def total(tensor: Tensor) -> Tensor:
     """The sum over processes, added in the order of their ranks: the same bits everywhere. For small tensors."""
     if world() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world())]
-    dist.all_gather(parts, tensor.contiguous())
+    with _waiting():
+        dist.all_gather(parts, tensor.contiguous(), group=_group_of(tensor))
     return torch.stack(parts).sum(0)
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """The sum over processes, in place: the same bits everywhere, whatever the tensor's size."""
+    if world() > 1:
+        with _waiting():
+            dist.all_reduce(tensor, group=_group_of(tensor))
+    return tensor
+
+
+def _group_of(tensor: Tensor) -> dist.ProcessGroup | None:
+    """Tensors on the CPU travel by gloo, whatever the default group's backend is."""
+    return _control(dist.group.WORLD) if tensor.device.type == "cpu" else None
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residual_kernels import checkpoints, distributed
-from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, room, share, whole
+from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, room, whole
 from residual_kernels.cache import UnitCache
 from residual_kernels.evaluation import Heads, balanced
 from residual_kernels.files import digest
@@ -197,7 +197,9 @@ class Run:
         self, data: UnitCache | Iterable, budget: int, names: Sequence[int] | None = None
     ) -> CachedRows | LoadedRows:
         if isinstance(data, UnitCache):
-            return CachedRows(self.adapter, data, budget, share if self.parallel else whole, names)
+            return CachedRows(
+                self.adapter, data, budget, distributed.share if self.parallel else whole, names
+            )
         return LoadedRows(self.adapter, data, labelled=True, classes=min(self.heads.sizes))
 
     def _identity(self, train, val, shots, class_weight) -> dict[str, Any]:

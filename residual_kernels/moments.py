@@ -2,7 +2,7 @@
 
 A unit's output is x_u = l_u M_u + const with only C+2 numbers l = (s*z, s, s*m), so the second moment of l is all that
 PCA needs, whatever the output dimension D is. Sums run about the first batch's mean and end in float64; moments of two
-passes merge by Chan's update.
+passes, or of several processes, merge by Chan's update.
 """
 
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from residual_kernels import ops
+from residual_kernels import distributed, ops
 from residual_kernels.towers import Tower
 from residual_kernels.towers.stream import stream_maps, token_run
 
@@ -48,23 +48,44 @@ class MomentSum:
         self.count = 0
         self.shift = self.total = self.moment = None
 
+    def about(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
+        """Takes the mean of these rows for the provisional one, and does not count them."""
+        total, _ = ops.unit_moments(z, scale, mean)
+        self.shift = total / len(z)
+        self.total = torch.zeros_like(total)
+        self.moment = total.new_zeros(*total.shape, total.shape[1])
+
     def add(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
         if self.shift is None:
-            total, _ = ops.unit_moments(z, scale, mean)
-            self.shift = total / len(z)
-            self.total = torch.zeros_like(total)
-            self.moment = total.new_zeros(*total.shape, total.shape[1])
+            self.about(z, scale, mean)
         total, moment = ops.unit_moments(z, scale, mean, self.shift)
         self.count += len(z)
         self.total += total
         self.moment += moment
 
     def moments(self) -> Moments:
-        offset = self.total / self.count
-        scatter = self.moment - self.count * offset[:, :, None] * offset[:, None, :]
-        return Moments(
-            self.count, (self.shift + offset).cpu(), scatter.cpu(), self.rows.cpu(), self.constant.cpu()
-        )
+        """Of the rows of all processes, which must come here together; at least one must have rows."""
+        count, mean, scatter = self._own()
+        if distributed.world() > 1:
+            own, count = count, sum(distributed.gather(count))
+            whole = distributed.add_up(own * mean) / count
+            apart = mean - whole
+            scatter = distributed.add_up(scatter + own * apart[:, :, None] * apart[:, None, :])
+            mean = whole
+        return Moments(count, mean, scatter, self.rows.cpu(), self.constant.cpu())
+
+    def _own(self) -> tuple[int, Tensor, Tensor]:
+        """Count, mean and scatter of this process's rows; zeros in the others' shape where it had none."""
+        if self.count:
+            offset = self.total / self.count
+            scatter = self.moment - self.count * offset[:, :, None] * offset[:, None, :]
+            found = self.count, (self.shift + offset).cpu(), scatter.cpu()
+        shapes = distributed.gather(tuple(self.total.shape) if self.count else None)
+        if self.count:
+            return found
+        units, size = next(shape for shape in shapes if shape is not None)
+        zeros = torch.zeros(units, size, size, dtype=torch.float64)
+        return 0, zeros[:, 0], zeros
 
 
 class StreamMoments:
@@ -91,7 +112,7 @@ class StreamMoments:
         parts = [held.moments() for held in self.sums]
         width = parts[0].rows.shape[1]  # C
         return Moments(
-            count=self.count,
+            count=parts[0].count,
             mean=torch.cat([part.mean[:, :width] for part in parts]),
             scatter=torch.cat([part.scatter[:, :width, :width] for part in parts]),
             rows=torch.cat([part.rows for part in parts]),

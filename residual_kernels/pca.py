@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import towers
+from residual_kernels import distributed, towers
 from residual_kernels.cache import UnitCache
 from residual_kernels.decomposition import check_finite_units, checked_batches
 from residual_kernels.files import digest, load_tensors, save_tensors
@@ -389,7 +389,10 @@ def fit_bases(
         ValueError: fewer than 2 images (tokens in the stream), images the tower cannot take (NaN and Inf are named by
             index), or arguments that do not go together.
 
-    Deterministic for the same batches on the same machine; the tower is left bitwise as it was.
+    Deterministic for the same batches on the same machine; the tower is left bitwise as it was. In a process group all
+    processes call it, each with a loader of its own share of the images, or all with the same cache, whose rows they
+    share; all get the bases of all images. From one cache these do not depend on the number of processes (but for the
+    last digits of float64).
     """
     view = towers.view(towers.unwrap(tower))
     kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
@@ -406,17 +409,36 @@ def fit_bases(
     eye = torch.eye(view.dim, dtype=torch.float64)
     blank = torch.zeros(2, view.dim, dtype=torch.float64)
     sums[OUTPUT] = MomentSum(torch.cat([eye, blank])[None], torch.zeros(view.dim, dtype=torch.float64))
-    count = 0
+    _agree(view, loader, kinds, placement)
+    if isinstance(loader, UnitCache) and len(loader):  # the first rows' mean, whichever process counts them
+        first = loader.terms(slice(0, CACHED_ROWS))
+        for kind in kinds:
+            sums[kind].about(first.z[kind], first.scale, first.mean)
+        sums[OUTPUT].about(first.output[:, None, :], None, None)
     for terms in _terms(view, loader, kinds):
         for kind in kinds:
             sums[kind].add(terms.z[kind], terms.scale, terms.mean)
         sums[OUTPUT].add(terms.output[:, None, :], None, None)
-        count += len(terms.output)
         if progress is not None:
             progress(len(terms.output))
-    if count < 2:
-        raise ValueError(f"bases need at least 2 images to have a covariance; the loader gave {count}")
+    _check_count(sums[OUTPUT].count, "images")
     return _from_moments(_shell(view), {kind: held.moments() for kind, held in sums.items()})
+
+
+def _agree(view: Tower, loader: "Iterable | UnitCache", kinds: tuple[str, ...], placement: str) -> None:
+    """Raises ValueError unless all processes fit bases of the same tower and kinds, from the same cache if from one."""
+    cache = (len(loader), int(loader.ids.sum())) if isinstance(loader, UnitCache) else None
+    asked = {"tower": towers.checksum(view.module), "kinds": kinds, "placement": placement, "cache": cache}
+    everyone = distributed.gather(asked)
+    different = [name for name in asked if any(other[name] != everyone[0][name] for other in everyone)]
+    if different:
+        raise ValueError(f"all processes must fit bases of the same {' and '.join(different)}; they differ")
+
+
+def _check_count(count: int, what: str) -> None:
+    count = sum(distributed.gather(count))
+    if count < 2:
+        raise ValueError(f"bases need at least 2 {what} to have a covariance; the loader gave {count}")
 
 
 def check_placement(placement: str, tokens: str | None) -> None:
@@ -443,14 +465,14 @@ def _fit_in_stream(view: Tower, loader, kinds, tokens: str, progress) -> Spectra
             "a cache keeps units at the pooled token alone; bases in the stream are fitted over tokens, so give a "
             "loader of images"
         )
+    _agree(view, loader, kinds, "stream")
     sums = StreamMoments(view, tokens)
     for images, _ in checked_batches(view, loader):
         with torch.no_grad():
             view.terms(images, (), sums, every_token=tokens != "class")
         if progress is not None:
             progress(len(images))
-    if sums.count < 2:
-        raise ValueError(f"bases need at least 2 tokens to have a covariance; the loader gave {sums.count}")
+    _check_count(sums.count, "tokens")
     return _from_moments(_shell(view, placement="stream", tokens=tokens), {"head": sums.moments()})
 
 
@@ -458,7 +480,8 @@ def _terms(view: Tower, source: "Iterable | UnitCache", kinds: tuple[str, ...]) 
     """Terms of every batch, from the tower or from what it left before."""
     if isinstance(source, UnitCache):
         source.check(view.module, kinds)
-        for start in range(0, len(source), CACHED_ROWS):
+        starts = range(0, len(source), CACHED_ROWS)
+        for start in starts[distributed.share(len(starts))]:
             terms = source.terms(slice(start, start + CACHED_ROWS))
             check_finite_units((*terms.z.values(), terms.output), range(start, start + CACHED_ROWS))
             yield terms

@@ -84,6 +84,19 @@ def test_merge_equals_one_fit_on_both(tower, images, bases):
     assert not torch.allclose(a.explained_variance((0, 0)), bases.explained_variance((0, 0)), rtol=1e-3)
 
 
+def test_merging_three_in_any_order(tower, images, bases, tmp_path):
+    """Pairs in either order, through files or not: the moments and eigenvalues of one fit, to 1e-10."""
+    parts = [rk.fit_bases(tower, x.split(6), kinds=("emb", "head", "mlp")) for x in images.split(14)]
+    for index, part in enumerate(parts):
+        part.save(tmp_path / str(index), moments=True)
+    a, b, c = (rk.SpectralBases.load(tmp_path / str(index)) for index in range(3))
+    for merged in (a.merge(b).merge(c), c.merge(a).merge(b), a.merge(b.merge(c)), parts[1].merge(c).merge(a)):
+        assert merged.count == 40
+        for kind, part in bases.parts.items():
+            assert (merged.parts[kind].variance - part.variance).abs().max() < 1e-10 * part.variance.max()
+            assert (merged.moments[kind].scatter - bases.moments[kind].scatter).abs().max() < 1e-10
+
+
 def test_merge_refuses_what_cannot_be_merged(tower, images, bases):
     with pytest.raises(ValueError, match="moments"):
         bases.merge(bases.truncate(energy=0.9))

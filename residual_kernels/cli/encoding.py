@@ -1,18 +1,20 @@
 """encode and bases: the passes of the tower over data."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch.utils.data import Subset
 
 from residual_kernels import distributed, sources
-from residual_kernels.cache import DTYPES, encode, kept_images
-from residual_kernels.cli.inputs import loader_of, prepare
+from residual_kernels.cache import DTYPES, UnitCache, encode, kept_images
+from residual_kernels.cli.inputs import loader_of, opened, prepare
 from residual_kernels.cli.options import Batch, Data, Device, DType, Json, Kind, Model, Pretrained, Workers
 from residual_kernels.cli.printing import bar, err, out, write_numbers
 from residual_kernels.images import open_images
-from residual_kernels.pca import fit_bases
+from residual_kernels.pca import SpectralBases, fit_bases
 
 
 def encode_command(
@@ -66,7 +68,17 @@ def encode_command(
 
 
 def bases(
-    data: Data,
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="with --merge: files of `bases --moments`")
+    ] = None,
+    *,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="an ImageFolder directory, a zip of one, or a cache; repeat the option for several"
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="join files that were fitted apart")] = False,
     out_file: Annotated[Path, typer.Option("--out", help="the bases file to write (.safetensors)")],
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
@@ -77,17 +89,39 @@ def bases(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Fit the principal components of every unit on a folder of images (labels are not used)."""
-    clip, preprocess, _ = prepare(model, pretrained, device)
-    images = open_images(data, preprocess, labelled=False)
-    chosen = tuple(kind.value for kind in kinds or [Kind.head])
+    """Fit the principal components of every unit on images (labels are not used), or merge files fitted apart.
+
+    Under torchrun its processes share the images.
+    """
+    if merge == bool(data) or merge != bool(files):
+        raise typer.BadParameter("give --data, or --merge and the files to merge")
+    distributed.initialise()
+    first = distributed.rank() == 0
     start = time.perf_counter()
-    with bar("fitting bases", len(images)) as step:
-        fitted = fit_bases(
-            sources.image_tower(clip), loader_of(images, batch_size, workers), chosen, progress=step
-        )
-    fitted.save(out_file, moments=moments)
-    seconds = time.perf_counter() - start
+    if merge:
+        fitted = functools.reduce(SpectralBases.merge, [SpectralBases.load(file) for file in files])
+    else:
+        clip, preprocess, _ = prepare(model, pretrained, device)
+        tower = sources.image_tower(clip)
+        chosen = tuple(kind.value for kind in kinds or [Kind.head])
+        parts = []
+        for source in data:
+            images = opened(source, preprocess, False)
+            count = len(images)
+            if not isinstance(images, UnitCache):
+                mine = range(count)[distributed.share(count)]
+                images = loader_of(Subset(images, mine), batch_size, workers)
+            title = "fitting bases" if len(data) == 1 else f"fitting bases on {source}"
+            with bar(title, count // distributed.world(), quiet=not first) as step:
+                parts.append(fit_bases(tower, images, chosen, progress=step))
+        fitted = functools.reduce(SpectralBases.merge, parts)
+    if first:
+        fitted.save(out_file, moments=moments)
+        _report(fitted, time.perf_counter() - start, out_file, json_file)
+    distributed.finish()
+
+
+def _report(fitted: SpectralBases, seconds: float, out_file: Path, json_file: Path | None) -> None:
     kept = fitted.truncate(energy=0.90)
     total = {kind: len(fitted.parts[kind].components) for kind in fitted.kinds}
     used = {kind: len(kept.parts[kind].components) for kind in fitted.kinds}

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.table import Table
 
-from residual_kernels import prompts, sources, train
+from residual_kernels import distributed, prompts, sources, train
 from residual_kernels.adapter import CONFIG, save_adapter
 from residual_kernels.cache import UnitCache
 from residual_kernels.cli.inputs import (
@@ -16,7 +17,7 @@ from residual_kernels.cli.inputs import (
     DEFAULT_TEMPLATES,
     HEAD,
     cached,
-    labelled,
+    opened,
     prepare,
 )
 from residual_kernels.cli.options import (
@@ -34,6 +35,7 @@ from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.files import SCHEMA, write_json
 from residual_kernels.methods import Method, build, check_options, identity
 from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.wrapping import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
 
 
@@ -65,10 +67,26 @@ def fit_command(
     rest: Annotated[
         Rest | None, typer.Option(help="what becomes of other units; the variant's own by default")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate; the paper's by default")] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="learning rate, the paper's by default; repeat the option to try several at once"),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="fits from so many starts and orders at once; the best is kept")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="the first of them")] = 0,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     patience: Annotated[int, typer.Option(min=1, help="epochs without a better validation accuracy")] = 5,
-    seed: int = 0,
+    shots: Annotated[int | None, typer.Option(min=1, help="fit on so many images of each class")] = None,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="every class counts alike, however many images it has")
+    ] = False,
+    shrink: Annotated[
+        float, typer.Option(min=0.0, help="pull of every weight to 1: a share of the learning rate each step")
+    ] = 0.0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="file to keep the state in; the same command goes on from there")
+    ] = None,
     prototypes: Annotated[
         bool, typer.Option(help="class vectors from training images instead of text")
     ] = False,
@@ -81,7 +99,11 @@ def fit_command(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Learn the weights for a labelled folder of images and keep them as an adapter."""
+    """Learn the weights for a labelled folder of images and keep them as an adapter.
+
+    Under torchrun its processes share every batch of a cache.
+    """
+    distributed.initialise()
     if (out_folder / CONFIG).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
     chosen_rest = rest and rest.value
@@ -91,7 +113,7 @@ def fit_command(
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
     kinds = method.kinds
-    source = labelled(data, preprocess)
+    source = opened(data, preprocess)
     folders = source.class_names
     if folders is None:
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
@@ -102,7 +124,7 @@ def fit_command(
         chosen, held = _split(len(training), 0.2, seed)
         training, validation = training.subset(chosen), training.subset(held)
     else:
-        other = labelled(val, preprocess)
+        other = opened(val, preprocess)
         if other.class_names != folders:
             raise ValueError(
                 f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
@@ -117,31 +139,87 @@ def fit_command(
     fitted = None
     if method.needs_bases or rest is Rest.mean:
         fitted = _bases_for(bases_file, tower, training, kinds)
-    adapter = build(
-        method, tower, fitted, rest=chosen_rest, energy=energy, components=components,
-        max_components=max_components, seed=seed,
-    )  # fmt: skip
+    chosen_seeds = range(seed, seed + seeds)
+    adapters = [
+        build(
+            method, tower, fitted, rest=chosen_rest, energy=energy, components=components,
+            max_components=max_components, seed=one,
+        )
+        for one in chosen_seeds
+    ]  # fmt: skip
+    adapter, starts = adapters[0], [one.trainable() for one in adapters]
+    for other in adapters[1:]:
+        other.detach()
     base = train.evaluate(identity(tower), head, validation)
-    result = train.fit(
-        adapter, head, training, validation, lr=lr, epochs=epochs, patience=patience, seed=seed,
-        progress=lambda row: err.print(
-            f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}",
-        ),
+    first = distributed.rank() == 0
+    alone = seeds == 1 and len(lr or [0]) == 1
+    fits = train.fit_many(
+        adapter, head, training, validation, lrs=lr or None, seeds=chosen_seeds, starts=starts, epochs=epochs,
+        patience=patience, shots=shots, class_weight="balanced" if balanced else None, shrink=shrink,
+        checkpoint=checkpoint, progress=_say if first and alone else None,
     )  # fmt: skip
+    fits.put(adapter, fits.best())
+    if first:
+        _keep(adapter, head, folders, out_folder)
+        _report(
+            fits, base, method, len(training) if shots is None else shots * len(names), out_folder, json_file
+        )
+    distributed.finish()
+
+
+def _say(number: int, row: train.Epoch) -> None:
+    err.print(f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}")
+
+
+def _keep(adapter: TowerAdapter, head: ZeroShotHead, folders: tuple[str, ...], out_folder: Path) -> None:
     head.save(out_folder / HEAD)
     write_json(out_folder / CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": folders})
     save_adapter(adapter, out_folder)  # last: a folder with an adapter is whole
+
+
+def _report(
+    fits: train.ManyFits,
+    base: train.Evaluation,
+    method: Method,
+    images: int,
+    out_folder: Path,
+    json_file: Path | None,
+) -> None:
+    best = fits.best()
+    result = fits.results[best]
+    if len(fits.tasks) > 1:
+        columns = ("lr", "seed", "epochs", "best", "accuracy", "balanced", "loss")
+        table = Table(*columns, title="All fits on validation; * is kept")
+        for index, (task, one) in enumerate(zip(fits.tasks, fits.results, strict=True)):
+            row = one.history[one.best_epoch]
+            table.add_row(
+                f"{task.lr:g}", str(task.seed), "diverged" if one.diverged else str(len(one.history) - 1),
+                f"{one.best_epoch}{' *' if index == best else ''}", f"{row.val_accuracy:.4f}",
+                f"{row.val_balanced_accuracy:.4f}", f"{row.val_loss:.4f}",
+            )  # fmt: skip
+        out.print(table)
+    seconds = max(one.seconds for one in fits.results)
     out.print(
         f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
-        f"({method.value}, {len(training)} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
-        f"{result.seconds:.1f} s); written to {out_folder}",
+        f"({method.value}, {images} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
+        f"{seconds:.1f} s); written to {out_folder}",
     )
+    row = result.history[result.best_epoch]
     write_numbers(
         json_file,
         {
             "method": method.value, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
-            "parameters": result.parameters, "seconds": result.seconds, "best_epoch": result.best_epoch,
-            "history": [vars(row) for row in result.history],
+            "base_balanced_accuracy": base.balanced_accuracy,
+            "val_balanced_accuracy": row.val_balanced_accuracy, "lr": fits.tasks[best].lr,
+            "seed": fits.tasks[best].seed, "parameters": result.parameters, "seconds": seconds,
+            "best_epoch": result.best_epoch, "history": [vars(row) for row in result.history],
+            "fits": [
+                {
+                    "lr": task.lr, "seed": task.seed, "val_accuracy": one.val_accuracy,
+                    "best_epoch": one.best_epoch, "epochs": len(one.history) - 1, "diverged": one.diverged,
+                }
+                for task, one in zip(fits.tasks, fits.results, strict=True)
+            ],
         },
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from residual_kernels import sources
+from residual_kernels import distributed, sources
 from residual_kernels.cache import MANIFEST, UnitCache, encode
 from residual_kernels.cli.printing import bar
 from residual_kernels.images import Images, open_images
@@ -43,11 +43,19 @@ def cached(tower, images, kinds, title: str, batch_size: int, workers: int) -> U
     if isinstance(images, UnitCache):
         images.check(tower, kinds)
         return images
+    if distributed.world() > 1:
+        raise ValueError(
+            "several processes fit on a cache that they share: run `encode` first (torchrun shares that work too), and "
+            "name its folder in place of the images"
+        )
     with bar(title, len(images)) as step:
         return encode(
             tower, loader_of(images, batch_size, workers), None, kinds, class_names=images.class_names, progress=step
         )  # fmt: skip
 
 
-def labelled(path: Path, preprocess: Callable) -> UnitCache | Images:
-    return UnitCache.load(path) if (path / MANIFEST).is_file() else open_images(path, preprocess)
+def opened(path: Path, preprocess: Callable, labelled: bool = True) -> UnitCache | Images:
+    """The cache or the images that `path` names."""
+    if (path / MANIFEST).is_file():
+        return UnitCache.load(path)
+    return open_images(path, preprocess, labelled=labelled)

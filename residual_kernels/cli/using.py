@@ -11,7 +11,7 @@ from rich.table import Table
 from residual_kernels import sources, train
 from residual_kernels.adapter import load_adapter
 from residual_kernels.cache import UnitCache
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, cached, labelled, loader_of, prepare
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, cached, loader_of, opened, prepare
 from residual_kernels.cli.options import Adapter, Batch, Data, Device, Json, Model, Pretrained, Workers
 from residual_kernels.cli.printing import bar, out, write_numbers
 from residual_kernels.files import atomic_path, read_json
@@ -54,32 +54,44 @@ def eval_command(
     batch_size: Batch = 64,
     workers: Workers = 0,
     device: Device = None,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(help="also write the confusion matrix to this CSV: a row for each true class"),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
     folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
     kinds = getattr(module, "adapted", ())
-    cache = cached(module.tower, labelled(data, preprocess), kinds, "encoding", batch_size, workers)
+    cache = cached(module.tower, opened(data, preprocess), kinds, "encoding", batch_size, workers)
     cache = _aligned(cache, folders, data)
     before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
     table = Table("class", "images", "without", "with", title=f"{data}")
     counts = torch.bincount(cache.labels, minlength=len(head.class_names)).tolist()
     for index, name in enumerate(head.class_names):
-        table.add_row(
-            name,
-            str(counts[index]),
-            f"{before.class_accuracy[index]:.3f}",
-            f"{after.class_accuracy[index]:.3f}",
-        )
+        both = (before.class_accuracy[index], after.class_accuracy[index])
+        table.add_row(name, str(counts[index]), *(f"{one:.3f}" if counts[index] else "-" for one in both))
     table.add_section()
     table.add_row("all", str(after.count), f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")
+    table.add_row("balanced", "", f"{before.balanced_accuracy:.3f}", f"{after.balanced_accuracy:.3f}")
     out.print(table)
+    if confusion is not None:
+        with atomic_path(confusion) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["true class", *head.class_names])
+            for name, row in zip(head.class_names, after.confusion.tolist(), strict=True):
+                writer.writerow([name, *row])
     write_numbers(
         json_file,
         {
             "images": after.count, "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
-            "class_accuracy": dict(zip(head.class_names, after.class_accuracy.tolist(), strict=True)),
+            "base_balanced_accuracy": before.balanced_accuracy, "balanced_accuracy": after.balanced_accuracy,
+            "class_accuracy": {
+                name: float(one) if seen else None
+                for name, one, seen in zip(head.class_names, after.class_accuracy, counts, strict=True)
+            },
+            "confusion": after.confusion.tolist(),
         },
     )  # fmt: skip
 
