@@ -409,6 +409,8 @@ def fit_bases(
     eye = torch.eye(view.dim, dtype=torch.float64)
     blank = torch.zeros(2, view.dim, dtype=torch.float64)
     sums[OUTPUT] = MomentSum(torch.cat([eye, blank])[None], torch.zeros(view.dim, dtype=torch.float64))
+    if isinstance(loader, UnitCache):
+        loader.check(view.module, kinds)
     _agree(view, loader, kinds, placement)
     if isinstance(loader, UnitCache) and len(loader):  # the first rows' mean, whichever process counts them
         first = loader.terms(slice(0, CACHED_ROWS))
@@ -479,7 +481,6 @@ def _fit_in_stream(view: Tower, loader, kinds, tokens: str, progress) -> Spectra
 def _terms(view: Tower, source: "Iterable | UnitCache", kinds: tuple[str, ...]) -> Iterator[Terms]:
     """Terms of every batch, from the tower or from what it left before."""
     if isinstance(source, UnitCache):
-        source.check(view.module, kinds)
         starts = range(0, len(source), CACHED_ROWS)
         for start in starts[distributed.share(len(starts))]:
             terms = source.terms(slice(start, start + CACHED_ROWS))
