@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL.Image import Image
 from torch import Tensor
 
@@ -60,6 +61,42 @@ def accuracy_bars(rows: Sequence[dict], path: str | Path, title: str = "Accuracy
     axes.set_xticks(np.linspace(0, 1, 6), [f"{x:.0%}" for x in np.linspace(0, 1, 6)])
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, loc="left", fontsize=12)
+    return _save(figure, path)
+
+
+def accuracy_table(columns: Sequence[str], lines: Sequence[tuple], path: str | Path) -> Path:
+    """A table of accuracies: a block of lines per tower, one per method, a column per data set; the best are bold.
+
+    `lines` hold (tower, method, numbers learned, ((mean, deviation), ...) for every column).
+    """
+    towers = list(dict.fromkeys(line[0] for line in lines))
+    rows = [row for tower in towers for row in (tower, *(line for line in lines if line[0] == tower))]
+    left = 3.4  # room for method and count, in columns
+    figure = _figure(1.15 * (len(columns) + left), 0.34 * (len(rows) + 1) + 0.3)
+    axes = figure.add_subplot()
+    colours = colormaps["Blues"]
+    for place, name in enumerate(columns):
+        axes.text(place + 0.5, -0.5, name, ha="center", va="center", fontsize=10, weight="bold")
+    axes.text(-0.1, -0.5, "learned", ha="right", va="center", fontsize=9, color=GREY)
+    for height, row in enumerate(rows):
+        if isinstance(row, str):
+            axes.text(-left, height + 0.5, row, va="center", fontsize=10, weight="bold")
+            continue
+        tower, method, numbers, cells = row
+        axes.text(-left + 0.15, height + 0.5, method, va="center", fontsize=10)
+        axes.text(-0.1, height + 0.5, f"{numbers:,}", ha="right", va="center", fontsize=9, color=GREY)
+        for place, (mean, spread) in enumerate(cells):
+            best = max(line[3][place][0] for line in lines if line[0] == tower)
+            colour = colours(0.05 + 0.85 * mean**3)
+            axes.add_patch(Rectangle((place + 0.02, height + 0.04), 0.96, 0.92, color=colour))
+            text = f"{mean:.1%}" + (f" ± {100 * spread:.1f}" if spread > 0 else "")
+            axes.text(
+                place + 0.5, height + 0.5, text, ha="center", va="center", fontsize=9.5,
+                weight="bold" if mean == best else "normal", color="white" if sum(colour[:3]) < 1.7 else "#111",
+            )  # fmt: skip
+    axes.set_xlim(-left, len(columns))
+    axes.set_ylim(len(rows), -1)
+    _bare(axes)
     return _save(figure, path)
 
 

@@ -5,6 +5,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed
 TABLE = "clip_benchmark:"  # clip_benchmark:eurosat names that data set's classes and templates
 _NAMES, _TEMPLATES = "en_classnames.json", "en_zeroshot_classification_templates.json"
 

@@ -68,8 +68,9 @@ def test_a_folder_and_a_zip_of_it_read_the_same(folder, archive):
     assert [len(images) for images, _ in loader] == [2, 2, 1]
     flat = ImageFiles(archive, pixels, labelled=False)
     assert len(flat) == 5
-    assert flat[0][1] == -1
+    assert flat.picture(0)[1] == -1
     assert flat.class_names is None
+    assert flat[0].shape == (3, 8, 8)
 
 
 def test_linked_class_folders_are_followed(folder, tmp_path):
@@ -174,7 +175,7 @@ def test_shards_read_as_webdataset_reads_them(shards):
     assert pattern.names == ours.names
     one = open_images(folder / "photos-001.tar", pixels, labelled=False)
     assert one.names == ours.names[3:]
-    assert (one[0][1], one.class_names) == (-1, None)
+    assert (one.picture(0)[1], one.class_names) == (-1, None)
     loader = torch.utils.data.DataLoader(pickle.loads(pickle.dumps(ours)), batch_size=4, num_workers=2)
     assert [labels.tolist() for _, labels in loader] == [[0, 1, 0, 1], [0, 1]]
     (shards / "classnames.txt").write_text("cat\ndog\n")
@@ -247,7 +248,7 @@ def test_torchvision_by_name(torchvision_root):
     assert len(signs.class_names) == 43
     assert signs.class_names[signs[0][1]] == "stop"
     plain = open_images("torchvision:GTSRB@test", pixels, root=torchvision_root, labelled=False)
-    assert (plain[0][1], plain.class_names) == (-1, None)
+    assert (plain.picture(0)[1], plain.class_names) == (-1, None)
 
 
 def test_torchvision_says_what_is_missing(torchvision_root):
@@ -294,7 +295,7 @@ def test_hugging_face_data_sets(saved):
     assert train[2][0].unique().tolist() == [40.0]
     assert len(open_images(f"hf:{saved / 'both'}@test", pixels)) == 1
     assert len(open_images(f"hf:{saved / 'one'}", pixels)) == 3
-    assert open_images(f"hf:{saved / 'bare'}", pixels, labelled=False)[0][1] == -1
+    assert open_images(f"hf:{saved / 'bare'}", pixels, labelled=False)[0].shape == (3, 8, 8)
     cases = [
         ("both", "say which part of hf:.*both: .*@train, .*@test"),
         ("both@val", "say which part"),

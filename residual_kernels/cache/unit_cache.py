@@ -107,6 +107,19 @@ class UnitCache:
         labels = None if self.labels is None else self.labels[rows]
         return UnitCache(z, scale, mean, output, labels, self.ids[rows], self.checksum, self.class_names)
 
+    def split(self, part: float, seed: int = 0) -> "tuple[UnitCache, UnitCache]":
+        """(the others, `part` of the images drawn with `seed`): a validation set where there is none.
+
+        Raises ValueError when either would be empty.
+        """
+        held = round(part * len(self))
+        if not 0 < held < len(self):
+            raise ValueError(
+                f"{part} of {len(self)} images leaves nothing on one side; give validation images"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)
+
     def check(self, tower: nn.Module, kinds: Iterable[str]) -> None:
         """Raises ValueError unless this cache was made by this very tower and holds these kinds."""
         missing = [kind for kind in kinds if kind not in self.kinds]

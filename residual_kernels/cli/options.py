@@ -18,6 +18,11 @@ Pretrained = Annotated[
 Data = Annotated[
     Path, typer.Option(help="an ImageFolder directory, or a zip of one (photos.zip/train works too)")
 ]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option("--data-root", help="where data sets by name are kept (torchvision:..., hf:...)"),
+]
+Download = Annotated[bool, typer.Option("--download", help="fetch a data set by name that is not there")]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")]
 Batch = Annotated[int, typer.Option(min=1, help="images per batch while encoding")]
 Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]

@@ -115,7 +115,7 @@ def predict(
         place = next(module.tower.parameters()).device
 
         def batches():
-            for batch, _ in loader:
+            for batch in loader:
                 yield batch.to(place)
                 step(len(batch))
 

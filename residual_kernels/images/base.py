@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 
 class Images(Dataset, abc.ABC):
-    """Images read as (preprocessed image, label), in an order that never changes; the label is -1 where there is none.
+    """Images read as (preprocessed image, label), or as the image alone without labels, in an order that never changes.
 
     Attributes:
         names: of the images, in order.
@@ -30,7 +30,7 @@ class Images(Dataset, abc.ABC):
 
     @abc.abstractmethod
     def picture(self, index: int) -> tuple[Image, int]:
-        """The image itself, in RGB, and its label; a ValueError names the image when it cannot be read."""
+        """The image itself, in RGB, and its label (-1 for none); a ValueError names an image that cannot be read."""
 
     def fingerprint(self) -> str:
         """A line that tells this data set from others, wherever it lies: a count, and a digest of what is known."""
@@ -43,9 +43,9 @@ class Images(Dataset, abc.ABC):
         """What is known of every image without opening it."""
         return self.names
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | Tensor:
         image, label = self.picture(index)
-        return self.preprocess(image), label
+        return self.preprocess(image) if self.class_names is None else (self.preprocess(image), label)
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tif
 
 
 class ImageFiles(Images):
-    """Images of a folder or of a zip, read as (preprocessed image, label).
+    """Images of a folder or of a zip.
 
     With `labelled`, the layout is ImageFolder's: one folder per class, `class/**/image`. Otherwise all images below the
-    path are taken and the label is -1. A path may go on inside a zip: ``photos.zip/train``.
+    path are taken. A path may go on inside a zip: ``photos.zip/train``.
 
     Attributes:
         names: of the images, relative to the path, in sorted order.

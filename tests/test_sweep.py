@@ -1,0 +1,191 @@
+"""Sweeps: plans that are wrong are named, work is done once, and the table says what the rows say."""
+
+import csv
+import json
+import statistics
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from residual_kernels import cli, demo, sources, sweep
+from residual_kernels import train as training
+from residual_kernels.methods import identity
+from residual_kernels.sweep import Plan, Sweep, Table
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 8, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two data sets: real digits in folders with a validation part, and colours in a zip without one."""
+    root = tmp_path_factory.mktemp("data")
+    images, labels = demo.digit_images()
+    sizes = {"train": range(12), "val": range(12, 18), "test": range(18, 24)}
+    seen = [0] * 10
+    for image, label in zip(images, labels.tolist(), strict=True):
+        for part, places in sizes.items():
+            if seen[label] in places:
+                folder = root / "digits" / part / demo.DIGITS[label]
+                folder.mkdir(parents=True, exist_ok=True)
+                image.save(folder / f"{seen[label]:03d}.png")
+        seen[label] += 1
+    noise = np.random.default_rng(0)
+    with zipfile.ZipFile(root / "colours.zip", "w") as file:
+        for part, count in (("train", 10), ("test", 5)):
+            for channel, colour in enumerate(("red", "green", "blue")):
+                for number in range(count):
+                    pixels = noise.integers(0, 120, (32, 32, 3), np.uint8)
+                    pixels[..., channel] += 100
+                    with file.open(f"{part}/{colour}/{number}.png", "w") as member:
+                        Image.fromarray(pixels).save(member, "PNG")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A second model that open_clip knows by name."""
+    import open_clip
+
+    path = tmp_path_factory.mktemp("models") / "tiny-sweep.json"
+    path.write_text(json.dumps(TINY))
+    open_clip.add_model_config(path)
+    return {"model": "tiny-sweep", "pretrained": "none"}
+
+
+@pytest.fixture
+def written(data, tiny):
+    """The plan as a user writes it."""
+    digits = {part: str(data / "digits" / part) for part in ("train", "val", "test")}
+    colours = {part: str(data / "colours.zip" / part) for part in ("train", "test")}
+    return {
+        "towers": [{"model": "bundled"}, tiny],
+        "data": [{"name": "digits", **digits}, {"name": "colours", **colours}],
+        "methods": ["base", "fine", "linear"],
+        "seeds": 2,
+        "rates": [1.0, 0.3],
+        "epochs": 2,
+    }
+
+
+def read(plan, tmp_path) -> Plan:
+    path = tmp_path / "plan.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    return Plan.read(path)
+
+
+def test_two_towers_two_data_sets(written, tmp_path, monkeypatch):
+    """Every cell of the table is there and right, and a second run does only what is missing or has changed."""
+    plan = read(written, tmp_path)
+    torch.manual_seed(0)  # of the tiny model's weights
+    rows = Sweep(plan, tmp_path / "out").run()
+    assert len(rows) == 2 * 2 * (1 + 2 * 2)
+    assert {row["data"] for row in rows} == {"digits", "colours"}
+    assert {row["images"] for row in rows} == {60, 15}
+
+    table = Table.of(rows)
+    assert table.columns == ("digits", "colours", "average")
+    assert [line[:2] for line in table.lines[:3]] == [("bundled", m) for m in plan.methods]
+    fine = [row["accuracy"] for row in rows if (row["tower"], row["method"]) == ("bundled", "fine")]
+    mean = table.lines[1][3]
+    assert mean[2][0] == pytest.approx(statistics.fmean(fine))
+    assert mean[0][0] == pytest.approx(statistics.fmean(fine[:2]))
+    assert mean[0][1] == pytest.approx(statistics.stdev(fine[:2]))
+
+    model, preprocess, tokenizer = sources.load_model("bundled")
+    images = sweep.open_images(written["data"][0]["test"], preprocess)
+    head = sweep.ZeroShotHead.from_text(model, tokenizer, images.class_names, ("a {}",))
+    cache = sweep.encode(model.visual, torch.utils.data.DataLoader(images, batch_size=64))
+    assert rows[0]["accuracy"] == training.evaluate(identity(model.visual), head, cache).accuracy
+
+    def refuse(*arguments, **options):
+        raise AssertionError("this was done before")
+
+    monkeypatch.setattr(sweep, "encode", refuse)
+    monkeypatch.setattr(training, "fit_many", refuse)
+    assert Sweep(plan, tmp_path / "out").run() == rows
+    monkeypatch.undo()
+
+    (tmp_path / "out" / "results" / "bundled" / "colours" / "linear-1.json").unlink()
+    fitted = []
+    fit_many = training.fit_many
+    monkeypatch.setattr(training, "fit_many", lambda *a, **o: fitted.append(o["seeds"]) or fit_many(*a, **o))
+    again = Sweep(plan, tmp_path / "out").run()
+    assert fitted == [(1,)]
+    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    assert [{key: value for key, value in row.items() if key != "seconds"} for row in again] == timeless
+    longer = read(written | {"towers": written["towers"][:1], "epochs": 3}, tmp_path)
+    fitted.clear()
+    Sweep(longer, tmp_path / "out").run()
+    assert len(fitted) == 2 * 2 * 2
+
+
+def test_shared_bases_and_shots(written, data, tmp_path):
+    """With `bases` all data sets share those of one set of images; labels of it are not needed."""
+    plan = written | {"towers": written["towers"][:1], "seeds": 1, "methods": ["fine"], "shots": 2}
+    own = Sweep(read(plan, tmp_path), tmp_path / "own").run()
+    general = plan | {"bases": str(data / "digits")}
+    shared = Sweep(read(general, tmp_path), tmp_path / "shared").run()
+    assert shared[0]["parameters"] == shared[1]["parameters"]
+    assert own[0]["parameters"] != own[1]["parameters"]
+
+
+def test_the_command(written, tmp_path, capsys, monkeypatch):
+    plan = written | {"towers": written["towers"][:1], "seeds": 1, "methods": ["base", "coarse"]}
+    read(plan, tmp_path)
+    arguments = ["sweep", tmp_path / "plan.yaml", "--out", tmp_path / "out", "--json", tmp_path / "s.json"]
+    monkeypatch.setattr(sys, "argv", ["residual-kernels", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code, capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert "coarse" in shown
+    rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+    with (tmp_path / "out" / "table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == ["base", "coarse"]
+    assert float(lines[1]["digits"]) == pytest.approx(rows[1]["accuracy"], abs=1e-6)
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert text.startswith("| tower | method | learned numbers | digits | colours | average |")
+    assert "**" in text
+    with Image.open(tmp_path / "out" / "table.png") as image:
+        assert min(image.size) > 100
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"towers": []}, r"must hold a list of towers; got \[\]"),
+        ({"towers": ["bundled"]}, "a tower must be a mapping; got 'bundled'"),
+        ({"towers": [{"name": "bundled"}]}, "unknown key 'name'; known are model, pretrained"),
+        ({"data": [{"name": "x", "train": "y"}]}, "a data set lacks a key: .*'test'"),
+        ({"data": [{"name": "x", "train": "y", "test": "z"}] * 2}, "different names; got x, x"),
+        ({"methods": ["fine", "best"]}, "unknown method 'best'; choose from base, fine"),
+        ({"epoch": 3}, "unknown key 'epoch'"),
+        ({"seeds": 0}, "seeds must be a whole number above 0; got 0"),
+        ({"epochs": "many"}, "epochs must be a whole number above 0; got 'many'"),
+        ({"rates": [0.1, -1]}, "rates must be numbers above 0"),
+        ({"energy": 2}, r"energy must lie in \(0, 1\]; got 2"),
+        ({"dtype": "int8"}, "dtype must be one of .*bfloat16.*; got 'int8'"),
+    ],
+)
+def test_plans_that_cannot_be_run(written, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        read(written | change, tmp_path)
+
+
+def test_a_plan_that_is_no_plan(tmp_path):
+    (tmp_path / "plan.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match=r"plan\.yaml is not readable YAML"):
+        Plan.read(tmp_path / "plan.yaml")
+    (tmp_path / "plan.yaml").write_text("just words")
+    with pytest.raises(ValueError, match="must hold the keys towers, data and methods"):
+        Plan.read(tmp_path / "plan.yaml")
