@@ -37,7 +37,7 @@ def merge_command(
     if out_file.suffix not in (*export.ENDINGS, WEIGHTS):
         raise ValueError(f"--out must end with {', '.join((*export.ENDINGS, WEIGHTS))}; got {out_file.name}")
     clip, preprocess, _ = prepare(model, pretrained, "cpu")
-    module = load_adapter(clip.visual, adapter)
+    module = load_adapter(sources.image_tower(clip), adapter)
     stream = getattr(module, "placement", "output") == "stream"
     if out_file.suffix == WEIGHTS and not stream:
         raise ValueError(
@@ -75,7 +75,7 @@ def _write_weights(
         save_file({name: value.contiguous().clone() for name, value in clip.state_dict().items()}, temporary)
         untouched.load_state_dict(load_file(temporary))
         with torch.no_grad():
-            found = _embedding(untouched.visual(images))
+            found = _embedding(sources.image_tower(untouched)(images))
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
         allowed = max(export.AGREEMENT, 8 * torch.finfo(expected.dtype).eps)
         if not error <= allowed:
