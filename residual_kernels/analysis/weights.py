@@ -139,9 +139,11 @@ class ResetReading:
 
 
 def _check(residual: ResiDual, cache: UnitCache) -> None:
-    if not isinstance(residual, ResiDual) or residual.weight.ndim != 1:
+    if not isinstance(residual, ResiDual):
+        raise ValueError(f"weights are read from a ResiDual; got {type(residual).__name__}")
+    if residual.placement != "output":
         raise ValueError(
-            f"weights are read from a ResiDual with one weight per component; got {type(residual).__name__}"
+            f'weights are read where units are shares of the output; this ResiDual has placement="{residual.placement}"'
         )
     if residual.bases is None:
         raise ValueError("this ResiDual holds no bases, so nothing is known of its components")

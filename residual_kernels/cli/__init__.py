@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from residual_kernels.cli import encoding, fitting, merging, story, sweeping, using
+from residual_kernels.cli import encoding, fitting, merging, reporting, story, sweeping, using
 from residual_kernels.cli.printing import err
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("fit")(fitting.fit_command)
 app.command("eval")(using.eval_command)
 app.command()(using.predict)
 app.command("merge")(merging.merge_command)
+app.command()(reporting.report)
 app.command()(sweeping.sweep)
 
 

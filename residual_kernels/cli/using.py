@@ -17,22 +17,28 @@ from residual_kernels.cli.printing import bar, out, write_numbers
 from residual_kernels.files import atomic_path, read_json
 from residual_kernels.images import open_images
 from residual_kernels.methods import identity
+from residual_kernels.modules import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
 
 
 def _fitted(model, pretrained, device, adapter_folder: Path):
-    """The model with a kept adapter, and its head."""
+    """The model with a kept adapter, its head, and the image transform."""
     clip, preprocess, _ = prepare(model, pretrained, device)
+    return *kept(clip, adapter_folder), preprocess
+
+
+def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead]:
+    """What `fit` wrote, on the model's tower."""
     adapter = load_adapter(sources.image_tower(clip), adapter_folder)
     for name in (HEAD, CLASSES):
         if not (adapter_folder / name).is_file():
             raise FileNotFoundError(
                 f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
             )
-    return adapter, ZeroShotHead.load(adapter_folder / HEAD), preprocess
+    return adapter, ZeroShotHead.load(adapter_folder / HEAD)
 
 
-def _aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
+def aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
     """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent."""
     if cache.class_names is None:
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
@@ -65,7 +71,7 @@ def eval_command(
     folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
     kinds = getattr(module, "adapted", ())
     cache = cached(module.tower, opened(data, preprocess), kinds, "encoding", batch_size, workers)
-    cache = _aligned(cache, folders, data)
+    cache = aligned(cache, folders, data)
     before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
     table = Table("class", "images", "without", "with", title=f"{data}")
     counts = torch.bincount(cache.labels, minlength=len(head.class_names)).tolist()

@@ -1,0 +1,84 @@
+"""report: what a fitted adapter learned, on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from residual_kernels import sources
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, cached, labelled, prepare
+from residual_kernels.cli.options import Batch, Data, Device, Json, Model, Pretrained, Workers
+from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.using import aligned, kept
+from residual_kernels.files import read_json
+from residual_kernels.images import Images, open_images
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="the folder that `fit` wrote")],
+    data: Data,
+    images: Annotated[
+        Path | None, typer.Option(help="the images of --data, where that is a cache of `encode`")
+    ] = None,
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(help="file of words for the components, one a line; a small one is built in"),
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="the page to write; RUN/report.html by default")
+    ] = None,
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """One HTML page of what an adapter learned, with its figures (PNG, SVG) and tables (CSV) in a folder beside it."""
+    from residual_kernels.analysis import TextDictionary
+    from residual_kernels.report import gather, write_report
+    from residual_kernels.report.facts import Source
+
+    page = out_file or run / "report.html"
+    clip, preprocess, tokenizer = prepare(model, pretrained, device)
+    module, head = kept(clip, run)
+    words = None
+    if tokenizer is None and dictionary is not None:
+        raise ValueError(f"{model} embeds no text, so --dictionary cannot be encoded; leave it out")
+    if tokenizer is not None:
+        if dictionary is None:
+            words = TextDictionary.bundled(clip, tokenizer)
+        else:
+            words = TextDictionary.from_file(clip, tokenizer, dictionary)
+    folders = tuple(read_json(run / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
+    kinds = tuple(dict.fromkeys(("head", *getattr(module, "adapted", ()))))
+    source = labelled(data, preprocess)
+    pictures = source if isinstance(source, Images) else None
+    if images is not None:
+        if pictures is not None:
+            raise ValueError(f"--images is for a cache, but {data} holds its images itself")
+        pictures = open_images(images, preprocess)
+    cache = aligned(cached(module.tower, source, kinds, "encoding", batch_size, workers), folders, data)
+    if pictures is not None and int(cache.ids.max()) >= len(pictures):
+        raise ValueError(
+            f"{images} holds {len(pictures)} images, but the cache at {data} was made of {int(cache.ids.max()) + 1}"
+        )
+    with err.status("reading") as status:
+        facts = gather(
+            module, head, cache, Source(model, str(data), str(run)), dictionary=words,
+            say=lambda text: status.update(text)
+        )  # fmt: skip
+        status.update("drawing")
+        page, files = write_report(facts, page, cache, pictures)
+    size = page.stat().st_size / 1e6
+    out.print(
+        f"accuracy {facts.before.accuracy:.4f} -> {facts.after.accuracy:.4f} on {facts.images} images; "
+        f"{page} ({size:.1f} MB) and {len(files)} figures and tables in {page.with_suffix('')}"
+    )
+    write_numbers(
+        json_file,
+        {
+            "images": facts.images, "base_accuracy": facts.before.accuracy, "accuracy": facts.after.accuracy,
+            "page": str(page), "files": [str(path) for path in files],
+        },
+    )  # fmt: skip

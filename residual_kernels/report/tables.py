@@ -1,0 +1,160 @@
+"""Every number of a report as tables: a header and rows, written as CSV."""
+
+import csv
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from residual_kernels.files import atomic_path
+from residual_kernels.report.facts import ENERGY, Facts
+from residual_kernels.report.names import unit_code
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one CSV file; None is an empty cell."""
+
+    name: str
+    header: tuple[str, ...]
+    rows: list[tuple]
+
+
+def _number(value: object) -> object:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return "" if value is None else value
+
+
+def as_text(table: Table) -> str:
+    """The table as CSV."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(table.header)
+    writer.writerows([_number(value) for value in row] for row in table.rows)
+    return text.getvalue()
+
+
+def write(tables: Iterable[Table], folder: Path) -> list[Path]:
+    """Writes NAME.csv for every table, and returns the paths."""
+    paths = []
+    for table in tables:
+        path = folder / f"{table.name}.csv"
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(as_text(table).encode())
+        paths.append(path)
+    return paths
+
+
+def tables(facts: Facts) -> list[Table]:
+    """All tables that these facts have."""
+    found = [
+        _classes(facts),
+        _confusion(facts, False),
+        _confusion(facts, True),
+        _heads(facts),
+        _spectra(facts),
+    ]
+    found.append(_similarity(facts))
+    if facts.curves:
+        found.append(_selection(facts))
+    if facts.unit_weight:
+        found.append(_units(facts))
+    if facts.reading is not None:
+        found += [_components(facts), _class_scores(facts)]
+    return found
+
+
+def _classes(facts: Facts) -> Table:
+    before, after = facts.before.class_accuracy.tolist(), facts.after.class_accuracy.tolist()
+    counts = [int(count) for count in facts.counts]
+    rows = list(zip(facts.class_names, counts, before, after, strict=True))
+    rows.append(("(all)", facts.images, facts.before.accuracy, facts.after.accuracy))
+    return Table("classes", ("class", "images", "accuracy_without", "accuracy_with"), rows)
+
+
+def _confusion(facts: Facts, after: bool) -> Table:
+    outcome = facts.after if after else facts.before
+    rows = [
+        (name, *(int(count) for count in row))
+        for name, row in zip(facts.class_names, outcome.confusion.tolist(), strict=True)
+    ]
+    return Table(
+        f"confusion-{'with' if after else 'without'}", ("true class \\ label given", *facts.class_names), rows
+    )
+
+
+def _heads(facts: Facts) -> Table:
+    rows = [
+        (unit.layer, unit.head, int(linear), float(ratio), float(nonlinear))
+        for unit, linear, ratio, nonlinear in zip(
+            facts.heads, facts.linear, facts.participation, facts.nonlinear, strict=True
+        )
+    ]
+    header = ("layer", "head", f"components_for_{ENERGY}_of_variance", "participation_ratio", "twonn")
+    return Table("dimension", header, rows)
+
+
+def _spectra(facts: Facts) -> Table:
+    rows = [
+        (unit.layer, unit.head, place, share)
+        for unit in facts.heads
+        for place, share in enumerate(facts.bases.explained_variance_ratio(unit).tolist())
+    ]
+    return Table("spectra", ("layer", "head", "component", "explained_variance_ratio"), rows)
+
+
+def _similarity(facts: Facts) -> Table:
+    codes = [unit_code(unit) for unit in facts.heads[-len(facts.similarity) :]]
+    rows = [(code, *row) for code, row in zip(codes, facts.similarity.tolist(), strict=True)]
+    return Table("similarity", ("head", *codes), rows)
+
+
+def _selection(facts: Facts) -> Table:
+    rows = [
+        (
+            curve.name,
+            kept,
+            curve.accuracy[i],
+            None if curve.low is None else curve.low[i],
+            None if curve.high is None else curve.high[i],
+        )
+        for curve in facts.curves
+        for i, kept in enumerate(curve.kept)
+    ]
+    return Table("selection", ("heads_kept_by", "heads", "accuracy", "lowest", "highest"), rows)
+
+
+def _units(facts: Facts) -> Table:
+    rows = [
+        (unit.kind, unit.layer, unit.head, facts.unit_weight[unit.index], facts.unit_effect.get(unit.index),
+         facts.unit_lost.get(unit.index))
+        for unit in facts.layout
+        if unit.index in facts.unit_weight
+    ]  # fmt: skip
+    return Table("weights", ("kind", "layer", "head", "mean_weight", "reach", "accuracy_lost_at_1"), rows)
+
+
+def _components(facts: Facts) -> Table:
+    reading, rows = facts.reading, []
+    for index in range(len(reading)):
+        c = reading[index]
+        high, low = facts.words.get(index, ((), ()))
+        rows.append(
+            (c.unit.kind, c.unit.layer, c.unit.head, c.place, c.weight, c.explained, c.std, c.effect, c.separation,
+             "; ".join(high), "; ".join(low))
+        )  # fmt: skip
+    header = (
+        "kind", "layer", "head", "component", "weight", "explained_variance_ratio", "std", "effect",
+        "between_class_share", "words_high", "words_low",
+    )  # fmt: skip
+    return Table("components", header, rows)
+
+
+def _class_scores(facts: Facts) -> Table:
+    """Of the components shown: every class's mean coefficient, in standard deviations from the mean of all images."""
+    reading, rows = facts.reading, []
+    for index in sorted(facts.ends.indices):
+        c = reading[index]
+        rows.append((c.unit.kind, c.unit.layer, c.unit.head, c.place, *reading.class_scores(index).tolist()))
+    return Table("component-classes", ("kind", "layer", "head", "component", *facts.class_names), rows)

@@ -1,0 +1,311 @@
+"""The report: its numbers are those of evaluate, nothing comes from outside, and nothing in a name becomes markup."""
+
+import base64
+import csv
+import hashlib
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+import residual_kernels as rk
+from residual_kernels.analysis import TextDictionary
+from residual_kernels.demo import DIGITS, digit_images
+from residual_kernels.images.base import Images
+from residual_kernels.methods import identity
+from residual_kernels.report import charts, gather, page, sentences, tables, write_report
+from residual_kernels.report.facts import Outcome, Source
+from residual_kernels.report.thumbnails import thumbnails
+
+SCRIPT = "<script>document.title='owned'</script>"
+HOSTILE = (
+    "</script><img src=x onerror=alert(1)>",
+    SCRIPT,
+    "a$b$c %{x} {{ 7 * 7 }}",
+    '<b>bold</b> & "quoted"',
+)
+NAMES = (*HOSTILE, *DIGITS[4:])
+PER_CLASS = 12
+
+
+class Pictures(Images):
+    """Images in memory, with names that would be trouble as markup."""
+
+    class_names = NAMES
+
+    def __init__(self, pictures, labels, preprocess):
+        self.pictures, self.labels, self.preprocess = pictures, labels, preprocess
+        self.names = [f"{index}<i onmouseover=alert(2)>.png" for index in range(len(pictures))]
+
+    def picture(self, index):
+        return self.pictures[index], int(self.labels[index])
+
+
+class World:
+    """The bundled model, a few digits of every class under hostile names, and what a fit leaves."""
+
+    def __init__(self):
+        self.model, preprocess, self.tokenizer = rk.load_bundled()
+        pictures, labels = digit_images()
+        rows = torch.cat([(labels == k).nonzero().flatten()[:PER_CLASS] for k in range(10)])
+        self.pictures = Pictures([pictures[i] for i in rows.tolist()], labels[rows], preprocess)
+        images = torch.stack([preprocess(picture) for picture in self.pictures.pictures])
+        self.tower = self.model.visual
+        self.cache = rk.encode(self.tower, [(images, labels[rows])], kinds=("head", "mlp"), class_names=NAMES)
+        text = rk.ZeroShotHead.from_text(self.model, self.tokenizer, DIGITS, ["the number {}"])
+        self.head = rk.ZeroShotHead(text.class_vectors, NAMES, float(text.logit_scale))
+        self.source = Source("bundled", f"photos/{SCRIPT}", "run")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+@pytest.fixture(scope="module")
+def made(world, tmp_path_factory):
+    """(facts, the page's path, files beside it, the adapter) of a ResiDual on heads and MLPs."""
+    bases = rk.fit_bases(world.tower, world.cache, ("head", "mlp")).truncate(components=6)
+    residual = rk.ResiDual(world.tower, bases, "sum", init="normal")
+    dictionary = TextDictionary.from_words(world.model, world.tokenizer, ["the number two", SCRIPT, "a ring"])
+    facts = gather(residual, world.head, world.cache, world.source, dictionary=dictionary)
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    where, files = write_report(facts, path, world.cache, world.pictures)
+    assert where == path
+    return facts, path, files, residual
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags, addresses, text, and scripts."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.links, self.text, self.scripts, self.handlers = [], [], [], [], []
+        self._script = None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href", "action", "srcset")]
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        self._script = attributes if tag == "script" else None
+
+    def handle_endtag(self, tag):
+        self._script = None
+
+    def handle_data(self, data):
+        if self._script is None:
+            self.text.append(data)
+        elif self.scripts and self.scripts[-1][0] is self._script:
+            self.scripts[-1] = (self._script, self.scripts[-1][1] + data)
+        else:
+            self.scripts.append((self._script, data))
+
+
+@pytest.fixture(scope="module")
+def html(made):
+    return made[1].read_text(encoding="utf-8")
+
+
+def data_of(html):
+    (found,) = re.findall(r'<script type="application/json" id="facts">(.*?)</script>', html, flags=re.DOTALL)
+    return json.loads(found, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def test_the_numbers_are_those_of_evaluate(world, made):
+    facts, _, _, residual = made
+    before, after = (
+        rk.evaluate(adapter, world.head, world.cache) for adapter in (identity(world.tower), residual)
+    )
+    assert facts.before.accuracy == pytest.approx(before.accuracy)
+    assert facts.after.accuracy == pytest.approx(after.accuracy)
+    assert torch.equal(facts.after.class_accuracy, after.class_accuracy)
+    assert facts.mended - facts.broken == round(120 * (after.accuracy - before.accuracy))
+    assert facts.before.accuracy != facts.after.accuracy
+    assert facts.counts.tolist() == [PER_CLASS] * 10
+    assert facts.learned == residual.weight.numel()
+    assert set(facts.unit_weight) == set(facts.unit_lost) == set(range(1, 55))
+    assert facts.similarity.shape == (48, 48)
+    assert len(facts.ends.indices) == len(set(facts.ends.indices)) == len(facts.words)
+    assert {len(side) for words in facts.words.values() for side in words} == {3}
+
+
+def test_the_page_needs_nothing_from_outside(html):
+    found = Page(html)
+    assert all(link.startswith(("data:", "#")) for link in found.links)
+    assert not {"link", "iframe", "object", "embed", "base", "form"} & set(found.tags)
+    assert not re.findall(r"@import|url\((?!#)", html[: html.index("</style>")])
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
+    assert policy.startswith("default-src &#39;none&#39;")
+    for attributes, text in found.scripts:
+        if not attributes:
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            assert f"sha256-{digest}" in policy.replace("&#43;", "+")
+
+
+def test_names_never_become_markup(html):
+    found = Page(html)
+    assert len(found.scripts) == 3
+    assert not found.handlers
+    assert not {"img", "i", "b"} & set(found.tags)
+    assert SCRIPT not in html
+    assert HOSTILE[0] not in html
+    text = "".join(found.text)
+    for name in NAMES:
+        assert name in text  # as text, whole
+    data = data_of(html)
+    assert "&lt;script&gt;" in json.dumps(data["charts"]["classes"])  # plotly reads tags in labels
+    assert "<script>" not in json.dumps(data["charts"])
+    labels = {label for _, label in data["images"].values()}
+    assert labels <= set(NAMES)
+
+
+def test_the_page_holds_what_its_script_draws(made, html):
+    facts, _, _, residual = made
+    data = data_of(html)
+    assert set(data["charts"]) == set(re.findall(r'data-chart="([^"]*)"', html))
+    assert len(data["units"]) == 54 == len(re.findall(r"data-unit=", html))
+    first = data["units"][str(data["first"])]
+    assert first["values"]["lost"] == pytest.approx(max(facts.unit_lost.values()), abs=1e-6)
+    assert [m["key"] for m in data["measures"]] == ["weight", "effect", "lost"]
+    for side, components in (("raised", facts.raised), ("faded", facts.faded)):
+        assert len(components) == 6
+        for (unit, place), component in zip(data["cards"][side], components, strict=True):
+            shown = data["units"][str(unit)]["components"][place]
+            assert shown["weight"] == pytest.approx(residual.weight[component.index].item(), abs=1e-4)
+            assert [len(images) for images in shown["strip"]] == [8, 8]
+            assert all(str(image) in data["thumbnails"] for images in shown["strip"] for image, _ in images)
+            assert len(shown["high"]) == len(shown["low"]) == 3
+
+
+def test_every_figure_and_table_is_a_file_too(made):
+    facts, path, files, residual = made
+    folder = path.with_suffix("")
+    assert sorted(files) == sorted(folder.iterdir())
+    figures = {
+        "classes", "confusion", "weights", "reach", "lost", "spectra", "dimension", "similarity", "selection",
+        *(f"{side}-{place}" for side in ("raised", "faded") for place in (1, 2, 3)),
+    }  # fmt: skip
+    assert {file.stem for file in files if file.suffix == ".png"} == figures
+    assert {file.stem for file in files if file.suffix == ".svg"} == figures
+    for name in figures:
+        with Image.open(folder / f"{name}.png") as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(2**24)) > 40
+        assert "<script" not in (folder / f"{name}.svg").read_text(encoding="utf-8")
+
+    def rows(name):
+        with (folder / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    assert [row["class"] for row in rows("classes")] == [*NAMES, "(all)"]
+    assert float(rows("classes")[-1]["accuracy_with"]) == pytest.approx(facts.after.accuracy, abs=1e-6)
+    components = rows("components")
+    assert len(components) == residual.weight.numel()
+    assert float(components[7]["weight"]) == pytest.approx(residual.weight[7].item(), rel=1e-5)
+    assert sum(int(row[name]) for row in rows("confusion-with") for name in NAMES) == 120
+    assert len(rows("dimension")) == 48
+    assert len(rows("weights")) == 54
+    assert {row["heads_kept_by"] for row in rows("selection")} == {curve.name for curve in facts.curves}
+
+
+def test_charts_are_what_plotly_takes(made):
+    """Every attribute is one that plotly.js knows; colours that the page fills in stand in as red."""
+    go = pytest.importorskip("plotly.graph_objects")
+
+    def filled(value):
+        if isinstance(value, dict):
+            return {key: filled(v) for key, v in value.items()}
+        if isinstance(value, list):
+            return [filled(v) for v in value]
+        if isinstance(value, str) and value.startswith("@"):
+            return "Viridis" if value in ("@sequential", "@diverging") else "red"
+        return value
+
+    for chart in charts.charts(made[0]).values():
+        go.Figure(data=filled(chart["data"]), layout=filled(chart["layout"]))
+    with pytest.raises(ValueError, match="colour"):
+        go.Figure(data=[{"type": "scatter", "line": {"colour": "red"}}])
+
+
+def test_sentences_say_what_happened(made):
+    facts = made[0]
+    said = " ".join(sentences.findings(facts))
+    assert f"{facts.mended:,} images that were misread" in said
+    assert f"{100 * facts.before.accuracy:.1f}%" in said
+    same = replace(facts, after=facts.before, mended=0, broken=0, unit_weight={})
+    said = sentences.findings(same)
+    assert "stays at" in said[0]
+    assert "(0.0 points)" in said[0]
+    assert said[1:] == ["No class has changed."]
+    worse = replace(facts, before=Outcome(torch.eye(10) * 12), after=Outcome(torch.full((10, 10), 1.2)))
+    assert "falls from 100.0% to 10.0% (−90.0 points)" in sentences.findings(worse)[0]
+
+
+def test_many_classes_are_cut_to_those_that_changed_most(made):
+    facts, count = made[0], 60
+    before = torch.eye(count, dtype=torch.float64) * 4
+    after = before.clone()
+    after[7] = 0
+    after[7, 8] = 4  # the class that changed
+    before[50:], after[50:] = 0, 0  # classes without images
+    names = tuple(f"class {k}" for k in range(count))
+    many = replace(facts, class_names=names, before=Outcome(before), after=Outcome(after))
+    shown = charts.classes_shown(many)
+    assert len(shown) == charts.CLASSES_SHOWN
+    assert 7 in shown
+    assert shown == sorted(shown)
+    assert max(shown) < 50
+    for chart in (charts.class_changes(many), charts.confusion(many, after=True)):
+        json.dumps(chart, allow_nan=False)
+    assert math.isnan(tables.tables(many)[0].rows[55][2])
+    assert ",0,,\r\n" in tables.as_text(tables.tables(many)[0])
+
+
+def test_thumbnails_stop_at_their_limit(world):
+    held, kept = thumbnails(world.pictures, [[0, 1], [1, 2], [3, 4], [0]], most=4)
+    assert kept == 2
+    assert set(held) == {0, 1, 2}
+    assert held[0].startswith("data:image/jpeg;base64,")
+
+
+@pytest.mark.parametrize("method", ["coarse", "output", "linear"])
+def test_adapters_without_components(world, method):
+    bases = rk.fit_bases(world.tower, world.cache, ())
+    adapter = {
+        "coarse": lambda: rk.CoarseHeads(world.tower, init="normal"),
+        "output": lambda: rk.OutputSpectral(world.tower, bases, init="normal"),
+        "linear": lambda: rk.OutputLinear(world.tower),
+    }[method]()
+    few = world.cache.subset(torch.arange(0, 120, 3))
+    facts = gather(adapter, world.head, few, world.source)
+    assert facts.reading is None
+    text = page._render(facts, few.ids.tolist(), None, "", tables.tables(facts), "report")
+    assert ('class="grid' in text) == (method == "coarse")
+    assert 'id="components"' not in text
+    assert data_of(text)["thumbnails"] == {}
+    assert "components" not in {table.name for table in tables.tables(facts)}
+
+
+def test_refusals(world, made, tmp_path, monkeypatch):
+    facts, _, _, residual = made
+    unlabelled = rk.encode(world.tower, [torch.rand(4, 3, 32, 32)], kinds=("head", "mlp"))
+    with pytest.raises(ValueError, match="needs labelled images"):
+        gather(residual, world.head, unlabelled, world.source)
+    with pytest.raises(ValueError, match="at least 3 images"):
+        gather(residual, world.head, world.cache.subset(torch.arange(2)), world.source)
+    with pytest.raises(ValueError, match=r"an \.html file"):
+        write_report(facts, tmp_path / "report", world.cache)
+    (tmp_path / "r").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file"):
+        write_report(facts, tmp_path / "r.html", world.cache)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(ImportError, match=r"residual-kernels\[report\]"):
+        write_report(facts, tmp_path / "new.html", world.cache)
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
