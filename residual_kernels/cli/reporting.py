@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from residual_kernels import sources
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, cached, labelled, prepare
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, cached, opened, prepare
 from residual_kernels.cli.options import Batch, Data, Device, Json, Model, Pretrained, Workers
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.cli.using import aligned, kept
@@ -52,7 +52,7 @@ def report(
             words = TextDictionary.from_file(clip, tokenizer, dictionary)
     folders = tuple(read_json(run / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
     kinds = tuple(dict.fromkeys(("head", *getattr(module, "adapted", ()))))
-    source = labelled(data, preprocess)
+    source = opened(data, preprocess)
     pictures = source if isinstance(source, Images) else None
     if images is not None:
         if pictures is not None:
