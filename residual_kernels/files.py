@@ -46,8 +46,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def partial_files(folder: Path) -> list[Path]:
-    """What a process killed inside `atomic_path` left in a folder."""
-    return [path for path in folder.glob(f".*{PARTIAL}") if path.is_file()]
+    """What a process killed while it wrote left in a folder: our own files and those of safetensors inside its save."""
+    found = (*folder.glob(f".*{PARTIAL}"), *folder.glob(".tmp??????"))
+    return [path for path in found if path.is_file()]
 
 
 def _flush(path: Path) -> None:

@@ -91,6 +91,15 @@ def test_what_the_first_process_cannot_do_stops_all(tmp_path):
 OPTIONS = {"class_names": "abc", "shard_images": SHARD, "preprocessing": "'noise'", "data": "noise"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes that are compared with this one: another number of threads may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "c"
@@ -181,7 +190,7 @@ def test_torchrun_on_the_command_line(tmp_path):
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
             "residual_kernels.cli", "encode", *map(str, arguments), "--out", tmp_path / "two",
         ],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("20 images of 2 classes") == 1

@@ -16,11 +16,21 @@ from test_towers import build, images_for
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import residual_kernels as rk
+from residual_kernels import cli
 from residual_kernels.cache import MANIFEST, kept_images, shards
 from residual_kernels.images import ImageFiles
 
 KINDS = ("emb", "head", "mlp")
 SHARD, BATCH = 24, 10  # batches that do not fit shards
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """As the processes that are compared with this one: another number of threads may round otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +142,8 @@ def test_damaged_and_foreign_shards_are_made_again(tower, undisturbed, tmp_path)
                 rk.encode(tower, loader(), folder, KINDS, progress=stopping(12, []), **options)
         shard[0].write_bytes(shard[0].read_bytes()[:-9])
         shutil.copy(shard[2], shard[1])
-        (folder / ".shard-00003.safetensors.x.part").write_text("of a process that was killed")
+        for left in (".shard-00003.safetensors.x.part", ".tmpDFKaq1"):
+            (folder / left).write_text("of a process that was killed")
         whole = loader()
         rk.encode(tower, whole, folder, KINDS, **options)
         assert contents(folder) == undisturbed
@@ -241,6 +252,7 @@ def test_what_the_loader_may_not_give(tower, tmp_path):
         yield images[:20], labels[:20]
         raise KeyboardInterrupt
 
+    divided = DataLoader(Noise(9), sampler=DistributedSampler(Noise(9), 2, 0))
     cases = [
         ([(nan[:30], labels[:30]), (nan[30:], labels[30:])], {}, ValueError, "index 33"),
         ([(huge, labels)], {}, ValueError, "the tower gives NaN or Inf as .* of image 33"),
@@ -252,17 +264,12 @@ def test_what_the_loader_may_not_give(tower, tmp_path):
         ([(images, labels - 1)], {}, ValueError, "from -1 to 1"),
         ([(images, labels)], {"class_names": "ab"}, ValueError, "there are 2 classes"),
         ([(images, labels), images], {}, ValueError, "for all or for none"),
-        ([{"image": images}], {}, ValueError, "must be a tensor"),
+        ([{"image": images}], {}, ValueError, "under 'pixel_values'; got image"),
         ([(images, labels)], {"dtype": torch.int64}, ValueError, "dtype must be"),
         ([(images, labels)], {"shard_images": 0}, ValueError, "at least one image"),
         (interrupted(), {}, KeyboardInterrupt, "^$"),
         (DataLoader(Noise(9), shuffle=True), {}, ValueError, "the loader shuffles"),
-        (
-            DataLoader(Noise(9), sampler=DistributedSampler(Noise(9), 2, 0)),
-            {},
-            ValueError,
-            "DistributedSampler",
-        ),
+        (divided, {}, ValueError, "DistributedSampler gives this process a part"),
     ]
     for source, options, error, message in cases:
         with pytest.raises(error, match=message):
@@ -301,6 +308,47 @@ def test_an_interrupt_at_the_very_end_loses_nothing(tower, undisturbed, tmp_path
     rk.encode(tower, whole, tmp_path / "c", KINDS, **options)
     assert whole.dataset.opened == [0, 24, 48, 72, 96]
     assert contents(tmp_path / "c") == undisturbed
+
+
+# the command line
+
+
+def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
+    model, preprocess, _ = rk.load_bundled()
+    for index in range(20):
+        path = tmp_path / "images" / ("cat", "dog")[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise((32, 32), 5.0 * index).save(path)
+    folder = tmp_path / "c"
+
+    def command(*more):
+        arguments = ["--data", tmp_path / "images", "--out", folder, "--batch-size", 4, "--shard-images", 8]
+        monkeypatch.setattr(sys, "argv", ["residual-kernels", "encode", *map(str, (*arguments, *more))])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        seen = capsys.readouterr()
+        return stop.value.code or 0, seen.out, " ".join(seen.err.split())
+
+    images = ImageFiles(tmp_path / "images", preprocess)
+    with pytest.raises(KeyboardInterrupt):
+        rk.encode(
+            model.visual, DataLoader(images, batch_size=4), folder, class_names=images.class_names,
+            shard_images=8, progress=stopping(3, []),
+        )  # fmt: skip
+    code, _, err = command("--dtype", "bfloat16")
+    assert code == 2
+    assert "holds a cache of other dtype (float32 there, bfloat16 here)" in err
+    code, out, err = command()
+    assert code == 0, err
+    assert "20 images of 2 classes" in out
+    assert "holds about 8 images of an interrupted run; going on from there" in err
+    files = contents(folder)
+    assert command()[0] == 0  # finished: nothing is left to do
+    assert contents(folder) == files
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "new.png")
+    code, _, err = command()
+    assert code == 2
+    assert "other data (20 images" in err
 
 
 # memory

@@ -30,7 +30,7 @@ from residual_kernels.cache.shards import (
     write_shard,
 )
 from residual_kernels.cache.unit_cache import UnitCache
-from residual_kernels.decomposition import check_finite, checked_labels
+from residual_kernels.decomposition import check_finite, checked_labels, parts_of
 from residual_kernels.files import SCHEMA, map_tensors, partial_files, write_json
 
 
@@ -46,6 +46,7 @@ def encode(
     preprocessing: str | None = None,
     data: str | None = None,
     shard_images: int | None = None,
+    timeout: float = distributed.TIMEOUT,
 ) -> UnitCache:
     """Runs a tower over a data set once and keeps the units' coordinates.
 
@@ -60,6 +61,7 @@ def encode(
         preprocessing, data: descriptions that tell one run from another. By default the text of the data set's
             `preprocess` or `transform`, and its `fingerprint()`, where the loader is a DataLoader over one with them.
         shard_images: images in a shard; by default as many batches as make about 64 MiB.
+        timeout: seconds that one of several processes waits at the end for another that is at work or hangs.
 
     Returns:
         The :class:`UnitCache`; with a path, mapped from there.
@@ -73,11 +75,12 @@ def encode(
         OSError: the disk is full or cannot be written to.
 
     An interrupted run is resumed by the same call: finished shards are kept (each is whole on the disk before the next
-    is begun to be written), the tower runs for the other images only, and in the end the files are those of an
-    undisturbed run with the same batches, byte for byte. A DataLoader that reads a data set in order and joins images
-    in the default way does not open the images of finished shards, but for the first of each, which must be the one
-    that the shard was made from; other loaders are read and passed over. The same call on a finished cache returns it,
-    after making damaged or missing shards again. A failure leaves finished shards, and nothing where there is none.
+    is begun to be written), the tower runs for the other images only, and in the end the files are byte for byte those
+    of an undisturbed run with the same batches and number of threads. A DataLoader that reads a data set in order and
+    joins images in the default way does not open the images of finished shards, but for the first of each, which must
+    be the one that the shard was made from; other loaders are read and passed over. The same call on a finished cache
+    returns it, after making damaged or missing shards again. A failure leaves finished shards, and nothing where there
+    is none.
 
     In a process group (torchrun) the processes share the shards, which must lie on a file system that all see. Each
     gives the same loader and gets the whole cache. When one dies the others raise RuntimeError; the next run goes on.
@@ -107,7 +110,7 @@ def encode(
         "dtype": _dtype_name(dtype),
         "class_names": None if class_names is None else list(class_names),
     }
-    return _on_disk(encoder, loading.source(loader), Path(path), run, shard_images, progress)
+    return _on_disk(encoder, loading.source(loader), Path(path), run, shard_images, progress, timeout)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -145,6 +148,8 @@ class _Encoder:
         columns = {f"z.{kind}": terms.z[kind].to(self.dtype) for kind in self.kinds}
         columns |= {"scale": terms.scale, "mean": terms.mean, "output": terms.output.to(terms.scale.dtype)}
         for name, value in columns.items():
+            if value.sum().isfinite():  # a sum may overflow, so it only raises suspicion
+                continue
             bad = (~value.reshape(len(value), -1).isfinite().all(1)).nonzero()
             if len(bad):
                 raise ValueError(
@@ -181,6 +186,7 @@ def _on_disk(
     run: dict[str, Any],
     shard_images: int | None,
     progress: Callable[[int], None] | None,
+    timeout: float,
 ) -> UnitCache:
     rank, world = distributed.rank(), distributed.world()
     with contextlib.ExitStack() as held:
@@ -220,7 +226,7 @@ def _on_disk(
             if progress is not None:
                 progress(len(images))
         writer.finish()
-        made = distributed.gather((list(writer.rows.items()), source.count))
+        made = distributed.gather((list(writer.rows.items()), source.count), timeout)
         rows = done | dict(pair for part, _ in made for pair in part)
         distributed.from_first(lambda: finish(path, run, rows, [count for _, count in made]))
     return UnitCache.load(path, verify="size")  # written and read back by this very run
@@ -260,7 +266,7 @@ def _begin(
 def _check_first(path: Path, source: Stream | Indexed) -> None:
     """Raises ValueError unless a finished cache begins with the image that the data begin with."""
     first = source.first()
-    images = None if first is None else loading.parts_of(first[0])[0]
+    images = None if first is None else parts_of(first[0])[0]
     _, header = map_tensors(path / shard_name(0), SHARD)
     if images is None or header["first_image"] != loading.image_digest(images):
         raise _changed(path / shard_name(0), 0)
@@ -281,7 +287,7 @@ def _planned(
     if first is None:
         raise ValueError("the loader gave no images to encode")
     batch, batch_size = first
-    images, labels = encoder.checked(loading.parts_of(batch))
+    images, labels = encoder.checked(parts_of(batch))
     columns = encoder.columns(0, images[:1], None if labels is None else labels[:1])
     if shard_images is None:
         fit = max(1, SHARD_BYTES // sum(value.nbytes for value in columns.values()))

@@ -33,6 +33,11 @@ DTYPES = {
 }
 STORED = tuple(name for name in DTYPES if name != "int64")
 
+RUN = (  # what tells one run from another, and what its first image told
+    "tower", "checksum", "tower_dtype", "preprocessing", "data", "kinds", "dtype", "class_names", "shard_images",
+    "columns",
+)  # fmt: skip
+
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}.safetensors"
@@ -77,8 +82,18 @@ def finished_shard(path: Path, index: int, run: str) -> tuple[dict, dict] | None
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder, finished or not."""
-    return read_json(folder / MANIFEST, WHAT, ("complete", "run"))
+    """The manifest of a folder, finished or not; a ValueError when something that is read of it is not there."""
+    path = folder / MANIFEST
+    manifest = read_json(path, WHAT, ("complete", "run"))
+    lacking = [key for key in RUN if key not in manifest["run"]]
+    if manifest["complete"]:
+        rows = manifest.get("shards") or [{}]
+        lacking += [
+            key for key in ("file", "images", "bytes", "sha256") if any(key not in row for row in rows)
+        ]
+    if lacking:
+        raise ValueError(f"{path} lacks {', '.join(lacking)}; make it again")
+    return manifest
 
 
 class Shards:
@@ -136,7 +151,7 @@ class Shards:
                     f"{row['bytes']}; encode again"
                 )
         if how == "full":
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
                 list(threads.map(self._verify, range(len(self.rows))))
 
     def _verify(self, shard: int) -> None:

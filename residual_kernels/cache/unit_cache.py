@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.cache.shards import MANIFEST, WHAT, Shards
-from residual_kernels.files import read_json
+from residual_kernels.cache.shards import MANIFEST, Shards, read_manifest
 from residual_kernels.towers import Terms
 
 SMALL = ("scale", "mean", "output")
@@ -153,13 +152,12 @@ class UnitCache:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise FileNotFoundError(f"no unit cache at {path} ({MANIFEST} is missing there)")
-        manifest = read_json(path / MANIFEST, WHAT, ("complete", "run"))
+        manifest = read_manifest(path)
         if not manifest["complete"]:
             raise FileNotFoundError(
                 f"the unit cache at {path} is not finished; encode into the same folder again, which goes on "
                 "where it stopped"
             )
-        manifest = read_json(path / MANIFEST, WHAT, ("shards", "images"))
         run = manifest["run"]
         shards = Shards(path, manifest["shards"], run["columns"])
         shards.verify(verify)

@@ -33,6 +33,9 @@ def encode_command(
         int | None,
         typer.Option(min=1, help="images in a file of the cache; as many as make 64 MiB by default"),
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="under torchrun: seconds to wait at the end for the slowest process")
+    ] = distributed.TIMEOUT,
     batch_size: Batch = 64,
     workers: Workers = 0,
     device: Device = None,
@@ -55,6 +58,7 @@ def encode_command(
         cache = encode(
             sources.image_tower(clip), loader_of(images, batch_size, workers), out_folder, chosen, DTYPES[dtype.value],
             class_names=images.class_names, progress=step, shard_images=shard_images,
+            timeout=timeout,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if first:
