@@ -7,6 +7,7 @@ from residual_kernels.analysis.dimension import (
     two_nn,
     two_nn_dimension,
 )
+from residual_kernels.analysis.overview import Analysis, analyze
 from residual_kernels.analysis.scores import (
     component_correlations,
     component_separation,
@@ -26,10 +27,12 @@ from residual_kernels.analysis.words import (
 )
 
 __all__ = [
+    "Analysis",
     "Description",
     "SelectionCurves",
     "TextDictionary",
     "ablate",
+    "analyze",
     "component_correlations",
     "component_separation",
     "component_words",

@@ -14,7 +14,7 @@ TILE_BYTES = {
     "cuda": 256 * 2**20,
 }  # of distances at a time: in the cache of a core, or many at once
 GROUPED = 32  # points whose smallest distance stands for them in the first look
-CANDIDATES = 6  # neighbours of a point whose distances are computed exactly
+CANDIDATES = 4  # neighbours of a point whose distances are computed exactly
 FAR = 1e30  # a distance that is never the smallest, where true ones are at most 8
 
 
@@ -96,7 +96,7 @@ def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
     open_rows = torch.arange(len(points), device=points.device)
     for dtype in (torch.float32, torch.float64):
         if len(open_rows):
-            found, done = _look(exact, unit.to(dtype), open_rows)
+            found, done = _look(exact, unit.to(dtype), open_rows, float(largest) ** 2)
             squares[open_rows] = found
             open_rows = open_rows[~done]
     for row in open_rows.tolist():
@@ -107,10 +107,11 @@ def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _look(exact: Tensor, unit: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Two smallest squared distances [n, 2] of `rows` among a few candidates, and whether they are proven smallest.
 
-    `unit` holds the points centred, with norms of at most one, in the dtype of the products.
+    `unit` holds the points centred, with norms of at most one, in the dtype of the products; their squared distances
+    times `scale` are true ones.
     """
     count, size = unit.shape
     # |computed - true| <= slack * (|q|^2 + |y|^2): r+3 roundings of a sum whose terms are at most (|q| + |y|)^2, and
@@ -157,7 +158,6 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         square[(index >= count) | (index == rows[part, None])] = float("inf")
         squares[part] = square
     found = squares.topk(2, largest=False, sorted=True).values
-    scale = exact.sub(exact.mean(0)).square().sum(1).max()
     proven = (outside + norms[rows] * (1 - slack)) * scale
     # a distance of zero cannot be undercut; the last factor pays for the roundings of this very line
     done = (found[:, 1] <= proven * (1 - 1e-12)) | (found[:, 1] == 0)

@@ -21,13 +21,10 @@ BATCH_ROWS = 512  # rows of a cache taken at a time
 GROUP_BYTES = 512 * 2**20  # what the units looked at together may hold
 
 
-def check_kind(kind: str) -> str:
-    return towers.check_kinds((kind,))[0]
-
-
 def units_of(view: Tower, kind: str, units: Iterable | None = None) -> list[Unit]:
     """Layout rows of one kind: all, or those named (by index, row or (layer, head)); ValueError for another kind."""
-    span = view.layout.span(check_kind(kind))
+    towers.check_kinds((kind,), view.layout)
+    span = view.layout.span(kind)
     if units is None:
         return list(view.layout[span])
     found = [view.layout[view.layout.index(unit)] for unit in units]
@@ -40,7 +37,7 @@ def units_of(view: Tower, kind: str, units: Iterable | None = None) -> list[Unit
 def held(tower: nn.Module, data: "UnitCache | Iterable", kinds: Iterable[str]) -> UnitCache:
     """`data` itself when it is a cache (of this very tower, with these kinds); a loader is encoded in memory once."""
     if isinstance(data, UnitCache):
-        data.check(towers.unwrap(tower), kinds)
+        data.check(towers.view(towers.unwrap(tower)).module, kinds)
         return data
     return encode(tower, data, kinds=kinds)
 
@@ -68,6 +65,19 @@ def batches(
         with torch.no_grad():
             terms = view.terms(images, kinds)
         yield terms, None if labels is None else checked_labels(labels, len(images))
+
+
+def output_bases(view: Tower, bases: SpectralBases, kinds: Iterable[str]) -> None:
+    """Raises ValueError unless these are bases of this very tower's units in the output space, with these kinds."""
+    if bases.placement != "output":
+        raise ValueError(
+            f'these bases have placement="{bases.placement}"; units are looked at in the output space, so fit bases '
+            'with placement="output"'
+        )
+    missing = [kind for kind in kinds if kind not in bases.parts]
+    if missing:
+        raise ValueError(f"these bases hold {', '.join(bases.kinds)}, not {', '.join(missing)}")
+    bases.check_tower(view)
 
 
 def groups(units: Sequence[Unit], bytes_each: int) -> Iterator[list[Unit]]:
@@ -172,18 +182,18 @@ def coordinates(
 
 
 class ComponentReader:
-    """c = Phi_u (x_u - mu_u) of all kept components of a kind, [n, J] in the outputs' dtype, from terms."""
+    """c = Phi_u (x_u - mu_u) of all kept components of a kind, [J, n] in the outputs' dtype, from terms of n images."""
 
     def __init__(self, view: Tower, bases: SpectralBases, kind: str):
         self.units, self.first = units_of(view, kind), view.layout.span(kind).start
-        part = bases.of(kind).parts[kind]
-        bases.check_tower(view)
+        output_bases(view, bases, (kind,))
+        part = bases.parts[kind]
         rows, constant = map_rows(view, self.units), constants(view, kind)
         self.projections, self.offsets = [], []
         for place in range(len(self.units)):
             M = rows[place if len(rows) > 1 else 0]
             phi = part.components[part.run(place)].to(M)
-            self.projections.append(M @ phi.T)  # [C+2, K_u]
+            self.projections.append(phi @ M.T)  # [K_u, C+2]
             self.offsets.append(phi @ (constant - part.mean[place].to(M)))
 
     def __call__(self, terms: Terms) -> Tensor:
@@ -191,9 +201,11 @@ class ComponentReader:
         local = short(terms, self.units, self.first)
         # About the batch's mean, so that large means cancel in float64 and not in the product.
         shift = local.mean(0)
-        local = (local - shift).to(dtype)
+        local = (local - shift).to(dtype).permute(1, 2, 0).contiguous()  # [R, C+2, n]
         read = [
-            local[:, place] @ projection.to(dtype) + (shift[place] @ projection + offset).to(dtype)
+            torch.addmm(
+                (projection @ shift[place] + offset).to(dtype)[:, None], projection.to(dtype), local[place]
+            )
             for place, (projection, offset) in enumerate(zip(self.projections, self.offsets, strict=True))
         ]
-        return torch.cat(read, dim=1)
+        return torch.cat(read)

@@ -18,6 +18,7 @@ from residual_kernels.analysis.reading import (
     groups,
     held,
     map_rows,
+    output_bases,
     short,
     units_of,
     width_of,
@@ -133,11 +134,12 @@ def correlations(
 
     A constant unit or coordinate scores 0.
     """
-    found = [_pearson(held_, properties) for held_ in cross_moments(tower, data, kind, units)]
+    found = [pearson(moments, properties) for moments in cross_moments(tower, data, kind, units)]
     return torch.cat(found).cpu()
 
 
-def _pearson(moments: CrossMoments, properties) -> Tensor:
+def pearson(moments: CrossMoments, properties: Tensor | ZeroShotHead | None = None) -> Tensor:
+    """:func:`correlations` of a group of units, from its moments."""
     basis = property_basis(properties, moments.rows.shape[2])
     if basis is None:
         rows, cross, output = moments.rows, moments.cross, moments.output.diagonal()
@@ -169,7 +171,8 @@ def rank_correlations(
     """
     cache = held(tower, data, (kind,))
     basis = property_basis(properties, cache.output.shape[1])
-    out = cache.output.double() - cache.output.double().mean(0)
+    out = cache.output.cpu().double()
+    out = out - out.mean(0)
     out = (out if basis is None else out @ basis).to(cache.output.dtype).T.contiguous()  # [k, N]
     target = _centred_ranks(out)
     found = []
@@ -300,22 +303,26 @@ def component_correlations(
     Streamed, no labels needed; 0 for a component without variance.
     """
     view = towers.view(towers.unwrap(tower))
-    part = bases.of(kind).parts[kind]
-    bases.check_tower(view)
-    first, found = view.layout.span(kind).start, []
-    for moments in cross_moments(tower, data, kind):
-        for place, unit in enumerate(moments.units):
-            rows = moments.rows[place if len(moments.rows) > 1 else 0]
-            phi = part.components[part.run(unit.index - first)].to(rows)
-            to_phi = phi @ rows.T  # [K, C+2]: c = to_phi l
-            variance = ((to_phi @ moments.covariance[place]) * to_phi).sum(1)
-            output = ((phi @ moments.output) * phi).sum(1)
-            shared = ((to_phi @ moments.cross[place]) * phi).sum(1)
-            size = moments.covariance[place].diagonal() + moments.mean[place].square()
-            constant = (variance <= CONSTANT * (to_phi.square() @ size)) | (output <= 0)
-            scale = (variance.clamp_min(0) * output.clamp_min(0)).sqrt().masked_fill(constant, 1.0)
-            found.append(torch.where(constant, 0.0, shared / scale))
+    output_bases(view, bases, (kind,))
+    found = [component_pearson(moments, bases) for moments in cross_moments(tower, data, kind)]
     return torch.cat(found).cpu()
+
+
+def component_pearson(moments: CrossMoments, bases: SpectralBases) -> Tensor:
+    """:func:`component_correlations` of a group of units, from its moments."""
+    found = []
+    for place, unit in enumerate(moments.units):
+        rows = moments.rows[place if len(moments.rows) > 1 else 0]
+        phi = bases.components(unit).to(rows)
+        to_phi = phi @ rows.T  # [K, C+2]: c = to_phi l
+        variance = ((to_phi @ moments.covariance[place]) * to_phi).sum(1)
+        output = ((phi @ moments.output) * phi).sum(1)
+        shared = ((to_phi @ moments.cross[place]) * phi).sum(1)
+        size = moments.covariance[place].diagonal() + moments.mean[place].square()
+        constant = (variance <= CONSTANT * (to_phi.square() @ size)) | (output <= 0)
+        scale = (variance.clamp_min(0) * output.clamp_min(0)).sqrt().masked_fill(constant, 1.0)
+        found.append(torch.where(constant, 0.0, shared / scale))
+    return torch.cat(found)
 
 
 def component_separation(
@@ -335,7 +342,7 @@ def component_separation(
     for terms, labels in batches(view, data, (kind,), labelled=True):
         check_range(labels, classes)
         members = torch.nn.functional.one_hot(labels, classes).double().to(terms.output.device)
-        added = members.T @ read(terms).double()
+        added = members.T @ read(terms).double().T
         sums = added if sums is None else sums + added
         counts = members.sum(0) if counts is None else counts + members.sum(0)
     if sums is None:

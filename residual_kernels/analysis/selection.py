@@ -14,10 +14,10 @@ from residual_kernels import towers
 from residual_kernels.analysis.reading import (
     ComponentReader,
     batches,
-    check_kind,
     constants,
     held,
     map_rows,
+    output_bases,
     short,
     units_of,
 )
@@ -73,10 +73,9 @@ def ablate(
     if len({unit.index for unit in chosen}) < len(chosen):
         raise ValueError("a unit is named twice among those to keep")
     kinds = tuple(kind for kind in KINDS if any(unit.kind == kind for unit in chosen))
-    _check_rest(rest, bases, kinds)
+    _check_rest(view, rest, bases, kinds)
     offset = torch.zeros(view.dim, dtype=torch.float64)
     if rest == "mean":
-        bases.check_tower(view)
         offset = bases.parts[OUTPUT].mean[0].clone()
     parts = []
     for kind in kinds:
@@ -100,15 +99,13 @@ def ablate(
     return torch.cat(found)
 
 
-def _check_rest(rest: str, bases: SpectralBases | None, kinds: Iterable[str]) -> None:
+def _check_rest(view: Tower, rest: str, bases: SpectralBases | None, kinds: Iterable[str]) -> None:
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {', '.join(RESTS)}; got {rest!r}")
     if rest == "mean":
         if bases is None:
             raise ValueError('rest="mean" needs bases: the mean is the fitted one, not the batch\'s')
-        missing = [kind for kind in kinds if kind not in bases.parts]
-        if missing:
-            raise ValueError(f"these bases hold {', '.join(bases.kinds)}, not {', '.join(missing)}")
+        output_bases(view, bases, kinds)
 
 
 class _Units:
@@ -160,7 +157,7 @@ class _Components:
         self.narrow = self.directions.to(self.coefficients)
 
     def add(self, items: Tensor) -> Tensor:
-        return self.coefficients[:, items] @ self.narrow[items]
+        return self.coefficients[items].T @ self.narrow[items]
 
 
 @torch.no_grad()
@@ -188,8 +185,9 @@ def selection_curves(
         fractions: of the total, in (0, 1], rising; at least one is kept.
         seeds: of the random orders that serve as control.
     """
-    kind = check_kind(kind)
-    _check_rest(rest, bases, (kind,))
+    view = towers.view(towers.unwrap(tower))
+    towers.check_kinds((kind,), view.layout)
+    _check_rest(view, rest, bases, (kind,))
     if of not in ("units", "components"):
         raise ValueError(f'of must be "units" or "components"; got {of!r}')
     if of == "components" and bases is None:
@@ -201,13 +199,10 @@ def selection_curves(
         or not 0 < fractions[0] <= fractions[-1] <= 1
     ):
         raise ValueError(f"fractions must rise within (0, 1]; got {fractions}")
-    view = towers.view(towers.unwrap(tower))
     cache = held(tower, data, (kind,))
     if cache.labels is None:
         raise ValueError("accuracy needs labels; the cache holds only images")
     check_range(cache.labels, len(head.class_names))
-    if bases is not None:
-        bases.check_tower(view)
     parts = (
         _Components(view, kind, head, bases, rest)
         if of == "components"
