@@ -9,7 +9,7 @@ from rich.table import Table
 from residual_kernels import prompts, sources
 from residual_kernels.analysis import Analysis, TextDictionary, analyze
 from residual_kernels.analysis.overview import FILE
-from residual_kernels.cli.inputs import BUNDLED_TEMPLATES, DEFAULT_TEMPLATES, cached, labelled, prepare
+from residual_kernels.cli.inputs import BUNDLED_TEMPLATES, DEFAULT_TEMPLATES, cached, opened, prepare
 from residual_kernels.cli.options import (
     Batch,
     ClassNames,
@@ -63,8 +63,8 @@ def analyze_command(
         raise FileExistsError(f"{out_folder} holds an analysis already or is a file; name a new folder")
     bases = None if bases_file is None else SpectralBases.load(bases_file)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
-    tower = clip.visual
-    cache = cached(tower, labelled(data, preprocess), (kind.value,), "encoding", batch_size, workers)
+    tower = sources.image_tower(clip)
+    cache = cached(tower, opened(data, preprocess), (kind.value,), "encoding", batch_size, workers)
     head = None
     if cache.labels is not None and cache.class_names is not None:
         names = prompts.class_names(class_names, cache.class_names)
