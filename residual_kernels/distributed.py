@@ -24,8 +24,9 @@ def initialise(timeout: float = TIMEOUT) -> bool:
     LOCAL_RANK. A group that exists already is left as it is. Call `finish` at the end.
     """
     if not is_distributed() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local < torch.cuda.device_count():
+            torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return world() > 1

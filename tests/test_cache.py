@@ -88,6 +88,19 @@ def test_stored_dtypes(tower, batches, memory, tmp_path, dtype):
     assert_same_terms(small.terms(slice(3, 9)), cache.terms(slice(3, 9)))
 
 
+def test_outputs_alone_and_images_without_labels(tower, data, tmp_path):
+    images = list(data[0].split(16))
+    cache = rk.encode(tower, images, tmp_path / "c", kinds=())
+    assert cache.labels is None
+    assert cache.kinds == ()
+    assert repr(cache) == "UnitCache(images=60, outputs only, labels=False)"
+    terms = cache.terms(torch.tensor([7, 3]))
+    assert terms.z == {}
+    assert torch.equal(terms.output, rk.encode(tower, images, kinds=()).output[[7, 3]])
+    with pytest.raises(ValueError, match="no terms of kind head"):
+        cache.check(tower, ("head",))
+
+
 @pytest.mark.parametrize("bytes_mapped", [shards.MAPPED_BYTES, 1])
 def test_any_rows_in_any_order(memory, folder, monkeypatch, bytes_mapped):
     monkeypatch.setattr(shards, "MAPPED_BYTES", bytes_mapped)
