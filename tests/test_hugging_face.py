@@ -158,6 +158,46 @@ def test_float64(name):
         assert view.embed(images_for(model, 1, torch.float64))[0].shape[1] - view.prefix == 4  # patches
 
 
+def module(**parts) -> torch.nn.Module:
+    """A module with these parts and plain attributes."""
+    made = torch.nn.Module()
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made
+
+
+def test_names_of_older_versions():
+    """What transformers 4 called the parts of ViT, DeiT and DINOv2."""
+    model = TINY["Dinov2Model"]().double()
+    images = images_for(model, 2, torch.float64)
+    expected = embedding_of(model, images)
+    for layer in model.encoder.layer:
+        new = layer.attention
+        held = module(
+            query=new.q_proj,
+            key=new.k_proj,
+            value=new.v_proj,
+            num_attention_heads=3,
+            scaling=0.25,
+            config=new.config,
+        )
+        layer.attention = module(attention=held, output=module(dense=new.o_proj))
+        intermediate = torch.nn.Sequential(layer.mlp.fc1, layer.mlp.activation_fn)
+        layer.intermediate, layer.output = (
+            intermediate,
+            module(dense=layer.mlp.fc2, dropout=torch.nn.Dropout(0.0)),
+        )
+        del layer.mlp
+    with torch.no_grad():
+        parts = rk.decompose(model, images)
+    assert relative(parts.units().sum(1), expected) < 1e-12
+    model.encoder.layer[0].attention.attention.relative_position_bias = torch.nn.Linear(1, 1)
+    with pytest.raises(
+        rk.UnsupportedTowerError, match="attention of block 0 has unknown parts relative_position_bias"
+    ):
+        rk.decompose(model, images)
+
+
 def test_attention_implementations():
     """eager and sdpa give the model's numbers; one that was registered is the one that runs."""
     model, calls = clip().double(), []

@@ -2,7 +2,8 @@
 
 A transformers model returns more than an embedding, and a CLIP's projection lies outside its vision model. So the
 tower is an :class:`ImageTower`, which is made of the model's own modules and returns the embedding alone; a whole model
-may be given wherever a tower is asked for. transformers is not imported here: models are told by their parts.
+may be given wherever a tower is asked for. transformers is not imported here: models are told by their parts, whose
+names have changed over its versions.
 """
 
 import inspect
@@ -36,18 +37,15 @@ _FINAL_NORM = ("post_layernorm", "layernorm")
 _NORM_1 = ("layer_norm1", "layernorm_before", "norm1")
 _NORM_2 = ("layer_norm2", "layernorm_after", "norm2")
 _ATTENTION = ("self_attn", "attention")
-_OUT = ("out_proj", "o_proj", "projection")
+_QKV = (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"))
+_OUT = ("out_proj", "o_proj", "projection", "output.dense")
 _BLOCK_PARTS = {
-    *_NORM_1,
-    *_NORM_2,
-    *_ATTENTION,
-    "mlp",
-    "layer_scale1",
-    "layer_scale2",
-    "drop_path",
+    *_NORM_1, *_NORM_2, *_ATTENTION, "mlp", "intermediate", "output", "layer_scale1", "layer_scale2", "drop_path",
     "dropout",
-}
-_ATTENTION_PARTS = {*_OUT, "q_proj", "k_proj", "v_proj", "qkv", "dropout"}
+}  # fmt: skip
+_ATTENTION_PARTS = {  # and those of its parts `attention` and `output`
+    *_OUT[:3], "dropout", "qkv", "q_proj", "k_proj", "v_proj", "attention", "output", "query", "key", "value", "dense",
+}  # fmt: skip
 _POOLER_PARTS = {"attention", "layernorm", "mlp"}  # beside the parameter `probe`
 
 
@@ -99,7 +97,8 @@ class ImageTower(nn.Module):
         """Height and width of its images; None where it interpolates its positions to any size."""
         if "interpolate_pos_encoding" not in inspect.signature(self.embeddings.forward).parameters:
             return None
-        size = self.embeddings.image_size
+        held = self.embeddings if hasattr(self.embeddings, "image_size") else self.embeddings.patch_embeddings
+        size = held.image_size
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -115,7 +114,11 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
         for layer in self.layers:
-            x = layer(x, attention_mask=None)
+            asked = inspect.signature(layer.forward).parameters
+            x = layer(
+                x, **{name: None for name in ("attention_mask", "causal_attention_mask") if name in asked}
+            )
+            x = x[0] if isinstance(x, tuple) else x
         return self.pool(x)
 
 
@@ -196,15 +199,18 @@ def _check_layer(index: int, layer: nn.Module) -> None:
     extra |= {name for name, _ in layer.named_parameters(recurse=False)}
     if extra:
         raise _refuse(f"block {index} has unknown parts {', '.join(sorted(extra))}")
-    needed = {"norm 1": _NORM_1, "norm 2": _NORM_2, "attention": _ATTENTION, "mlp": ("mlp",)}
+    needed = {"norm 1": _NORM_1, "norm 2": _NORM_2, "attention": _ATTENTION, "mlp": ("mlp", "output.dense")}
     lacking = [name for name, names in needed.items() if _first(layer, names) is None]
     if lacking:
         raise _refuse(f"block {index} lacks {', '.join(lacking)}")
     attn = _first(layer, _ATTENTION)
-    extra = _children(attn) - _ATTENTION_PARTS
+    inside = [
+        part for part in (attn, _first(attn, ("attention",)), _first(attn, ("output",))) if part is not None
+    ]
+    extra = set().union(*(_children(part) for part in inside)) - _ATTENTION_PARTS
     if extra:
         raise _refuse(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
-    if not isinstance(_first(attn, _OUT), nn.Linear) or not (hasattr(attn, "qkv") or hasattr(attn, "q_proj")):
+    if not isinstance(_first(attn, _OUT), nn.Linear) or not (hasattr(attn, "qkv") or _first(attn, _QKV[0])):
         raise _refuse(
             f"attention of block {index} has no q_proj or qkv, or an output projection that is not nn.Linear"
         )
@@ -218,8 +224,14 @@ def recognises(tower: nn.Module) -> bool:
     return hasattr(inner, "embeddings") and (hasattr(inner, "encoder") or hasattr(inner, "layers"))
 
 
+def _asking(attn: nn.Module) -> nn.Module:
+    """The part of an attention that holds its settings."""
+    return getattr(attn, "attention", attn)
+
+
 def _heads(attn: nn.Module) -> int:
-    return attn.num_heads if hasattr(attn, "num_heads") else attn.num_attention_heads
+    held = _asking(attn)
+    return held.num_heads if hasattr(held, "num_heads") else held.num_attention_heads
 
 
 def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
@@ -231,7 +243,8 @@ def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
         rows = zip((asking, x, x), weights, biases, strict=True)
         q, k, v = (F.linear(row, weight, bias) for row, weight, bias in rows)
     else:
-        q, k, v = attn.q_proj(asking), attn.k_proj(x), attn.v_proj(x)
+        q, k, v = (_first(attn, names)(row) for names, row in zip(_QKV, (asking, x, x), strict=True))
+    attn = _asking(attn)
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     chosen = getattr(getattr(attn, "config", None), "_attn_implementation", None) or "sdpa"
     scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
@@ -245,6 +258,17 @@ def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS[chosen](attn, q, k, v, None, scaling=scale, dropout=0.0)[0]
+
+
+def _rate(dropout: nn.Module | float | None) -> float:
+    """The probability of a dropout that is a module, a number, or absent."""
+    if isinstance(dropout, nn.Module):
+        return getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0)) or 0.0
+    return dropout or 0.0
+
+
+def _mlp(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer.mlp(x) if hasattr(layer, "mlp") else layer.output.dense(layer.intermediate(x))
 
 
 class HuggingFaceTower(TransformerTower):
@@ -328,13 +352,14 @@ class HuggingFaceTower(TransformerTower):
     def inexact(self) -> list[str]:
         found = []
         for layer in self.module.layers:
-            attn = _first(layer, _ATTENTION)
-            rates = [getattr(attn, "dropout", 0.0), getattr(attn, "attention_dropout", 0.0)]
-            if any(getattr(rate, "p", rate) for rate in rates):
+            held = _asking(_first(layer, _ATTENTION))
+            if any(
+                _rate(getattr(held, name, 0.0)) for name in ("dropout", "attention_dropout", "dropout_prob")
+            ):
                 found.append("dropout of attention weights")
-            if getattr(getattr(layer, "dropout", None), "p", 0.0):
+            if _rate(_first(layer, ("dropout", "output.dropout"))):
                 found.append("dropout of hidden states")
-            if getattr(getattr(layer, "drop_path", None), "drop_prob", 0.0):
+            if _rate(getattr(layer, "drop_path", None)):
                 found.append("drop path")
         return list(dict.fromkeys(found))
 
@@ -360,7 +385,7 @@ class HuggingFaceTower(TransformerTower):
         if edit is not None:
             attended = edit(z, attended)
         x = (x[:, :1] if first_only else x) + attended
-        mlp = layer.mlp(_first(layer, _NORM_2)(x))
+        mlp = _mlp(layer, _first(layer, _NORM_2)(x))
         mlp = layer.layer_scale2(mlp) if hasattr(layer, "layer_scale2") else mlp
         return x + mlp, z, mlp
 
