@@ -111,9 +111,9 @@ def test_nearest_two_needs_no_second_look_on_ordinary_points(monkeypatch):
     looks = []
     look = dimension._look
 
-    def counted(exact, unit, rows, scale):
+    def counted(exact, unit, rows, *more):
         looks.append((unit.dtype, len(rows)))
-        return look(exact, unit, rows, scale)
+        return look(exact, unit, rows, *more)
 
     monkeypatch.setattr(dimension, "_look", counted)
     points = torch.randn(1500, 20, generator=torch.Generator().manual_seed(0))

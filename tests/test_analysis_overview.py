@@ -8,6 +8,7 @@ from dataclasses import replace
 import golden
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from typer.testing import CliRunner
@@ -120,6 +121,38 @@ def test_without_labels_and_words_and_with_a_loader(made):
         analysis.analyze(tower, cache, bases=rk.fit_bases(tower, golden.images().split(32), kinds=("mlp",)))
     with pytest.raises(ValueError, match="which this tower has"):
         analysis.analyze(tower, cache, kind="pool")
+
+
+@pytest.mark.parametrize("kind", ["head", "pool"])
+def test_attention_pooling(kind):
+    """Its units have no short form: z is x_u itself, C = D and one map for all."""
+    torch.manual_seed(0)
+    tower = timm.models.VisionTransformer(
+        img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=0, class_token=False,
+        global_pool="map",
+    ).double().eval()  # fmt: skip
+    images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.arange(40) % 3
+    cache = rk.encode(tower, [(images, labels)], kinds=(kind,), class_names=list("abc"))
+    head = rk.ZeroShotHead.from_prototypes(cache)
+    vectors = torch.randn(30, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    words = analysis.TextDictionary(tuple(map(str, range(30))), vectors)
+    found = analysis.analyze(tower, cache, head, dictionary=words, kind=kind, seeds=range(1))
+    with torch.no_grad():
+        parts = rk.decompose(tower, images)
+    assert parts.terms.z[kind].shape[2] == parts.output.shape[1] == 24
+    for row in found.units:
+        x = parts.units()[:, row.index]
+        assert row.two_nn == pytest.approx(analysis.two_nn(x), rel=1e-6)
+        assert row.accuracy == float((head(x).argmax(1) == labels).double().mean())
+        pairs = [torch.corrcoef(torch.stack([x[:, d], parts.output[:, d]]))[0, 1] for d in range(24)]
+        assert row.pearson == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-9)
+        assert row.participation == pytest.approx(
+            float(x.T.cov().trace().square() / x.T.cov().square().sum()), rel=1e-6
+        )
+        assert len(row.words.words) == 5
+    kept = analysis.ablate(tower, cache, [row.index for row in found.units])
+    assert (kept - parts.units()[:, [row.index for row in found.units]].sum(1)).abs().max() < 1e-10
 
 
 @pytest.fixture(scope="module")

@@ -92,11 +92,13 @@ def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
     if largest == 0:
         return exact.new_zeros(len(points)), exact.new_zeros(len(points))
     unit = centred / largest
+    # what subtracting the mean may have rounded away, as a squared distance of points with norms of at most one
+    blur = 8 * torch.finfo(torch.float64).eps * float(exact.abs().max() / largest) * exact.shape[1] ** 0.5
     squares = exact.new_full((len(points), 2), float("inf"))
     open_rows = torch.arange(len(points), device=points.device)
     for dtype in (torch.float32, torch.float64):
         if len(open_rows):
-            found, done = _look(exact, unit.to(dtype), open_rows, float(largest) ** 2)
+            found, done = _look(exact, unit.to(dtype), open_rows, float(largest) ** 2, blur)
             squares[open_rows] = found
             open_rows = open_rows[~done]
     for row in open_rows.tolist():
@@ -107,11 +109,11 @@ def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) -> tuple[Tensor, Tensor]:
     """Two smallest squared distances [n, 2] of `rows` among a few candidates, and whether they are proven smallest.
 
     `unit` holds the points centred, with norms of at most one, in the dtype of the products; their squared distances
-    times `scale` are true ones.
+    times `scale` are true ones, to within `blur`.
     """
     count, size = unit.shape
     # |computed - true| <= slack * (|q|^2 + |y|^2): r+3 roundings of a sum whose terms are at most (|q| + |y|)^2, and
@@ -127,7 +129,7 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float) -> tuple[Tens
     columns[size, count:] = FAR
     queries = torch.cat([unit, unit.new_ones(count, 1)], dim=1)
     budget = TILE_BYTES.get(unit.device.type, TILE_BYTES["cuda"])
-    block = max(16, budget // (columns.shape[1] * unit.dtype.itemsize))
+    block = max(64, budget // (columns.shape[1] * unit.dtype.itemsize))
     best_groups = min(4, runs)
     spread = torch.arange(GROUPED, device=unit.device) * runs
     keep = min(CANDIDATES, best_groups * GROUPED)
@@ -158,7 +160,7 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float) -> tuple[Tens
         square[(index >= count) | (index == rows[part, None])] = float("inf")
         squares[part] = square
     found = squares.topk(2, largest=False, sorted=True).values
-    proven = (outside + norms[rows] * (1 - slack)) * scale
+    proven = (outside + norms[rows] * (1 - slack) - blur) * scale
     # a distance of zero cannot be undercut; the last factor pays for the roundings of this very line
     done = (found[:, 1] <= proven * (1 - 1e-12)) | (found[:, 1] == 0)
     return found, done

@@ -109,7 +109,7 @@ def property_basis(directions: Tensor | ZeroShotHead | None, dim: int) -> Tensor
     if not rows.isfinite().all():
         raise ValueError("the property basis holds NaN or Inf")
     rounding = torch.finfo(rows.dtype).eps * max(rows.shape)
-    rows = rows.detach().double()
+    rows = rows.detach().cpu().double()
     _, values, right = torch.linalg.svd(rows, full_matrices=False)
     rank = int((values > values[0] * rounding).sum())
     if not rank:
