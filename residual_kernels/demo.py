@@ -6,7 +6,7 @@ chosen on the second, and the last is read once, at the end. Bases come from dra
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,18 +86,17 @@ def _one_thread() -> Iterator[None]:
 
 
 def _fit_best(
-    make: Callable[[], TowerAdapter], head: ZeroShotHead, training: UnitCache, validation: UnitCache, rates
+    adapter: TowerAdapter,
+    head: ZeroShotHead,
+    training: UnitCache,
+    validation: UnitCache,
+    rates: Sequence[float],
 ) -> tuple[TowerAdapter, train.FitResult, float]:
-    """The fit with the best validation accuracy (then loss) over learning rates; seconds are of all of them."""
-    best, total = None, 0.0
-    for rate in rates:
-        adapter = make()
-        result = train.fit(adapter, head, training, validation, lr=adapter.default_lr * rate)
-        total += result.seconds
-        loss = result.history[result.best_epoch].val_loss
-        if best is None or (result.val_accuracy, -loss) > best[0]:
-            best = (result.val_accuracy, -loss), adapter, result
-    return best[1], best[2], total
+    """The fit with the best validation accuracy (then loss) over learning rates, tried at once; seconds are of all."""
+    fits = train.fit_many(
+        adapter, head, training, validation, lrs=[adapter.default_lr * rate for rate in rates]
+    )  # fmt: skip
+    return adapter, fits.put(adapter, fits.best()), max(result.seconds for result in fits.results)
 
 
 def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> Demo:
@@ -121,10 +120,8 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     with _one_thread():
         for method, rates in RATES.items():
             say(f"fitting {method}")
-            fitted[method] = _fit_best(
-                lambda method=method: build(method, tower, every, init="ones"),
-                head, training, validation, rates,
-            )  # fmt: skip
+            adapter = build(method, tower, every, init="ones")
+            fitted[method] = _fit_best(adapter, head, training, validation, rates)
 
     say("reading the test third")
     base = head(test.output)

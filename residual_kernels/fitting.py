@@ -110,7 +110,8 @@ class Run:
         if isinstance(train, UnitCache):
             table = label_table(train, labels, sets, self.heads.sizes, "labels")
             train, table, names = self._choose(train, table, heads, shots)
-            weights = weights_of_classes(class_weight, table, self.heads.sizes)
+            even = shots is not None and isinstance(class_weight, str)  # shots are balanced already
+            weights = weights_of_classes(None if even else class_weight, table, self.heads.sizes)
             self.class_weight = None if weights is None else weights.to(self.starts[0])
             self.labels = table.to(self.device)
         else:

@@ -304,6 +304,9 @@ def test_shots(tower, cache, bases, head):
     assert torch.equal(residual.weight, alone.weight)
     many = rk.fit_many(ADAPTERS["fine"](tower, bases), head, cache, epochs=2, shots=4, seeds=(0, 3))
     assert (many.weight[1] - residual.weight).abs().max() < 1e-9
+    evenly = {"epochs": 2, "shots": 4, "class_weight": "balanced"}
+    even = rk.fit_many(ADAPTERS["fine"](tower, bases), head, cache, seeds=(0, 3), **evenly)
+    assert torch.equal(even.weight, many.weight)  # so many of each class are balanced as they are
     with pytest.raises(ValueError, match="class c has 15 images, fewer than shots=16"):
         rk.fit(residual, head, cache, shots=16)
 
@@ -385,6 +388,21 @@ def test_nan_units_are_named_by_row(tower, cache, bases, head):
     with pytest.raises(ValueError, match="row 7, 80; encode"):
         rk.fit_bases(tower, spoilt)
     assert (residual.weight == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_one_graph_a_step_on_a_gpu(tower, cache, bases, head, name):
+    """Captured, eager and on the CPU: the same fits; tasks stop at different epochs, and the last batch is smaller."""
+    train, val = parts(cache)
+    options = {"lrs": (0.5, 0.01), "seeds": (0, 7), "epochs": 6, "patience": 2, "batch_size": 16}
+    expected = rk.fit_many(ADAPTERS[name](tower, bases), head, train, val, **options)
+    there = ADAPTERS[name](build().double().cuda(), bases)
+    for step in ("graph", "eager"):
+        found = rk.fit_many(there, head, train, val, step=step, **options)
+        for a, b in zip(found.tensors, expected.tensors, strict=True):
+            assert (a.cpu() - b).abs().max() < 1e-9
 
 
 def test_refusals(tower, cache, bases, head):
