@@ -196,7 +196,7 @@ def _head_inputs(
     attn: nn.Module, x: Tensor, rope: Tensor | None, bias: Tensor | None, first_only: bool
 ) -> Tensor:
     """What attention feeds to its output projection: [N, tokens, H*C], or [N, 1, H*C] for the first token alone."""
-    rows, heads = len(x), attn.num_heads
+    rows, heads = x.shape[0], attn.num_heads  # len() would fix the batch size of an exported graph
     q, k, v = _queries_keys_values(attn, x, first_only)
     q = q.reshape(rows, q.shape[1], heads, -1).transpose(1, 2)
     width = q.shape[-1]
@@ -396,7 +396,7 @@ class TimmTower(TransformerTower):
                 x = trunk.patch_drop(x)
             return trunk.norm_pre(x), (rope, bias)
         if trunk.cls_token is not None:
-            x = torch.cat([trunk.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([trunk.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if getattr(trunk, "pos_embed", None) is not None:
             x = x + trunk.pos_embed
         x = trunk.pos_drop(x) if hasattr(trunk, "pos_drop") else x
