@@ -144,3 +144,13 @@ def test_no_class_token():
     images = [torch.randn(3, 3, *timm_towers.SIZE, dtype=torch.float64)]
     with pytest.raises(ValueError, match="this tower has no class token"):
         rk.fit_bases(tower, images, placement="stream", tokens="class")
+
+
+def test_merged_and_exported(tmp_path):
+    """timm's blocks keep the batch size open in a graph too: traced with three images, checked with one."""
+    model, images, _ = made("EVA02-E")
+    adapter = rk.ResiDual(model, rk.fit_bases(model, [images]).truncate(components=3), init="normal")
+    with torch.no_grad():
+        expected = adapter(images)
+    assert rk.export.write(adapter.merge(), tmp_path / "encoder.pt2", images) < 1e-10
+    assert relative(rk.export.run(tmp_path / "encoder.pt2", images), expected) < 1e-10
