@@ -5,6 +5,8 @@ import importlib.util
 import json
 from pathlib import Path
 
+from residual_kernels.sources import BUNDLED
+
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed
 TABLE = "clip_benchmark:"  # clip_benchmark:eurosat names that data set's classes and templates
@@ -24,8 +26,11 @@ def class_names(source: str | None, folders: tuple[str, ...]) -> tuple[str, ...]
     return names
 
 
-def templates(source: str | None, default: tuple[str, ...]) -> tuple:
-    """Prompt templates: a file with one a line, open_clip's own (``openai``, ``simple``) or ``clip_benchmark:dtd``."""
+def templates(source: str | None, model: str) -> tuple:
+    """Prompt templates: a file with one a line, open_clip's own (``openai``, ``simple``) or ``clip_benchmark:dtd``.
+
+    Without a source, what suits the model of that name.
+    """
     import open_clip
 
     named = {
@@ -33,7 +38,7 @@ def templates(source: str | None, default: tuple[str, ...]) -> tuple:
         "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
     }
     if source is None:
-        return default
+        return BUNDLED_TEMPLATES if model == BUNDLED else DEFAULT_TEMPLATES
     if source.startswith(TABLE):
         return tuple(text.replace("{c}", "{}") for text in _from_table(source, _TEMPLATES))
     return tuple(named[source]) if source in named else tuple(_lines(source, "templates"))

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from residual_kernels import pictures, prompts, sources
 from residual_kernels import train as training
-from residual_kernels.cache import DTYPES, UnitCache, encode
+from residual_kernels.cache import DTYPES, HELD_OUT, UnitCache, encode
 from residual_kernels.cache.shards import STORED
 from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
 from residual_kernels.images import open_images
@@ -32,7 +32,6 @@ from residual_kernels.towers import KINDS
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, AVERAGE = "base", "average"
-HELD_OUT = 0.2  # of the training images, where a data set has no part for validation
 METHODS = (BASE, *(method.value for method in Method))
 WHAT = "result of a sweep"
 
@@ -179,16 +178,20 @@ class _TowerWork:
         clip, preprocess, tokenizer = sources.load_model(self.spec.model, self.spec.pretrained)
         return clip.to(self.sweep.device), preprocess, tokenizer
 
+    @property
+    def tower(self) -> nn.Module:
+        return sources.image_tower(self.model[0])
+
     def encoded(self, source: str, folder: Path, labelled: bool) -> UnitCache:
         """The cache of a data set, in `folder` of this sweep: made, gone on with, or read."""
-        clip, preprocess, _ = self.model
+        _, preprocess, _ = self.model
         images = open_images(
             source, preprocess, labelled=labelled, root=self.sweep.root, download=self.sweep.download
         )
         loader = DataLoader(images, batch_size=self.plan.batch_size, num_workers=self.sweep.workers)
         self.sweep.say(f"{self.spec.label}: encoding {source}")
         return encode(
-            clip.visual, loader, self.sweep.folder / "cache" / self.place / folder, self.kinds,
+            self.tower, loader, self.sweep.folder / "cache" / self.place / folder, self.kinds,
             DTYPES[self.plan.dtype], class_names=images.class_names,
         )  # fmt: skip
 
@@ -197,7 +200,7 @@ class _TowerWork:
         if self.plan.bases is None:
             return None
         images = self.encoded(self.plan.bases, Path("bases"), labelled=False)
-        return fit_bases(self.model[0].visual, images, self.kinds)
+        return fit_bases(self.tower, images, self.kinds)
 
     def rows(self, data: DataSpec) -> Iterator[dict]:
         work = _DataWork(self, data)
@@ -249,9 +252,10 @@ class _DataWork:
     def head(self) -> ZeroShotHead:
         clip, _, tokenizer = self.tower.model
         names = prompts.class_names(self.data.class_names, self.parts[0].class_names)
-        bundled = self.tower.spec.model == sources.BUNDLED
-        default = prompts.BUNDLED_TEMPLATES if bundled else prompts.DEFAULT_TEMPLATES
-        return ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(self.data.templates, default))
+        if tokenizer is None:  # a tower without a text side
+            return ZeroShotHead.from_prototypes(self.parts[0].output, self.parts[0].labels, names)
+        templates = prompts.templates(self.data.templates, self.tower.spec.model)
+        return ZeroShotHead.from_text(clip, tokenizer, names, templates)
 
     @functools.cached_property
     def bases(self) -> SpectralBases | None:
@@ -259,14 +263,12 @@ class _DataWork:
             return None
         own = self.tower.general_bases is None
         return (
-            fit_bases(self.tower.model[0].visual, self.parts[0], self.tower.kinds)
-            if own
-            else self.tower.general_bases
+            fit_bases(self.tower.tower, self.parts[0], self.tower.kinds) if own else self.tower.general_bases
         )
 
     def fit(self, method: str, seed: int) -> dict:
         """Fits one method and reads the test images once, with the weights that were best on validation."""
-        tower = self.tower.model[0].visual
+        tower = self.tower.tower
         train, val, test = self.parts
         row = {"tower": self.tower.spec.label, "data": self.data.name, "method": method, "seed": seed}
         if method == BASE:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -213,3 +214,20 @@ def test_a_bad_image_is_one_line_from_other_processes_too(run, digits, tmp_path)
         assert err.strip().startswith("error: ")
         assert "cat/a.png is not a readable image" in err
         assert len(err.strip().splitlines()) == 1
+
+
+def test_unreadable_images_are_an_error_or_left_out_and_named(run, digits, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(digits / "test" / name, tmp_path / "data" / name)
+    bad = tmp_path / "data" / "two" / "020.png"
+    bad.write_bytes(b"no image")
+    code, _, err = run("encode", "--data", tmp_path / "data", "--out", tmp_path / "cache")
+    assert code == 2
+    assert f"{bad} is not a readable image" in err
+    options = ("--unreadable", "skip", "--json", tmp_path / "e.json")
+    code, out, err = run("encode", "--data", tmp_path / "data", "--out", tmp_path / "cache", *options)
+    assert code == 0, err
+    assert "1 of 16 images" in err
+    assert f"{bad} is not a readable image" in err
+    assert "15 images of 2 classes" in out
+    assert json.loads((tmp_path / "e.json").read_text())["unreadable"] == ["two/020.png"]

@@ -7,6 +7,6 @@ images go through the tower together, `encoding.py` the pass that makes one.
 from residual_kernels.cache.encoding import encode
 from residual_kernels.cache.folder import kept_images
 from residual_kernels.cache.shards import DTYPES, MANIFEST
-from residual_kernels.cache.unit_cache import UnitCache
+from residual_kernels.cache.unit_cache import HELD_OUT, UnitCache
 
-__all__ = ["DTYPES", "MANIFEST", "UnitCache", "encode", "kept_images"]
+__all__ = ["DTYPES", "HELD_OUT", "MANIFEST", "UnitCache", "encode", "kept_images"]

@@ -14,6 +14,9 @@ from residual_kernels.towers import Terms
 SMALL = ("scale", "mean", "output")
 
 
+HELD_OUT = 0.2  # of the training images, where a data set has no part for validation
+
+
 class UnitCache:
     """What a fit needs of every image and nothing more.
 

@@ -9,16 +9,20 @@ from rich.table import Table
 from residual_kernels import prompts, sources
 from residual_kernels.analysis import Analysis, TextDictionary, analyze
 from residual_kernels.analysis.overview import FILE
-from residual_kernels.cli.inputs import BUNDLED_TEMPLATES, DEFAULT_TEMPLATES, cached, opened, prepare
+from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
     ClassNames,
+    DataRoot,
     Device,
+    Download,
     Json,
     Kind,
     Model,
+    OnUnreadable,
     Pretrained,
     Templates,
+    Unreadable,
     Workers,
 )
 from residual_kernels.cli.printing import err, out, write_numbers
@@ -55,6 +59,9 @@ def analyze_command(
     templates: Templates = None,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -62,17 +69,17 @@ def analyze_command(
     if (out_folder / FILE).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} holds an analysis already or is a file; name a new folder")
     bases = None if bases_file is None else SpectralBases.load(bases_file)
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
-    cache = cached(tower, opened(data, preprocess), (kind.value,), "encoding", batch_size, workers)
+    cache = reader.cached(tower, reader.open(data, preprocess), (kind.value,), "encoding")
     head = None
     if cache.labels is not None and cache.class_names is not None:
         names = prompts.class_names(class_names, cache.class_names)
         if prototypes:
             head = ZeroShotHead.from_prototypes(cache.output, cache.labels, names)
         else:
-            default = BUNDLED_TEMPLATES if model == sources.BUNDLED else DEFAULT_TEMPLATES
-            head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, default))
+            head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
     dictionary = None
     if words_file is not None:
         dictionary = TextDictionary.from_file(clip, tokenizer, words_file)

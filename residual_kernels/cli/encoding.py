@@ -10,10 +10,23 @@ from torch.utils.data import Subset
 
 from residual_kernels import distributed, sources
 from residual_kernels.cache import DTYPES, UnitCache, encode, kept_images
-from residual_kernels.cli.inputs import loader_of, opened, prepare
-from residual_kernels.cli.options import Batch, Data, Device, DType, Json, Kind, Model, Pretrained, Workers
+from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.options import (
+    Batch,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    DType,
+    Json,
+    Kind,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Unreadable,
+    Workers,
+)
 from residual_kernels.cli.printing import bar, err, out, write_numbers
-from residual_kernels.images import open_images
 from residual_kernels.pca import SpectralBases, fit_bases
 
 
@@ -38,6 +51,9 @@ def encode_command(
     ] = distributed.TIMEOUT,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -46,8 +62,9 @@ def encode_command(
     The same command goes on where an interrupted one stopped. Under torchrun its processes share the work.
     """
     distributed.initialise()
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, _ = prepare(model, pretrained, device)
-    images = open_images(data, preprocess)
+    images = reader.images(data, preprocess)
     chosen = tuple(kind.value for kind in kinds or [Kind.head])
     kept = kept_images(out_folder)
     first = distributed.rank() == 0
@@ -56,7 +73,7 @@ def encode_command(
     start = time.perf_counter()
     with bar("encoding", len(images) // distributed.world(), quiet=not first) as step:
         cache = encode(
-            sources.image_tower(clip), loader_of(images, batch_size, workers), out_folder, chosen, DTYPES[dtype.value],
+            sources.image_tower(clip), reader.loader(images), out_folder, chosen, DTYPES[dtype.value],
             class_names=images.class_names, progress=step, shard_images=shard_images,
             timeout=timeout,
         )  # fmt: skip
@@ -67,7 +84,10 @@ def encode_command(
             f"{len(cache)} images of {len(images.class_names)} classes in {seconds:.1f} s "
             f"({len(cache) / seconds:.0f} a second), {size / 1e6:.1f} MB in {out_folder}"
         )
-        write_numbers(json_file, {"images": len(cache), "seconds": seconds, "bytes": size})
+        write_numbers(
+            json_file,
+            {"images": len(cache), "seconds": seconds, "bytes": size, "unreadable": reader.left_out},
+        )
     distributed.finish()
 
 
@@ -90,6 +110,9 @@ def bases(
     moments: Annotated[bool, typer.Option(help="keep the moments too, so that files can be merged")] = False,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -105,16 +128,17 @@ def bases(
     if merge:
         fitted = functools.reduce(SpectralBases.merge, [SpectralBases.load(file) for file in files])
     else:
+        reader = Reader(batch_size, workers, data_root, download, unreadable)
         clip, preprocess, _ = prepare(model, pretrained, device)
         tower = sources.image_tower(clip)
         chosen = tuple(kind.value for kind in kinds or [Kind.head])
         parts = []
         for source in data:
-            images = opened(source, preprocess, False)
+            images = reader.open(source, preprocess, labelled=False)
             count = len(images)
             if not isinstance(images, UnitCache):
                 mine = range(count)[distributed.share(count)]
-                images = loader_of(Subset(images, mine), batch_size, workers)
+                images = reader.loader(Subset(images, mine))
             title = "fitting bases" if len(data) == 1 else f"fitting bases on {source}"
             with bar(title, count // distributed.world(), quiet=not first) as step:
                 parts.append(fit_bases(tower, images, chosen, progress=step))

@@ -3,32 +3,26 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
 from residual_kernels import distributed, prompts, sources, train
 from residual_kernels.adapter import CONFIG, save_adapter
-from residual_kernels.cache import UnitCache
-from residual_kernels.cli.inputs import (
-    BUNDLED_TEMPLATES,
-    CLASSES,
-    CLASSES_WHAT,
-    DEFAULT_TEMPLATES,
-    HEAD,
-    cached,
-    opened,
-    prepare,
-)
+from residual_kernels.cache import HELD_OUT, UnitCache
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
     ClassNames,
+    DataRoot,
     Device,
+    Download,
     Json,
     Model,
+    OnUnreadable,
     Pretrained,
     Rest,
     Templates,
+    Unreadable,
     Workers,
 )
 from residual_kernels.cli.printing import err, out, write_numbers
@@ -37,14 +31,6 @@ from residual_kernels.methods import Method, build, check_options, identity
 from residual_kernels.pca import SpectralBases, fit_bases
 from residual_kernels.wrapping import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
-
-
-def _split(count: int, part: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    held = max(1, round(part * count))
-    if count < 2:
-        raise ValueError(f"{count} image is too few to hold some out for validation; give --val")
-    return order[held:], order[:held]
 
 
 def fit_command(
@@ -96,6 +82,9 @@ def fit_command(
     templates: Templates = None,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -110,32 +99,31 @@ def fit_command(
     check_options(
         method, rest=chosen_rest, energy=energy, components=components, max_components=max_components
     )
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
     kinds = method.kinds
-    source = opened(data, preprocess)
+    source = reader.open(data, preprocess)
     folders = source.class_names
     if folders is None:
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
     names = prompts.class_names(class_names, folders)
 
-    training = cached(tower, source, kinds, "encoding", batch_size, workers)
+    training = reader.cached(tower, source, kinds, "encoding")
     if val is None:
-        chosen, held = _split(len(training), 0.2, seed)
-        training, validation = training.subset(chosen), training.subset(held)
+        training, validation = training.split(HELD_OUT, seed)
     else:
-        other = opened(val, preprocess)
+        other = reader.open(val, preprocess)
         if other.class_names != folders:
             raise ValueError(
                 f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
             )
-        validation = cached(tower, other, kinds, "encoding validation", batch_size, workers)
+        validation = reader.cached(tower, other, kinds, "encoding validation")
 
     if prototypes:
         head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
     else:
-        default = BUNDLED_TEMPLATES if model == sources.BUNDLED else DEFAULT_TEMPLATES
-        head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, default))
+        head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
     fitted = None
     if method.needs_bases or rest is Rest.mean:
         fitted = _bases_for(bases_file, tower, training, kinds)

@@ -1,21 +1,21 @@
 """What options become: a device, a model, a loader, a cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from residual_kernels import distributed, sources
 from residual_kernels.cache import MANIFEST, UnitCache, encode
-from residual_kernels.cli.printing import bar
-from residual_kernels.images import Images, open_images
+from residual_kernels.cli.options import OnUnreadable
+from residual_kernels.cli.printing import bar, err
+from residual_kernels.images import Images, find_unreadable, open_images, without
 
 HEAD, CLASSES = "head.safetensors", "classes.json"  # beside an adapter that `fit` wrote
 CLASSES_WHAT = "list of class folders"
-DEFAULT_TEMPLATES = ("a photo of a {}.",)
-BUNDLED_TEMPLATES = ("a {}",)  # what its captions say of anything, drawn or photographed
 
 
 def device_of(name: str | None) -> torch.device:
@@ -29,33 +29,59 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def loader_of(data: Any, batch_size: int, workers: int) -> DataLoader:
-    return DataLoader(data, batch_size=batch_size, num_workers=workers)
-
-
 def prepare(model: str, pretrained: str | None, device: str | None):
     clip, preprocess, tokenizer = sources.load_model(model, pretrained)
     return clip.to(device_of(device)), preprocess, tokenizer
 
 
-def cached(tower, images, kinds, title: str, batch_size: int, workers: int) -> UnitCache:
-    """The images' cache: read before where `--data` named one, made now otherwise."""
-    if isinstance(images, UnitCache):
-        images.check(tower, kinds)
-        return images
-    if distributed.world() > 1:
-        raise ValueError(
-            "several processes fit on a cache that they share: run `encode` first (torchrun shares that work too), and "
-            "name its folder in place of the images"
-        )
-    with bar(title, len(images)) as step:
-        return encode(
-            tower, loader_of(images, batch_size, workers), None, kinds, class_names=images.class_names, progress=step
-        )  # fmt: skip
+@dataclass
+class Reader:
+    """How a command reads images: what its options say of data sets, batches and processes."""
 
+    batch_size: int
+    workers: int
+    root: Path | None
+    download: bool
+    unreadable: OnUnreadable
+    left_out: list[str] = field(default_factory=list)  # names of images that could not be read
 
-def opened(path: Path, preprocess: Callable, labelled: bool = True) -> UnitCache | Images:
-    """The cache or the images that `path` names."""
-    if (path / MANIFEST).is_file():
-        return UnitCache.load(path)
-    return open_images(path, preprocess, labelled=labelled)
+    def images(self, path: Path, preprocess: Callable, labelled: bool = True) -> Images:
+        """The images that `path` names; without those that cannot be read, where that was asked for."""
+        found = open_images(path, preprocess, labelled=labelled, root=self.root, download=self.download)
+        if self.unreadable is OnUnreadable.fail:
+            return found
+        first = distributed.rank() == 0
+        with bar("looking for unreadable images", len(found), quiet=not first) as step:
+            bad = find_unreadable(found, self.workers, step)
+        if bad and first:
+            err.print(f"{len(bad)} of {len(found)} images of {path} cannot be read and are left out:")
+            for reason in bad.values():
+                err.print(f"  {reason}", soft_wrap=True)
+        self.left_out += [found.names[row] for row in bad]
+        return without(found, bad)
+
+    def open(self, path: Path, preprocess: Callable, labelled: bool = True) -> UnitCache | Images:
+        """The cache or the images that `path` names."""
+        if (path / MANIFEST).is_file():
+            return UnitCache.load(path)
+        return self.images(path, preprocess, labelled)
+
+    def loader(self, images: Dataset) -> DataLoader:
+        return DataLoader(images, batch_size=self.batch_size, num_workers=self.workers)
+
+    def cached(
+        self, tower: nn.Module, source: UnitCache | Images, kinds: Iterable[str], title: str
+    ) -> UnitCache:
+        """The cache of images: read before where `--data` named one, made now otherwise."""
+        if isinstance(source, UnitCache):
+            source.check(tower, kinds)
+            return source
+        if distributed.world() > 1:
+            raise ValueError(
+                "several processes fit on a cache that they share: run `encode` first (torchrun shares that work too), "
+                "and name its folder in place of the images"
+            )
+        with bar(title, len(source)) as step:
+            return encode(
+                tower, self.loader(source), None, kinds, class_names=source.class_names, progress=step
+            )  # fmt: skip

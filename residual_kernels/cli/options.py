@@ -16,13 +16,30 @@ Pretrained = Annotated[
     str | None, typer.Option(help="an open_clip tag, a local checkpoint, or `none` for random weights")
 ]
 Data = Annotated[
-    Path, typer.Option(help="an ImageFolder directory, or a zip of one (photos.zip/train works too)")
+    Path,
+    typer.Option(
+        help="an ImageFolder directory, a zip of one (photos.zip/train works too), WebDataset shards "
+        "(shards/{000..099}.tar), torchvision:NAME@PART or hf:NAME@PART"
+    ),
 ]
 DataRoot = Annotated[
     Path | None,
     typer.Option("--data-root", help="where data sets by name are kept (torchvision:..., hf:...)"),
 ]
 Download = Annotated[bool, typer.Option("--download", help="fetch a data set by name that is not there")]
+
+
+class OnUnreadable(str, Enum):
+    fail = "fail"
+    skip = "skip"
+
+
+Unreadable = Annotated[
+    OnUnreadable,
+    typer.Option(
+        help="an image that cannot be read: an error, or left out and named (reads every image once more)"
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")]
 Batch = Annotated[int, typer.Option(min=1, help="images per batch while encoding")]
 Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]

@@ -6,12 +6,24 @@ from typing import Annotated
 import typer
 
 from residual_kernels import sources
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, cached, opened, prepare
-from residual_kernels.cli.options import Batch, Data, Device, Json, Model, Pretrained, Workers
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, Reader, prepare
+from residual_kernels.cli.options import (
+    Batch,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Unreadable,
+    Workers,
+)
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.cli.using import aligned, kept
 from residual_kernels.files import read_json
-from residual_kernels.images import Images, open_images
+from residual_kernels.images import Images
 
 
 def report(
@@ -31,6 +43,9 @@ def report(
     pretrained: Pretrained = None,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -40,6 +55,7 @@ def report(
     from residual_kernels.report.facts import Source
 
     page = out_file or run / "report.html"
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     module, head = kept(clip, run)
     words = None
@@ -52,13 +68,13 @@ def report(
             words = TextDictionary.from_file(clip, tokenizer, dictionary)
     folders = tuple(read_json(run / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
     kinds = tuple(dict.fromkeys(("head", *getattr(module, "adapted", ()))))
-    source = opened(data, preprocess)
+    source = reader.open(data, preprocess)
     pictures = source if isinstance(source, Images) else None
     if images is not None:
         if pictures is not None:
             raise ValueError(f"--images is for a cache, but {data} holds its images itself")
-        pictures = open_images(images, preprocess)
-    cache = aligned(cached(module.tower, source, kinds, "encoding", batch_size, workers), folders, data)
+        pictures = reader.images(images, preprocess)
+    cache = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
     if pictures is not None and int(cache.ids.max()) >= len(pictures):
         raise ValueError(
             f"{images} holds {len(pictures)} images, but the cache at {data} was made of {int(cache.ids.max()) + 1}"

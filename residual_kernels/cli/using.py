@@ -11,11 +11,23 @@ from rich.table import Table
 from residual_kernels import sources, train
 from residual_kernels.adapter import load_adapter
 from residual_kernels.cache import UnitCache
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, cached, loader_of, opened, prepare
-from residual_kernels.cli.options import Adapter, Batch, Data, Device, Json, Model, Pretrained, Workers
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
+from residual_kernels.cli.options import (
+    Adapter,
+    Batch,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Unreadable,
+    Workers,
+)
 from residual_kernels.cli.printing import bar, out, write_numbers
 from residual_kernels.files import atomic_path, read_json
-from residual_kernels.images import open_images
 from residual_kernels.methods import identity
 from residual_kernels.modules import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
@@ -59,6 +71,9 @@ def eval_command(
     pretrained: Pretrained = None,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     confusion: Annotated[
         Path | None,
@@ -67,10 +82,11 @@ def eval_command(
     json_file: Json = None,
 ) -> None:
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
     folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
     kinds = getattr(module, "adapted", ())
-    cache = cached(module.tower, opened(data, preprocess), kinds, "encoding", batch_size, workers)
+    cache = reader.cached(module.tower, reader.open(data, preprocess), kinds, "encoding")
     cache = aligned(cache, folders, data)
     before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
     table = Table("class", "images", "without", "with", title=f"{data}")
@@ -91,7 +107,8 @@ def eval_command(
     write_numbers(
         json_file,
         {
-            "images": after.count, "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
+            "images": after.count, "unreadable": reader.left_out,
+            "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
             "base_balanced_accuracy": before.balanced_accuracy, "balanced_accuracy": after.balanced_accuracy,
             "class_accuracy": {
                 name: float(one) if seen else None
@@ -110,14 +127,18 @@ def predict(
     pretrained: Pretrained = None,
     batch_size: Batch = 64,
     workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Label new images: a CSV of image, label and probability."""
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
-    images = open_images(data, preprocess, labelled=False)
+    images = reader.images(data, preprocess, labelled=False)
     with bar("reading", len(images)) as step:
-        loader = loader_of(images, batch_size, workers)
+        loader = reader.loader(images)
         place = next(module.tower.parameters()).device
 
         def batches():
@@ -137,5 +158,10 @@ def predict(
     )
     out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
     write_numbers(
-        json_file, {"images": len(images), "counts": dict(zip(head.class_names, counts, strict=True))}
+        json_file,
+        {
+            "images": len(images),
+            "counts": dict(zip(head.class_names, counts, strict=True)),
+            "unreadable": reader.left_out,
+        },
     )
