@@ -1,5 +1,6 @@
 """Exact units of timm's towers and of attention pooling, and that the whole library works on them."""
 
+import copy
 import json
 import re
 from functools import partial
@@ -254,6 +255,23 @@ def test_weights_learn_and_the_tower_stays(tower, images, bases):
     residual.detach()
     assert all(torch.equal(before[name], value) for name, value in tower.state_dict().items())
     assert all(p.grad is None for p in tower.parameters())
+
+
+def test_in_other_code(tower, images, bases):
+    """A copy in float32 compiles whole, runs in half precision, and merges into torch layers."""
+    single = copy.deepcopy(tower).float()
+    few = images[:3].float()
+    fitted = rk.fit_bases(single, [images.float()]).truncate(energy=0.9)
+    residual = rk.ResiDual(single, fitted, rest="sum", init="normal")
+    expected = residual(few).detach()
+    compiled = torch.compile(residual, backend="eager", fullgraph=True)
+    assert relative(compiled(few), expected) < 1e-6
+    with torch.no_grad():
+        assert relative(residual.merge()(few), expected) < RELATIVE
+        own = relative(copy.deepcopy(single).bfloat16()(few.bfloat16()).double(), tower(images[:3]))
+        low = copy.deepcopy(residual).bfloat16()(few.bfloat16())
+        assert low.dtype == torch.bfloat16
+        assert relative(low.float(), expected) < 4 * own
 
 
 def test_groups_of_images_agree(tower, images, monkeypatch):

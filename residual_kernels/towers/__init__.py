@@ -18,7 +18,8 @@ How to write a view of another family:
    The MLP's term is all that its branch adds. `edit`, where there is one, changes what attention adds.
 5. `out_projection` names the projection's parameters, LayerScale as `gamma`. Where a norm stands behind the projection
    (post-norm blocks) it is named too, and z is `norm.coordinates(z, attended)`.
-6. `norm`, `projection` and `finish` (the model's own code again) end it: output = norm(pooled) P + p.
+6. `norm`, `projection` and `finish` (the model's own code again) end it: output = norm(pooled) P + p. Attention pooling
+   (pooling = ATTENTION) is told by `pooler`, with `outer_norm` and `pool_mlp` where something stands behind it.
 7. Whatever makes the sum inexact is refused: a norm or an MLP behind the sum, max pooling, tokens that are merged.
 8. `constant_parameters` lists what `norm`, `projection` and `out_projection` read.
 
