@@ -47,6 +47,11 @@ def room(device: torch.device, memory: int | None) -> int:
     return CPU_MEMORY
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """What losses are added up in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def runs(count: int, size: int) -> list[slice]:
     """Slices of at most `size` that cover `count` rows in order."""
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, check_range
+from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, check_range, widest
 from residual_kernels.cache import UnitCache
 from residual_kernels.modules import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
@@ -116,11 +116,11 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
     labels = data.labels.to(source.device) if isinstance(data, UnitCache) else None
     which = torch.zeros(1, dtype=torch.int64, device=source.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=source.device)
-    loss = torch.zeros((), dtype=torch.float64, device=source.device)
+    loss = torch.zeros((), dtype=widest(source.device), device=source.device)
     for batch in source.in_order(CHUNK):
         truth = batch.labels if labels is None else labels[batch.rows[0]]
         logits = heads.logits(adapter.from_features(batch.features, weights), which)[0]
-        loss += F.cross_entropy(logits, truth, reduction="none").double().sum()
+        loss += F.cross_entropy(logits, truth, reduction="none").to(loss).sum()
         confusion += torch.bincount(truth * classes + logits.argmax(1), minlength=classes * classes)
     confusion = confusion.view(classes, classes).cpu()
     count = int(confusion.sum())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residual_kernels import checkpoints, distributed
-from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, room, whole
+from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, room, whole, widest
 from residual_kernels.cache import UnitCache
 from residual_kernels.evaluation import Heads, balanced
 from residual_kernels.files import digest
@@ -108,6 +108,8 @@ class Run:
         self.labels, self.orders, names = None, {"loader": None}, None
         self.order_of = ["loader"] * len(tasks)
         if isinstance(train, UnitCache):
+            if not len(train):
+                raise ValueError("the training data gave no images")
             table = label_table(train, labels, sets, self.heads.sizes, "labels")
             train, table, names = self._choose(train, table, heads, shots)
             even = shots is not None and isinstance(class_weight, str)  # shots are balanced already
@@ -291,7 +293,7 @@ class Run:
                 shuffled.append(rows[torch.randperm(len(rows), generator=self.generators[name])])
             orders = torch.stack(shuffled)
         self.weights.optimizer.train()
-        total = torch.zeros(len(self.active), dtype=torch.float64, device=self.device)
+        total = torch.zeros(len(self.active), dtype=widest(self.device), device=self.device)
         count = 0
         for batch in self.source.shuffled(orders, self.batch_size, places_only=self.step.captures):
             rows = len(batch.labels) if batch.rows is None else batch.everyone.shape[1]
@@ -308,8 +310,8 @@ class Run:
         tasks, classes = len(self.active), self.heads.classes
         which = torch.tensor([self.tasks[task].labels for task in self.active], device=self.device)
         weights = self.weights.current()
-        loss = torch.zeros(tasks, dtype=torch.float64, device=self.device)
-        counts = torch.zeros(2, tasks, classes, dtype=torch.float64, device=self.device)  # hits, images
+        loss = torch.zeros(tasks, dtype=widest(self.device), device=self.device)
+        counts = loss.new_zeros(2, tasks, classes)  # hits, images
         for batch in self.held.in_order(CHUNK):
             rows = len(next(iter(batch.features.values())))
             for part in blocks(tasks, bytes_of_a_row(batch.features, rows), rows):
@@ -320,7 +322,7 @@ class Run:
                 else:
                     truth = self.val_labels[which[part, None], batch.rows]
                 losses = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
-                loss[part] += losses.view(truth.shape).double().sum(1)
+                loss[part] += losses.view(truth.shape).to(loss).sum(1)
                 place = truth + classes * torch.arange(len(y), device=self.device)[:, None]
                 right = logits.argmax(-1) == truth
                 for held, chosen in zip(counts, (place[right], place.flatten()), strict=True):

@@ -139,6 +139,7 @@ class Step:
         self.weights.step(grads)
         return loss
 
+    @torch.enable_grad()
     def compute(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Loss [T] of this process's share of a batch and its gradients, by parameter [T, ...]."""
         features, truth, factor = self.read(batch)

@@ -422,6 +422,8 @@ def test_refusals(tower, cache, bases, head):
         (lambda: rk.fit_many(residual, head, cache, starts=[]), "one entry for each of 1 seeds"),
         (lambda: rk.fit_many(residual, head, cache, lrs=(0.0,)), "above 0; got 0.0"),
         (lambda: rk.fit_many(tower, head, cache), "expected a ResiDual"),
+        (lambda: rk.fit(residual, head, cache.subset(torch.arange(0))), "training data gave no images"),
+        (lambda: rk.fit(residual, head, cache, cache.subset(torch.arange(0))), "no images to evaluate on"),
         (lambda: rk.fit(residual, head, cache, step="fast"), "step must be one of"),
         (lambda: rk.fit(residual, head, cache, step="graph"), "needs a CUDA device"),
         (lambda: rk.fit(residual, head, cache, shots=0), "shots must be at least 1"),
