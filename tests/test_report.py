@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 
 import residual_kernels as rk
+from residual_kernels import cli
 from residual_kernels.analysis import TextDictionary
+from residual_kernels.cli import printing
 from residual_kernels.demo import DIGITS, digit_images
 from residual_kernels.images.base import Images
 from residual_kernels.methods import identity
@@ -309,3 +311,71 @@ def test_refusals(world, made, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"residual-kernels\[report\]"):
         write_report(facts, tmp_path / "new.html", world.cache)
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Runs the program in this process: (exit code, stdout, stderr). Still pictures are not drawn again."""
+    for console in (printing.out, printing.err):
+        monkeypatch.setattr(console, "width", 200)
+    monkeypatch.setattr("residual_kernels.report.plots.draw", lambda *_: [])
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["residual-kernels", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        seen = capsys.readouterr()
+        return stop.value.code or 0, seen.out, seen.err
+
+    return call
+
+
+def test_on_the_command_line(world, run, tmp_path):
+    """fit, report on images, report on a cache with and without its images, and what is refused."""
+    for index, name in enumerate(DIGITS):
+        for row in range(PER_CLASS * index, PER_CLASS * index + 5):
+            (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
+            world.pictures.pictures[row].save(tmp_path / "data" / name / f"{row}.png")
+    data, adapter, cache = tmp_path / "data", tmp_path / "run", tmp_path / "cache"
+    code, _, err = run("fit", "--data", data, "--epochs", 2, "--out", adapter)
+    assert code == 0, err
+    (tmp_path / "words.txt").write_text("a ring\n# a note\n\na line\n")
+    code, out, err = run(
+        "report",
+        adapter,
+        "--data",
+        data,
+        "--dictionary",
+        tmp_path / "words.txt",
+        "--json",
+        tmp_path / "r.json",
+    )
+    assert code == 0, err
+    assert f"{adapter / 'report.html'} (" in out
+    seen = json.loads((tmp_path / "r.json").read_text())
+    assert seen["images"] == 50
+    assert rk.load_adapter(world.tower, adapter).detach() is world.tower  # the run is what it was
+    written = data_of((adapter / "report.html").read_text(encoding="utf-8"))
+    assert written["thumbnails"]
+    assert "a ring" in json.dumps(written["units"])
+    code, _, err = run("encode", "--data", data, "--out", cache)
+    assert code == 0, err
+    for images, shown in (((), False), (("--images", data), True)):
+        code, _, err = run("report", adapter, "--data", cache, *images, "--out", tmp_path / "c.html")
+        assert code == 0, err
+        html = (tmp_path / "c.html").read_text(encoding="utf-8")
+        assert bool(data_of(html)["thumbnails"]) == shown
+    (tmp_path / "few" / "one").mkdir(parents=True)
+    world.pictures.pictures[0].save(tmp_path / "few" / "one" / "0.png")
+    for arguments, message in (
+        ((adapter, "--data", cache, "--images", tmp_path / "few"), "holds 1 images"),
+        ((adapter, "--data", data, "--images", data), "is for a cache"),
+        ((tmp_path / "nowhere", "--data", data), "no adapter"),
+        ((adapter, "--data", data, "--out", tmp_path / "page"), "an .html file"),
+        ((adapter, "--data", data, "--dictionary", tmp_path / "nothing.txt"), "nothing.txt"),
+    ):
+        code, _, err = run("report", *arguments)
+        assert code == 2, message
+        assert message in err
+        assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "page").exists()

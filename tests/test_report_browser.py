@@ -157,14 +157,12 @@ def test_the_keyboard_does_it_too(page):
     send = browser.switch_to
     send.active_element.send_keys(Keys.TAB)
     assert js(browser, "document.activeElement.matches('.grid button')")
-    start = js(browser, "document.activeElement.ariaLabel")
-    for key in (Keys.HOME, Keys.ARROW_UP, *[Keys.ARROW_UP] * 6, *[Keys.ARROW_LEFT] * 9):
+    for key in (*[Keys.ARROW_UP] * 6, *[Keys.ARROW_LEFT] * 9):  # it stops at the edges
         send.active_element.send_keys(key)
     assert js(browser, "document.activeElement.ariaLabel").startswith("layer 0, head 0:")
     send.active_element.send_keys(Keys.ARROW_DOWN)
     send.active_element.send_keys(Keys.ARROW_RIGHT)
     assert js(browser, "document.activeElement.ariaLabel").startswith("layer 1, head 1:")
-    assert start
     send.active_element.send_keys(Keys.ENTER)
     assert panel(browser).startswith("Layer 1, head 1")
     for _ in range(9):

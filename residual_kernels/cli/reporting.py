@@ -53,8 +53,10 @@ def report(
     from residual_kernels.analysis import TextDictionary
     from residual_kernels.report import gather, write_report
     from residual_kernels.report.facts import Source
+    from residual_kernels.report.page import check_page
 
     page = out_file or run / "report.html"
+    check_page(page)
     reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     module, head = kept(clip, run)

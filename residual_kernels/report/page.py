@@ -52,6 +52,18 @@ def write_report(
     return page, files
 
 
+def check_page(page: Path) -> None:
+    """Raises ValueError or FileExistsError when no report can be written to `page`, ImportError without plotly."""
+    folder = page.with_suffix("")
+    if folder == page:
+        raise ValueError(f"a report is an .html file; got {page}")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(
+            f"{folder} is a file; the report's pictures and tables need a folder of that name"
+        )
+    _plotly()
+
+
 def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
@@ -174,7 +186,7 @@ def _measures(facts: Facts) -> list[dict[str, Any]]:
     """What the weight map can show of a unit: its key, what it is called and means, and how it is written."""
     found = []
     if facts.unit_weight:
-        hint = "1 (pale) is unchanged, blue is raised, orange is faded."
+        hint = "1 is unchanged, blue is raised, orange is faded."
         if facts.reading is not None:
             hint = f"The mean over a head's components, in proportion to their variance. {hint}"
         found.append({"key": "weight", "name": "mean weight", "hint": hint, "centre": 1, "factor": 1, "digits": 2,
