@@ -24,9 +24,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import SHAPES, Problem, Shape, problem
 from residual_kernels import backends, ops, reference
 from residual_kernels.ops import torch_backend
+from residual_kernels.shapes import SHAPES, Problem, Shape, problem
 
 GEMM_SIZE = 2048
 Forward = Callable[[Tensor, Tensor], Tensor]  # (z or units, weight) -> y

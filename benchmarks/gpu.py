@@ -42,9 +42,9 @@ _package()
 from benchmarks import counts  # noqa: E402
 from benchmarks.bench_ops import PLAIN  # noqa: E402
 from benchmarks.gpu_clock import Bench, Call  # noqa: E402
-from benchmarks.shapes import SHAPES, Problem, Shape, problem  # noqa: E402
 from residual_kernels import ops  # noqa: E402
 from residual_kernels.ops import triton_backend, triton_routes  # noqa: E402
+from residual_kernels.shapes import SHAPES, Problem, Shape, problem  # noqa: E402
 
 ROTATION = 160 << 20  # bytes of inputs to rotate through
 ROWS = (64, 256, 1024, 8192)

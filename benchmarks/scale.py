@@ -45,7 +45,7 @@ class Cost:
     heads: int  # bytes of a bfloat16 cache for `fine`
     full: int  # the same with the MLPs, for `full`
     components: int  # J at energy 0.90
-    fit: float  # FLOP of forward and dweight
+    fit: float  # FLOP of forward and dweight, as bench_ops counts them
 
     @classmethod
     def of(cls, name: str) -> "Cost":
@@ -68,7 +68,7 @@ class Cost:
             heads=2 * head_numbers + 4 * dim + SMALL,
             full=2 * (head_numbers + layers * view.width) + 4 * dim + SMALL,
             components=components,
-            fit=4.0 * components * (width + dim),
+            fit=2.0 * components * (width + 2 * dim),
         )
 
 

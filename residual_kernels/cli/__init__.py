@@ -4,7 +4,17 @@ import sys
 
 import typer
 
-from residual_kernels.cli import analyzing, encoding, fitting, merging, reporting, story, sweeping, using
+from residual_kernels.cli import (
+    analyzing,
+    benching,
+    encoding,
+    fitting,
+    merging,
+    reporting,
+    story,
+    sweeping,
+    using,
+)
 from residual_kernels.cli.printing import err
 
 app = typer.Typer(
@@ -24,6 +34,7 @@ app.command()(using.predict)
 app.command("merge")(merging.merge_command)
 app.command()(reporting.report)
 app.command()(sweeping.sweep)
+app.command()(benching.bench)
 app.command("analyze")(analyzing.analyze_command)
 
 
