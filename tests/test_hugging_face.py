@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BlipConfig,
+    ChineseCLIPConfig,
     CLIPConfig,
     CLIPVisionConfig,
     DeiTConfig,
@@ -35,6 +36,7 @@ TEXT = {
     "max_position_embeddings": 12, "projection_dim": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 BLIP_TEXT = TEXT | {"sep_token_id": 3}
+SIGLIP_TEXT = {name: value for name, value in TEXT.items() if name != "projection_dim"}
 
 
 def vision(width=48, heads=3, size=16, patch=8, **more) -> dict:
@@ -74,8 +76,7 @@ def blip(dim=32, **more):
 
 
 def siglip(**more):
-    text = {name: value for name, value in TEXT.items() if name != "projection_dim"}
-    text |= {"hidden_size": more.get("width", 48), "num_attention_heads": 3}
+    text = SIGLIP_TEXT | {"hidden_size": more.get("width", 48), "num_attention_heads": 3}
     return make("SiglipModel", SiglipConfig(vision_config=vision(**more), text_config=text))
 
 
@@ -88,7 +89,8 @@ def embedding_of(model, images):
             return model.vision_proj(model.vision_model(images).last_hidden_state[:, 0])
         if hasattr(model, "visual_projection"):
             return model(images).image_embeds
-        return getattr(model, model.base_model_prefix, model)(images).last_hidden_state[:, 0]
+        output = getattr(model, model.base_model_prefix, model)(images)
+        return output.pooler_output if hasattr(model, "vision_model") else output.last_hidden_state[:, 0]
 
 
 def images_for(model, count=3, dtype=torch.float32, seed=1):
@@ -133,6 +135,12 @@ def test_true_widths(name):
 
 TINY = {
     "CLIPModel": clip,
+    "ChineseCLIPModel": lambda: make(
+        "ChineseCLIPModel",
+        ChineseCLIPConfig(vision_config=vision(), text_config=TEXT, projection_dim=32),
+    ),
+    "FlavaImageModel": lambda: make("FlavaImageModel", transformers.FlavaImageConfig(**vision())),
+    "OwlViTVisionModel": lambda: make("OwlViTVisionModel", transformers.OwlViTVisionConfig(**vision())),
     "CLIPVisionModelWithProjection": lambda: make(
         "CLIPVisionModelWithProjection", CLIPVisionConfig(**vision(), projection_dim=32)
     ),
@@ -292,12 +300,19 @@ def refused() -> dict:
             "more than an embedding",
         ),
         "CLIPTextModel": (transformers.CLIPTextConfig(**TEXT), "lacks norm"),
-        "ViTMAEModel": (transformers.ViTMAEConfig(**vision()), "drop patches"),
+        "ViTMAEModel": (transformers.ViTMAEConfig(**vision()), "drops patches at random"),
+        "Siglip2Model": (
+            transformers.Siglip2Config(vision_config=vision(num_patches=4), text_config=SIGLIP_TEXT),
+            "embeds more than",
+        ),
+        "ASTModel": (transformers.ASTConfig(**vision()), "no patches of colour images"),
+        "PixioModel": (transformers.PixioConfig(**vision()), "several class tokens"),
+        "DPTModel": (transformers.DPTConfig(**vision()), "instead of the stream"),
         "BeitModel": (transformers.BeitConfig(**vision()), "is Identity, not LayerNorm"),
         "BertModel": (transformers.BertConfig(**TEXT), "lacks norm"),
         "ResNetModel": (
             transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]),
-            "embeddings and",
+            "it has none of",
         ),
     }
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import open_clip
 import timm
 import torch
+import transformers
 from open_clip.model import _build_vision_tower
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -46,6 +47,46 @@ TIMM = (
     "swin_base_patch4_window7_224", "swinv2_base_window8_256", "convnext_base", "resnet50", "fastvit_mci2",
     "efficientnet_b0", "mobilenetv4_conv_small",
 )  # fmt: skip
+
+# Sizes that a transformers model is known with; its configuration's own are those of a B-16 or B-32.
+_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+_SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+_GIANT = {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True}
+TRANSFORMERS = {
+    ("CLIPModel", "ViT-B-32"): {},
+    ("CLIPModel", "ViT-L-14"): {"vision_config": _LARGE | {"patch_size": 14}, "projection_dim": 768},
+    ("CLIPVisionModelWithProjection", "ViT-B-32"): {},
+    ("MetaClip2Model", "ViT-B-32"): {},
+    ("ChineseCLIPModel", "ViT-B-32"): {},
+    ("AltCLIPModel", "ViT-B-32"): {},
+    ("SiglipModel", "ViT-B-16"): {},
+    ("SiglipModel", "so400m-14"): {"vision_config": _SO400M | {"patch_size": 14}},
+    ("BlipForImageTextRetrieval", "base"): {},
+    ("BlipForImageTextRetrieval", "large"): {"vision_config": _LARGE},
+    ("ViTModel", "B-16"): {},
+    ("ViTModel", "L-16"): _LARGE,
+    ("ViTForImageClassification", "L-16"): _LARGE,
+    ("ViTMSNModel", "B-16"): {},
+    ("FlavaImageModel", "B-16"): {},
+    ("OwlViTModel", "B-32"): {},
+    ("DeiTModel", "B-16"): {},
+    ("Dinov2Model", "B-14"): {"patch_size": 14},
+    ("Dinov2Model", "L-14"): {"patch_size": 14, **_LARGE},
+    ("Dinov2Model", "g-14"): {"patch_size": 14, **_GIANT},
+    ("Dinov2ForImageClassification", "L-14"): {"patch_size": 14, **_LARGE},
+    ("Dinov2WithRegistersModel", "L-14"): {"patch_size": 14, **_LARGE},
+    ("BlipModel", "base"): {},
+    ("CLIPForImageClassification", "ViT-B-32"): {},
+    ("Siglip2Model", "B-16"): {},
+    ("PixioModel", "B-16"): {},
+    ("ASTModel", "B-16"): {},
+    ("DINOv3ViTModel", "S-16"): {},
+    ("BeitModel", "B-16"): {},
+    ("ViTMAEModel", "B-16"): {},
+    ("SwinModel", "T"): {},
+    ("ConvNextModel", "T"): {},
+    ("ResNetModel", "50"): {},
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +136,11 @@ def row(name: str, build: Callable[[], nn.Module]) -> Row:
         view = towers.view(tower)
     except rk.UnsupportedTowerError as error:
         reason = str(error).partition("here: ")[2].partition("; supported are")[0]
-        return Row(name, type(getattr(tower, "trunk", tower)).__name__, reason=reason or str(error))
+        return Row(
+            name,
+            type(getattr(tower, "trunk", tower)).__name__,
+            reason=reason or str(error).partition(": it has")[0],
+        )
     layout = view.layout
     return Row(name, view.name, view.pooling, layout.layers, layout.heads, view.head_width, view.dim)
 
@@ -121,10 +166,24 @@ def timm_rows() -> list[Row]:
     return [row(name, partial(timm.create_model, name, num_classes=0)) for name in TIMM]
 
 
+def _transformers_model(kind: str, settings: dict) -> nn.Module:
+    model = getattr(transformers, kind)
+    return model(model.config_class(**settings))
+
+
+def transformers_rows() -> list[Row]:
+    """The models named above; they are given whole."""
+    return [
+        row(f"{kind} {size}", partial(_transformers_model, kind, settings))
+        for (kind, size), settings in TRANSFORMERS.items()
+    ]
+
+
 # Title and rows of every list; another family is one more line.
 SECTIONS: dict[str, Callable[[], list[Row]]] = {
     "open_clip": open_clip_rows,
     "timm": timm_rows,
+    "transformers": transformers_rows,
 }
 
 INTRODUCTION = """\

@@ -19,9 +19,7 @@ from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.stream import OutProjection
 from residual_kernels.towers.transformer import ATTENTION, BlockEdit, TransformerTower
 
-LOOKED_FOR = (
-    "vision_model, or embeddings and encoder or layers (transformers' CLIP, SigLIP, BLIP, ViT, DINOv2)"
-)
+LOOKED_FOR = "vision_model or embeddings (transformers' CLIP, SigLIP, BLIP, ViT, DINOv2)"
 SUPPORTED = (
     "supported are CLIPModel, CLIPVisionModelWithProjection, SiglipModel, BlipForImageTextRetrieval, ViTModel, "
     "Dinov2Model, classifiers around these two, and models built the same way"
@@ -97,13 +95,16 @@ class ImageTower(nn.Module):
         """Height and width of its images; None where it interpolates its positions to any size."""
         if "interpolate_pos_encoding" not in inspect.signature(self.embeddings.forward).parameters:
             return None
-        held = self.embeddings if hasattr(self.embeddings, "image_size") else self.embeddings.patch_embeddings
-        size = held.image_size
+        held = self.embeddings
+        places = (held, getattr(held, "patch_embeddings", None), getattr(held, "config", None))
+        size = next(place.image_size for place in places if hasattr(place, "image_size"))
         return (size, size) if isinstance(size, int) else tuple(size)
 
     def embed(self, images: Tensor) -> Tensor:
         """The stream before the first block, [N, tokens, width]."""
         x = self.embeddings(images)
+        if not isinstance(x, Tensor):
+            raise _refuse(f"its embeddings give {type(x).__name__} instead of the stream")
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -181,8 +182,11 @@ def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
     if found["pooler"] is not None:
         if not hasattr(found["pooler"], "probe") or _children(found["pooler"]) != _POOLER_PARTS:
             raise _refuse(f"{kind} pools in a way that is not known here (head)")
+    elif getattr(getattr(found["embeddings"], "cls_token", None), "shape", (1, 1))[1] > 1:
+        raise _refuse(f"{kind} has several class tokens and averages them")
     elif not _has_class_token(found["embeddings"]):
         raise _refuse(f"{kind} has no class token, and no pooling that is known here")
+    _check_embeddings(kind, found["embeddings"])
     for index, layer in enumerate(found["layers"]):
         _check_layer(index, layer)
     if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
@@ -192,6 +196,18 @@ def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
 
 def _has_class_token(embeddings: nn.Module) -> bool:
     return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+
+def _check_embeddings(kind: str, embeddings: nn.Module) -> None:
+    parameters = inspect.signature(embeddings.forward).parameters.values()
+    more = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    if more:
+        raise _refuse(f"{kind} embeds more than images ({', '.join(more)})")
+    stems = [part for part in embeddings.modules() if isinstance(part, nn.Conv2d)]
+    if not stems or stems[0].in_channels != 3:
+        raise _refuse(f"{kind} has no patches of colour images in its embeddings")
+    if hasattr(embeddings, "random_masking"):
+        raise _refuse(f"{kind} drops patches at random (random_masking)")
 
 
 def _check_layer(index: int, layer: nn.Module) -> None:
@@ -221,7 +237,7 @@ def recognises(tower: nn.Module) -> bool:
     if isinstance(tower, ImageTower) or isinstance(getattr(tower, "vision_model", None), nn.Module):
         return True
     inner = getattr(tower, getattr(tower, "base_model_prefix", None) or "", tower)
-    return hasattr(inner, "embeddings") and (hasattr(inner, "encoder") or hasattr(inner, "layers"))
+    return any(isinstance(getattr(part, "embeddings", None), nn.Module) for part in (tower, inner))
 
 
 def _asking(attn: nn.Module) -> nn.Module:
@@ -247,7 +263,7 @@ def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
     attn = _asking(attn)
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     chosen = getattr(getattr(attn, "config", None), "_attn_implementation", None) or "sdpa"
-    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
+    scale = getattr(attn, "scaling", getattr(attn, "scale", q.shape[-1] ** -0.5))
     if chosen == "eager":
         share = (q @ k.transpose(-1, -2) * scale).softmax(
             -1, dtype=torch.promote_types(q.dtype, torch.float32)
@@ -369,10 +385,7 @@ class HuggingFaceTower(TransformerTower):
         return self.prefix + height * width
 
     def embed(self, images: Tensor) -> tuple[Tensor, None]:
-        x = self.module.embed(images)
-        if not isinstance(x, Tensor):
-            raise _refuse("its embeddings return more than the stream, as ViTMAE's do, which drop patches")
-        return x, None
+        return self.module.embed(images), None
 
     def block(
         self, index: int, x: Tensor, context: None, first_only: bool, edit: BlockEdit | None
