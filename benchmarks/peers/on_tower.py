@@ -11,9 +11,9 @@ import residual_kernels as rk
 from benchmarks.peers.tasks import BATCH, Fitted, Split, Task
 
 BATCH_TRAIN = 32
-STEPS = {40: 60, 160: 100}  # by the number of labelled images; more of them
-MOST_STEPS = 240
-CHECKS = 3  # of the validation accuracy while training; the best state is kept
+STEPS = {40: 50, 160: 80}  # by the number of labelled images
+MOST_STEPS = 200  # where there are others
+CHECKS = 2  # of the validation accuracy while training; the best state is kept
 
 
 def _train(
