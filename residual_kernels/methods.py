@@ -12,29 +12,40 @@ ENERGY = 0.90  # of the paper: explained variance kept per head
 
 
 class Method(str, Enum):
-    """The paper's variants."""
+    """The paper's variants, and `stream`: heads reweighted where they enter the residual stream."""
 
     fine = "fine"
     full = "full"
     coarse = "coarse"
     output = "output"
     linear = "linear"
+    stream = "stream"
+
+    @property
+    def runs_the_tower(self) -> bool:
+        """Whether a fit needs the images: what the tower computes depends on the weights, so nothing can be cached."""
+        return self is Method.stream
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of units the variant adapts: what a cache or bases must hold for it."""
-        return {"fine": ("head",), "coarse": ("head",), "full": ("head", "mlp")}.get(self.value, ())
+        kinds = {"fine": ("head",), "coarse": ("head",), "full": ("head", "mlp"), "stream": ("head",)}
+        return kinds.get(self.value, ())
 
     @property
     def needs_bases(self) -> bool:
-        return self in (Method.fine, Method.full, Method.output)
+        return self in (Method.fine, Method.full, Method.output, Method.stream)
 
 
 def check_options(method: Method, *, rest: str | None, **truncation: object) -> None:
     """Raises ValueError when an option is given that `method` would not read."""
     given = [name for name, value in truncation.items() if value is not None]
-    if given and method is not Method.fine:
-        raise ValueError(f"{' and '.join(given)} belongs to fine; {method.value} keeps all components")
+    if given and method not in (Method.fine, Method.stream):
+        raise ValueError(
+            f"{' and '.join(given)} belongs to fine and stream; {method.value} keeps all components"
+        )
+    if rest is not None and method is Method.stream:
+        raise ValueError(f"rest={rest!r} is about other units, but stream leaves them all in the tower")
     if rest is not None and not method.kinds:
         raise ValueError(
             f"rest={rest!r} is about other units, but {method.value} adapts the output as a whole"
@@ -50,26 +61,31 @@ def build(
     energy: float | None = None,
     components: int | None = None,
     max_components: int | None = None,
-    init: str = "normal",
+    init: str | None = None,
     seed: int = 0,
 ) -> TowerAdapter:
     """An adapter of the paper's kind around `tower`.
 
-    `rest` is the variant's own by default (zero; sum for full); `energy` (0.90), `components` and `max_components` are
-    fine's. `bases` must hold the variant's kinds and may hold more; coarse needs them for rest="mean" only, linear
-    never. Raises ValueError for an option that the variant does not have.
+    `rest` is the variant's own by default (zero; sum for full), and so is `init` ("normal"; "ones" for stream, which is
+    the tower itself); `energy` (0.90), `components` and `max_components` are fine's and stream's. `bases` must hold the
+    variant's kinds and may hold more; stream's are fitted with placement="stream", and where they were fitted over some
+    tokens those are adapted; coarse needs bases for rest="mean" only, linear never. Raises ValueError for an option
+    that the variant does not have.
     """
     method = Method(method)
     check_options(method, rest=rest, energy=energy, components=components, max_components=max_components)
     if method.needs_bases and bases is None:
         raise ValueError(f"{method.value} needs bases; fit them with fit_bases")
-    if method is Method.fine:
+    if init is None:
+        init = "ones" if method is Method.stream else "normal"
+    if method in (Method.fine, Method.stream):
         heads = bases.of("head")
         if components is not None:
             kept = heads.truncate(components=components, max_components=max_components)
         else:
             kept = heads.truncate(energy=ENERGY if energy is None else energy, max_components=max_components)
-        return ResiDual(tower, kept, rest or "zero", init=init, seed=seed)
+        placement = "stream" if method is Method.stream else "output"
+        return ResiDual(tower, kept, rest or "zero", placement=placement, init=init, seed=seed)
     if method is Method.full:
         return ResiDual(tower, bases.of("head", "mlp"), rest or "sum", init=init, seed=seed)
     if method is Method.coarse:

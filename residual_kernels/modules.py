@@ -23,6 +23,9 @@ from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_fl
 from residual_kernels.wrapping import AroundTower, TowerAdapter
 
 RESTS = ("zero", "sum", "mean")
+STREAM_LR = (
+    0.3  # for weights inside the tower: best or next to best on validation in benchmarks/stream_digits.py
+)
 
 
 def _initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> nn.Parameter:
@@ -178,6 +181,7 @@ class ResiDual(UnitAdapter):
             raise ValueError('layers belongs to placement="stream"; choose kinds of units with bases.of(...)')
         super().__init__(tower)
         self.placement = placement
+        self.default_lr = STREAM_LR if placement == "stream" else type(self).default_lr
         like = next(self.tower.parameters())
         if placement == "stream":
             units = {"head": StreamHeads(self._view, bases, layers, tokens, like, backend)}

@@ -231,3 +231,43 @@ def test_unreadable_images_are_an_error_or_left_out_and_named(run, digits, tmp_p
     assert f"{bad} is not a readable image" in err
     assert "15 images of 2 classes" in out
     assert json.loads((tmp_path / "e.json").read_text())["unreadable"] == ["two/020.png"]
+
+
+def test_inside_the_tower(run, digits, tmp_path):
+    """--method stream: bases over tokens, a fit that runs the tower, eval and predict; and what it cannot do."""
+    bases, kept = tmp_path / "stream.safetensors", tmp_path / "stream"
+    code, out, err = run(
+        "bases", "--data", digits / "test", "--out", bases, "--placement", "stream", "--tokens", "class"
+    )
+    assert code == 0, err
+    assert "components of 80 tokens" in out
+    code, out, err = run(
+        "fit", "--data", digits / "train", "--val", digits / "test", "--method", "stream", "--bases", bases,
+        "--components", 3, "--epochs", 2, "--out", kept, "--json", tmp_path / "fit.json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "with 144 numbers (stream, 200 images" in out
+    assert json.loads((kept / "adapter.json").read_text())["options"]["tokens"] == "class"
+    code, _, err = run("eval", "--adapter", kept, "--data", digits / "test", "--json", tmp_path / "eval.json")
+    assert code == 0, err
+    found, fitted = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("eval", "fit"))
+    assert found["accuracy"] == pytest.approx(fitted["val_accuracy"])
+    assert found["base_accuracy"] == pytest.approx(fitted["base_accuracy"])
+    assert fitted["val_accuracy"] >= fitted["base_accuracy"]
+    code, _, err = run(
+        "predict", "--adapter", kept, "--data", digits / "test", "--out", tmp_path / "labels.csv"
+    )
+    assert code == 0, err
+    for options, message in (
+        (
+            ("--method", "stream", "--shots", 2, "--lr", 0.1, "--lr", 0.2),
+            "several learning rates and --shots",
+        ),
+        (("--method", "fine", "--tokens", "class"), "belongs to stream"),
+        (("--method", "stream", "--rest", "sum"), "stream leaves them all"),
+        (("--method", "stream", "--bases", bases, "--tokens", "all"), "over tokens class, not all"),
+    ):
+        code, _, err = run("fit", "--data", digits / "train", "--out", tmp_path / "no", *options)
+        assert code == 2
+        assert message in err
+        assert not (tmp_path / "no").exists()

@@ -22,7 +22,9 @@ from residual_kernels.cli.options import (
     Kind,
     Model,
     OnUnreadable,
+    Placement,
     Pretrained,
+    Tokens,
     Unreadable,
     Workers,
 )
@@ -108,6 +110,10 @@ def bases(
     pretrained: Pretrained = None,
     kinds: Annotated[list[Kind] | None, typer.Option(help="units; repeat the option for several")] = None,
     moments: Annotated[bool, typer.Option(help="keep the moments too, so that files can be merged")] = False,
+    placement: Annotated[
+        Placement, typer.Option(help="output, or stream: heads in model width, over tokens")
+    ] = Placement.output,
+    tokens: Annotated[Tokens | None, typer.Option(help="of the stream; all by default")] = None,
     batch_size: Batch = 64,
     workers: Workers = 0,
     data_root: DataRoot = None,
@@ -141,7 +147,12 @@ def bases(
                 images = reader.loader(Subset(images, mine))
             title = "fitting bases" if len(data) == 1 else f"fitting bases on {source}"
             with bar(title, count // distributed.world(), quiet=not first) as step:
-                parts.append(fit_bases(tower, images, chosen, progress=step))
+                parts.append(
+                    fit_bases(
+                        tower, images, chosen, placement=placement.value, tokens=tokens and tokens.value,
+                        progress=step,
+                    )
+                )  # fmt: skip
         fitted = functools.reduce(SpectralBases.merge, parts)
     if first:
         fitted.save(out_file, moments=moments)
@@ -154,7 +165,8 @@ def _report(fitted: SpectralBases, seconds: float, out_file: Path, json_file: Pa
     total = {kind: len(fitted.parts[kind].components) for kind in fitted.kinds}
     used = {kind: len(kept.parts[kind].components) for kind in fitted.kinds}
     text = ", ".join(f"{kind}: {total[kind]:,} ({used[kind]:,} hold 90 % of the variance)" for kind in total)
-    out.print(f"components of {fitted.count} images in {seconds:.1f} s: {text}; written to {out_file}")
+    rows = "images" if fitted.tokens is None else "tokens"
+    out.print(f"components of {fitted.count} {rows} in {seconds:.1f} s: {text}; written to {out_file}")
     write_numbers(
-        json_file, {"images": fitted.count, "seconds": seconds, "components": total, "energy_0.90": used}
+        json_file, {rows: fitted.count, "seconds": seconds, "components": total, "energy_0.90": used}
     )

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
+from torch.utils.data import DataLoader, Subset
 
 from residual_kernels import distributed, prompts, sources, train
 from residual_kernels.adapter import CONFIG, save_adapter
@@ -22,6 +24,7 @@ from residual_kernels.cli.options import (
     Pretrained,
     Rest,
     Templates,
+    Tokens,
     Unreadable,
     Workers,
 )
@@ -41,15 +44,22 @@ def fit_command(
     val: Annotated[
         Path | None, typer.Option(help="validation images; a fifth of the training ones by default")
     ] = None,
-    method: Annotated[Method, typer.Option(help="the paper's variant")] = Method.fine,
+    method: Annotated[
+        Method, typer.Option(help="the paper's variant, or stream: inside the tower, which runs every epoch")
+    ] = Method.fine,
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="fine: explained variance kept per head; 0.90 by default")
+        float | None, typer.Option(help="fine, stream: explained variance kept per head; 0.90 by default")
     ] = None,
-    components: Annotated[int | None, typer.Option(min=1, help="fine: keep this many instead")] = None,
-    max_components: Annotated[int | None, typer.Option(min=1, help="fine: at most this many")] = None,
+    components: Annotated[
+        int | None, typer.Option(min=1, help="fine, stream: keep this many instead")
+    ] = None,
+    max_components: Annotated[int | None, typer.Option(min=1, help="fine, stream: at most this many")] = None,
+    tokens: Annotated[
+        Tokens | None, typer.Option(help="stream: those adapted; all, or the bases' own, by default")
+    ] = None,
     rest: Annotated[
         Rest | None, typer.Option(help="what becomes of other units; the variant's own by default")
     ] = None,
@@ -99,6 +109,10 @@ def fit_command(
     check_options(
         method, rest=chosen_rest, energy=energy, components=components, max_components=max_components
     )
+    if method.runs_the_tower:
+        _check_runs(method, lr, seeds, shots, balanced, checkpoint, prototypes)
+    elif tokens is not None:
+        raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.value} works at the output")
     reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
@@ -109,16 +123,21 @@ def fit_command(
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
     names = prompts.class_names(class_names, folders)
 
-    training = reader.cached(tower, source, kinds, "encoding")
-    if val is None:
-        training, validation = training.split(HELD_OUT, seed)
+    other = None if val is None else reader.open(val, preprocess)
+    if other is not None and other.class_names != folders:
+        raise ValueError(
+            f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
+        )
+    if method.runs_the_tower:
+        training, validation = _loaders(source, other, seed, reader)
+        count = len(training.dataset)
     else:
-        other = reader.open(val, preprocess)
-        if other.class_names != folders:
-            raise ValueError(
-                f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
-            )
-        validation = reader.cached(tower, other, kinds, "encoding validation")
+        training = reader.cached(tower, source, kinds, "encoding")
+        if other is None:
+            training, validation = training.split(HELD_OUT, seed)
+        else:
+            validation = reader.cached(tower, other, kinds, "encoding validation")
+        count = len(training)
 
     if prototypes:
         head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
@@ -126,7 +145,7 @@ def fit_command(
         head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
     fitted = None
     if method.needs_bases or rest is Rest.mean:
-        fitted = _bases_for(bases_file, tower, training, kinds)
+        fitted = _bases_for(bases_file, tower, training, method, tokens)
     chosen_seeds = range(seed, seed + seeds)
     adapters = [
         build(
@@ -149,10 +168,45 @@ def fit_command(
     fits.put(adapter, fits.best())
     if first:
         _keep(adapter, head, folders, out_folder)
-        _report(
-            fits, base, method, len(training) if shots is None else shots * len(names), out_folder, json_file
-        )
+        _report(fits, base, method, count if shots is None else shots * len(names), out_folder, json_file)
     distributed.finish()
+
+
+def _check_runs(method: Method, lr, seeds, shots, balanced, checkpoint, prototypes) -> None:
+    """Raises ValueError for what only a fit on cached units can do."""
+    asked = {
+        "several learning rates": len(lr or ()) > 1, "--seeds": seeds > 1, "--shots": shots is not None,
+        "--balanced": balanced, "--checkpoint": checkpoint is not None, "--prototypes": prototypes,
+    }  # fmt: skip
+    given = [name for name, wanted in asked.items() if wanted]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would need cached units, and {method.value} runs the tower; leave it out"
+        )
+    if distributed.world() > 1:
+        raise ValueError(
+            f"{method.value} is fitted by one process on the command line; run it without torchrun"
+        )
+
+
+def _loaders(source, other, seed: int, reader: Reader) -> tuple[DataLoader, DataLoader]:
+    """Loaders of training images, shuffled, and of validation images."""
+    for images in (source, other):
+        if isinstance(images, UnitCache):
+            raise ValueError(
+                "a cache cannot tell what changes inside the tower do; name the images themselves"
+            )
+    order = torch.Generator().manual_seed(seed)
+    if other is None:
+        held = round(HELD_OUT * len(source))
+        if not held:
+            raise ValueError(f"{len(source)} images are too few to hold some out for validation; give --val")
+        rows = torch.randperm(len(source), generator=order).tolist()
+        source, other = Subset(source, rows[held:]), Subset(source, rows[:held])
+    shuffled = DataLoader(
+        source, reader.batch_size, shuffle=True, generator=order, num_workers=reader.workers
+    )
+    return shuffled, reader.loader(other)
 
 
 def _say(number: int, row: train.Epoch) -> None:
@@ -217,11 +271,17 @@ def _difference(a: tuple[str, ...], b: tuple[str, ...]) -> str:
     return ", ".join(only[:5]) if only else "the same names in another order"
 
 
-def _bases_for(file: Path | None, tower, training: UnitCache, kinds: tuple[str, ...]) -> SpectralBases:
+def _bases_for(
+    file: Path | None, tower, training: UnitCache | DataLoader, method: Method, tokens: Tokens | None
+) -> SpectralBases:
+    if file is None and method.runs_the_tower:
+        return fit_bases(tower, training, placement="stream", tokens=tokens and tokens.value)
     if file is None:
-        return fit_bases(tower, training, kinds)
+        return fit_bases(tower, training, method.kinds)
     loaded = SpectralBases.load(file)
-    missing = [kind for kind in kinds if kind not in loaded.kinds]
+    if tokens is not None and loaded.tokens != tokens.value:
+        raise ValueError(f"{file} holds bases over tokens {loaded.tokens}, not {tokens.value}")
+    missing = [kind for kind in method.kinds if kind not in loaded.kinds]
     if missing:
         raise ValueError(
             f"{file} holds no bases of kind {', '.join(missing)}; fit them with --kinds {missing[0]}"

@@ -60,6 +60,17 @@ class Kind(str, Enum):
     pool = "pool"
 
 
+class Placement(str, Enum):
+    output = "output"
+    stream = "stream"
+
+
+class Tokens(str, Enum):
+    all = "all"
+    class_ = "class"
+    patches = "patches"
+
+
 class Rest(str, Enum):
     zero = "zero"
     sum = "sum"

@@ -7,6 +7,8 @@ from typing import Annotated
 import torch
 import typer
 from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from residual_kernels import sources, train
 from residual_kernels.adapter import load_adapter
@@ -52,16 +54,35 @@ def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead]:
 
 def aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
     """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent."""
-    if cache.class_names is None:
+    cache.labels = torch.tensor(positions(cache.class_names, folders, data))[cache.labels]
+    return cache
+
+
+class _Relabelled(Dataset):
+    """Images with their labels renumbered alike."""
+
+    def __init__(self, images: Dataset, numbers: list[int]):
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return image, self.numbers[label]
+
+
+def positions(names: tuple[str, ...] | None, folders: tuple[str, ...], data: Path) -> list[int]:
+    """Where each of `names` stands among the folders that the adapter was fitted to."""
+    if names is None:
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
-    foreign = [name for name in cache.class_names if name not in folders]
+    foreign = [name for name in names if name not in folders]
     if foreign:
         raise ValueError(
             f"{data} has classes that the adapter was not fitted to: {', '.join(foreign[:5])}; it knows "
             f"{', '.join(folders[:5])}{' ...' if len(folders) > 5 else ''}"
         )
-    cache.labels = torch.tensor([folders.index(name) for name in cache.class_names])[cache.labels]
-    return cache
+    return [folders.index(name) for name in names]
 
 
 def eval_command(
@@ -85,12 +106,20 @@ def eval_command(
     reader = Reader(batch_size, workers, data_root, download, unreadable)
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
     folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
-    kinds = getattr(module, "adapted", ())
-    cache = reader.cached(module.tower, reader.open(data, preprocess), kinds, "encoding")
-    cache = aligned(cache, folders, data)
-    before, after = train.evaluate(identity(module.tower), head, cache), train.evaluate(module, head, cache)
+    source = reader.open(data, preprocess)
+    if getattr(module, "placement", "output") == "stream":
+        if isinstance(source, UnitCache):
+            raise ValueError(
+                f"{adapter} works inside the tower, so a cache cannot tell; name the images themselves"
+            )
+        images = _Relabelled(source, positions(source.class_names, folders, data))
+        source = reader.loader(images)
+    else:
+        kinds = getattr(module, "adapted", ())
+        source = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
+    before, after = train.evaluate(identity(module.tower), head, source), train.evaluate(module, head, source)
     table = Table("class", "images", "without", "with", title=f"{data}")
-    counts = torch.bincount(cache.labels, minlength=len(head.class_names)).tolist()
+    counts = after.confusion.sum(1).tolist()
     for index, name in enumerate(head.class_names):
         both = (before.class_accuracy[index], after.class_accuracy[index])
         table.add_row(name, str(counts[index]), *(f"{one:.3f}" if counts[index] else "-" for one in both))
