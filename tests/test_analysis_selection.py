@@ -5,7 +5,12 @@ import pytest
 import torch
 
 import residual_kernels as rk
-from residual_kernels.analysis import ablate, component_correlations, component_separation, selection_curves
+from residual_kernels.analysis import (
+    ablate,
+    component_correlations,
+    selection_curves,
+    variance_between_classes,
+)
 
 KINDS = ("emb", "head", "mlp")
 
@@ -61,6 +66,7 @@ def test_curves_of_heads(made, rest):
         assert abs(curves.accuracy["mine"][place] - truth) < 1e-9
     assert curves.base == float((head(cache.output).argmax(1) == cache.labels).double().mean())
     assert len(curves.random) == 2
+    assert curves.seeds == (3, 4)
     ends = {curve[-1] for curve in (*curves.accuracy.values(), *curves.random)}
     assert len(ends) == 1  # all heads are all heads
     assert len(set(curves.accuracy["mine"])) > 1
@@ -99,7 +105,7 @@ def test_curves_of_components(made, rest, kind):
 def test_component_scores(made, kind):
     tower, cache, bases, _ = made
     pearson = component_correlations(tower, cache, bases, kind)
-    apart = component_separation(tower, cache, bases, 5, kind)
+    apart = variance_between_classes(tower, cache, bases, 5, kind)
     part = bases.parts[kind]
     first = bases.layout.span(kind).start
     units = golden.numbers("units")["encodings"]

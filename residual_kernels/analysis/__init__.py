@@ -10,10 +10,10 @@ from residual_kernels.analysis.dimension import (
 from residual_kernels.analysis.overview import Analysis, analyze
 from residual_kernels.analysis.scores import (
     component_correlations,
-    component_separation,
     correlations,
     own_accuracy,
     rank_correlations,
+    variance_between_classes,
 )
 from residual_kernels.analysis.selection import SelectionCurves, ablate, selection_curves
 from residual_kernels.analysis.similarity import similarity_matrix, spectral_cosine
@@ -34,7 +34,6 @@ __all__ = [
     "ablate",
     "analyze",
     "component_correlations",
-    "component_separation",
     "component_words",
     "correlations",
     "linear_dimension",
@@ -48,6 +47,7 @@ __all__ = [
     "two_nn",
     "two_nn_dimension",
     "unit_words",
+    "variance_between_classes",
     "words_at_ends",
     "words_of_units",
 ]

@@ -23,11 +23,11 @@ from residual_kernels.analysis.dimension import (
 from residual_kernels.analysis.reading import held, output_bases
 from residual_kernels.analysis.scores import (
     component_pearson,
-    component_separation,
     cross_moments,
     own_accuracy,
     pearson,
     rank_correlations,
+    variance_between_classes,
 )
 from residual_kernels.analysis.selection import FRACTIONS, SelectionCurves, selection_curves
 from residual_kernels.analysis.similarity import similarity_matrix
@@ -70,14 +70,14 @@ class UnitRow:
 @dataclass(frozen=True)
 class ComponentRow:
     """One component: of `unit` (layout index), at `place` (0 for the largest variance). explained: its share of its
-    unit's variance; pearson: of its coefficient with the output along it; separation: variance between class means
-    over its variance on the same images; words: of the first few components of each unit."""
+    unit's variance; pearson: of its coefficient with the output along it; between_classes: the variance between its
+    classes' mean coefficients; words: of the first few components of each unit."""
 
     unit: int
     place: int
     explained: float
     pearson: float
-    separation: float | None
+    between_classes: float | None
     words: Description | None
 
 
@@ -166,7 +166,7 @@ class Analysis:
             ]  # fmt: skip
 
     def _component_table(self) -> Iterator[list]:
-        yield ["unit", "layer", "head", "place", "explained", "pearson", "separation", "words"]
+        yield ["unit", "layer", "head", "place", "explained", "pearson", "between_classes", "words"]
         unit_of = {row.index: row for row in self.units}
         for row in self.components:
             words = ""
@@ -177,14 +177,16 @@ class Analysis:
                 )
             unit = unit_of[row.unit]
             yield [
-                row.unit, unit.layer, unit.head, row.place, row.explained, row.pearson, row.separation, words
+                row.unit, unit.layer, unit.head, row.place, row.explained, row.pearson, row.between_classes, words
             ]  # fmt: skip
 
     def _selection_table(self) -> Iterator[list]:
         yield ["of", "rest", "score", "seed", "fraction", "kept", "accuracy"]
         for curves in self.selections:
             named = [(name, "", values) for name, values in curves.accuracy.items()]
-            named += [("random", seed, values) for seed, values in enumerate(curves.random)]
+            named += [
+                ("random", seed, values) for seed, values in zip(curves.seeds, curves.random, strict=True)
+            ]
             for name, seed, values in named:
                 for fraction, kept, accuracy in zip(curves.fractions, curves.kept, values, strict=True):
                     yield [curves.of, curves.rest, name, seed, fraction, kept, accuracy]
@@ -215,7 +217,7 @@ def _unit_row(row: dict) -> UnitRow:
 
 
 def _curves(row: dict) -> SelectionCurves:
-    tuples = {name: tuple(row[name]) for name in ("fractions", "kept")}
+    tuples = {name: tuple(row[name]) for name in ("fractions", "kept", "seeds")}
     accuracy = {name: tuple(values) for name, values in row["accuracy"].items()}
     return SelectionCurves(
         **{**row, **tuples, "accuracy": accuracy, "random": tuple(tuple(curve) for curve in row["random"])}
@@ -307,8 +309,8 @@ def analyze(
             scores["spearman_classes"] = rank_correlations(view.module, cache, kind, properties=head)
     apart = None
     if head is not None:
-        with step("separation of classes"):
-            apart = component_separation(view.module, cache, bases, len(head.class_names), kind)
+        with step("variance between classes"):
+            apart = variance_between_classes(view.module, cache, bases, len(head.class_names), kind)
     if head is not None:
         with step("accuracy of units"):
             scores["accuracy"] = own_accuracy(view.module, cache, head, kind)
@@ -321,7 +323,7 @@ def analyze(
             for rest in ("zero", "mean"):
                 curves.append(selection_curves(view.module, cache, head, scores, rest=rest, **options))
         with step("selection of components"):
-            by = {"variance": part.variance, "pearson": along, "separation": apart}
+            by = {"variance": part.variance, "pearson": along, "between_classes": apart}
             curves.append(selection_curves(view.module, cache, head, by, of="components", **options))
     spoken, told = None, {}
     if dictionary is not None:
@@ -375,7 +377,7 @@ def _component_rows(
                 place=place,
                 explained=float(ratio[place]),
                 pearson=float(along[j]),
-                separation=None if apart is None else float(apart[j]),
+                between_classes=None if apart is None else float(apart[j]),
                 words=told.get((first + unit, place)),
             )
             rows.append(row)

@@ -325,7 +325,7 @@ def component_pearson(moments: CrossMoments, bases: SpectralBases) -> Tensor:
     return torch.cat(found)
 
 
-def component_separation(
+def variance_between_classes(
     tower: nn.Module,
     data: "UnitCache | Iterable",
     bases: SpectralBases,

@@ -37,7 +37,7 @@ class SelectionCurves:
     """Accuracy against how much is kept.
 
     of: "units" or "components"; rest: "zero" or "mean"; total: how many there are; kept [F]: how many were kept at
-    each of `fractions` [F]. accuracy: score -> [F]; random: one [F] per seed; base: the model's own accuracy.
+    each of `fractions` [F]. accuracy: score -> [F]; random: one [F] for each of `seeds`; base: the model's own.
     """
 
     of: str
@@ -48,6 +48,7 @@ class SelectionCurves:
     kept: tuple[int, ...]
     accuracy: dict[str, tuple[float, ...]]
     random: tuple[tuple[float, ...], ...]
+    seeds: tuple[int, ...]
     base: float
 
 
@@ -241,5 +242,6 @@ def selection_curves(
     return SelectionCurves(
         of=of, kind=kind, rest=rest, total=parts.total, fractions=fractions, kept=kept,
         accuracy={name: share[name] for name in scores}, random=tuple(share[seed] for seed in seeds),
+        seeds=tuple(seeds),
         base=right / len(cache),
     )  # fmt: skip

@@ -6,7 +6,7 @@ from torch import Tensor
 from residual_kernels.pca import KindBases, SpectralBases
 
 WEIGHTS = ("explained_variance", "singular", "eigenvalues", "uniform")
-PAIR_BYTES = 256 * 2**20  # of cosine matrices at a time
+PAIR_BYTES = 32 * 2**20  # of cosine matrices at a time
 
 
 def _weights(part: KindBases, unit: int, weights: str, count: int) -> Tensor:
@@ -38,21 +38,24 @@ def _greedy(cosines: Tensor) -> Tensor:
     """
     pairs, rows, columns = cosines.shape
     every = torch.arange(pairs, device=cosines.device)
+    best, place = cosines.max(2)  # of every row; looked up again only where the column it lay in is struck
     total = cosines.new_zeros(pairs)
     for _ in range(min(rows, columns)):
-        row = cosines.amax(2).argmax(1)  # minima and maxima without their places run on whole vectors
-        value, column = cosines[every, row].max(1)
+        value, row = best.max(1)
+        column = place[every, row]
         total += value.square()
-        cosines[every, row] = -1
+        best[every, row] = -1
         cosines[every, :, column] = -1
+        pair, stale = ((place == column[:, None]) & (best >= 0)).nonzero(as_tuple=True)
+        best[pair, stale], place[pair, stale] = cosines[pair, stale].max(1)
     return total.sqrt()
 
 
 def _normalised(cosines: Tensor, weights_a: Tensor, weights_b: Tensor) -> Tensor:
-    """The measure [P] for cosines [P, a, b] and weights [P, a], [P, b]; 0 where a unit is constant."""
+    """The measure [P] for cosines [P, a, b] (overwritten) and weights [P, a], [P, b]; 0 where a unit is constant."""
     shared = min(weights_a.shape[1], weights_b.shape[1])
     best = (weights_a[:, :shared] * weights_b[:, :shared]).square().sum(1).sqrt()
-    matched = _greedy(cosines.abs() * weights_a[:, :, None] * weights_b[:, None, :])
+    matched = _greedy(cosines.abs_().mul_(weights_a[:, :, None]).mul_(weights_b[:, None, :]))
     return torch.where(best > 0, matched / best.clamp_min(torch.finfo(best.dtype).tiny), 0.0)
 
 
@@ -121,13 +124,18 @@ def similarity_matrix(
     ]
     result = torch.zeros(len(phis[0]), len(phis[1]), dtype=torch.float64)
     block = max(1, PAIR_BYTES // (8 * sizes[0] * sizes[1]))
-    for a in range(len(result)):
-        start = a if bases_b is None else 0
-        for low in range(start, len(phis[1]), block):
-            run = slice(low, min(low + block, len(phis[1])))
-            cosines = phis[1][run] @ phis[0][a].T  # [pairs, K_b, K_a]
-            ours = scales[0][a].expand(len(cosines), -1)
-            result[a, run] = _normalised(cosines.transpose(1, 2), ours, scales[1][run])
+    first = [
+        a if bases_b is None else 0 for a in range(len(result))
+    ]  # a symmetric matrix needs its upper half
+    pairs = [(a, b) for a in range(len(result)) for b in range(first[a], len(phis[1]))]
+    for start in range(0, len(pairs), block):
+        rows, columns = map(torch.tensor, zip(*pairs[start : start + block], strict=True))
+        cosines = []  # of the components of b with those of a
+        for a in rows.unique().tolist():
+            run = columns[rows == a]
+            stack = phis[1][int(run[0]) : int(run[-1]) + 1]
+            cosines.append((stack.flatten(0, 1) @ phis[0][a].T).view(len(run), sizes[1], sizes[0]))
+        result[rows, columns] = _normalised(torch.cat(cosines), scales[1][columns], scales[0][rows])
     if bases_b is None:
         result = result.triu() + result.triu(1).T
     return result
