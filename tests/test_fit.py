@@ -8,7 +8,7 @@ import torch
 from test_towers import build, images_for
 
 import residual_kernels as rk
-from residual_kernels import labels as labelling
+from residual_kernels.train import labels as labelling
 
 CLASSES = "abc"
 
@@ -173,9 +173,9 @@ def test_tasks_in_blocks_and_compiled(tower, cache, bases, head, monkeypatch):
     whole_graph = functools.partial(
         torch.compile, backend="aot_eager", fullgraph=True
     )  # inductor takes a minute
-    monkeypatch.setattr("residual_kernels.steps.torch.compile", whole_graph)
+    monkeypatch.setattr("residual_kernels.train.steps.torch.compile", whole_graph)
     compiled = rk.fit_many(residual, head, train, val, step="compiled", **options)
-    monkeypatch.setattr("residual_kernels.steps.BLOCK_BYTES", 25 * 8 * len(residual.weight) * 4)
+    monkeypatch.setattr("residual_kernels.train.steps.BLOCK_BYTES", 25 * 8 * len(residual.weight) * 4)
     found = rk.fit_many(residual, head, train, val, **options)
     for one in (compiled, found):
         assert (one.weight - expected.weight).abs().max() < 1e-9

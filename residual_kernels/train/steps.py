@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels import distributed
-from residual_kernels.batches import Batch, CachedRows, LoadedRows
-from residual_kernels.evaluation import Heads
 from residual_kernels.modules import TowerAdapter
+from residual_kernels.train.batches import Batch, CachedRows, LoadedRows
+from residual_kernels.train.evaluation import Heads
 
 STEPS = ("auto", "eager", "compiled", "graph")
 BLOCK_BYTES = 32 * 2**20  # of reweighted features that the tasks of one product may take

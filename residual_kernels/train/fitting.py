@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residual_kernels import checkpoints, distributed
-from residual_kernels.batches import CHUNK, CachedRows, LoadedRows, room, whole, widest
+from residual_kernels import distributed
 from residual_kernels.cache import UnitCache
-from residual_kernels.evaluation import Heads, balanced
 from residual_kernels.files import digest
-from residual_kernels.labels import label_table, shots_of, weights_of_classes
 from residual_kernels.modules import TowerAdapter
-from residual_kernels.results import Epoch, FitResult, ManyFits, Task
-from residual_kernels.steps import STEPS, Step, TaskWeights, blocks, bytes_of_a_row
+from residual_kernels.train import checkpoints
+from residual_kernels.train.batches import CHUNK, CachedRows, LoadedRows, room, whole, widest
+from residual_kernels.train.evaluation import Heads, balanced
+from residual_kernels.train.labels import label_table, shots_of, weights_of_classes
+from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
+from residual_kernels.train.steps import STEPS, Step, TaskWeights, blocks, bytes_of_a_row
 from residual_kernels.zeroshot import ZeroShotHead
 
 

@@ -1,4 +1,9 @@
-"""How are weights fitted? Schedule-free AdamW on cross-entropy, the paper's protocol by default, many fits at once."""
+"""How are weights fitted? Schedule-free AdamW on cross-entropy, the paper's protocol by default, many fits at once.
+
+`fitting.py` is how a fit goes, `steps.py` what one step is, `batches.py` how rows reach it, `labels.py` what a row is
+labelled and how much it counts, `evaluation.py` how good the outcome is, `results.py` what is reported and
+`checkpoints.py` how a fit goes on after it was killed.
+"""
 
 import math
 import os
@@ -7,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from residual_kernels.cache import UnitCache
-from residual_kernels.evaluation import Evaluation, Prediction, evaluate, predict
-from residual_kernels.fitting import Run
 from residual_kernels.modules import TowerAdapter
-from residual_kernels.results import Epoch, FitResult, ManyFits, Task
+from residual_kernels.train.evaluation import Evaluation, Prediction, evaluate, predict
+from residual_kernels.train.fitting import Run
+from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
 from residual_kernels.zeroshot import ZeroShotHead
 
 __all__ = [
