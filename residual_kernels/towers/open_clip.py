@@ -82,9 +82,12 @@ def _check_block(index: int, block: nn.Module) -> None:
     extra = {name for name, _ in attn.named_children()} - _ATTENTION_PARTS
     if extra:
         raise _refuse(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
-    if getattr(attn, "in_proj_weight", None) is None or not isinstance(attn.out_proj, nn.Linear):
+    out = attn.out_proj
+    if getattr(attn, "in_proj_weight", None) is None:
+        raise _refuse(f"attention of block {index} has no in_proj_weight")
+    if not isinstance(out, nn.Linear) or not out.weight.is_floating_point():
         raise _refuse(
-            f"attention of block {index} has no in_proj_weight, or an out_proj that is not nn.Linear"
+            f"out_proj of block {index} is {type(out).__name__} of {out.weight.dtype}, not a floating-point nn.Linear"
         )
     if getattr(attn, "bias_k", None) is not None or getattr(attn, "add_zero_attn", False):
         raise _refuse(f"attention of block {index} adds keys of its own (bias_k or add_zero_attn)")

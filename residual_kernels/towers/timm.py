@@ -108,11 +108,12 @@ def _check_block(index: int, block: nn.Module) -> None:
         raise _refuse(
             f"attention of block {index} ({type(attn).__name__}) has unknown parts {', '.join(sorted(unknown))}"
         )
-    if not isinstance(attn.proj, nn.Linear) or (
-        getattr(attn, "qkv", None) is None and getattr(attn, "q_proj", None) is None
-    ):
+    if getattr(attn, "qkv", None) is None and getattr(attn, "q_proj", None) is None:
+        raise _refuse(f"attention of block {index} has neither qkv nor q_proj")
+    if not isinstance(attn.proj, nn.Linear) or not attn.proj.weight.is_floating_point():
         raise _refuse(
-            f"attention of block {index} has neither qkv nor q_proj, or a proj that is not nn.Linear"
+            f"proj of attention in block {index} is {type(attn.proj).__name__} of {attn.proj.weight.dtype}, not a "
+            "floating-point nn.Linear"
         )
     if _is_post_norm(block) and norm_of(block.norm1) is None:
         raise _refuse(f"the norm behind attention of block {index} is {type(block.norm1).__name__}")
@@ -380,6 +381,17 @@ class TimmTower(TransformerTower):
         ]
         found = ["dropout behind attention or the final norm"] * any(getattr(m, "p", 0.0) for m in dropouts)
         return found + ["drop path"] * any(getattr(path, "drop_prob", 0.0) for path in paths)
+
+    def check_images(self, images: Tensor) -> None:
+        super().check_images(images)
+        embed = self.trunk.patch_embed
+        if self.image_size is None and not embed.dynamic_img_pad:
+            patch = tuple(embed.feat_ratio(as_scalar=False))
+            if images.shape[2] % patch[0] or images.shape[3] % patch[1]:
+                raise ValueError(
+                    f"this tower takes images whose sides are multiples of {patch[0]} x {patch[1]} pixels; got "
+                    f"{images.shape[2]} x {images.shape[3]}"
+                )
 
     def token_count(self, images: Tensor) -> int:
         height, width = self.trunk.patch_embed.dynamic_feat_size(tuple(images.shape[2:]))

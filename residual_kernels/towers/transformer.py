@@ -258,7 +258,7 @@ class TransformerTower(abc.ABC):
                 held["mlp"].append(self._select(mlp.unsqueeze(-2)))
         output, tokens = self.finish(x)
         if self.pooling == ATTENTION:
-            z = attended(self, x, held)
+            z = attended(self, x, held) if held else {}
             scale, mean = Norm(nn.Identity(), "none").statistics(output)
             return Terms(z=z, scale=scale, mean=mean, output=output, tokens=tokens)
         scale, mean = self.norm.statistics(self._select(x))
