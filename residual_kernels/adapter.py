@@ -167,7 +167,7 @@ def load_adapter(
     options = config["options"]
     arguments = inspect.signature(cls).parameters
     if not isinstance(options, dict) or set(options) - (set(arguments) - {"tower", "bases"}):
-        raise ValueError(f"{path / CONFIG} has unknown options {sorted(options)}; save the adapter again")
+        raise ValueError(f"{path / CONFIG} has unknown options {options!r}; save the adapter again")
     stored, header = load_tensors(path / WEIGHTS, WHAT)
     if header["sha256"] != config["weights_sha256"]:
         raise ValueError(f"{path / WEIGHTS} is not the file that {CONFIG} names; save the adapter again")
@@ -216,6 +216,8 @@ def _bases_for(
         if config["bases_sha256"] is None:
             return None
         return SpectralBases.load(path / BASES, sha256=config["bases_sha256"])
+    if not isinstance(reference, dict) or {"fingerprint", "count", "where"} - set(reference):
+        raise ValueError(f"{path / CONFIG} has a damaged reference to its bases; save the adapter again")
     if isinstance(given, SpectralBases):
         return _referred(given, reference, sizes, "the argument bases")
     where = Path(given) if given is not None else path / reference["where"] if reference["where"] else None

@@ -36,6 +36,7 @@ class _Shared(nn.Module):
         self.label = _label(adapter)
         self.stream = getattr(adapter, "placement", "output") == "stream"
         self.kinds, self.reads = ((), ()) if self.stream else (adapter.kinds, adapter._reads())
+        self.register_buffer("removed_mean", adapter.removed_mean.double(), persistent=False)
         tower = {id(adapter.tower): adapter.tower}  # which is not copied
         if isinstance(adapter, UnitAdapter):
             self.sizes = adapter._sizes
@@ -151,12 +152,12 @@ class AdapterSet(TowerAdapter):
 
     def add(self, name: str, adapter: TowerAdapter, head: ZeroShotHead | None = None) -> None:
         """Adds an adapter made on this tower; a ValueError says what does not fit, and then nothing is changed."""
-        if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict, name):
+        if name in self.members:
+            raise ValueError(f"there is an adapter {name!r} already; remove it first, or choose another name")
+        if not isinstance(name, str) or not name or "." in name or hasattr(self.members, name):
             raise ValueError(
                 f"an adapter's name must be a word without dots that nn.ModuleDict does not use itself; got {name!r}"
             )
-        if name in self.members:
-            raise ValueError(f"there is an adapter {name!r} already; remove it first, or choose another name")
         if not isinstance(adapter, UnitAdapter | OutputSpectral):
             raise ValueError(
                 f"an AdapterSet takes adapters that learn one weight vector (ResiDual, CoarseHeads, OutputSpectral); "
@@ -191,6 +192,9 @@ class AdapterSet(TowerAdapter):
             raise ValueError(f"there is no adapter {name!r} here; known are {', '.join(self.members)}")
         return self.members[name]
 
+    def _shared_by(self, name: str) -> _Shared:
+        return self.shared[self._member(name).key]
+
     def index(self, names: Sequence[str | None]) -> Tensor:
         """Positions [N] int64 of names, -1 for None, on the tower's device."""
         for name in set(names) - {None}:
@@ -207,16 +211,26 @@ class AdapterSet(TowerAdapter):
     @property
     def adapted(self) -> tuple[str, ...]:
         """Kinds that a cache must hold for the active adapter."""
-        return () if self._active is None else self.shared[self.members[self._active].key].reads
+        return () if self._active is None else self._shared_by(self._active).reads
 
     def _kinds(self, keys) -> tuple[str, ...]:
         return tuple(dict.fromkeys(kind for key in keys for kind in self.shared[key].kinds))
 
     def trainable(self) -> list[nn.Parameter]:
-        return [] if self._active is None else [self.members[self._active].weight]
+        if self._active is None:
+            raise ValueError(f"no adapter is active; set .active to one of {', '.join(self.members)}")
+        return [self.members[self._active].weight]
+
+    @property
+    def removed_mean(self) -> Tensor:
+        """That of the active adapter; zero for the tower's own output."""
+        if self._active is None:
+            like = next(self.tower.parameters())
+            return like.new_zeros(self.dim)
+        return self._shared_by(self._active).removed_mean.to(self.members[self._active].weight)
 
     def _chosen(self, names: str | Sequence[str | None] | Tensor | None, rows: int):
-        """(name, None) for one adapter or none; (index [N], keys of the groups it may touch) for one a row."""
+        """(member or None, None) for all rows alike; (index [N], keys of the groups it may touch) for one a row."""
         if names is None or isinstance(names, str):
             name = self._active if names is None else names
             return (None if name is None else self._member(name)), None
@@ -257,7 +271,11 @@ class AdapterSet(TowerAdapter):
     def from_units(self, batch: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
         """y [N, D] from terms collected before, by the active adapter or by `names`."""
         chosen, keys = self._chosen(names, len(batch.output))
-        touched = keys if keys is not None else () if chosen is None else (chosen.key,)
+        self._check_terms(batch, keys if keys is not None else () if chosen is None else (chosen.key,))
+        return batch.output if chosen is None else self._read(batch, chosen, keys)
+
+    def _check_terms(self, batch: Terms, touched: Sequence[str]) -> None:
+        """Raises ValueError unless these terms are all that the groups `touched` read."""
         if any(self.shared[key].stream for key in touched):
             raise ValueError(
                 "an adapter of these works inside the tower, so units kept before cannot tell its output; give images"
@@ -268,10 +286,35 @@ class AdapterSet(TowerAdapter):
                 f"this batch holds no terms of kind {', '.join(dict.fromkeys(missing))}; "
                 "encode with kinds that include it"
             )
-        return batch.output if chosen is None else self._read(batch, chosen, keys)
 
     def _embed(self, batch: Terms) -> Tensor:
         return self.from_units(batch)
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        """The terms that the active adapter reads: what they become depends on which one that is."""
+        self._check_terms(batch, () if self._active is None else (self._member(self._active).key,))
+        kept = {f"z.{kind}": batch.z[kind] for kind in self.adapted}
+        return {"scale": batch.scale, "mean": batch.mean, "output": batch.output, **kept}
+
+    def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
+        if self._active is not None and self._shared_by(self._active).stream:
+            return {"images": images}  # inside the tower everything depends on the weight
+        return super().features_of_images(images)
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        shared = self._shared_by(self._active)
+        found = []
+        for task, weight in enumerate(weights[0]):
+            if shared.stream:
+                edit = shared.units["head"].edit(weight)
+                batch = self._view.terms(features["images"], (), edit)
+            else:
+                own = features["scale"].ndim == 2  # rows of its own for every task
+                one = {name: value[task] if own else value for name, value in features.items()}
+                z = {name.removeprefix("z."): value for name, value in one.items() if name.startswith("z.")}
+                batch = Terms(z=z, scale=one["scale"], mean=one["mean"], output=one["output"])
+            found.append(shared(batch, weight).to(weight.dtype))
+        return torch.stack(found)
 
     def merge(self) -> nn.Module:
         raise ValueError(

@@ -73,6 +73,7 @@ def test_each_row_gets_what_its_adapter_gives_alone(tower, bases):
             adapters.active = name
             assert torch.equal(adapters(images), adapter(images))
             assert torch.equal(adapters(images, name), adapter(images))
+            torch.testing.assert_close(adapters.removed_mean, adapter.removed_mean)
         adapters.active = None
         assert torch.equal(adapters(images), tower(images))
 
@@ -151,6 +152,9 @@ def test_added_removed_and_kept(tower, bases, tmp_path):
         adapters.remove("digits")
         assert adapters.active is None
         assert torch.equal(adapters(images), tower(images))
+        assert not adapters.removed_mean.any()
+        with pytest.raises(ValueError, match="no adapter is active"):
+            adapters.trainable()
         assert torch.equal(adapters(images, "letters"), letters(images))
         adapters.remove("mean")
         assert adapters.groups == (("letters",),)
@@ -173,6 +177,8 @@ def test_refusals_change_nothing(tower, bases):
         (lambda: rk.AdapterSet(tower, {"a": rk.CoarseHeads(tower)}, heads={"b": None}), "heads names b"),
         (lambda: adapters.add("digits", rk.CoarseHeads(tower)), "there is an adapter 'digits' already"),
         (lambda: adapters.add("a.b", rk.CoarseHeads(tower)), "without dots"),
+        (lambda: adapters.add("training", rk.CoarseHeads(tower)), "nn.ModuleDict"),
+        (lambda: adapters.add(3, rk.CoarseHeads(tower)), "nn.ModuleDict"),
         (lambda: adapters.add("keys", rk.CoarseHeads(tower)), "nn.ModuleDict"),
         (lambda: adapters.add("linear", rk.OutputLinear(tower)), "one weight vector"),
         (lambda: adapters.add("set", adapters), "one weight vector"),
@@ -230,3 +236,22 @@ def test_compiled_moved_attached_and_fitted():
         assert (y.float() - adapters(images, index)).norm() < 0.05 * adapters(images, index).norm()
     assert adapters.detach() is tower
     assert adapters.tower is tower
+
+
+def test_evaluated_like_the_adapter_itself(tower, bases):
+    alone = several(tower, bases)
+    adapters = rk.AdapterSet(tower, alone)
+    head = head_for(tower, 4)
+    batches = [(images_for(tower, 12, seed=5), torch.arange(12) % 4)]
+    cache = rk.encode(tower, batches, kinds=("head", "mlp"))
+    for name in ("digits", "full", "coarse", "output", "stream"):
+        data = batches if name == "stream" else cache
+        adapters.active = name
+        found, expected = rk.evaluate(adapters, head, data), rk.evaluate(alone[name], head, data)
+        assert found.accuracy == expected.accuracy
+        assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    with pytest.raises(ValueError, match="works inside the tower"):
+        rk.evaluate(adapters, head, cache)
+    adapters.active = None
+    with pytest.raises(ValueError, match="no adapter is active"):
+        rk.evaluate(adapters, head, cache)
