@@ -164,6 +164,7 @@ def test_bases_merge_save_load_and_refuse(tmp_path):
         (lambda: rk.ResiDual(tower, both, "sum", placement="stream"), "leave rest='sum' out"),
         (lambda: rk.ResiDual(tower, both, placement="stream", layers=[2]), "layers 0 to 1"),
         (lambda: rk.ResiDual(tower, both, placement="stream", layers=[]), "layers 0 to 1"),
+        (lambda: rk.ResiDual(tower, both, placement="stream", layers=1), r"such as \[1\]"),
         (lambda: rk.ResiDual(tower, both, placement="stream", tokens="some"), "tokens must be one of"),
         (lambda: rk.ResiDual(tower, output, layers=[0]), "layers belongs"),
         (lambda: rk.ResiDual(tower, output, tokens="all"), "belongs to placement"),

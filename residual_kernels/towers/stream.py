@@ -67,6 +67,8 @@ def check_layers(view: Tower, layers: Iterable[int] | None) -> tuple[int, ...]:
     depth = view.layout.layers
     if layers is None:
         return tuple(range(depth))
+    if isinstance(layers, int | str):
+        raise ValueError(f"layers must be several numbers of layers, such as [{layers}]; got {layers!r}")
     chosen = sorted({int(layer) for layer in layers})
     if not chosen or chosen[0] < 0 or chosen[-1] >= depth:
         raise ValueError(f"layers must name some of the layers 0 to {depth - 1}; got {chosen}")
