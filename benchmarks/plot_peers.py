@@ -71,7 +71,7 @@ def draw(result: dict, to: Path) -> None:
         fontsize=9,
     )  # fmt: skip
     lines = -(-len(handles) // 5)
-    figure.tight_layout(rect=(0, 0.03 + 0.25 * lines / figure.get_figheight(), 1, 1))
+    figure.tight_layout(rect=(0, 0.01 + 0.2 * lines / figure.get_figheight(), 1, 1))
     figure.savefig(to, dpi=130)
     plt.close(figure)
 

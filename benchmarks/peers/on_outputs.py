@@ -19,7 +19,7 @@ def linear_probe(task: Task, train: Split, settings: dict[str, Any], seed: int) 
     """Logistic regression on the outputs by L-BFGS, its strength chosen on validation (Radford et al. 2021)."""
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(C=settings["C"], max_iter=1000, random_state=seed)
+    model = LogisticRegression(C=settings["C"], max_iter=5000, random_state=seed)
     model.fit(train.units.output.numpy(), train.labels.numpy())
     return Fitted(
         lambda split: torch.from_numpy(model.decision_function(split.units.output.numpy())).float(),
