@@ -325,6 +325,18 @@ def test_what_has_no_exact_units_is_told_why(kind):
         rk.decompose(model, torch.randn(1, 3, 16, 16))
 
 
+def test_quantised_and_pruned_layers_are_refused():
+    model = clip()
+    model.vision_model.encoder.layers[1].self_attn.num_heads = 6
+    with pytest.raises(rk.UnsupportedTowerError, match="layers with other heads"):
+        rk.decompose(model, images_for(model))
+    model = clip()
+    out = model.vision_model.encoder.layers[1].self_attn.out_proj
+    out.weight = torch.nn.Parameter(torch.zeros(48, 48, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(rk.UnsupportedTowerError, match=r"block 1 is quantised \(torch.int8\)"):
+        rk.decompose(model, images_for(model))
+
+
 def test_the_whole_way(tmp_path):
     """Batches as transformers has them, a cache, a fit by prototypes, an adapter on disk; the model unchanged."""
     model = TINY["Dinov2Model"]()

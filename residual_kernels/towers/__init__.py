@@ -15,7 +15,8 @@ How to write a view of another family:
 4. `block` runs one block with the model's own norms, MLP, LayerScale and position tables, but writes out the attention,
    because z is what enters its output projection: after inner norms, gates and head scales, [N, tokens, heads, C].
    With `first_only` only the first token's query is computed.
-   The MLP's term is all that its branch adds. `edit`, where there is one, changes what attention adds.
+   The MLP's term is all that its branch adds. `edit`, where there is one, changes what attention adds. `blocks` are the
+   modules that it runs, whose gradient checkpointing and sharding (FSDP2) are honoured.
 5. `out_projection` names the projection's parameters, LayerScale as `gamma`. Where a norm stands behind the projection
    (post-norm blocks) it is named too, and z is `norm.coordinates(z, attended)`.
 6. `norm`, `projection` and `finish` (the model's own code again) end it: output = norm(pooled) P + p. Attention pooling

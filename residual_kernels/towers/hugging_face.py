@@ -189,6 +189,9 @@ def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
     _check_embeddings(kind, found["embeddings"])
     for index, layer in enumerate(found["layers"]):
         _check_layer(index, layer)
+    attentions = [_first(layer, _ATTENTION) for layer in found["layers"]]
+    if len({(_heads(attn), _first(attn, _OUT).in_features) for attn in attentions}) > 1:
+        raise _refuse(f"{kind} has layers with other heads than the first, as pruned ones have")
     if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
         raise _refuse(f"{kind} normalises its class token twice (BlipForImageTextRetrieval does not)")
     return found
@@ -226,7 +229,12 @@ def _check_layer(index: int, layer: nn.Module) -> None:
     extra = set().union(*(_children(part) for part in inside)) - _ATTENTION_PARTS
     if extra:
         raise _refuse(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
-    if not isinstance(_first(attn, _OUT), nn.Linear) or not (hasattr(attn, "qkv") or _first(attn, _QKV[0])):
+    out = _first(attn, _OUT)
+    if isinstance(out, nn.Linear) and not out.weight.is_floating_point():
+        raise _refuse(
+            f"block {index} is quantised ({out.weight.dtype}): units are made of its output projection's numbers"
+        )
+    if not isinstance(out, nn.Linear) or not (hasattr(attn, "qkv") or _first(attn, _QKV[0])):
         raise _refuse(
             f"attention of block {index} has no q_proj or qkv, or an output projection that is not nn.Linear"
         )
@@ -295,7 +303,7 @@ class HuggingFaceTower(TransformerTower):
     def __init__(self, module: nn.Module):
         self.module = tower = image_tower(module)
         attn = _first(tower.layers[0], _ATTENTION)
-        self.width = len(tower.norm.weight)
+        self.width = tower.norm.normalized_shape[0]
         self.layout = UnitLayout(len(tower.layers), _heads(attn), pool=tower.pooler is not None)
         self.head_width = _first(attn, _OUT).in_features // self.layout.heads
         self.dim = self.width if tower.projection is None else tower.projection.out_features
