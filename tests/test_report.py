@@ -9,10 +9,12 @@ import re
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 
 import residual_kernels as rk
 from residual_kernels import cli
@@ -379,3 +381,22 @@ def test_on_the_command_line(world, run, tmp_path):
         assert message in err
         assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "page").exists()
+
+
+@pytest.mark.parametrize("name", ["GALLERY.md", "STORY.md"])
+def test_the_gallery_is_whole(name):
+    """Pictures are there and small, links lead somewhere, and the commands are ones that the program has."""
+    docs = Path(__file__).parent.parent / "docs"
+    text = (docs / name).read_text(encoding="utf-8")
+    links = re.findall(r"\]\((?!http)([^)]+)\)", text)
+    assert len(links) > 8
+    for link in links:
+        assert 0 < (docs / link).stat().st_size < 200_000, link
+    commands = re.findall(r"^residual-kernels (\w+) (.*)$", text, flags=re.MULTILINE)
+    assert {"fit", "report"} <= {command for command, _ in commands}
+    known = get_command(cli.app).commands
+    for command, rest in commands:
+        options = {option for parameter in known[command].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= options
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        compile(block, name, "exec")

@@ -166,7 +166,7 @@ def _curves(adapter: TowerAdapter, head: ZeroShotHead, cache: UnitCache) -> tupl
     tower = adapter.tower
     scores = {
         "correlation with the output": correlations(tower, cache),
-        "the same among class vectors": correlations(tower, cache, properties=head),
+        "correlation along the class vectors": correlations(tower, cache, properties=head),
         "their own accuracy": own_accuracy(tower, cache, head),
     }
     found = selection_curves(tower, cache, head, scores)

@@ -17,8 +17,11 @@ function make(tag, attributes = {}, ...children) {
   for (const child of children.flat()) if (child !== null) node.append(child);
   return node;
 }
-const number = (value, digits) => value.toFixed(digits).replace("-", "−");
-const signed = (value, digits) => (value > 0 ? "+" : "") + number(value, digits);
+function number(value, digits) { // with a true minus sign, and none before zero
+  const text = value.toFixed(digits);
+  return Number(text) === 0 ? text.replace("-", "") : text.replace("-", "−");
+}
+const signed = (value, digits) => (Number(value.toFixed(digits)) > 0 ? "+" : "") + number(value, digits);
 const percent = (value, digits = 1) => number(100 * value, digits) + "%";
 
 // ---- colours of the theme

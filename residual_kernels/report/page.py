@@ -143,6 +143,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "shown_classes": len(shown),
         "grid": _grid(facts, measures) if measures else None,
         "has_components": facts.reading is not None,
+        "relative": facts.rest == "zero",
         "cards": {"raised": bool(facts.raised), "faded": bool(facts.faded)}
         if facts.reading is not None
         else None,

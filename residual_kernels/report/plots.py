@@ -13,12 +13,13 @@ from matplotlib.ticker import LogLocator, NullLocator
 from residual_kernels.analysis.weights import Component
 from residual_kernels.files import atomic_path
 from residual_kernels.images import Images
-from residual_kernels.pictures import BLUE, DPI, GREEN, GREY, ORANGE
+from residual_kernels.pictures import BLUE, GREEN, GREY, ORANGE
 from residual_kernels.report.charts import accuracy_range, classes_shown
 from residual_kernels.report.facts import ENERGY, Facts, Outcome
 from residual_kernels.report.names import component_name, percent, short, signed
 from residual_kernels.report.thumbnails import cropped
 
+DPI = 130
 PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"  # Okabe and Ito's, as in pictures.py
 SEQUENTIAL = LinearSegmentedColormap.from_list("sequential", ["#f4f6f8", "#8dbbdc", BLUE, "#06304f"])
 DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#8f3d00", ORANGE, "#f1f1ef", BLUE, "#003f66"])
@@ -115,6 +116,12 @@ def _confusion(axes: Axes, outcome: Outcome, shown: list[int], names: list[str])
     return drawn
 
 
+def _written(form: str, value: float) -> str:
+    """A number with a true minus sign, and no sign before zero."""
+    text = form.format(value)
+    return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
+
+
 def unit_grid(
     facts: Facts, values: dict[int, float], title: str, *, centre: float | None, form: str, shift: float = 1
 ) -> Figure:
@@ -137,7 +144,7 @@ def unit_grid(
             depth = float(drawn.norm(grid[layer, column]))
             strong = depth > 0.6 if centre is None else abs(depth - 0.5) > 0.28
             axes.text(
-                column, layer, form.format(shift * grid[layer, column]).replace("-", "−"), ha="center",
+                column, layer, _written(form, shift * grid[layer, column]), ha="center",
                 va="center", fontsize=8, color="white" if strong else "#222",
             )  # fmt: skip
     labels = [str(head) for head in range(heads)] + ["MLP"] * (grid.shape[1] - heads)
@@ -149,7 +156,7 @@ def unit_grid(
     axes.set_ylabel("layer")
     axes.set_title(title)
     bar = figure.colorbar(drawn, ax=axes, shrink=0.9)
-    bar.formatter = lambda value, _: form.format(shift * value).replace("-", "−")
+    bar.formatter = lambda value, _: _written(form, shift * value)
     bar.outline.set_visible(False)
     bar.update_ticks()
     return figure
@@ -253,7 +260,7 @@ def component_strip(facts: Facts, component: Component, ids: list[int], pictures
     )
     words = facts.words.get(component.index, ((), ()))
     columns, tall = len(sides[0][1]), 1.62  # of a row: caption, image, coefficient
-    figure = _figure(0.95 * columns + 0.2, 0.95 * 2 * tall + 0.3)
+    figure = _figure(0.95 * columns + 0.2, 0.95 * (2 * tall + 0.4) + 0.2)
     axes = figure.add_subplot()
     for line, ((end, rows, values), side) in enumerate(zip(sides, words, strict=True)):
         top = line * tall
@@ -264,12 +271,10 @@ def component_strip(facts: Facts, component: Component, ids: list[int], pictures
                 image, extent=(column, column + 0.95, top + 0.95, top), interpolation="nearest", zorder=2
             )
             axes.text(column + 0.475, top + 1.12, signed(value), ha="center", fontsize=7, color=GREY)
-    axes.set(xlim=(0, columns), ylim=(2 * tall - 0.4, -0.3), aspect="equal")
+    name = f"{component_name(component)}: weight {signed(component.weight).lstrip('+')} (1 is unchanged)"
+    axes.text(0, -0.5, name, fontsize=11)
+    axes.set(xlim=(0, columns), ylim=(2 * tall - 0.4, -0.8), aspect="equal")
     axes.set_axis_off()
-    axes.set_title(
-        f"{component_name(component)}: weight {signed(component.weight).lstrip('+')} (1 is unchanged)",
-        fontsize=11,
-    )
     return figure
 
 
