@@ -297,6 +297,18 @@ def test_adapters_without_components(world, method):
     assert "components" not in {table.name for table in tables.tables(facts)}
 
 
+def test_hardly_any_images(world):
+    """Three images of one picture: nothing varies, nothing is NaN on the page, and no map where no unit has a layer."""
+    one = world.pictures.preprocess(world.pictures.pictures[0]).expand(3, -1, -1, -1)
+    cache = rk.encode(world.tower, [(one, torch.zeros(3))], kinds=("emb", "head"), class_names=NAMES)
+    bases = rk.fit_bases(world.tower, cache, ("emb",))
+    facts = gather(rk.ResiDual(world.tower, bases, "sum"), world.head, cache, world.source)
+    text = page._render(facts, cache.ids.tolist(), world.pictures, "", tables.tables(facts), "report")
+    assert 'class="grid' not in text
+    assert "nan" not in " ".join((*sentences.findings(facts), *sentences.captions(facts).values()))
+    assert list(data_of(text)["units"]) == ["0"]
+
+
 def test_refusals(world, made, tmp_path, monkeypatch):
     facts, _, _, residual = made
     unlabelled = rk.encode(world.tower, [torch.rand(4, 3, 32, 32)], kinds=("head", "mlp"))

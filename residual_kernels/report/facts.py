@@ -112,6 +112,13 @@ class Facts:
         return self.layout.select("head")
 
     @property
+    def mapped(self) -> tuple[Unit, ...]:
+        """Units of the weight map: all adapted ones that belong to a layer."""
+        return tuple(
+            unit for unit in self.layout if unit.index in self.unit_weight and unit.layer is not None
+        )
+
+    @property
     def counts(self) -> Tensor:
         """[K] images of each class."""
         return self.before.confusion.sum(1)

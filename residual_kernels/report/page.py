@@ -127,7 +127,7 @@ def _context(facts: Facts) -> dict[str, Any]:
     """What the template itself says; what its figures show is in :func:`_data`."""
     before, after = facts.before, facts.after
     shown, present = classes_shown(facts), int((facts.counts > 0).sum())
-    measures = _measures(facts)
+    measures = _measures(facts) if facts.mapped else []
     return {
         "title": f"{facts.source.data}: {percent(before.accuracy)} → {percent(after.accuracy)}",
         "source": facts.source,
@@ -186,7 +186,7 @@ def _class_rows(facts: Facts) -> list[dict[str, str]]:
 def _measures(facts: Facts) -> list[dict[str, Any]]:
     """What the weight map can show of a unit: its key, what it is called and means, and how it is written."""
     found = []
-    if facts.unit_weight:
+    if facts.mapped:
         hint = "1 is unchanged, blue is raised, orange is faded."
         if facts.reading is not None:
             hint = f"The mean over a head's components, in proportion to their variance. {hint}"
@@ -209,7 +209,7 @@ def _measures(facts: Facts) -> list[dict[str, Any]]:
 def _grid(facts: Facts, measures: list[dict[str, Any]]) -> dict[str, Any]:
     layers, heads = facts.layout.layers, facts.layout.heads
     cells: list[list[Unit | None]] = [[None] * (heads + 1) for _ in range(layers)]
-    for unit in _units(facts):
+    for unit in facts.mapped:
         cells[unit.layer][heads if unit.head is None else unit.head] = unit
     with_mlp = any(row[heads] is not None for row in cells)
     return {
@@ -217,11 +217,6 @@ def _grid(facts: Facts, measures: list[dict[str, Any]]) -> dict[str, Any]:
         "columns": [*map(str, range(heads)), *(["MLP"] if with_mlp else [])],
         "rows": cells if with_mlp else [row[:heads] for row in cells],
     }
-
-
-def _units(facts: Facts) -> list[Unit]:
-    """Units of the weight map: all adapted ones that belong to a layer."""
-    return [unit for unit in facts.layout if unit.index in facts.unit_weight and unit.layer is not None]
 
 
 def _data(facts: Facts, ids: list[int], pictures: Images | None) -> dict[str, Any]:
@@ -240,7 +235,7 @@ def _data(facts: Facts, ids: list[int], pictures: Images | None) -> dict[str, An
         "charts": charts(facts),
         "measures": _measures(facts),
         "units": units,
-        "first": max((unit.index for unit in _units(facts)), key=lambda i: score[i], default=None),
+        "first": max((unit.index for unit in facts.mapped), key=lambda i: score[i], default=None),
         "cards": {
             "raised": [where[component.index] for component in facts.raised],
             "faded": [where[component.index] for component in facts.faded],

@@ -303,6 +303,8 @@ def draw(facts: Facts, folder: Path, ids: list[int], pictures: Images | None) ->
 def grids(facts: Facts) -> list[tuple[str, dict[int, float], str, dict]]:
     """(name, value of a unit, title, how it is drawn) of the weight maps that these facts have."""
     found = []
+    if not facts.mapped:  # the token embedding alone has no place on a map of layers and heads
+        return found
     if facts.unit_weight:
         found.append(
             ("weights", facts.unit_weight, "mean weight (1 is unchanged)", {"centre": 1.0, "form": "{:.2f}"})

@@ -121,15 +121,15 @@ def _depth(facts: Facts) -> str:
     grid = facts.nonlinear.view(layers, -1).nanmedian(1).values
     linear = facts.linear.double().view(layers, -1).median(1).values
     peak = int(linear.argmax())
-    return (
+    said = (
         f"Going up, the median head needs {linear[0]:.0f} components in layer 0, {linear[peak]:.0f} at most "
-        f"(layer {peak}) and {linear[-1]:.0f} in the last. TwoNN, which sees curved surfaces too, counts "
-        f"{grid[0]:.1f} in layer 0 and {grid[-1]:.1f} in the last: fewer, so heads lie on curved surfaces inside their "
-        "linear span."
-        if bool((grid < linear).all())
-        else f"Going up, the median head needs {linear[0]:.0f} components in layer 0, {linear[peak]:.0f} at most "
-        f"(layer {peak}) and {linear[-1]:.0f} in the last; TwoNN counts {grid[0]:.1f} and {grid[-1]:.1f}."
+        f"(layer {peak}) and {linear[-1]:.0f} in the last."
     )
+    if grid.isnan().any():  # too few images, or too alike
+        return said
+    said += f" TwoNN, which follows curved surfaces, counts {grid[0]:.1f} in layer 0 and {grid[-1]:.1f} in the last"
+    fewer = bool((grid < linear).all())
+    return said + (": fewer, so heads lie on curved surfaces inside their linear span." if fewer else ".")
 
 
 def _alike(facts: Facts) -> str:
