@@ -14,6 +14,15 @@ from residual_kernels import distributed
 CLASSES = "abc"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As the processes have: a tower rounds otherwise with another number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def a_tower(dtype):
     return build().to(dtype)
 

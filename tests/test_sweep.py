@@ -58,7 +58,9 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny-sweep.json"
     path.write_text(json.dumps(TINY))
     open_clip.add_model_config(path)
-    return {"model": "tiny-sweep", "pretrained": "none"}
+    yield {"model": "tiny-sweep", "pretrained": "none"}
+    open_clip.factory._MODEL_CONFIG_PATHS.remove(path)
+    del open_clip.factory._MODEL_CONFIGS["tiny-sweep"]
 
 
 @pytest.fixture
