@@ -21,7 +21,7 @@ import open_clip
 import torch
 
 import residual_kernels as rk
-from benchmarks.main_job import cpu_name, interleaved
+from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels import towers
 from residual_kernels.analysis import TextDictionary, analyze, nearest_two
 from residual_kernels.analysis.words import bundled_phrases

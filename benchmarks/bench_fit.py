@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 import residual_kernels as rk
-from benchmarks.main_job import cpu_name, interleaved
+from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels.files import write_json
 
 BATCH, CLASSES = 64, 100

@@ -24,6 +24,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels import backends, ops, reference
 from residual_kernels.ops import torch_backend
 from residual_kernels.shapes import SHAPES, Problem, Shape, problem
@@ -168,12 +169,6 @@ def gemm_runner() -> Callable[[], Tensor]:
     return lambda: a @ b
 
 
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
 def extra_memory(run: Callable[[], object]) -> int | None:
     """Bytes by which the process grew at most while it ran; None where the kernel does not tell."""
 
@@ -191,14 +186,6 @@ def extra_memory(run: Callable[[], object]) -> int | None:
     except (OSError, AttributeError):
         return None
     return max(0, high - before)
-
-
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            times[name].append(seconds(run))
-    return times
 
 
 def bench_reweight(
@@ -314,14 +301,6 @@ def markdown(record: dict) -> str:
                 f"| {100 * m['share_of_sgemm']:.0f} % | {extra} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def cpu_name() -> str:
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:

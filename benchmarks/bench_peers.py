@@ -12,6 +12,9 @@ seed, at the end. The class vectors are the text's for everyone but the linear p
 seconds: one fit with the chosen configuration on one thread (mean over seeds); methods on cached units or outputs need
 the encoding once in addition, which is told. memory: growth of the resident peak of a fresh process during its first
 fit (Linux).
+
+Every row is written as it is found, to <out>.rows.jsonl; the same command goes on after the last one, and takes the
+file away when all are there.
 """
 
 import argparse
@@ -25,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.main_job import cpu_name
+from benchmarks.cpu_clock import cpu_name
 from benchmarks.peers import METHODS, Split, Task, digits, few, photographs
 from residual_kernels.files import write_json
 
@@ -113,16 +116,46 @@ def _cell(arguments: tuple) -> dict:
     return cell(*arguments)
 
 
+def _key(row: dict) -> tuple:
+    return row["task"], row["shots"], row["method"]
+
+
+def found_rows(kept: Path, conditions: dict) -> list[dict]:
+    """The rows of a run that was cut short, under the same conditions (the file's first line); none without a file."""
+    head = json.dumps({"conditions": conditions}) + "\n"
+    lines = kept.read_text().splitlines(keepends=True) if kept.is_file() else [head]
+    if lines[0] != head:
+        raise SystemExit(
+            f"{kept} holds rows found under other conditions ({lines[0].strip()}); remove it to start anew"
+        )
+    whole = [line for line in lines if line.endswith("\n")]  # a killed run may have cut its last one
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("".join(whole))
+    return [json.loads(line) for line in whole[1:]]
+
+
 def run(
-    photos: Path | None, methods: list[str], shots: list, seeds: list, workers: int, say: Callable = print
+    photos: Path | None,
+    methods: list[str],
+    shots: list,
+    seeds: list,
+    workers: int,
+    kept: Path,
+    say: Callable = print,
 ) -> dict:
-    """All rows; every cell in a fresh process of one thread, `workers` of them at a time."""
+    """All rows; every cell in a fresh process of one thread, `workers` of them at a time; each appended to `kept`."""
     names = ["digits"] + ([] if photos is None else ["photographs"])
+    conditions = {"cpu": cpu_name(), "torch": torch.__version__, "workers": workers, "seeds": list(seeds)}
+    rows = found_rows(kept, conditions)
+    # what takes longest goes first
     cells = [(task, count, name) for name in methods[::-1] for count in shots for task in names]
-    start, rows = time.perf_counter(), []
+    left = [each for each in cells if each not in set(map(_key, rows))]
+    start = time.perf_counter()
 
     def record(row: dict) -> None:
         rows.append(row)
+        with kept.open("a") as file:
+            file.write(json.dumps(row) + "\n")
         say(
             f"[{time.perf_counter() - start:6.1f} s] {row['task']:12s} {row['shots'] or 'all'!s:>3s} "
             f"{row['method']:16s} {row['accuracy']:.3f} +- {row['std']:.3f}  {row['settings']}"
@@ -130,13 +163,12 @@ def run(
 
     load_tasks(photos)
     with multiprocessing.get_context("fork").Pool(workers, maxtasksperchild=1) as pool:
-        for row in pool.imap_unordered(_cell, [(*c, seeds) for c in cells]):
+        for row in pool.imap_unordered(_cell, [(*each, seeds) for each in left]):
             record(row)
     order = [(task, count, name) for task in names for count in shots for name in methods]
-    rows.sort(key=lambda row: order.index((row["task"], row["shots"], row["method"])))
+    rows = sorted((row for row in rows if _key(row) in order), key=lambda row: order.index(_key(row)))
     return {
-        "cpu": cpu_name(), "torch": torch.__version__, "workers": workers, "seeds": list(seeds),
-        "seconds": time.perf_counter() - start,
+        **conditions,
         "tasks": {
             name: {
                 "train": len(task.train.labels), "val": len(task.val.labels), "test": len(task.test.labels),
@@ -201,11 +233,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=2, help="processes at a time, of one thread each")
     arguments = parser.parse_args()
+    kept = arguments.out.with_suffix(".rows.jsonl")
     result = run(
         arguments.photos, arguments.methods, [count or None for count in arguments.shots], arguments.seeds,
-        arguments.workers, say=lambda text: print(text, flush=True),
+        arguments.workers, kept, say=lambda text: print(text, flush=True),
     )  # fmt: skip
     write_json(arguments.out.with_suffix(".json"), result)
+    kept.unlink()
     text = table(json.loads(arguments.out.with_suffix(".json").read_text()))
     arguments.out.with_suffix(".md").write_text(text)
     print(text)

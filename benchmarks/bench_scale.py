@@ -20,7 +20,7 @@ import open_clip
 import torch
 
 import residual_kernels as rk
-from benchmarks.main_job import cpu_name, interleaved
+from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels.cache import shards
 from residual_kernels.cache.folder import finish
 from residual_kernels.files import write_json

@@ -7,39 +7,15 @@ Random weights at true widths; variants take turns in every round, and ratios ar
 
 import argparse
 import json
-import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import open_clip
 import torch
 
 import residual_kernels as rk
+from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels.files import write_json
-
-
-def cpu_name() -> str:
-    """The processor's own name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every variant in every round; each is run once before, and they take turns."""
-    times = {name: [] for name in variants}
-    for run in variants.values():
-        run()
-    for _ in range(rounds):
-        for name, run in variants.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def towers(name: str, batch: int, rounds: int) -> dict:

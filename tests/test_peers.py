@@ -108,6 +108,35 @@ def test_a_row_holds_what_the_table_and_the_picture_need(small, tmp_path):
     assert (tmp_path / "peers.png").stat().st_size > 10_000
 
 
+@pytest.fixture
+def one_thread():
+    """As load_tasks has it: a forked process cannot use its parent's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_killed_run_goes_on_after_its_last_whole_row(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_peers, "load_tasks", lambda photos: None)
+    kept, said = tmp_path / "new" / "peers.rows.jsonl", []
+    arguments = (None, ["base", "Tip-Adapter"], [2], [0, 1], 1, kept)
+    first = bench_peers.run(*arguments, say=said.append)
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(said) == 2
+    assert len(lines) == 3
+    kept.write_text("".join(lines[:2]) + lines[2][:20])
+    again = bench_peers.run(*arguments, say=said.append)
+    assert len(said) == 3
+    assert "base" in said[2]
+    assert [row["accuracies"] for row in again["rows"]] == [row["accuracies"] for row in first["rows"]]
+    assert [row["method"] for row in again["rows"]] == ["base", "Tip-Adapter"]
+    assert len(kept.read_text().splitlines()) == 3
+    with pytest.raises(SystemExit, match="other conditions"):
+        bench_peers.run(None, ["base"], [2], [0], 1, kept, say=said.append)
+
+
 def test_split_rows_go_together(task):
     rows = torch.tensor([3, 1])
     part = task.val.rows(rows)
