@@ -1,5 +1,7 @@
-// The pool outlives every caller and is never destroyed: workers sleep until the process ends. A forked child starts with
-// an empty pool of its own, since only the forking thread lives on in it.
+// Work goes to the team of the OpenMP runtime that PyTorch has loaded, found by name: its threads spin for some
+// milliseconds after every parallel operator of PyTorch, and a second pool would have to share the cores with them.
+// Without that runtime, and in a forked child, where its team no longer exists, a pool of our own does the work. It
+// outlives every caller and is never destroyed: workers sleep until the process ends.
 #include "threads.h"
 
 #include <atomic>
@@ -11,8 +13,9 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
-#define HAS_FORK 1
+#define ON_POSIX 1
 #endif
 
 namespace residual_kernels {
@@ -64,17 +67,30 @@ struct Pool {
 
 std::atomic<Pool*> current{nullptr};
 
-#ifdef HAS_FORK
-void forget_pool() { current.store(nullptr); }  // the parent's threads and locks mean nothing in the child
+// Runs function(data) on every thread of a team, and returns when all have.
+using Team = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+#ifdef ON_POSIX
+std::atomic<bool> forked{false};
+
+// The parent's threads and locks mean nothing in the child.
+const int registered = pthread_atfork(nullptr, nullptr, [] {
+  forked.store(true);
+  current.store(nullptr);
+});
+
+Team openmp_team() {
+  // GNU's entry point, which the runtimes of LLVM and Intel export too. PyTorch makes its runtime's names global.
+  static const Team found = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked.load() ? nullptr : found;
+}
+#else
+Team openmp_team() { return nullptr; }
 #endif
 
 Pool& pool() {
   Pool* found = current.load();
   if (found == nullptr) {
-#ifdef HAS_FORK
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_pool);
-    (void)registered;
-#endif
     Pool* made = new Pool;
     if (current.compare_exchange_strong(found, made)) {
       found = made;
@@ -102,6 +118,8 @@ void parallel_for(int64_t count, int threads, Task task, const void* context) {
   job.count = count;
   const int helpers = static_cast<int>(count < threads ? count : threads) - 1;
   if (helpers <= 0) return work(job);
+  // As many threads as PyTorch's own operators have: a team of another size would be put together anew.
+  if (Team team = openmp_team()) return team([](void* mine) { work(*static_cast<Job*>(mine)); }, &job, threads, 0);
   Pool& all = pool();
   std::unique_lock<std::mutex> mine(all.owner, std::try_to_lock);
   if (!mine.owns_lock()) return work(job);
