@@ -42,7 +42,6 @@ Reweight common_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, 
   check(dtype >= FLOAT32 && dtype <= BFLOAT16, "unknown data type");
   for (uintptr_t address : {units[0], units[1]}) check(address != 0, "blocks or offsets are missing");
   for (int i = 2; i < 7; ++i) check(units[i] != 0 || J * C * D == 0, "a packed constant is missing");
-  check(z != 0 || N * C == 0, "z is missing");
   Reweight x{};
   x.units = Units{R, C, D, J, blocks, at<const int64_t>(units[0]), at<const int64_t>(units[1]), at<const void>(units[2]),
                   at<const void>(units[3]), at<const void>(units[4]), at<const void>(units[5]), at<const void>(units[6])};
@@ -68,10 +67,15 @@ const Kernels& reweight_kernels(int set, int dtype) {
   return kernels_of(set);
 }
 
+void check_z(uintptr_t z, const std::array<int64_t, 7>& sizes) {
+  check(z != 0 || sizes[0] * sizes[2] == 0, "z is missing");
+}
+
 void forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
              uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
              uintptr_t weight_index, uintptr_t y) {
   const Kernels& chosen = reweight_kernels(set, dtype);
+  check_z(z, sizes);
   Forward call{common_of(dtype, threads, sizes, units, z, z_strides, scale, mean, weight, weight_index), at<void>(y)};
   py::gil_scoped_release unlocked;
   if (!chosen.forward(call)) throw std::bad_alloc();
@@ -82,9 +86,41 @@ void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& siz
               uintptr_t weight_index, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight, uintptr_t dz,
               uintptr_t dscale, uintptr_t dmean) {
   const Kernels& chosen = reweight_kernels(set, dtype);
+  check_z(z, sizes);
   Backward call{common_of(dtype, threads, sizes, units, z, z_strides, scale, mean, weight, weight_index),
                 Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}},
                 at<void>(dweight), at<void>(dz), at<void>(dscale), at<void>(dmean)};
+  py::gil_scoped_release unlocked;
+  if (!chosen.backward(call)) throw std::bad_alloc();
+}
+
+// The same loops on coefficients c [N, J] that are known already: no z, scale or mean.
+Reweight sum_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
+                uintptr_t c, const std::array<int64_t, 2>& c_strides, uintptr_t weight) {
+  check(dtype == FLOAT32 || dtype == FLOAT64, "coefficients are float32 or float64");
+  Reweight x = common_of(dtype, threads, sizes, units, 0, {0, 0, 0}, 0, 0, weight, 0);
+  x.c = at<const void>(c);
+  x.c_stride[0] = c_strides[0];
+  x.c_stride[1] = c_strides[1];
+  return x;
+}
+
+void sum_forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
+                 const std::array<uintptr_t, 7>& units, uintptr_t c, const std::array<int64_t, 2>& c_strides,
+                 uintptr_t weight, uintptr_t y) {
+  const Kernels& chosen = reweight_kernels(set, dtype);
+  Forward call{sum_of(dtype, threads, sizes, units, c, c_strides, weight), at<void>(y)};
+  py::gil_scoped_release unlocked;
+  if (!chosen.forward(call)) throw std::bad_alloc();
+}
+
+void sum_backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
+                  const std::array<uintptr_t, 7>& units, uintptr_t c, const std::array<int64_t, 2>& c_strides,
+                  uintptr_t weight, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight) {
+  const Kernels& chosen = reweight_kernels(set, dtype);
+  Backward call{sum_of(dtype, threads, sizes, units, c, c_strides, weight),
+                Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}}, at<void>(dweight),
+                nullptr, nullptr, nullptr};
   py::gil_scoped_release unlocked;
   if (!chosen.backward(call)) throw std::bad_alloc();
 }
@@ -108,6 +144,8 @@ PYBIND11_MODULE(_cpp, module) {
   module.doc() = "Loops of the CPU backend; call residual_kernels.ops instead.";
   module.def("forward", &forward);
   module.def("backward", &backward);
+  module.def("sum_forward", &sum_forward);
+  module.def("sum_backward", &sum_backward);
   module.def("moments", &moments);
   module.def("layout", [](int set) {
     const Kernels& chosen = kernels_of(set);

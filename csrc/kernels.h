@@ -36,7 +36,9 @@ struct Reweight {
   Units units;
   DataType dtype;  // of z, y, dy, dz
   int64_t N, T;
-  Array3 z;                     // [N, R, C]
+  Array3 z;                     // [N, R, C]; unused with c
+  const void* c;                // wide [N, J]: coefficients known already, or null to read them from z
+  int64_t c_stride[2];          // counted in elements
   const void* scale;            // wide [N] or null
   const void* mean;             // wide [N] or null
   const void* weight;           // wide [T, J]

@@ -1,5 +1,5 @@
 // y[n] = sum_j weight[j] * c[n,j] * basis[j],  c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j]
-// and its gradients, fused: the coefficients of a block of rows on a block of components stay in cache between the two
+// and its gradients, fused, or the sum alone where c is given: the coefficients of a block of rows on a block of components stay in cache between the two
 // products, forward and backward. Included by each instruction set's file after tile.h.
 //
 // Inside, a vector runs over rows for c, t (= dy . basis) and q (= dL/dc), all [components, rows], and over dimensions
@@ -108,6 +108,22 @@ void read_components(const Reweight& x, const Rows<T>& rows, const int64_t* bloc
       p.out = c + (low - block[FIRST]) * rows.padded + n;
       p.out_stride = rows.padded;
       column_of_tiles<T, COLUMNS_TOGETHER>(high - low, width / lanes, p, nothing);
+    }
+  }
+}
+
+// c [components of the block, rows] := the coefficients given, times weight; weight null: 1.
+template <class T>
+void take_components(const Reweight& x, const Rows<T>& rows, const int64_t* block, const T* weight, T* c) {
+  constexpr int64_t lanes = VectorOf<T>::lanes;
+  for (int64_t n = 0; n < rows.padded; n += lanes) {
+    const T* from = static_cast<const T*>(x.c) + (rows.first + n) * x.c_stride[0];
+    const int64_t here = least(lanes, rows.count - n);
+    for (int64_t j = block[FIRST]; j < block[LAST]; ++j) {
+      const T w = weight ? weight[j] : 1;
+      T* to = c + (j - block[FIRST]) * rows.padded + n;
+      for (int64_t i = 0; i < here; ++i) to[i] = from[i * x.c_stride[0] + j * x.c_stride[1]] * w;
+      for (int64_t i = here; i < lanes; ++i) to[i] = 0;
     }
   }
 }
@@ -294,8 +310,13 @@ void forward_task(const void* context, int64_t index) {
     const int64_t components = block[LAST] - block[FIRST];
     if (components == 0) continue;
     const T* all_weights = static_cast<const T*>(x.weight) + first_task * units.J;
-    read_components<T, Data>(x, rows, block, packed_z, c);
-    finish_components<T>(units, rows, block, weight_apart ? nullptr : all_weights, c);
+    const T* weight_now = weight_apart ? nullptr : all_weights;
+    if (x.c) {
+      take_components<T>(x, rows, block, weight_now, c);
+    } else {
+      read_components<T, Data>(x, rows, block, packed_z, c);
+      finish_components<T>(units, rows, block, weight_now, c);
+    }
     for (int64_t t = 0; t < tasks; ++t) {
       const T* a = c;
       if (x.weight_index) gather_weights<T>(x, rows, block, weighted);
@@ -478,7 +499,11 @@ void backward_task(const void* context, int64_t index) {
       const int64_t* block = units.block + BLOCK_FIELDS * b;
       const int64_t components = block[LAST] - block[FIRST], size = components * rows.padded;
       T* raw = want_inner ? inner : c;
-      if (want_inner || want_c) read_components<T, Data>(x, rows, block, packed_z, raw);
+      if (x.c) {
+        take_components<T>(x, rows, block, nullptr, c);
+      } else if (want_inner || want_c) {
+        read_components<T, Data>(x, rows, block, packed_z, raw);
+      }
       if (want_inner) {
         if (want_c) memcpy(c, inner, size * sizeof(T));
         for (int64_t j = 0; j < components; ++j) {
@@ -490,7 +515,7 @@ void backward_task(const void* context, int64_t index) {
           }
         }
       }
-      if (want_c) finish_components<T>(units, rows, block, nullptr, c);
+      if (want_c && !x.c) finish_components<T>(units, rows, block, nullptr, c);
       if (want_q && x.weight_index) gather_weights<T>(x, rows, block, by_row);
 
       for (int64_t task = 0; task < dys; ++task) {

@@ -228,8 +228,16 @@ class SpectralConstants(nn.Module):
         }
 
     def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """y [..., N, D] of coefficients [..., N, J] and weights [..., J]."""
-        return (features["c"] * weight.unsqueeze(-2)) @ self.basis
+        """y [N, D] of coefficients [N, J] and weight [J]; [T, N, D] of weights [T, J] and [N, J], or [T, N, J]."""
+        c, dtype = features["c"], self.basis.dtype
+        unpacked = (
+            torch.compiler.is_compiling() and dtype not in self._packs
+        )  # packing cannot be part of a graph
+        if unpacked or not ops.sums_coefficients(pack := self.packed(dtype), c):
+            return (c * weight.unsqueeze(-2)) @ self.basis
+        if c.ndim == 2:
+            return ops.spectral_sum(c, weight, pack)
+        return torch.cat([ops.spectral_sum(*one, pack) for one in zip(c, weight.split(1), strict=True)])
 
 
 def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -278,6 +278,39 @@ def spectral_reweight_backward(
     return [grad for grad in grads if grad is not None]
 
 
+def _sum_arguments(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]) -> list:
+    number, width, dim, components = sizes
+    return [
+        number,
+        _DTYPES[c.dtype],
+        torch.get_num_threads(),
+        [c.shape[0], tensors[1].numel() - 1, width, dim, components, weight.shape[0], tensors[0].shape[0]],
+        [x.data_ptr() for x in tensors[:_DIRECT_TENSORS]],
+        c.data_ptr(),
+        c.stride(),
+        weight.data_ptr(),
+    ]
+
+
+def spectral_sum_forward(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]) -> Tensor:
+    """c [N, J], weight [T, J] -> y [T, N, D]."""
+    weight = weight.contiguous()
+    y = c.new_empty(len(weight), len(c), sizes[2])
+    _cpp.sum_forward(*_sum_arguments(c, weight, tensors, sizes), y.data_ptr())
+    return y
+
+
+def spectral_sum_backward(
+    dy: Tensor, c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]
+) -> Tensor:
+    """dy [T, N, D] -> dweight [T, J]."""
+    weight = weight.contiguous()
+    dweight = torch.empty_like(weight)
+    arguments = _sum_arguments(c, weight, tensors, sizes)
+    _cpp.sum_backward(*arguments, dy.data_ptr(), dy.stride(), dweight.data_ptr())
+    return dweight
+
+
 def unit_moments(
     z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,83 @@
+"""y[t,n] = sum_j weight[t,j] * c[n,j] * basis[j]
+
+The second half of :func:`spectral_reweight`, for coefficients that are known already: every step of a fit on cached
+units. Only `weight` learns. On a CPU the compiled backend reweights a block of coefficients in cache, reads the basis
+once for all tasks, and never stores c * weight or dy . basis; elsewhere it is one matrix product of the device.
+"""
+
+import torch
+from torch import Tensor
+
+from residual_kernels import backends
+from residual_kernels.ops.packing import PackedUnits, wide
+
+
+@torch.library.custom_op("residual_kernels::spectral_sum", mutates_args=())
+def _spectral_sum(
+    c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int], dim: int, backend: str
+) -> Tensor:
+    return backends.load(backend).spectral_sum_forward(c, weight, tensors, sizes)
+
+
+@_spectral_sum.register_fake
+def _(c, weight, tensors, sizes, dim, backend):
+    return c.new_empty(len(weight), len(c), dim)
+
+
+@torch.library.custom_op("residual_kernels::spectral_sum_backward", mutates_args=())
+def _spectral_sum_backward(
+    dy: Tensor, c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int], backend: str
+) -> Tensor:
+    return backends.load(backend).spectral_sum_backward(dy, c, weight, tensors, sizes)
+
+
+@_spectral_sum_backward.register_fake
+def _(dy, c, weight, tensors, sizes, backend):
+    return torch.empty_like(weight)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    c, weight, tensors, sizes, _, backend = inputs
+    ctx.save_for_backward(c, weight, *tensors)
+    ctx.sizes, ctx.backend = sizes, backend
+
+
+def _backward(ctx, dy: Tensor):
+    c, weight, *tensors = ctx.saved_tensors
+    dweight = _spectral_sum_backward(dy, c, weight, tensors, ctx.sizes, ctx.backend)
+    return None, dweight, [None] * len(tensors), None, None, None
+
+
+_spectral_sum.register_autograd(_backward, setup_context=_setup_context)
+
+
+def sums_coefficients(pack: PackedUnits, c: Tensor) -> bool:
+    """Whether :func:`spectral_sum` has something faster for these than a matrix product."""
+    return pack.backend == "cpp" and c.dtype == wide(c.dtype) == pack.dtype and not c.requires_grad
+
+
+def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
+    """y [N, D] of coefficients c [N, J], which must not require grad, and weight [J]; [T, N, D] for weight [T, J].
+
+    Args:
+        c: float32 or float64 on the CPU, in the dtype of the packed constants; any strides.
+        weight: of one or T tasks on the same coefficients; its gradient is the only one.
+        pack: made by :func:`pack_units` for the compiled backend; see :func:`sums_coefficients`.
+
+    Deterministic, for any number of threads. Raises ValueError for shapes, dtypes or packs that do not fit.
+    """
+    if not sums_coefficients(pack, c):
+        raise ValueError(
+            f"spectral_sum takes float32 or float64 coefficients without grad, packed alike for cpp; got {c.dtype}, "
+            f"requires_grad={c.requires_grad}, and constants packed in {pack.dtype} for {pack.backend}"
+        )
+    if c.ndim != 2 or weight.ndim not in (1, 2) or {c.shape[-1], weight.shape[-1]} != {pack.components}:
+        raise ValueError(
+            f"c must be [N, J] and weight [J] or [T, J] with J = {pack.components}; got {tuple(c.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    tasks = weight.to(c.dtype) if weight.ndim == 2 else weight.to(c.dtype).unsqueeze(0)
+    y = torch.ops.residual_kernels.spectral_sum(
+        c, tasks, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend
+    )
+    return y if weight.ndim == 2 else y.squeeze(0)
