@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels import ops
 from residual_kernels.cache import UnitCache
 from residual_kernels.modules import ResiDual
 from residual_kernels.reference import coefficients
@@ -306,9 +305,9 @@ def reset_accuracy(
 ) -> ResetReading:
     """The accuracy when one unit's weights return to 1, for all units of a kind in one pass over the cache.
 
-    The operator takes R + 1 weight vectors [T, J]: the fitted one and, for every unit, the fitted one with this unit's
-    weights at 1. It writes onto the class vectors instead of the output space where there are fewer of them (the
-    largest logit does not depend on the embedding's length).
+    A reset of unit u adds sum over its components of (1 - weight_j) c_j basis_j to the embedding, and the largest logit
+    does not depend on the embedding's length: so each component is written onto the class vectors once, and all resets
+    together cost what one embedding costs, not R + 1 (as that many weight vectors of the operator would).
 
     Raises ValueError when `kind` is not adapted, or the cache has no labels or labels the head does not know.
     """
@@ -323,27 +322,21 @@ def reset_accuracy(
             f"labels run to {int(labels.max())}, but the head has {len(head.class_names)} classes"
         )
     constants, device = residual.units[kind], residual.weight.device
-    dtype = constants.basis.dtype
-    vectors = head.class_vectors.to(device, dtype)
-    narrow = vectors.shape[1] < len(vectors)
-    basis = constants.basis @ vectors if narrow else constants.basis
-    pack = ops.pack_units(
-        constants.proj, constants.bias, constants.slope, constants.offset, basis, constants.unit_offsets,
-        backend=constants.backend,
-    )  # fmt: skip
-    offsets = constants.unit_offsets.tolist()
-    start, units = _starts(residual)[kind], len(offsets) - 1
-    weights = residual.weight.detach()[start : start + offsets[-1]].repeat(units + 1, 1)
-    for unit in range(units):
-        weights[unit + 1, offsets[unit] : offsets[unit + 1]] = 1
-    hits = torch.zeros(units + 1, dtype=torch.int64, device=device)
-    for rows in _rows(len(cache), (units + 1) * basis.shape[1]):
+    vectors = head.class_vectors.to(device, constants.basis.dtype)
+    bounds = constants.unit_offsets.tolist()
+    runs = list(zip(bounds[:-1], bounds[1:], strict=True))
+    start = _starts(residual)[kind]
+    to_one = 1 - residual.weight.detach()[start : start + bounds[-1]]
+    written = to_one[:, None] * (constants.basis @ vectors)  # [J, K]
+    hits = torch.zeros(len(runs) + 1, dtype=torch.int64, device=device)
+    for rows in _rows(len(cache), max(bounds[-1], vectors.shape[1])):
         terms = cache.terms(rows, device)
-        z = terms.z[kind].to(dtype)
-        y = ops.spectral_reweight_packed(z, terms.scale, terms.mean, weights, pack)
-        moved = y - y[0]  # what a reset adds to the fitted embedding, whatever the rest is
-        moved = moved if narrow else moved @ vectors
-        logits = residual.from_units(terms).to(dtype) @ vectors + moved
-        hits += (logits.argmax(-1) == labels[rows].to(device)).sum(1)
+        truth = labels[rows].to(device)
+        logits = residual.from_units(terms).to(vectors) @ vectors
+        c = constants.features(terms.z[kind], terms.scale, terms.mean)["c"]
+        hits[0] += (logits.argmax(1) == truth).sum()
+        for unit, (low, high) in enumerate(runs, 1):
+            moved = torch.addmm(logits, c[:, low:high], written[low:high])
+            hits[unit] += (moved.argmax(1) == truth).sum()
     share = hits.double().cpu() / len(cache)
     return ResetReading(residual.layout.select(kind), float(share[0]), share[1:])
