@@ -14,6 +14,7 @@ classes, the bundled phrases as many random vectors.
 import argparse
 import resource
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def markdown(results: dict) -> str:
     lines = [
         f"# Analyses on {results['device']}, {results['threads']} threads, torch {results['torch']}",
         "",
-        "Command: `python -m benchmarks.bench_analysis`",
+        f"Command: `{results['command']}`",
         "",
         f"## TwoNN, one head of {results['two_nn']['points']:,} points",
         "",
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="path without ending; .json and .md are written")
     arguments = parser.parse_args()
     results = {
+        "command": " ".join(["python -m benchmarks.bench_analysis", *sys.argv[1:]]),
         "device": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
