@@ -4,7 +4,7 @@
 
 Protocol. The bundled model; digits it never saw (scikit-learn's, in thirds), and with --photos CIFAR-10's photographs
 (100, 60 and 240 a class, all from the zip's test half: the model was trained on its train half). Every method sees the
-same labelled images, without augmentation, and the same whole validation part. Its grid (benchmarks/peers: four
+same labelled images, without augmentation, and the same whole validation part. Its grid (benchmarks/peers: six
 configurations where there is anything to choose) is tried with seed 0; the best by validation accuracy, then loss, is
 fitted with every seed, which chooses the labelled images and what is drawn at random. The test part is read once per
 seed, at the end. The class vectors are the text's for everyone but the linear probe.
