@@ -229,15 +229,21 @@ class SpectralConstants(nn.Module):
 
     def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
         """y [N, D] of coefficients [N, J] and weight [J]; [T, N, D] of weights [T, J] and [N, J], or [T, N, J]."""
-        c, dtype = features["c"], self.basis.dtype
-        unpacked = (
-            torch.compiler.is_compiling() and dtype not in self._packs
-        )  # packing cannot be part of a graph
-        if unpacked or not ops.sums_coefficients(pack := self.packed(dtype), c):
+        c = features["c"]
+        if not self._compiled_for(c):
             return (c * weight.unsqueeze(-2)) @ self.basis
+        pack = self.packed(c.dtype)
         if c.ndim == 2:
             return ops.spectral_sum(c, weight, pack)
         return torch.cat([ops.spectral_sum(*one, pack) for one in zip(c, weight.split(1), strict=True)])
+
+    def _compiled_for(self, c: Tensor) -> bool:
+        """Whether the compiled backend is to sum these coefficients; a module for other devices never packs for it."""
+        if c.device.type != "cpu" or self.backend not in ("auto", "cpp") or c.requires_grad:
+            return False
+        if torch.compiler.is_compiling() and c.dtype not in self._packs:  # packing cannot be part of a graph
+            return False
+        return backends.resolve(self.backend, c.device, c.dtype) == "cpp"
 
 
 def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from residual_kernels.ops.packing import PackedUnits, pack_units
 from residual_kernels.ops.plan import Plan, explain
 from residual_kernels.ops.spectral_reweight import spectral_reweight, spectral_reweight_packed
-from residual_kernels.ops.spectral_sum import spectral_sum, sums_coefficients
+from residual_kernels.ops.spectral_sum import spectral_sum
 from residual_kernels.ops.unit_moments import unit_moments
 
 __all__ = [
@@ -14,6 +14,5 @@ __all__ = [
     "spectral_reweight",
     "spectral_reweight_packed",
     "spectral_sum",
-    "sums_coefficients",
     "unit_moments",
 ]

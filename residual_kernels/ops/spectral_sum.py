@@ -2,7 +2,7 @@
 
 The second half of :func:`spectral_reweight`, for coefficients that are known already: every step of a fit on cached
 units. Only `weight` learns. On a CPU the compiled backend reweights a block of coefficients in cache, reads the basis
-once for all tasks, and never stores c * weight or dy . basis; elsewhere it is one matrix product of the device.
+once for all tasks, and never stores c * weight or dy . basis; elsewhere write (c * weight) @ basis.
 """
 
 import torch
@@ -51,22 +51,17 @@ def _backward(ctx, dy: Tensor):
 _spectral_sum.register_autograd(_backward, setup_context=_setup_context)
 
 
-def sums_coefficients(pack: PackedUnits, c: Tensor) -> bool:
-    """Whether :func:`spectral_sum` has something faster for these than a matrix product."""
-    return pack.backend == "cpp" and c.dtype == wide(c.dtype) == pack.dtype and not c.requires_grad
-
-
 def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
     """y [N, D] of coefficients c [N, J], which must not require grad, and weight [J]; [T, N, D] for weight [T, J].
 
     Args:
         c: float32 or float64 on the CPU, in the dtype of the packed constants; any strides.
         weight: of one or T tasks on the same coefficients; its gradient is the only one.
-        pack: made by :func:`pack_units` for the compiled backend; see :func:`sums_coefficients`.
+        pack: made by :func:`pack_units` for the compiled backend: the others have nothing faster than a product.
 
     Deterministic, for any number of threads. Raises ValueError for shapes, dtypes or packs that do not fit.
     """
-    if not sums_coefficients(pack, c):
+    if pack.backend != "cpp" or c.requires_grad or not c.dtype == wide(c.dtype) == pack.dtype:
         raise ValueError(
             f"spectral_sum takes float32 or float64 coefficients without grad, packed alike for cpp; got {c.dtype}, "
             f"requires_grad={c.requires_grad}, and constants packed in {pack.dtype} for {pack.backend}"
