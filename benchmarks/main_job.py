@@ -53,7 +53,9 @@ def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
     The textbook projects a head to the D outputs, centres, and takes the singular vectors, as the paper's code does. It
     is timed on `textbook_heads` of the heads, one after the other, and compared by the head.
     """
-    from residual_kernels import pca, towers
+    from residual_kernels import towers
+    from residual_kernels.bases import principal
+    from residual_kernels.moments import MomentSum
 
     torch.manual_seed(0)
     view = towers.view(open_clip.create_model("ViT-B-32").visual)
@@ -64,11 +66,11 @@ def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
     lines = maps.rows().float()
 
     def moments():
-        held = pca.MomentSum(maps.rows(), maps.e / maps.share)
+        held = MomentSum(maps.rows(), maps.e / maps.share)
         for start in range(0, rows, 500):
             part = slice(start, start + 500)
             held.add(z[part], scale[part], mean[part])
-        return pca._principal(held.moments())
+        return principal(held.moments())
 
     def textbook():
         for head in range(textbook_heads):

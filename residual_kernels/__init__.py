@@ -4,13 +4,14 @@ your own task (ResiDual, Basile et al., TMLR 2025), exact and fast."""
 from residual_kernels import analysis, export, ops
 from residual_kernels.adapter import load_adapter, save_adapter
 from residual_kernels.adapter_set import AdapterSet
+from residual_kernels.bases import SpectralBases
 from residual_kernels.bundled import load_bundled
 from residual_kernels.cache import UnitCache, encode
 from residual_kernels.decomposition import Decomposition, decompose
 from residual_kernels.hub import pull_adapter, push_adapter
 from residual_kernels.inject import attach
 from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
-from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.pca import fit_bases
 from residual_kernels.towers import UnitLayout, UnsupportedTowerError
 from residual_kernels.train import evaluate, fit, fit_many, predict
 from residual_kernels.zeroshot import ZeroShotHead

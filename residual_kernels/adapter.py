@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
+from residual_kernels.bases import SpectralBases
 from residual_kernels.files import SCHEMA, load_tensors, read_json, save_tensors, write_json
 from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
 from residual_kernels.ops.packing import wide
-from residual_kernels.pca import SpectralBases
 from residual_kernels.wrapping import TowerAdapter
 
 CONFIG, WEIGHTS, BASES = "adapter.json", "weights.safetensors", "bases.safetensors"

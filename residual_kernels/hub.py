@@ -10,8 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin,
 from torch import nn
 
 from residual_kernels.adapter import BASES, CONFIG, WEIGHTS, load_adapter, save_adapter
+from residual_kernels.bases import SpectralBases
 from residual_kernels.files import write_json
-from residual_kernels.pca import SpectralBases
 from residual_kernels.wrapping import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from residual_kernels.bases import SpectralBases
 from residual_kernels.modules import ResiDual, TowerAdapter
-from residual_kernels.pca import SpectralBases
 from residual_kernels.towers import standing_in
 from residual_kernels.towers.hugging_face import image_tower
 from residual_kernels.wrapping import AroundTower

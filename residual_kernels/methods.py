@@ -5,8 +5,8 @@ from enum import Enum
 import torch
 from torch import nn
 
+from residual_kernels.bases import SpectralBases
 from residual_kernels.modules import CoarseHeads, OutputLinear, OutputSpectral, ResiDual, TowerAdapter
-from residual_kernels.pca import SpectralBases
 
 ENERGY = 0.90  # of the paper: explained variance kept per head
 

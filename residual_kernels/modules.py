@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import backends, towers
+from residual_kernels.bases import OUTPUT, SpectralBases, check_placement
 from residual_kernels.merge import Fold, MergedOutput, MergedUnits, fold_into_tower
 from residual_kernels.ops.packing import wide
-from residual_kernels.pca import OUTPUT, SpectralBases, check_placement
 from residual_kernels.stream import StreamHeads
 from residual_kernels.towers import Terms
 from residual_kernels.units import Rest, SpectralConstants, UnitSum, at_least_float32, reweighted_sum

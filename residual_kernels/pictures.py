@@ -13,10 +13,10 @@ from matplotlib.patches import Rectangle
 from PIL.Image import Image
 from torch import Tensor
 
+from residual_kernels.bases import SpectralBases
 from residual_kernels.cache import UnitCache
 from residual_kernels.files import atomic_path
 from residual_kernels.modules import ResiDual
-from residual_kernels.pca import SpectralBases
 from residual_kernels.reference import coefficients
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from residual_kernels.pca import SpectralBases
+from residual_kernels.bases import SpectralBases
 from residual_kernels.towers import Tower
 from residual_kernels.towers.stream import Edit, check_layers, stream_maps, token_run
 from residual_kernels.units import SpectralConstants

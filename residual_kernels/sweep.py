@@ -22,12 +22,13 @@ from torch.utils.data import DataLoader
 
 from residual_kernels import pictures, prompts, sources
 from residual_kernels import train as training
+from residual_kernels.bases import SpectralBases
 from residual_kernels.cache import DTYPES, HELD_OUT, UnitCache, encode
 from residual_kernels.cache.shards import STORED
 from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
 from residual_kernels.images import open_images
 from residual_kernels.methods import Method, build, identity
-from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.pca import fit_bases
 from residual_kernels.towers import KINDS
 from residual_kernels.zeroshot import ZeroShotHead
 

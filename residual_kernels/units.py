@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import backends, ops, reference, towers
+from residual_kernels.bases import OUTPUT, KindBases, SpectralBases
 from residual_kernels.ops.packing import PackedUnits, wide
-from residual_kernels.pca import OUTPUT, KindBases, SpectralBases
 from residual_kernels.towers import Terms, UnitMaps
 
 

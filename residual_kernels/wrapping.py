@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.pca import SpectralBases
+from residual_kernels.bases import SpectralBases
 from residual_kernels.towers import Terms
 from residual_kernels.units import at_least_float32
 

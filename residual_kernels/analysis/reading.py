@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
+from residual_kernels.bases import CONSTANT, SpectralBases
 from residual_kernels.cache import UnitCache, encode
 from residual_kernels.decomposition import checked_batches, checked_labels
-from residual_kernels.pca import CONSTANT, SpectralBases
 from residual_kernels.reference import unit_coordinates
 from residual_kernels.towers import Terms, Tower, Unit, UnitMaps
 

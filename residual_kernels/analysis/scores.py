@@ -23,8 +23,8 @@ from residual_kernels.analysis.reading import (
     units_of,
     width_of,
 )
+from residual_kernels.bases import CONSTANT, SpectralBases
 from residual_kernels.cache import UnitCache
-from residual_kernels.pca import CONSTANT, SpectralBases
 from residual_kernels.towers import Tower, Unit
 from residual_kernels.zeroshot import ZeroShotHead
 

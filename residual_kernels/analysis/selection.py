@@ -22,8 +22,8 @@ from residual_kernels.analysis.reading import (
     units_of,
 )
 from residual_kernels.analysis.scores import check_range, class_maps
+from residual_kernels.bases import OUTPUT, SpectralBases
 from residual_kernels.cache import UnitCache
-from residual_kernels.pca import OUTPUT, SpectralBases
 from residual_kernels.towers import KINDS, Terms, Tower
 from residual_kernels.zeroshot import ZeroShotHead
 

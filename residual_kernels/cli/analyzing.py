@@ -9,6 +9,7 @@ from rich.table import Table
 from residual_kernels import prompts, sources
 from residual_kernels.analysis import Analysis, TextDictionary, analyze
 from residual_kernels.analysis.overview import FILE
+from residual_kernels.bases import SpectralBases
 from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
@@ -26,7 +27,6 @@ from residual_kernels.cli.options import (
     Workers,
 )
 from residual_kernels.cli.printing import err, out, write_numbers
-from residual_kernels.pca import SpectralBases
 from residual_kernels.zeroshot import ZeroShotHead
 
 SHOWN = 10  # units in the printed table

@@ -9,6 +9,7 @@ import typer
 from torch.utils.data import Subset
 
 from residual_kernels import distributed, sources
+from residual_kernels.bases import SpectralBases
 from residual_kernels.cache import DTYPES, UnitCache, encode, kept_images
 from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
@@ -29,7 +30,7 @@ from residual_kernels.cli.options import (
     Workers,
 )
 from residual_kernels.cli.printing import bar, err, out, write_numbers
-from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.pca import fit_bases
 
 
 def encode_command(

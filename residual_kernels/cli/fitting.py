@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from residual_kernels import distributed, prompts, sources, train
 from residual_kernels.adapter import CONFIG, save_adapter
+from residual_kernels.bases import SpectralBases
 from residual_kernels.cache import HELD_OUT, UnitCache
 from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
 from residual_kernels.cli.options import (
@@ -31,7 +32,7 @@ from residual_kernels.cli.options import (
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.files import SCHEMA, write_json
 from residual_kernels.methods import Method, build, check_options, identity
-from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.pca import fit_bases
 from residual_kernels.wrapping import TowerAdapter
 from residual_kernels.zeroshot import ZeroShotHead
 

@@ -19,9 +19,10 @@ from residual_kernels.analysis.weights import (
     reset_accuracy,
 )
 from residual_kernels.analysis.words import TextDictionary, words_at_ends
+from residual_kernels.bases import SpectralBases
 from residual_kernels.cache import UnitCache
 from residual_kernels.modules import CoarseHeads, ResiDual, TowerAdapter
-from residual_kernels.pca import SpectralBases, fit_bases
+from residual_kernels.pca import fit_bases
 from residual_kernels.towers import Unit, UnitLayout
 from residual_kernels.zeroshot import ZeroShotHead
 
