@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.benchmark import Timer
 
 from residual_kernels import backends, ops
 from residual_kernels.shapes import Problem, Shape, problem
@@ -47,7 +46,9 @@ def _calls(p: Problem, backend: str) -> dict[str, Callable[[], object]]:
     return {"forward": forward, "step": step}
 
 
-def _timer(call: Callable[[], object], threads: int) -> Timer:
+def _timer(call: Callable[[], object], threads: int):
+    from torch.utils.benchmark import Timer  # looks for a CUDA toolkit, and warns of one that has no GPU
+
     return Timer("call()", globals={"call": call}, num_threads=threads)  # waits for a device by itself
 
 

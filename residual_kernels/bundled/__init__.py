@@ -1,6 +1,7 @@
 """A small real CLIP inside the package: open_clip's architecture, trained on drawings and photographs.
 
-`load_bundled` needs no network. How the weights were made is in MODEL_CARD.md beside this file.
+`load_bundled` needs no network. How the weights were made is in MODEL_CARD.md beside this file. open_clip is imported
+where it is used: it takes seconds, and brings transformers along.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from open_clip import CLIP, SimpleTokenizer, image_transform
-from open_clip.model import set_model_preprocess_cfg
 from safetensors.torch import load_file
+
+if TYPE_CHECKING:
+    from open_clip import CLIP, SimpleTokenizer
 
 FOLDER = Path(__file__).resolve().parent
 CONFIG, WEIGHTS, VOCABULARY = FOLDER / "config.json", FOLDER / "clip.safetensors", FOLDER / "bpe_vocab.txt.gz"
@@ -29,6 +32,9 @@ def load_bundled() -> tuple[CLIP, Callable, SimpleTokenizer]:
 
 def build_model(config: dict) -> CLIP:
     """An untrained model of `config`; its tower carries `preprocess_cfg`, as open_clip's factory does it."""
+    from open_clip import CLIP
+    from open_clip.model import set_model_preprocess_cfg
+
     model = CLIP(**config["model_cfg"])
     set_model_preprocess_cfg(model, {**config["preprocess_cfg"], "size": model.visual.image_size})
     return model
@@ -36,6 +42,8 @@ def build_model(config: dict) -> CLIP:
 
 def build_preprocess(config: dict) -> Callable:
     """PIL image to normalised tensor [3, 32, 32]."""
+    from open_clip import image_transform
+
     cfg = config["preprocess_cfg"]
     return image_transform(
         cfg["size"], is_train=False, mean=cfg["mean"], std=cfg["std"],
@@ -45,6 +53,8 @@ def build_preprocess(config: dict) -> Callable:
 
 def build_tokenizer(config: dict, vocabulary: Path = VOCABULARY) -> SimpleTokenizer:
     """open_clip's tokenizer over the model's own small vocabulary."""
+    from open_clip import SimpleTokenizer
+
     return SimpleTokenizer(
         bpe_path=str(vocabulary), context_length=config["model_cfg"]["text_cfg"]["context_length"]
     )
