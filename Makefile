@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|core|wide
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)
 
-sanitize: $(INSTALLED)  ## the operator tests on every instruction set, emulated, under ASan and UBSan (about 4 minutes)
+sanitize: $(INSTALLED)  ## the operator tests on every instruction set, emulated, under ASan and UBSan (about 2 minutes)
 	RESIDUAL_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	EXTENSION_UNDER_TEST=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	$(BIN)/pytest -q -o pythonpath="tests build/sanitize/lib" tests/test_cpp_backend.py tests/test_spectral_sum.py -k "not 1792 and not opcheck"
