@@ -87,6 +87,16 @@ def test_any_strides_and_no_copy():
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def test_weights_of_any_strides():
+    pack, _ = packed([20, 31], 40)
+    c, weight, dy = made(50, 3, 51, 40)
+    plain = results(c, weight, dy, lambda c, weight: ops.spectral_sum(c, weight, pack))
+    compiled = torch.compile(lambda c, weight: ops.spectral_sum(c, weight, pack), fullgraph=True)
+    for run in (lambda c, weight: ops.spectral_sum(c, weight, pack), compiled):
+        found = results(c, weight.T.contiguous().T, dy, run)
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+
+
 def test_one_weight_gives_one_sum():
     pack, _ = packed([20, 31], 40)
     c, weight, dy = made(50, 1, 51, 40)
@@ -139,6 +149,9 @@ def test_what_does_not_fit_is_refused():
         ops.spectral_sum(c.bfloat16(), weight, pack)
     with pytest.raises(ValueError, match="requires_grad=True"):
         ops.spectral_sum(c.clone().requires_grad_(), weight, pack)
+    for elsewhere in ((c.to("meta"), weight), (c, weight.to("meta"))):
+        with pytest.raises(ValueError, match="is on meta but the packed constants are on cpu"):
+            ops.spectral_sum(*elsewhere, pack)
     plain, _ = packed([5, 18], 24, backend="torch")
     with pytest.raises(ValueError, match="for torch"):
         ops.spectral_sum(c, weight, plain)

@@ -305,7 +305,7 @@ def spectral_sum_backward(
 ) -> Tensor:
     """dy [T, N, D] -> dweight [T, J]."""
     weight = weight.contiguous()
-    dweight = torch.empty_like(weight)
+    dweight = weight.new_empty(weight.shape)
     arguments = _sum_arguments(c, weight, tensors, sizes)
     _cpp.sum_backward(*arguments, dy.data_ptr(), dy.stride(), dweight.data_ptr())
     return dweight

@@ -33,7 +33,7 @@ def _spectral_sum_backward(
 
 @_spectral_sum_backward.register_fake
 def _(dy, c, weight, tensors, sizes, backend):
-    return torch.empty_like(weight)
+    return weight.new_empty(weight.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -71,6 +71,11 @@ def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
             f"c must be [N, J] and weight [J] or [T, J] with J = {pack.components}; got {tuple(c.shape)} and "
             f"{tuple(weight.shape)}"
         )
+    for name, tensor in (("c", c), ("weight", weight)):
+        if tensor.device != pack.device:  # the loops read addresses: those of a device would end the process
+            raise ValueError(
+                f"{name} is on {tensor.device} but the packed constants are on {pack.device}; move one of them"
+            )
     tasks = weight.to(c.dtype) if weight.ndim == 2 else weight.to(c.dtype).unsqueeze(0)
     y = torch.ops.residual_kernels.spectral_sum(
         c, tasks, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend

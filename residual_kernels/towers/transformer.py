@@ -101,7 +101,7 @@ class TransformerTower(abc.ABC):
     # Of attention pooling alone: its own projections, the norm behind it, and the MLP behind it (the unit `pool`).
 
     def pooler(self) -> AttentionPooler:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not pool by attention, so it has no pooler")
 
     @property
     def outer_norm(self) -> Norm:
@@ -109,7 +109,7 @@ class TransformerTower(abc.ABC):
 
     def pool_mlp(self, pooled: Tensor) -> Tensor:
         """What the MLP behind the pooling adds to the pooled vector [N, width]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no MLP behind its pooling")
 
     # How it runs.
 
