@@ -327,7 +327,8 @@ def measure(rounds: int, budget: float) -> list[dict]:
         add(l14, "full", rows, times=rounds if rows < 1024 else max(3, rounds - 2), modes=step)
         add(b16, "ragged", rows, times=rounds + 4, modes=step)
         add(b16, "full", rows, times=rounds + 2, modes=step)
-    add(b16, "full", 64, bf16, bf16_providers, times=2, modes=step)
+    for rows in (64, 256):
+        add(b16, "full", rows, bf16, bf16_providers, times=2, modes=step)
     add(h14, "full", 256, times=max(3, rounds - 2), modes=step)
     add(b16, "full", 256, providers=EVERYTHING, times=3, modes=step)
     plan.append(("moments L/14 N 1024", lambda: bench_moments(l14, 1024, rounds)))

@@ -126,7 +126,7 @@ def found_rows(kept: Path, conditions: dict) -> list[dict]:
     lines = kept.read_text().splitlines(keepends=True) if kept.is_file() else [head]
     if lines[0] != head:
         raise SystemExit(
-            f"{kept} holds rows found under other conditions ({lines[0].strip()}); remove it to start anew"
+            f"{kept} holds rows found under other conditions ({lines[0].strip()[:200]} ...); remove it to start anew"
         )
     whole = [line for line in lines if line.endswith("\n")]  # a killed run may have cut its last one
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -146,10 +146,12 @@ def run(
     """All rows; every cell in a fresh process of one thread, `workers` of them at a time; each appended to `kept`."""
     names = ["digits"] + ([] if photos is None else ["photographs"])
     conditions = {"cpu": cpu_name(), "torch": torch.__version__, "workers": workers, "seeds": list(seeds)}
-    rows = found_rows(kept, conditions)
+    grids = {name: METHODS[name].grid for name in METHODS}
+    rows = found_rows(kept, {**conditions, "grids": grids})
+    found = set(map(_key, rows))
     # what takes longest goes first
     cells = [(task, count, name) for name in methods[::-1] for count in shots for task in names]
-    left = [each for each in cells if each not in set(map(_key, rows))]
+    left = [each for each in cells if each not in found]
     start = time.perf_counter()
 
     def record(row: dict) -> None:
