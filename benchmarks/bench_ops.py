@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.cpu_clock import cpu_name, interleaved
-from residual_kernels import backends, ops, reference
-from residual_kernels.ops import torch_backend
-from residual_kernels.shapes import SHAPES, Problem, Shape, problem
+from residual_kernels import ops
+from residual_kernels.experiments.shapes import SHAPES, Problem, Shape, problem
+from residual_kernels.ops import backends, reference, torch_backend
 
 GEMM_SIZE = 2048
 Forward = Callable[[Tensor, Tensor], Tensor]  # (z or units, weight) -> y

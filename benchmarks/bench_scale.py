@@ -21,9 +21,9 @@ import torch
 
 import residual_kernels as rk
 from benchmarks.cpu_clock import cpu_name, interleaved
-from residual_kernels.cache import shards
-from residual_kernels.cache.folder import finish
 from residual_kernels.files import write_json
+from residual_kernels.units.cache import shards
+from residual_kernels.units.cache.resume import finish
 
 READ_ROWS = 64  # at a time, as a fit reads
 

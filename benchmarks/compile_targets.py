@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from residual_kernels.ops import triton_backend
+from residual_kernels.ops.triton import backend as triton_backend
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

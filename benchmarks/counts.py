@@ -8,8 +8,8 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from residual_kernels.ops import triton_routes
-from residual_kernels.shapes import SHAPES, Shape
+from residual_kernels.experiments.shapes import SHAPES, Shape
+from residual_kernels.ops.triton import routes as triton_routes
 
 NOTES = Path(__file__).parent / "NOTES.md"
 MARKS = ("<!-- counts -->", "<!-- /counts -->")

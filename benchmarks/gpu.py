@@ -43,8 +43,9 @@ from benchmarks import counts  # noqa: E402
 from benchmarks.bench_ops import PLAIN  # noqa: E402
 from benchmarks.gpu_clock import Bench, Call  # noqa: E402
 from residual_kernels import ops  # noqa: E402
-from residual_kernels.ops import triton_backend, triton_routes  # noqa: E402
-from residual_kernels.shapes import SHAPES, Problem, Shape, problem  # noqa: E402
+from residual_kernels.experiments.shapes import SHAPES, Problem, Shape, problem  # noqa: E402
+from residual_kernels.ops.triton import backend as triton_backend  # noqa: E402
+from residual_kernels.ops.triton import routes as triton_routes  # noqa: E402
 
 ROTATION = 160 << 20  # bytes of inputs to rotate through
 ROWS = (64, 256, 1024, 8192)

@@ -54,8 +54,8 @@ def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
     is timed on `textbook_heads` of the heads, one after the other, and compared by the head.
     """
     from residual_kernels import towers
-    from residual_kernels.bases import principal
-    from residual_kernels.moments import MomentSum
+    from residual_kernels.bases.moments import MomentSum
+    from residual_kernels.bases.spectral_bases import principal
 
     torch.manual_seed(0)
     view = towers.view(open_clip.create_model("ViT-B-32").visual)

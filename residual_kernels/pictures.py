@@ -13,11 +13,11 @@ from matplotlib.patches import Rectangle
 from PIL.Image import Image
 from torch import Tensor
 
-from residual_kernels.bases import SpectralBases
-from residual_kernels.cache import UnitCache
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.files import atomic_path
-from residual_kernels.modules import ResiDual
-from residual_kernels.reference import coefficients
+from residual_kernels.ops.reference import coefficients
+from residual_kernels.units.cache import UnitCache
 
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.cache import UnitCache
-from residual_kernels.decomposition import checked_labels
 from residual_kernels.files import load_tensors, save_tensors
-from residual_kernels.towers.text import TextSide, has_text_side
+from residual_kernels.towers.hugging_face.text import TextSide, has_text_side
+from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.decomposition import checked_labels
 
 WHAT = "zero-shot head"
 

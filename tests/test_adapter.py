@@ -206,7 +206,7 @@ def test_an_old_adapter_is_replaced_whole_or_not_at_all(tower, tmp_path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("residual_kernels.adapter.write_json", stop)
+        patch.setattr("residual_kernels.adapters.folder.write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             rk.save_adapter(MAKE["linear"](tower, bases), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

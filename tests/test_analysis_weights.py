@@ -7,7 +7,7 @@ from tolerance import assert_as_accurate
 
 import residual_kernels as rk
 from residual_kernels.analysis import weights
-from residual_kernels.demo import DIGITS, digit_images
+from residual_kernels.demo.story import DIGITS, digit_images
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from residual_kernels import backends, bench, cli
-from residual_kernels.shapes import Shape
+from residual_kernels import cli
+from residual_kernels.experiments import bench
+from residual_kernels.experiments.shapes import Shape
+from residual_kernels.ops import backends
 
 SMALL = Shape("small", units=4, coordinates=16, dim=32)
 

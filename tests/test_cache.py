@@ -9,7 +9,7 @@ import torch
 from test_towers import build, images_for
 
 import residual_kernels as rk
-from residual_kernels.cache import MANIFEST, shards
+from residual_kernels.units.cache import MANIFEST, shards
 
 KINDS = ("emb", "head", "mlp")
 

@@ -9,8 +9,9 @@ import sys
 import pytest
 from PIL import Image
 
-from residual_kernels import cli, demo
+from residual_kernels import cli
 from residual_kernels.cli import printing
+from residual_kernels.demo import story as demo
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from PIL import Image
 from test_cli import run  # noqa: F401 (a fixture)
 
 import residual_kernels as rk
-from residual_kernels import cli, demo
+from residual_kernels import cli
+from residual_kernels.demo import story as demo
 
 NAMES = ("four", "one", "zero")
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 
-from residual_kernels import backends, ops, reference
+from residual_kernels import ops
+from residual_kernels.ops import backends, reference
 
 _cpp = pytest.importorskip("residual_kernels._cpp", reason="the extension was not built (no C++ compiler)")
 from residual_kernels.ops import cpp_backend, torch_backend  # noqa: E402

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from residual_kernels import demo
+from residual_kernels.demo import story as demo
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 import residual_kernels as rk
 from residual_kernels import distributed
-from residual_kernels.cache import MANIFEST
-from residual_kernels.images import ImageFiles
+from residual_kernels.data.images import ImageFiles
+from residual_kernels.units.cache import MANIFEST
 
 
 def test_one_process_needs_no_group():

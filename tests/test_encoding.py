@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import residual_kernels as rk
 from residual_kernels import cli
-from residual_kernels.cache import MANIFEST, kept_images, shards
-from residual_kernels.images import ImageFiles
+from residual_kernels.data.images import ImageFiles
+from residual_kernels.units.cache import MANIFEST, kept_images, shards
 
 KINDS = ("emb", "head", "mlp")
 SHARD, BATCH = 24, 10  # batches that do not fit shards
@@ -303,7 +303,7 @@ def test_an_interrupt_at_the_very_end_loses_nothing(tower, undisturbed, tmp_path
 
     options = {"class_names": "abc", "shard_images": SHARD}
     with monkeypatch.context() as patched:
-        patched.setattr("residual_kernels.cache.folder.write_json", stop)
+        patched.setattr("residual_kernels.units.cache.resume.write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             rk.encode(tower, loader(), tmp_path / "c", KINDS, **options)
     whole = loader()

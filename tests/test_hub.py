@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, hub_mixin
 from test_towers import build, images_for
 
 import residual_kernels as rk
-from residual_kernels import hub
+from residual_kernels.adapters import hub
 
 
 class FolderApi:

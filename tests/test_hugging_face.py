@@ -27,9 +27,10 @@ from transformers import (
 )
 
 import residual_kernels as rk
-from residual_kernels import cli, demo, towers
-from residual_kernels.sources import load_model
-from residual_kernels.towers.hugging_face import ImageTower, image_tower
+from residual_kernels import cli, towers
+from residual_kernels.data.models import load_model
+from residual_kernels.demo import story as demo
+from residual_kernels.towers.hugging_face.tower import ImageTower, image_tower
 
 TEXT = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60,

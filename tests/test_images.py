@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from residual_kernels.images import ImageFiles, ShardImages, find_unreadable, open_images, without
+from residual_kernels.data.images import ImageFiles, ShardImages, find_unreadable, open_images, without
 
 
 def picture(value: int) -> Image.Image:

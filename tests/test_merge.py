@@ -16,8 +16,8 @@ from test_towers import CUSTOM, build, images_for, plain, relative
 from torch import nn
 
 import residual_kernels as rk
-from residual_kernels import export
-from residual_kernels.towers.stream import OutProjection
+from residual_kernels.adapters import export
+from residual_kernels.towers.edit import OutProjection
 
 TOWERS = ["class token", "LayerScale", "average, norm after", "average, norm before", "tokens returned"]
 EVERY = ("emb", "head", "mlp")

@@ -9,7 +9,7 @@ import torch
 from test_towers import build, images_for, relative
 
 import residual_kernels as rk
-from residual_kernels.modules import TowerAdapter
+from residual_kernels.adapters.residual import TowerAdapter
 
 
 @pytest.fixture
@@ -339,7 +339,7 @@ def test_state_dict_carries_everything_to_another_tower(tower, images, bases):
         other.load_state_dict(own)
         if isinstance(one, rk.ResiDual):  # as many components as the first one's, head by head
             part = theirs.parts["head"]
-            from residual_kernels.bases import _take
+            from residual_kernels.bases.spectral_bases import _take
 
             held = replace(theirs.of("head"), parts=theirs.of("head").parts | {"head": _take(part, sizes)})
             two = rk.ResiDual(other, held, one.rest.rest)

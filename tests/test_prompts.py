@@ -2,7 +2,7 @@
 
 import pytest
 
-from residual_kernels import prompts
+from residual_kernels.data import prompts
 
 
 def test_class_names_and_templates(tmp_path):

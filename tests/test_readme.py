@@ -53,7 +53,7 @@ def test_paths_exist():
 
 
 def test_the_sweep_plan_is_one(tmp_path):
-    from residual_kernels.sweep import Plan
+    from residual_kernels.experiments.sweep import Plan
 
     (plan,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
     (tmp_path / "plan.yaml").write_text(plan)

@@ -18,11 +18,11 @@ from typer.main import get_command
 
 import residual_kernels as rk
 from residual_kernels import cli
+from residual_kernels.adapters.methods import identity
 from residual_kernels.analysis import TextDictionary
 from residual_kernels.cli import printing
-from residual_kernels.demo import DIGITS, digit_images
-from residual_kernels.images.base import Images
-from residual_kernels.methods import identity
+from residual_kernels.data.images.base import Images
+from residual_kernels.demo.story import DIGITS, digit_images
 from residual_kernels.report import charts, gather, page, sentences, tables, write_report
 from residual_kernels.report.facts import Outcome, Source
 from residual_kernels.report.thumbnails import thumbnails

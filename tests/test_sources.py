@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from residual_kernels import sources
+from residual_kernels.data import models as sources
 
 
 def test_models_by_name(tmp_path):

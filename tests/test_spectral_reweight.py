@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from residual_kernels import backends, reference
-from residual_kernels.ops import pack_units, spectral_reweight, spectral_reweight_packed
+from residual_kernels.ops import backends, pack_units, reference, spectral_reweight, spectral_reweight_packed
 
 
 def problem(rows=7, coordinates=16, dim=12, sizes=(3, 1, 18, 5), tasks=None, dtype=torch.float64, seed=0):

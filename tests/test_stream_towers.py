@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import residual_kernels as rk
 from residual_kernels import towers
-from residual_kernels.towers.stream import stream_maps
+from residual_kernels.towers.edit import stream_maps
 
 TIMM = (
     "class token", "average, norm after", "average, norm before", "no class token", "registers", "DINOv2",

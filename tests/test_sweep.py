@@ -12,10 +12,13 @@ import torch
 import yaml
 from PIL import Image
 
-from residual_kernels import cli, demo, sources, sweep
+from residual_kernels import cli
 from residual_kernels import train as training
-from residual_kernels.methods import identity
-from residual_kernels.sweep import Plan, Sweep, Table
+from residual_kernels.adapters.methods import identity
+from residual_kernels.data import models as sources
+from residual_kernels.demo import story as demo
+from residual_kernels.experiments import sweep
+from residual_kernels.experiments.sweep import Plan, Sweep, Table
 
 TINY = {
     "embed_dim": 16,

@@ -21,7 +21,8 @@ from timm.models.vision_transformer_relpos import ResPostRelPosBlock, VisionTran
 
 import residual_kernels as rk
 from residual_kernels import towers
-from residual_kernels.towers import stream, transformer
+from residual_kernels.towers import edit as stream
+from residual_kernels.towers import transformer
 
 SIZE = (32, 48)  # of the small towers: 2 x 3 patches
 

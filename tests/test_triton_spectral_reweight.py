@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 
-from residual_kernels import backends, ops, reference
-from residual_kernels.ops import torch_backend, triton_routes
+from residual_kernels import ops
+from residual_kernels.ops import backends, reference, torch_backend
+from residual_kernels.ops.triton import routes as triton_routes
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from residual_kernels.ops import triton_fold, triton_spectral_reweight, triton_spectral_reweight_backward
+from residual_kernels.ops.triton import backward as triton_spectral_reweight_backward
+from residual_kernels.ops.triton import fold as triton_fold
+from residual_kernels.ops.triton import forward as triton_spectral_reweight
 
 INTERPRETED = triton_spectral_reweight.INTERPRETED
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode that poisons memory
@@ -490,9 +493,9 @@ def test_importing_the_library_imports_no_triton():
     code = (
         "import sys, torch, residual_kernels, residual_kernels.ops\n"
         "from residual_kernels import backends\n"
-        "assert 'residual_kernels.ops.triton_backend' not in sys.modules\n"
+        "assert 'residual_kernels.ops.triton.backend' not in sys.modules\n"
         "assert backends.missing('triton', torch.device('cpu')) is not None\n"
-        "assert 'residual_kernels.ops.triton_backend' not in sys.modules\n"
+        "assert 'residual_kernels.ops.triton.backend' not in sys.modules\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=os.getcwd())

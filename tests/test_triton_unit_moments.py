@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 
-from residual_kernels import ops, reference
-from residual_kernels.ops import torch_backend
+from residual_kernels import ops
+from residual_kernels.ops import reference, torch_backend
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from residual_kernels.ops import triton_unit_moments
+from residual_kernels.ops.triton import unit_moments as triton_unit_moments
 
 INTERPRETED = triton_unit_moments.INTERPRETED
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode that poisons memory

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from residual_kernels import reference
-from residual_kernels.ops import unit_moments
+from residual_kernels.ops import reference, unit_moments
 
 
 def inputs(rows=9, units=3, coordinates=5, dtype=torch.float64, seed=0):

@@ -10,7 +10,7 @@ import torch
 
 import residual_kernels as rk
 from benchmarks.peers.tasks import BATCH, Fitted, Split, Task
-from residual_kernels.methods import build
+from residual_kernels.adapters.methods import build
 
 
 def _fit(name: str, task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import residual_kernels as rk
 from residual_kernels.bundled.drawings import DIGITS, PHOTOS, drawn_images
-from residual_kernels.cache import UnitCache
-from residual_kernels.demo import DRAWINGS, DRAWINGS_SEED, TEMPLATES, digit_images, thirds
+from residual_kernels.demo.story import DRAWINGS, DRAWINGS_SEED, TEMPLATES, digit_images, thirds
+from residual_kernels.units.cache import UnitCache
 
 BATCH = 256
 PHOTO_SPLIT = (100, 60, 240)  # a class: train, validation, test; all from the zip's test half

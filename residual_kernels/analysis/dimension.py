@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.analysis.reading import coordinates, held
-from residual_kernels.bases import KindBases, SpectralBases
-from residual_kernels.cache import UnitCache
+from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
+from residual_kernels.units.cache import UnitCache
 
 TILE_BYTES = {
     "cpu": 4 * 2**20,

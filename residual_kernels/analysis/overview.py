@@ -32,11 +32,11 @@ from residual_kernels.analysis.scores import (
 from residual_kernels.analysis.selection import FRACTIONS, SelectionCurves, selection_curves
 from residual_kernels.analysis.similarity import similarity_matrix
 from residual_kernels.analysis.words import Description, TextDictionary, component_words, words_of_units
-from residual_kernels.bases import OUTPUT, SpectralBases
-from residual_kernels.cache import UnitCache
+from residual_kernels.bases.pca import fit_bases
+from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
-from residual_kernels.pca import fit_bases
 from residual_kernels.towers import Tower
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 WHAT, FILE = "analysis", "analysis.json"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.bases import CONSTANT, SpectralBases
-from residual_kernels.cache import UnitCache, encode
-from residual_kernels.decomposition import checked_batches, checked_labels
-from residual_kernels.reference import unit_coordinates
+from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
+from residual_kernels.ops.reference import unit_coordinates
 from residual_kernels.towers import Terms, Tower, Unit, UnitMaps
+from residual_kernels.units.cache import UnitCache, encode
+from residual_kernels.units.decomposition import checked_batches, checked_labels
 
 BATCH_ROWS = 512  # rows of a cache taken at a time
 GROUP_BYTES = 512 * 2**20  # what the units looked at together may hold

@@ -23,9 +23,9 @@ from residual_kernels.analysis.reading import (
     units_of,
     width_of,
 )
-from residual_kernels.bases import CONSTANT, SpectralBases
-from residual_kernels.cache import UnitCache
+from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
 from residual_kernels.towers import Tower, Unit
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 RANK_BYTES = 64 * 2**20  # of sorted keys at a time

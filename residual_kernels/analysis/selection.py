@@ -22,9 +22,9 @@ from residual_kernels.analysis.reading import (
     units_of,
 )
 from residual_kernels.analysis.scores import check_range, class_maps
-from residual_kernels.bases import OUTPUT, SpectralBases
-from residual_kernels.cache import UnitCache
+from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.towers import KINDS, Terms, Tower
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.30, 0.50, 0.75, 1.0)

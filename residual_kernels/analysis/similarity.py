@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from residual_kernels.bases import KindBases, SpectralBases
+from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 
 WEIGHTS = ("explained_variance", "singular", "eigenvalues", "uniform")
 PAIR_BYTES = 32 * 2**20  # of cosine matrices at a time

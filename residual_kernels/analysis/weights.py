@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels.cache import UnitCache
-from residual_kernels.modules import ResiDual
-from residual_kernels.reference import coefficients
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.ops.reference import coefficients
 from residual_kernels.towers import Unit, UnitLayout
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 BATCH_NUMBERS = 2**23  # coefficients or logits held at a time

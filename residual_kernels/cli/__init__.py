@@ -4,17 +4,15 @@ import sys
 
 import typer
 
-from residual_kernels.cli import (
-    analyzing,
-    benching,
-    encoding,
-    fitting,
-    merging,
-    reporting,
-    story,
-    sweeping,
-    using,
-)
+from residual_kernels.cli import analyze as analyzing
+from residual_kernels.cli import bench as benching
+from residual_kernels.cli import demo as story
+from residual_kernels.cli import encode as encoding
+from residual_kernels.cli import fit as fitting
+from residual_kernels.cli import merge as merging
+from residual_kernels.cli import report as reporting
+from residual_kernels.cli import sweep as sweeping
+from residual_kernels.cli import use as using
 from residual_kernels.cli.printing import err
 
 app = typer.Typer(

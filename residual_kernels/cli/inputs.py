@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from residual_kernels import distributed, sources
-from residual_kernels.cache import MANIFEST, UnitCache, encode
+from residual_kernels import distributed
 from residual_kernels.cli.options import OnUnreadable
 from residual_kernels.cli.printing import bar, err
-from residual_kernels.images import Images, find_unreadable, open_images, without
+from residual_kernels.data import models as sources
+from residual_kernels.data.images import Images, find_unreadable, open_images, without
+from residual_kernels.units.cache import MANIFEST, UnitCache, encode
 
 HEAD, CLASSES = "head.safetensors", "classes.json"  # beside an adapter that `fit` wrote
 CLASSES_WHAT = "list of class folders"

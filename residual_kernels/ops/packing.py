@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels import backends
+from residual_kernels.ops import backends
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from residual_kernels import backends
+from residual_kernels.ops import backends
 from residual_kernels.ops.packing import PackedUnits
-from residual_kernels.ops.triton_routes import Explanation
+from residual_kernels.ops.triton.routes import Explanation
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ low-rank form is derived in README, "How it works".
 import torch
 from torch import Tensor
 
-from residual_kernels import backends
+from residual_kernels.ops import backends
 from residual_kernels.ops.packing import PackedUnits, pack_units, wide
 
 

@@ -8,7 +8,7 @@ once for all tasks, and never stores c * weight or dy . basis; elsewhere write (
 import torch
 from torch import Tensor
 
-from residual_kernels import backends
+from residual_kernels.ops import backends
 from residual_kernels.ops.packing import PackedUnits, wide
 
 

@@ -7,7 +7,7 @@ Ragged units are padded to the longest (one batched product reads all coefficien
 import torch
 from torch import Tensor
 
-from residual_kernels.reference import unit_of_component
+from residual_kernels.ops.reference import unit_of_component
 
 MOMENT_ROWS = 1024  # rows of z summed in z's precision before the float64 merge
 

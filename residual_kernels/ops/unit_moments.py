@@ -7,7 +7,7 @@ whatever the output dimension is.
 import torch
 from torch import Tensor
 
-from residual_kernels import backends
+from residual_kernels.ops import backends
 from residual_kernels.ops.packing import FLOATING
 
 

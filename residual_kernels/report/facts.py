@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from residual_kernels.adapters.residual import CoarseHeads, ResiDual, TowerAdapter
 from residual_kernels.analysis.dimension import linear_dimension, participation_ratio, two_nn_dimension
 from residual_kernels.analysis.scores import correlations, own_accuracy
 from residual_kernels.analysis.selection import selection_curves
@@ -19,11 +20,10 @@ from residual_kernels.analysis.weights import (
     reset_accuracy,
 )
 from residual_kernels.analysis.words import TextDictionary, words_at_ends
-from residual_kernels.bases import SpectralBases
-from residual_kernels.cache import UnitCache
-from residual_kernels.modules import CoarseHeads, ResiDual, TowerAdapter
-from residual_kernels.pca import fit_bases
+from residual_kernels.bases.pca import fit_bases
+from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Unit, UnitLayout
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 ROWS = 512  # of the cache, labelled at a time

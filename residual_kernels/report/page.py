@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from residual_kernels.analysis.weights import Component
-from residual_kernels.cache import UnitCache
+from residual_kernels.data.images import Images
 from residual_kernels.files import atomic_path
-from residual_kernels.images import Images
 from residual_kernels.report import plots, tables
 from residual_kernels.report.charts import CLASSES_SHOWN, charts, classes_shown
 from residual_kernels.report.facts import ENERGY, Facts
@@ -18,6 +17,7 @@ from residual_kernels.report.names import percent, points, unit_name
 from residual_kernels.report.sentences import captions, class_ends, findings
 from residual_kernels.report.thumbnails import SIDE, thumbnails
 from residual_kernels.towers import Unit
+from residual_kernels.units.cache import UnitCache
 
 COMPONENTS_LISTED = 12  # of a unit, in its panel
 

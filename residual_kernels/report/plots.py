@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from residual_kernels.analysis.weights import Component
+from residual_kernels.data.images import Images
 from residual_kernels.files import atomic_path
-from residual_kernels.images import Images
 from residual_kernels.pictures import BLUE, GREEN, GREY, ORANGE
 from residual_kernels.report.charts import accuracy_range, classes_shown
 from residual_kernels.report.facts import ENERGY, Facts, Outcome

@@ -6,7 +6,7 @@ import io
 from PIL import ImageOps
 from PIL.Image import Image
 
-from residual_kernels.images import Images
+from residual_kernels.data.images import Images
 
 SIDE, QUALITY = 80, 82  # pixels; about 2 kB each
 MOST = 1600  # in one report, about 5 MB

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from residual_kernels.towers.stream import Edit, OutProjection
+    from residual_kernels.towers.edit import Edit, OutProjection
 
 KINDS = ("emb", "head", "mlp", "pool")  # in this order everywhere; `layout.kinds` are those that a tower has
 
@@ -202,7 +202,8 @@ def view(tower: nn.Module) -> Tower:
     Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
     what was looked for when it is of no known family.
     """
-    from residual_kernels.towers import hugging_face, open_clip, timm
+    from residual_kernels.towers import open_clip, timm
+    from residual_kernels.towers.hugging_face import tower as hugging_face
 
     kind = type(tower).__name__
     if isinstance(getattr(tower, "visual", None), nn.Module):

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers import UnitLayout, UnsupportedTowerError
-from residual_kernels.towers.attention_pool import AttentionPooler
+from residual_kernels.towers.edit import OutProjection
 from residual_kernels.towers.norm import Norm, norm_of
-from residual_kernels.towers.stream import OutProjection
+from residual_kernels.towers.pooling import AttentionPooler
 from residual_kernels.towers.transformer import (
     ATTENTION,
     AVERAGE,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import Terms, UnitLayout, UnitMaps, check_kinds
-from residual_kernels.towers.attention_pool import AttentionPooler, attended
 from residual_kernels.towers.blocks import run_block
+from residual_kernels.towers.edit import Edit, OutProjection, stream_maps
 from residual_kernels.towers.norm import Norm
-from residual_kernels.towers.stream import Edit, OutProjection, stream_maps
+from residual_kernels.towers.pooling import AttentionPooler, attended
 
 # Where a tower needs every token's terms until the last layer is done (average pooling after the norm, attention
 # pooling), images are taken in groups so that these stay within this many bytes.
@@ -31,7 +31,7 @@ NORMED_AVERAGE = "average, norm before"  # every token is normalised, then they 
 ATTENTION = "attention"  # every token is normalised, then a pooler attends to them
 
 
-# An :data:`~residual_kernels.towers.stream.Edit` of one layer: (z, what attention adds) -> what it is to add instead.
+# An :data:`~residual_kernels.towers.edit.Edit` of one layer: (z, what attention adds) -> what it is to add instead.
 BlockEdit = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from residual_kernels.cache import UnitCache
-from residual_kernels.modules import TowerAdapter
+from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.train.evaluation import Evaluation, Prediction, evaluate, predict
 from residual_kernels.train.fitting import Run
 from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 __all__ = [

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels.cache import UnitCache
-from residual_kernels.decomposition import check_finite_units, checked_batches, checked_labels
-from residual_kernels.modules import TowerAdapter
+from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.towers import Terms
+from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.decomposition import check_finite_units, checked_batches, checked_labels
 
 CHUNK = 512  # rows of a cache taken at a time where their order is free
 AHEAD = 2  # batches gathered while one is computed

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from residual_kernels.cache import UnitCache
+from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.files import digest, load_tensors, save_tensors
-from residual_kernels.modules import TowerAdapter
 from residual_kernels.train.evaluation import Heads
+from residual_kernels.units.cache import UnitCache
 
 WHAT = "fit checkpoint"
 SAMPLE = 64  # rows of a cache that are looked at to know it again

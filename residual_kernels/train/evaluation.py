@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residual_kernels.cache import UnitCache
-from residual_kernels.modules import TowerAdapter
+from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.train.batches import CHUNK, CachedRows, LoadedRows, check_range, widest
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 PREDICTED_ROWS = 64  # images through the tower at a time

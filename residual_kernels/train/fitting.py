@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residual_kernels import distributed
-from residual_kernels.cache import UnitCache
+from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.files import digest
-from residual_kernels.modules import TowerAdapter
 from residual_kernels.train import checkpoints
 from residual_kernels.train.batches import CHUNK, CachedRows, LoadedRows, room, whole, widest
 from residual_kernels.train.evaluation import Heads, balanced
 from residual_kernels.train.labels import label_table, shots_of, weights_of_classes
 from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
 from residual_kernels.train.steps import STEPS, Step, TaskWeights, blocks, bytes_of_a_row
+from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from residual_kernels.cache import UnitCache
 from residual_kernels.train.batches import check_range
+from residual_kernels.units.cache import UnitCache
 
 
 def label_table(

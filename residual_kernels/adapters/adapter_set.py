@@ -1,0 +1,407 @@
+"""How do several adapters share one tower? Switched by name, or side by side, one for each row of a batch."""
+
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels.adapters.residual import OutputSpectral, UnitAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.adapters.unit_sum import at_least_float32, reweighted_sum
+from residual_kernels.towers import Terms
+from residual_kernels.towers.edit import Edit
+from residual_kernels.zeroshot import ZeroShotHead
+
+
+class _Member(nn.Module):
+    """One adapter of a set: its weights, its classifier, and the key of what it shares with others."""
+
+    def __init__(self, adapter: TowerAdapter, head: ZeroShotHead | None, key: str):
+        super().__init__()
+        self.key = key
+        self.weight = nn.Parameter(adapter.weight.detach().clone())
+        self.head = None if head is None else copy.deepcopy(head)
+
+    def _apply(self, fn, recurse=True):
+        return super()._apply(at_least_float32(fn), recurse)
+
+
+class _Shared(nn.Module):
+    """What adapters that differ in their weights alone have in common: the constants of their units, and the rest."""
+
+    def __init__(self, adapter: UnitAdapter | OutputSpectral):
+        super().__init__()
+        self.label = _label(adapter)
+        self.stream = getattr(adapter, "placement", "output") == "stream"
+        self.kinds, self.reads = ((), ()) if self.stream else (adapter.kinds, adapter._reads())
+        self.register_buffer("removed_mean", adapter.removed_mean.double(), persistent=False)
+        tower = {id(adapter.tower): adapter.tower}  # which is not copied
+        if isinstance(adapter, UnitAdapter):
+            self.sizes = adapter._sizes
+        for name, module in _constants(adapter).items():
+            self.add_module(name, copy.deepcopy(module, tower))
+
+    def serves(self, adapter: TowerAdapter) -> bool:
+        """Whether this adapter's constants are these, number for number."""
+        if _label(adapter) != self.label:
+            return False
+        mine = self.state_dict()
+        theirs = {
+            f"{name}.{key}": value
+            for name, module in _constants(adapter).items()
+            for key, value in module.state_dict().items()
+        }
+        return mine.keys() == theirs.keys() and all(
+            mine[key].shape == value.shape and torch.equal(mine[key], value.to(mine[key]))
+            for key, value in theirs.items()
+        )
+
+    def forward(self, batch: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
+        if self.stream:  # which changed the tower's output itself
+            return batch.output
+        if hasattr(self, "spectral"):
+            return self.spectral(batch.output[:, None, :], None, None, weight, index)
+        y = reweighted_sum(self.units, self.sizes, batch, weight, index)
+        rest = self.rest(batch)
+        return y if rest is None else y + rest
+
+
+def _label(adapter: TowerAdapter) -> tuple:
+    return type(adapter).__name__, adapter.options(), len(adapter.weight)
+
+
+def _constants(adapter: TowerAdapter) -> dict[str, nn.Module]:
+    names = ("units", "rest") if isinstance(adapter, UnitAdapter) else ("spectral",)
+    return {name: getattr(adapter, name) for name in names}
+
+
+class AdapterSet(TowerAdapter):
+    """Several adapters over one tower. Called like the tower, with the active one; or with a name for every row.
+
+        adapters = AdapterSet(model.visual, {"digits": a, "letters": b}, heads={"digits": digits, "letters": letters})
+        adapters(images)                                     # the active one, at first the first
+        adapters.active = "letters"                          # no tensor moves; None: the tower's own output
+        adapters(images, names=["digits", None, "letters"])  # one pass of the backbone, row by row
+
+    Args:
+        tower: the image tower that all of them were made on.
+        adapters: by name: ResiDual, CoarseHeads or OutputSpectral. Their weights are copied; they stay as they are.
+        heads: by name, for :meth:`logits`; not every adapter needs one.
+
+    Adapters that differ in their weights alone (the same bases truncated alike, the same rest) share their constants,
+    and rows of a batch are told apart inside the operator (`weight_index`). Others share the backbone's pass, which is
+    nearly all of the cost: their rows are gathered, and each group is computed by itself. :attr:`groups` says which.
+    Those with placement="stream" change their own rows inside that same pass.
+
+    `names` is one name, a sequence with a name (or None) for every row, or an int64 tensor [N] of positions in
+    :attr:`names`, -1 for None (see :meth:`index`): the form for a compiled graph, which needs all adapters to share.
+
+    `trainable` is the active adapter's weight, so :func:`fit` trains that one. state_dict holds the shared constants
+    once, ``members.<name>.weight`` and ``tower.*``.
+    """
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        adapters: Mapping[str, TowerAdapter],
+        *,
+        heads: Mapping[str, ZeroShotHead] | None = None,
+    ):
+        if isinstance(tower, TowerAdapter):
+            raise ValueError(
+                f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it first"
+            )
+        if not adapters:
+            raise ValueError("an AdapterSet needs at least one adapter")
+        heads = dict(heads or {})
+        foreign = [name for name in heads if name not in adapters]
+        if foreign:
+            raise ValueError(f"heads names {', '.join(foreign)}, but the adapters are {', '.join(adapters)}")
+        super().__init__(tower)
+        self.members = nn.ModuleDict()
+        self.shared = nn.ModuleDict()
+        self._active: str | None = None
+        self._made = 0
+        for name, adapter in adapters.items():
+            self.add(name, adapter, heads.get(name))
+        self._active = next(iter(adapters))
+        self.freeze()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names in the order they were added: what positions count."""
+        return tuple(self.members)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the adapters that share their constants, group by group."""
+        return tuple(tuple(name for name, m in self.members.items() if m.key == key) for key in self.shared)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that a call without names uses; None for the tower's own output."""
+        return self._active
+
+    @active.setter
+    def active(self, name: str | None) -> None:
+        if name is not None:
+            self._member(name)
+        self._active = name
+
+    def add(self, name: str, adapter: TowerAdapter, head: ZeroShotHead | None = None) -> None:
+        """Adds an adapter made on this tower; a ValueError says what does not fit, and then nothing is changed."""
+        if name in self.members:
+            raise ValueError(f"there is an adapter {name!r} already; remove it first, or choose another name")
+        if not isinstance(name, str) or not name or "." in name or hasattr(self.members, name):
+            raise ValueError(
+                f"an adapter's name must be a word without dots that nn.ModuleDict does not use itself; got {name!r}"
+            )
+        if not isinstance(adapter, UnitAdapter | OutputSpectral):
+            raise ValueError(
+                f"an AdapterSet takes adapters that learn one weight vector (ResiDual, CoarseHeads, OutputSpectral); "
+                f"got {type(adapter).__name__}"
+            )
+        if adapter.tower is not self.tower:
+            raise ValueError(f"adapter {name!r} wraps another tower; make or load it on this set's tower")
+        if getattr(adapter, "merged", False):
+            raise ValueError(f"adapter {name!r} is merged into the tower; unmerge it first")
+        if head is not None and len(head.class_vectors) != self.dim:
+            raise ValueError(
+                f"the head of {name!r} reads {len(head.class_vectors)} numbers an image; this tower gives {self.dim}"
+            )
+        key = next((key for key, shared in self.shared.items() if shared.serves(adapter)), None)
+        if key is None:
+            key = str(self._made)
+            self._made += 1
+            self.shared[key] = _Shared(adapter)
+        self.members[name] = _Member(adapter, head, key).to(next(self.tower.parameters()).device)
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter out, and constants that no other one shares. Where it was active, the tower's output is."""
+        key = self._member(name).key
+        del self.members[name]
+        if all(member.key != key for member in self.members.values()):
+            del self.shared[key]
+        if self._active == name:
+            self._active = None
+
+    def _member(self, name: str) -> _Member:
+        if name not in self.members:
+            raise ValueError(f"there is no adapter {name!r} here; known are {', '.join(self.members)}")
+        return self.members[name]
+
+    def _shared_by(self, name: str) -> _Shared:
+        return self.shared[self._member(name).key]
+
+    def index(self, names: Sequence[str | None]) -> Tensor:
+        """Positions [N] int64 of names, -1 for None, on the tower's device."""
+        for name in set(names) - {None}:
+            self._member(name)
+        position = {name: i for i, name in enumerate(self.members)} | {None: -1}
+        device = next(self.tower.parameters()).device
+        return torch.tensor([position[name] for name in names], dtype=torch.int64, device=device)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What the tower is asked for by :meth:`collect`: enough for every adapter."""
+        return self._kinds(self.shared)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Kinds that a cache must hold for the active adapter."""
+        return () if self._active is None else self._shared_by(self._active).reads
+
+    def _kinds(self, keys) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(kind for key in keys for kind in self.shared[key].kinds))
+
+    def trainable(self) -> list[nn.Parameter]:
+        if self._active is None:
+            raise ValueError(f"no adapter is active; set .active to one of {', '.join(self.members)}")
+        return [self.members[self._active].weight]
+
+    @property
+    def removed_mean(self) -> Tensor:
+        """That of the active adapter; zero for the tower's own output."""
+        if self._active is None:
+            like = next(self.tower.parameters())
+            return like.new_zeros(self.dim)
+        return self._shared_by(self._active).removed_mean.to(self.members[self._active].weight)
+
+    def _chosen(self, names: str | Sequence[str | None] | Tensor | None, rows: int):
+        """(member or None, None) for all rows alike; (index [N], keys of the groups it may touch) for one a row."""
+        if names is None or isinstance(names, str):
+            name = self._active if names is None else names
+            return (None if name is None else self._member(name)), None
+        if isinstance(names, Tensor):
+            if names.shape != (rows,) or names.dtype != torch.int64:
+                raise ValueError(
+                    f"names must be int64 [N] = ({rows},), positions in the set; got {names.dtype} {tuple(names.shape)}"
+                )
+            if names.device.type == "cpu" and rows and not torch.compiler.is_compiling():
+                low, high = int(names.min()), int(names.max())
+                if low < -1 or high >= len(self.members):
+                    raise ValueError(
+                        f"names runs from {low} to {high}, but there are {len(self.members)} adapters"
+                    )
+            return names, tuple(self.shared)
+        names = list(names)
+        if len(names) != rows:
+            raise ValueError(
+                f"names has {len(names)} entries for {rows} images; give one for each, or one name"
+            )
+        index = self.index(names)
+        used = {self.members[name].key for name in names if name is not None}
+        return index, tuple(key for key in self.shared if key in used)
+
+    def forward(
+        self, images: Tensor, names: str | Sequence[str | None] | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        chosen, keys = self._chosen(names, len(images))
+        if chosen is None:
+            return self.tower(images)
+        touched = (chosen.key,) if keys is None else keys
+        edits = [self._edit(key, chosen, keys is not None) for key in touched if self.shared[key].stream]
+        edit = functools.partial(_one_after_another, edits) if edits else None
+        batch = self._view.terms(images, self._kinds(touched), edit)
+        y = self._read(batch, chosen, keys)
+        return y if batch.tokens is None else (y, batch.tokens)
+
+    def from_units(self, batch: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
+        """y [N, D] from terms collected before, by the active adapter or by `names`."""
+        chosen, keys = self._chosen(names, len(batch.output))
+        self._check_terms(batch, keys if keys is not None else () if chosen is None else (chosen.key,))
+        return batch.output if chosen is None else self._read(batch, chosen, keys)
+
+    def _check_terms(self, batch: Terms, touched: Sequence[str]) -> None:
+        """Raises ValueError unless these terms are all that the groups `touched` read."""
+        if any(self.shared[key].stream for key in touched):
+            raise ValueError(
+                "an adapter of these works inside the tower, so units kept before cannot tell its output; give images"
+            )
+        missing = [kind for key in touched for kind in self.shared[key].reads if kind not in batch.z]
+        if missing:
+            raise ValueError(
+                f"this batch holds no terms of kind {', '.join(dict.fromkeys(missing))}; "
+                "encode with kinds that include it"
+            )
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return self.from_units(batch)
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        """The terms that the active adapter reads: what they become depends on which one that is."""
+        self._check_terms(batch, () if self._active is None else (self._member(self._active).key,))
+        kept = {f"z.{kind}": batch.z[kind] for kind in self.adapted}
+        return {"scale": batch.scale, "mean": batch.mean, "output": batch.output, **kept}
+
+    def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
+        if self._active is not None and self._shared_by(self._active).stream:
+            return {"images": images}  # inside the tower everything depends on the weight
+        return super().features_of_images(images)
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        shared = self._shared_by(self._active)
+        found = []
+        for task, weight in enumerate(weights[0]):
+            if shared.stream:
+                edit = shared.units["head"].edit(weight)
+                batch = self._view.terms(features["images"], (), edit)
+            else:
+                own = features["scale"].ndim == 2  # rows of its own for every task
+                one = {name: value[task] if own else value for name, value in features.items()}
+                z = {name.removeprefix("z."): value for name, value in one.items() if name.startswith("z.")}
+                batch = Terms(z=z, scale=one["scale"], mean=one["mean"], output=one["output"])
+            found.append(shared(batch, weight).to(weight.dtype))
+        return torch.stack(found)
+
+    def merge(self) -> nn.Module:
+        raise ValueError(
+            "a set of adapters has no one weight to fold away; merge an adapter by itself (its own merge())"
+        )
+
+    def _weights(self, key: str) -> Tensor:
+        """[T, J] of the adapters of one group."""
+        return torch.stack([member.weight for member in self.members.values() if member.key == key])
+
+    def _edit(self, key: str, chosen: "_Member | Tensor", rowwise: bool) -> Edit:
+        """What a group in the stream does in every block; rows of other groups keep what they have (weights of one)."""
+        heads = self.shared[key].units["head"]
+        if not rowwise:
+            return heads.edit(chosen.weight)
+        weights = self._weights(key)
+        local = self._local(key, chosen)
+        index = torch.where(local < 0, len(weights), local)
+        return heads.edit(torch.cat([weights, torch.ones_like(weights[:1])]), index)
+
+    def _read(self, batch: Terms, chosen: "_Member | Tensor", keys: tuple[str, ...] | None) -> Tensor:
+        """y [N, D] by one adapter, or by each row's own."""
+        if keys is None:
+            return self.shared[chosen.key](batch, chosen.weight).to(batch.output.dtype)
+        y = batch.output
+        keys = [key for key in keys if not self.shared[key].stream]
+        for key in keys:
+            local = self._local(key, chosen)
+            if len(keys) == 1:  # no look at the values: what a graph can hold
+                ours = self.shared[key](batch, self._weights(key), local.clamp_min(0))
+                y = torch.where(local[:, None] < 0, y, ours.to(y.dtype))
+                continue
+            rows = (local >= 0).nonzero().flatten()
+            if len(rows):
+                ours = self.shared[key](_rows(batch, rows), self._weights(key), local[rows])
+                y = y.index_copy(0, rows, ours.to(y.dtype))
+        return y
+
+    def _local(self, key: str, index: Tensor) -> Tensor:
+        """Positions within a group of positions within the set; -1 for those outside of it."""
+        inside = [member.key == key for member in self.members.values()]
+        table = [sum(inside[:i]) if yes else -1 for i, yes in enumerate(inside)]
+        return torch.tensor([*table, -1], device=index.device)[index]  # an index of -1 reads the last one
+
+    def logits(self, images: Tensor, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
+        """Logits [N, K] of each row's adapter by its own head.
+
+        Where heads have different numbers of classes K is the largest, and columns past a row's own are -inf, so that
+        softmax and argmax hold. Raises ValueError when a row has no adapter, or its adapter no head.
+        """
+        chosen, keys = self._chosen(names, len(images))
+        if keys is None:
+            wanted = self._active if names is None else names
+            row_names = [wanted]
+        else:
+            row_names = [None if i < 0 else self.names[i] for i in chosen.tolist()]
+        lacking = [name for name in row_names if name is None or self.members[name].head is None]
+        if lacking:
+            what = "a row without an adapter" if lacking[0] is None else f"adapter {lacking[0]!r}"
+            raise ValueError(f"{what} has no head to read it; give heads= to AdapterSet, or head= to add")
+        y = self(images, names)
+        y = y[0] if isinstance(y, tuple) else y
+        if keys is None:
+            return self.members[row_names[0]].head(y)
+        parts = {name: self.members[name].head for name in dict.fromkeys(row_names)}
+        classes = max((len(head.class_names) for head in parts.values()), default=0)
+        logits = y.new_full(
+            (len(y), classes), float("-inf"), dtype=torch.promote_types(y.dtype, torch.float32)
+        )
+        for name, head in parts.items():
+            rows = (chosen == self.names.index(name)).nonzero().flatten()
+            part = nn.functional.pad(head(y[rows]), (0, classes - len(head.class_names)), value=float("-inf"))
+            logits = logits.index_copy(0, rows, part.to(logits.dtype))
+        return logits
+
+    def extra_repr(self) -> str:
+        return f"active={self._active!r}, groups={self.groups}"
+
+
+def _one_after_another(edits: list[Edit], layer: int, z: Tensor, attended: Tensor) -> Tensor:
+    for edit in edits:
+        attended = edit(layer, z, attended)
+    return attended
+
+
+def _rows(batch: Terms, rows: Tensor) -> Terms:
+    return Terms(
+        z={kind: value[rows] for kind, value in batch.z.items()},
+        scale=batch.scale[rows], mean=batch.mean[rows], output=batch.output[rows],
+    )  # fmt: skip

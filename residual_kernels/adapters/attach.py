@@ -1,0 +1,103 @@
+"""How does my model change? Attach an adapter to a CLIP-like model, and take it off again without a trace."""
+
+from typing import Any
+
+from torch import nn
+
+from residual_kernels.adapters.residual import ResiDual, TowerAdapter
+from residual_kernels.adapters.tower_adapter import AroundTower
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.towers.hugging_face import stand_in as standing_in
+from residual_kernels.towers.hugging_face.tower import image_tower
+
+
+class Attachment:
+    """An adapter standing where the model's image tower stood. A context manager; ends with :meth:`detach`."""
+
+    def __init__(self, model: nn.Module, adapter: TowerAdapter, places: dict[str, nn.Module]):
+        self.model, self.residual = model, adapter
+        self._places = places
+        self._originals = {name: getattr(model, name) for name in places}
+        self._attached = True
+        adapter.freeze()  # it may have been detached before
+        for name, module in places.items():
+            setattr(model, name, module)
+
+    def detach(self) -> nn.Module:
+        """Puts back the same objects, their flags restored, and returns the tower. Again does nothing."""
+        if self._attached:
+            swapped = [
+                name for name, module in self._places.items() if getattr(self.model, name) is not module
+            ]
+            if swapped:
+                raise RuntimeError(
+                    f"model.{swapped[0]} is no longer the module that was attached, so there is nothing here to take "
+                    f"off; set model.{swapped[0]} yourself (residual.tower is the image tower)"
+                )
+            self.residual.detach()
+            for name, module in self._places.items():
+                if isinstance(module, standing_in.StandIn):
+                    module.release()
+                setattr(self.model, name, self._originals[name])
+            self._attached = False
+        return self.residual.tower
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.detach()
+
+
+def attach(
+    model: nn.Module,
+    bases: SpectralBases | None = None,
+    rest: str = "zero",
+    *,
+    adapter: TowerAdapter | None = None,
+    **options: Any,
+) -> Attachment:
+    """Puts an adapter where a model's image tower stands, for a while or for good.
+
+    In an open_clip model that is `model.visual`. In a transformers CLIP or image classifier it is the vision model (and
+    CLIP's projection, which is part of the tower): get_image_features, image_embeds and logits then come from y.
+
+    Args:
+        model: a CLIP-like model with the image tower at `.visual`, or a transformers model around a vision model.
+        bases, rest, options: handed to :class:`ResiDual`; or
+        adapter: a module made before on this model's tower (ResiDual, CoarseHeads ...).
+
+    Returns:
+        An :class:`Attachment`: use it in ``with``, or call ``.detach()``; ``.residual`` is the module.
+
+    Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of another tower;
+    the model is then unchanged.
+    """
+    tower = _tower_of(model)
+    if (bases is None) == (adapter is None):
+        raise ValueError("give either bases (for a new ResiDual) or adapter (a module made before)")
+    if adapter is not None and (rest != "zero" or options):
+        raise ValueError("rest and options are for a new ResiDual; this adapter was made with its own")
+    if adapter is None:
+        adapter = ResiDual(tower, bases, rest, **options)
+    elif adapter.tower is not tower:
+        raise ValueError("this adapter wraps another tower than this model's")
+    if getattr(model, "visual", None) is tower:
+        return Attachment(model, adapter, {"visual": adapter})
+    return Attachment(model, adapter, standing_in.places(model, adapter))
+
+
+def _tower_of(model: nn.Module) -> nn.Module:
+    """The image tower of a model that has a place for one."""
+    visual, kind = getattr(model, "visual", None), type(model).__name__
+    if isinstance(visual, AroundTower):
+        raise ValueError(f"a {type(visual).__name__} is attached to this model already; detach it first")
+    if isinstance(visual, nn.Module):
+        return visual
+    if not standing_in.has_place(model):
+        raise ValueError(
+            f"{kind} has no image tower at .visual and is no transformers model around one; wrap its tower with "
+            "ResiDual instead"
+        )
+    standing_in.check_place(model)
+    return image_tower(model)

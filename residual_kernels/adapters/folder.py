@@ -1,0 +1,230 @@
+"""How is a fitted adapter kept? One folder: a JSON config that says what it is and a safetensors file of its weights.
+
+The folder holds what the adapter learned, not the tower, and the bases it rests on either whole or by reference: their
+fingerprint and how many components of each unit were kept. Loading checks that tower and bases are the ones it was
+fitted on before anything is touched.
+"""
+
+import contextlib
+import inspect
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import towers
+from residual_kernels.adapters.residual import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.files import SCHEMA, load_tensors, read_json, save_tensors, write_json
+from residual_kernels.ops.packing import wide
+
+CONFIG, WEIGHTS, BASES = "adapter.json", "weights.safetensors", "bases.safetensors"
+WHAT = "adapter"
+KEPT = "kept."  # tensors of the weights file that say how many components of each unit a reference takes
+_CLASSES = {cls.__name__: cls for cls in (ResiDual, CoarseHeads, OutputSpectral, OutputLinear)}
+
+
+def save_adapter(
+    adapter: TowerAdapter, path: str | os.PathLike, *, bases: bool | str | os.PathLike = True
+) -> None:
+    """Writes an adapter to the folder `path`: config, weights and, where it has them, its bases.
+
+    Args:
+        adapter: ResiDual, CoarseHeads, OutputSpectral or OutputLinear.
+        path: a folder. The new one is written whole beside an old one and then takes its place; other files stay.
+        bases: True keeps them in the folder, components in the tower's precision (float32 or better), so that the
+            adapter needs nothing else. False keeps a reference: their fingerprint and the number of components of each
+            unit, some kilobytes; :func:`load_adapter` is then given the bases. The path of a file that
+            :meth:`SpectralBases.save` wrote is a reference that also says where they lie (it is checked here).
+
+    What is loaded gives the outputs of what was saved bit for bit; only a reference from a float64 tower to a file with
+    components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
+
+    Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were fitted, or for
+    a file of other bases.
+    """
+    from residual_kernels import __version__
+
+    if type(adapter).__name__ not in _CLASSES:
+        raise ValueError(f"save_adapter keeps {', '.join(_CLASSES)}; got {type(adapter).__name__}")
+    if getattr(adapter, "merged", False):
+        raise ValueError(
+            "this adapter is merged into its tower; unmerge it first, and merge it again when it is kept"
+        )
+    checksum = towers.checksum(adapter.tower)
+    if adapter.bases is not None and adapter.bases.checksum != checksum:
+        raise ValueError(
+            "the tower has been trained since its bases were fitted, and an adapter does not hold the tower; "
+            "keep the whole module's state_dict instead"
+        )
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; name a folder for the adapter")
+    learned = {name: p for name, p in adapter.named_parameters() if not name.startswith("tower.")}
+    reference, kept = None, {}
+    if bases is not True:
+        reference, kept = _reference(adapter, path, bases)
+    with _replaced_folder(path) as folder:
+        stored = None
+        if adapter.bases is not None and reference is None:
+            precision = wide(next(adapter.tower.parameters()).dtype)
+            stored = adapter.bases.save(folder / BASES, dtype=precision)
+        header = save_tensors(folder / WEIGHTS, {**learned, **kept}, WHAT, {})
+        write_json(
+            folder / CONFIG,
+            {
+                "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
+                "options": adapter.options(), "tower": adapter._view.name, "checksum": checksum,
+                "shapes": {name: list(p.shape) for name, p in learned.items()},
+                "parameters": sum(p.numel() for p in learned.values()),
+                "weights_sha256": header["sha256"], "bases_sha256": stored, "bases_reference": reference,
+            },
+        )  # fmt: skip
+
+
+def _reference(
+    adapter: TowerAdapter, path: Path, where: bool | str | os.PathLike
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the config says of bases that lie elsewhere, and the number of components kept of each unit."""
+    if adapter.bases is None:
+        raise ValueError(f"this {type(adapter).__name__} rests on no bases; leave the argument bases out")
+    sizes = {kind: part.offsets.diff() for kind, part in adapter.bases.parts.items()}
+    reference = {"fingerprint": adapter.bases.fingerprint(), "count": adapter.bases.count, "where": None}
+    if where is not False:
+        file = Path(where).resolve()
+        if file == (path / BASES).resolve():
+            raise ValueError(
+                f"{file} is where a self-contained adapter keeps its own bases; name a file outside of {path}"
+            )
+        _referred(SpectralBases.load(file), reference, sizes, str(where))
+        reference["where"] = Path(os.path.relpath(file, path.resolve())).as_posix()
+    return reference, {f"{KEPT}{kind}": size.to(torch.int32) for kind, size in sizes.items()}
+
+
+def _referred(
+    bases: SpectralBases, reference: dict[str, Any], sizes: dict[str, Tensor], name: str
+) -> SpectralBases:
+    """`bases` truncated as the reference says; a ValueError when they are not those it was made of."""
+    advice = "give the bases (whole or truncated less) that it was fitted with"
+    try:
+        kept = bases.keep({kind: size.tolist() for kind, size in sizes.items()})
+    except ValueError as error:
+        raise ValueError(f"{name} does not hold the bases of this adapter: {error}; {advice}") from error
+    if kept.fingerprint() != reference["fingerprint"]:
+        raise ValueError(f"{name} holds other bases than this adapter rests on (another checksum); {advice}")
+    return kept
+
+
+@contextlib.contextmanager
+def _replaced_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the place of `path` when the block ends well; files in `path` of other names stay."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield folder
+        if path.exists():
+            for file in path.iterdir():
+                if file.name not in (CONFIG, WEIGHTS, BASES):
+                    shutil.move(file, folder / file.name)
+            old = path.rename(folder.with_suffix(".old"))
+            folder.rename(path)
+            shutil.rmtree(old)
+        else:
+            folder.rename(path)
+        path.chmod(0o755)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def load_adapter(
+    tower: nn.Module, path: str | os.PathLike, *, bases: SpectralBases | str | os.PathLike | None = None
+) -> TowerAdapter:
+    """The adapter in the folder `path`, around `tower` (its image tower).
+
+    `bases`, or a file of them, are for an adapter that keeps its bases by reference; they may hold more kinds and
+    components than it took. Left out, they are read from where the adapter says they lie.
+
+    Raises FileNotFoundError when there is none, ValueError when a file is damaged, or the tower or the bases are
+    others; the tower is then unchanged.
+    """
+    path = Path(path)
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
+    required = ("class", "options", "checksum", "weights_sha256", "bases_sha256")
+    config = read_json(path / CONFIG, WHAT, required)
+    cls = _CLASSES.get(config["class"])
+    if cls is None:
+        raise ValueError(
+            f"{path / CONFIG} names the class {config['class']!r}; known are {', '.join(_CLASSES)}"
+        )
+    options = config["options"]
+    arguments = inspect.signature(cls).parameters
+    if not isinstance(options, dict) or set(options) - (set(arguments) - {"tower", "bases"}):
+        raise ValueError(f"{path / CONFIG} has unknown options {options!r}; save the adapter again")
+    stored, header = load_tensors(path / WEIGHTS, WHAT)
+    if header["sha256"] != config["weights_sha256"]:
+        raise ValueError(f"{path / WEIGHTS} is not the file that {CONFIG} names; save the adapter again")
+    weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
+    found = towers.checksum(towers.view(tower).module)
+    if found != config["checksum"]:
+        raise ValueError(
+            "this adapter was fitted on a tower with other weights "
+            f"(checksum {config['checksum'][:12]}, this tower has {found[:12]})"
+        )
+    sizes = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
+    found_bases = _bases_for(path, config, sizes, bases)
+    if found_bases is not None:
+        adapter = cls(tower, **options, bases=found_bases)
+    elif "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"a {cls.__name__} rests on bases, but {path / CONFIG} names none; save the adapter again"
+        )
+    else:
+        adapter = cls(tower, **options)
+    expected = {
+        name: list(p.shape) for name, p in adapter.named_parameters() if not name.startswith("tower.")
+    }
+    if adapter.options() != options or expected != {name: list(w.shape) for name, w in weights.items()}:
+        adapter.detach()
+        raise ValueError(
+            f"{path} holds other options or shapes than this tower and these bases need: {adapter.options()}, "
+            f"{expected}"
+        )
+    with torch.no_grad():
+        for name, value in weights.items():
+            adapter.get_parameter(name).copy_(value)
+    return adapter
+
+
+def _bases_for(
+    path: Path, config: dict, sizes: dict[str, Tensor], given: SpectralBases | str | os.PathLike | None
+) -> SpectralBases | None:
+    """The bases of the adapter in `path`, verified: its own, those given, or those it points to."""
+    reference = config.get("bases_reference")
+    if reference is None:
+        if given is not None:
+            raise ValueError(
+                f"the adapter at {path} needs no bases from outside; leave the argument bases out"
+            )
+        if config["bases_sha256"] is None:
+            return None
+        return SpectralBases.load(path / BASES, sha256=config["bases_sha256"])
+    if not isinstance(reference, dict) or {"fingerprint", "count", "where"} - set(reference):
+        raise ValueError(f"{path / CONFIG} has a damaged reference to its bases; save the adapter again")
+    if isinstance(given, SpectralBases):
+        return _referred(given, reference, sizes, "the argument bases")
+    where = Path(given) if given is not None else path / reference["where"] if reference["where"] else None
+    if where is None or not where.is_file():
+        said = "" if where is None else f", and there is no file at {where}"
+        raise FileNotFoundError(
+            f"the adapter at {path} keeps its bases by reference{said}; give load_adapter(..., bases=) the bases "
+            f"fitted on {reference['count']} images that it was made with"
+        )
+    return _referred(SpectralBases.load(where), reference, sizes, str(where))

@@ -1,0 +1,205 @@
+"""How does an adapter travel? To and from the Hugging Face hub, by huggingface_hub's own mixin, with a model card."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
+from torch import nn
+
+from residual_kernels.adapters.folder import BASES, CONFIG, WEIGHTS, load_adapter, save_adapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.files import write_json
+from residual_kernels.zeroshot import ZeroShotHead
+
+LIBRARY = "residual-kernels"
+HEAD, CARD, HUB_CONFIG = "head.safetensors", "README.md", "config.json"
+TASK = "zero-shot-image-classification"
+
+
+class HubAdapter(ModelHubMixin):
+    """An adapter with what its card says: `save_pretrained`, `push_to_hub` and `from_pretrained` of huggingface_hub.
+
+    Attributes:
+        adapter: the module; head: its :class:`ZeroShotHead`, or None.
+        details: what :func:`push_adapter` was told, for the card.
+    """
+
+    def __init__(
+        self, adapter: TowerAdapter, head: ZeroShotHead | None = None, details: dict[str, Any] | None = None
+    ):
+        self.adapter, self.head, self.details = adapter, head, dict(details or {})
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from residual_kernels import __version__
+
+        save_adapter(self.adapter, save_directory, bases=self.details.get("bases", True))
+        (save_directory / HEAD).unlink(missing_ok=True)
+        if self.head is not None:
+            self.head.save(save_directory / HEAD)
+        # what the hub counts downloads by, and what from_pretrained of huggingface_hub looks for
+        write_json(save_directory / HUB_CONFIG, {"library_name": LIBRARY, "library_version": __version__})
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | os.PathLike | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        tower: nn.Module,
+        bases: SpectralBases | str | os.PathLike | None = None,
+        **unused: Any,
+    ) -> "HubAdapter":
+        folder = Path(model_id)
+        if not folder.is_dir():
+            folder = Path(
+                snapshot_download(
+                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                    local_files_only=local_files_only, token=token, allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD],
+                )
+            )  # fmt: skip
+        head = ZeroShotHead.load(folder / HEAD) if (folder / HEAD).is_file() else None
+        return cls(load_adapter(tower, folder, bases=bases), head)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        data = ModelCardData(
+            library_name=LIBRARY,
+            pipeline_tag=TASK,
+            **{"tags": ["residual", "clip", "vision", "adapter"], **self.details.get("card", {})},
+        )
+        if self.details.get("accuracy") is not None:
+            task = _line(self.details.get("task", "unnamed"))
+            data.model_name = self.details.get("repo_id", LIBRARY).split("/")[-1]
+            data.eval_results = [
+                EvalResult(
+                    task_type=TASK, dataset_type=task.lower().replace(" ", "-"), dataset_name=task,
+                    metric_type="accuracy", metric_value=round(float(self.details["accuracy"]), 4),
+                )
+            ]  # fmt: skip
+        return ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(self.adapter, self.head, self.details)}")
+
+
+def _line(text: Any) -> str:
+    """One line that a cell of a Markdown table can hold."""
+    return " ".join(str(text).split()).replace("|", "\\|")
+
+
+def card_text(adapter: TowerAdapter, head: ZeroShotHead | None, details: dict[str, Any]) -> str:
+    """The card below its metadata: what the adapter is, what it rests on, how well it does, how to load it."""
+    from residual_kernels import __version__
+
+    options = ", ".join(f"{name} {value}" for name, value in adapter.options().items())
+    count = sum(p.numel() for p in adapter.trainable())
+    view = adapter._view
+    rows = {
+        "task": details.get("task", "not said"),
+        "tower": f"{details.get('tower', 'not said')} ({view.name}: {view.layout.layers} layers, {view.dim} outputs)",
+        "method": f"{type(adapter).__name__}{f' ({options})' if options else ''}, {count:,} learned numbers",
+    }
+    whole = details.get("bases", True)
+    if adapter.bases is not None:
+        kept = "in this repository" if whole else f"by reference, fingerprint {adapter.bases.fingerprint()}"
+        rows["bases"] = f"{kept}; fitted on {adapter.bases.count:,} rows"
+    if details.get("accuracy") is not None:
+        rows["accuracy"] = f"{float(details['accuracy']):.4f}"
+    if head is not None:
+        names = head.class_names
+        rows["classes"] = f"{len(names)}: {', '.join(names[:20])}{' ...' if len(names) > 20 else ''}"
+    rows["library"] = f"residual_kernels {__version__}, torch {torch.__version__}"
+    table = "\n".join(f"| {name} | {_line(value)} |" for name, value in rows.items())
+    more = "" if whole or adapter.bases is None else ', bases="bases.safetensors"'
+    repo = details.get("repo_id", "path/to/this/folder")
+    return f"""
+# ResiDual adapter: {_line(details.get("task", "unnamed"))}
+
+`{(type(adapter).__doc__ or type(adapter).__name__).splitlines()[0]}`
+
+From residual_kernels, after ResiDual (Basile et al., TMLR 2025, arXiv 2411.00246). The tower is not in here: loading
+checks that yours has the very weights this was fitted on.
+
+| | |
+|---|---|
+{table}
+
+## How to load it
+
+```python
+import residual_kernels as rk
+
+# model: a CLIP-like model with the image tower named above
+residual, head = rk.pull_adapter(model.visual, "{repo}"{more})
+rk.predict(residual, head, images)  # head is None where none was pushed: make one with rk.ZeroShotHead
+model.visual = residual  # or use the tower's place in the model
+```
+"""
+
+
+def push_adapter(
+    adapter: TowerAdapter,
+    repo_id: str,
+    *,
+    task: str,
+    tower: str,
+    accuracy: float | None = None,
+    head: ZeroShotHead | None = None,
+    bases: bool = True,
+    card: dict[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    revision: str | None = None,
+) -> str:
+    """Pushes an adapter and a model card to the Hugging Face hub, in one commit, and returns the commit's address.
+
+    Args:
+        adapter: what :func:`save_adapter` takes.
+        repo_id: "name/repository"; made when it is not there.
+        task, tower: for the card: what it was fitted to, and which model it belongs to ("open_clip ViT-B-16, openai").
+        accuracy: measured on data that was not fitted to, in [0, 1].
+        head: its classifier, kept beside it.
+        bases: False pushes a reference to them alone (see :func:`save_adapter`).
+        card: further metadata of the card (license, base_model, datasets, language ...), as ModelCardData takes it.
+        private, token, revision: of the repository, as huggingface_hub has them.
+
+    Raises ValueError, before anything is sent, for what save_adapter refuses.
+    """
+    if accuracy is not None and not 0 <= accuracy <= 1:
+        raise ValueError(f"accuracy is a share of images, in [0, 1]; got {accuracy}")
+    if not isinstance(bases, bool):
+        raise ValueError(f"bases is True (kept in the repository) or False (by reference); got {bases!r}")
+    details = {"task": task, "tower": tower, "accuracy": accuracy, "bases": bases, "repo_id": repo_id}
+    kept = HubAdapter(adapter, head, {**details, "card": dict(card or {})})
+    with tempfile.TemporaryDirectory() as rehearsal:  # push_to_hub makes the repository first, and saves then
+        kept.save_pretrained(rehearsal)
+    return kept.push_to_hub(
+        repo_id, commit_message=f"{type(adapter).__name__}: {_line(task)}", private=private, token=token,
+        branch=revision, delete_patterns=[HEAD, BASES],
+    )  # fmt: skip
+
+
+def pull_adapter(
+    tower: nn.Module,
+    repo_id: str | os.PathLike,
+    *,
+    bases: SpectralBases | str | os.PathLike | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> tuple[TowerAdapter, ZeroShotHead | None]:
+    """The adapter in a repository of the Hugging Face hub, or in a local folder, around `tower`, and its head or None.
+
+    Files are safetensors and JSON only, and are checked as :func:`load_adapter` does it; `bases` as there. The other
+    arguments are huggingface_hub's.
+    """
+    kept = HubAdapter.from_pretrained(
+        repo_id, tower=tower, bases=bases, revision=revision, cache_dir=cache_dir, token=token,
+        local_files_only=local_files_only,
+    )  # fmt: skip
+    return kept.adapter, kept.head

@@ -1,0 +1,242 @@
+"""How does a module stand where the image tower stood? It is called like the tower and shows the tower's attributes.
+
+:class:`TowerAdapter` is the base of the drop-in modules: it freezes the tower while it lives, gives it back, and
+follows casts and checkpoints.
+"""
+
+import abc
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import towers
+from residual_kernels.adapters.unit_sum import at_least_float32
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.towers import Terms
+
+# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first to
+# come writes the flags down, the last to go puts them back.
+_frozen: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, bool], weakref.WeakSet[TowerAdapter]]]" = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class AroundTower(nn.Module):
+    """A module around an image tower at `tower`: attributes it lacks come from there."""
+
+    wraps_tower = True  # what towers.unwrap looks for
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            tower = self.__dict__.get("_modules", {}).get("tower")
+            if tower is None or name.startswith("__"):
+                raise
+            return getattr(tower, name)
+
+
+class TowerAdapter(AroundTower, abc.ABC):
+    """An image tower whose embedding is made anew from its units. Base of the drop-in modules.
+
+    Called like the tower, with images [N, 3, H, W], it returns y [N, D] in the output's dtype, or (y, tokens) where the
+    tower returns tokens. Attributes it lacks come from the tower. The tower's parameters are frozen while wrapped;
+    :meth:`detach` gives the tower back with its flags restored.
+    """
+
+    default_lr = 0.8  # of the paper, for weights on components and heads
+    kinds: tuple[str, ...] = ()  # what the tower must be asked for
+    bases: SpectralBases | None = None  # what the constants were made of, kept for save_adapter
+    _flags: dict[str, bool] | None = (
+        None  # the tower's requires_grad flags before it was frozen; None: left trainable
+    )
+
+    def __init__(self, tower: nn.Module):
+        super().__init__()
+        self._view = towers.view(tower)
+        self.tower = self._view.module  # of a whole transformers model, its image side
+
+    def freeze(self) -> None:
+        """Freezes the tower's parameters; :meth:`detach` restores their flags. The last step of every constructor."""
+        flags, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
+        thawed = any(p.requires_grad for p in self.tower.parameters())
+        if flags is None or (thawed and not adapters):
+            flags = {name: p.requires_grad for name, p in self.tower.named_parameters()}
+        adapters.add(self)
+        _frozen[self.tower] = flags, adapters
+        self._flags = flags
+        self.tower.requires_grad_(False)
+
+    def _leave_trainable(self) -> None:
+        """Instead of freezing: the tower trains along, but for what is folded into the constants."""
+        fixed = self._folded_and_trainable()
+        if fixed:
+            raise ValueError(
+                f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would train "
+                f"({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post and proj first"
+            )
+        if not any(p.requires_grad for p in self.tower.parameters()):
+            raise ValueError(
+                "train_tower=True, but nothing in this tower would train; set requires_grad_(True) where it should, "
+                "and detach other adapters on it first"
+            )
+
+    def _folded_and_trainable(self) -> list[str]:
+        return [name for name, p in self._view.constant_parameters().items() if p.requires_grad]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What is the tower's own (output_tokens, say) is set there, so that both go on agreeing.
+        tower = self.__dict__.get("_modules", {}).get("tower")
+        own = tower is None or name in self.__dict__ or hasattr(type(self), name) or name.startswith("_")
+        registered = not own and any(
+            name in self.__dict__[kind] for kind in ("_parameters", "_buffers", "_modules")
+        )
+        if own or registered or not hasattr(tower, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(tower, name, value)
+
+    def lock(self, *args: Any, **kwargs: Any) -> None:
+        """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded in."""
+        self.tower.lock(*args, **kwargs)
+        fixed = self._folded_and_trainable()
+        if fixed:
+            self.tower.requires_grad_(False)
+            raise ValueError(
+                f"this would train parameters that are folded into the constants ({', '.join(fixed[:3])} ...); "
+                "the tower stays frozen"
+            )
+
+    def _apply(self, fn, recurse=True):
+        # Own tensors stay at float32 or better; the tower and the constants follow fn by their own rules.
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(at_least_float32(fn), recurse=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        # A checkpoint of the bare tower loads too: its keys move under "tower.", and what only the adapter has stays.
+        names = self.tower.state_dict().keys()
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
+        bare = not any(prefix + name in state_dict for name in own) and all(
+            prefix + n in state_dict for n in names
+        )
+        if bare:
+            for name in names:
+                state_dict[f"{prefix}tower.{name}"] = state_dict.pop(prefix + name)
+            state_dict.update({prefix + name: value for name, value in own.items()})
+            self._check_constants(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Raises ValueError when the tower's incoming weights are not those that the constants were made of."""
+        for name, held in self._view.constant_parameters().items():
+            coming = state_dict[f"{prefix}tower.{name}"]
+            if held.is_meta or coming.shape != held.shape:  # a wrong shape is load_state_dict's own error
+                continue
+            if not torch.equal(coming.to(held), held):
+                raise ValueError(
+                    f"these weights have another {name} than the tower that the bases were fitted on, so the constants "
+                    "would not match them; detach, load them into the tower and fit bases for it"
+                )
+
+    def options(self) -> dict[str, Any]:
+        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again; as JSON."""
+        return {}
+
+    @property
+    def layout(self) -> towers.UnitLayout:
+        """The tower's units in order."""
+        return self._view.layout
+
+    @property
+    def dim(self) -> int:
+        """D, the dimension of the embedding."""
+        return self._view.dim
+
+    @property
+    def removed_mean(self) -> Tensor:
+        """[D], the means of the adapted units (as fitted), which y lacks because it is centred.
+
+        Classes are told apart without it. Text-image retrieval compares images with captions that know the mean: use
+        ``normalize(y + residual.removed_mean)``, which with all components, weights of one and rest="sum" is the
+        tower's own embedding.
+        """
+        like = self.trainable()[0].detach()
+        return sum((mean.to(like) for mean in self._centred()), like.new_zeros(self.dim))
+
+    def _centred(self) -> list[Tensor]:
+        """The means [D] that the embedding is taken about."""
+        return []
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The adapter's own parameters, without the tower's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("tower.")]
+
+    def neighbours(self) -> int:
+        """How many other adapters live on this tower."""
+        _, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
+        return len(adapters) - (self in adapters)
+
+    def detach(self) -> nn.Module:
+        """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the tower."""
+        _, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
+        adapters.discard(self)
+        if self._flags is not None and not adapters:
+            for name, p in self.tower.named_parameters():
+                p.requires_grad_(self._flags.get(name, p.requires_grad))
+            _frozen.pop(self.tower, None)
+        return self.tower
+
+    def collect(self, images: Tensor) -> Terms:
+        """Runs the tower and returns what :meth:`from_units` needs of it."""
+        return self._view.terms(images, self.kinds)
+
+    def from_units(self, batch: Terms) -> Tensor:
+        """y [N, D] from terms collected before (a batch of a UnitCache, or :meth:`collect`)."""
+        missing = [kind for kind in self._reads() if kind not in batch.z]
+        if missing:
+            raise ValueError(
+                f"this batch holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
+            )
+        return self._embed(batch).to(batch.output.dtype)
+
+    def _reads(self) -> tuple[str, ...]:
+        """Kinds that from_units cannot do without."""
+        return self.kinds
+
+    @abc.abstractmethod
+    def _embed(self, batch: Terms) -> Tensor:
+        """y [N, D] from a batch's terms."""
+
+    @abc.abstractmethod
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        """What of y does not depend on the weights, a row per image: a fit on cached units computes it once."""
+
+    @torch.no_grad()
+    def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
+        """The same of images, by running the tower."""
+        return self.features(self.collect(images))
+
+    @abc.abstractmethod
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """y [..., N, D], at least float32, from :meth:`features` and from weights in the order of :meth:`trainable`.
+
+        Leading dimensions broadcast: weights [T, J] on features [N, ...], or on [T, N, ...] where every task has rows
+        of its own, give [T, N, D]: T tasks at once.
+        """
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        batch = self.collect(images)
+        y = self._embed(batch).to(batch.output.dtype)
+        return y if batch.tokens is None else (y, batch.tokens)
+
+    @abc.abstractmethod
+    def merge(self) -> nn.Module:
+        """The adapter with its weight folded away: a new module of torch layers around the same tower (not a copy).
+
+        It is called like the tower, equals this module for the weight it has now, and torch.export can carry it.
+        """

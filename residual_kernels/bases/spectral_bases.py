@@ -1,0 +1,364 @@
+"""What are bases? Principal components of every unit: from its moments, cut, merged, saved, checked against a tower.
+
+A unit's output is x_u = l_u M_u + const, so the second moment of l (:mod:`residual_kernels.bases.moments`) is all that
+PCA needs. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the components.
+"""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from residual_kernels import towers
+from residual_kernels.bases.moments import Moments
+from residual_kernels.files import digest, load_tensors, save_tensors
+from residual_kernels.towers import Tower, UnitLayout
+
+OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
+PLACEMENTS = ("output", "stream")
+WHAT = "spectral bases file"
+# A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
+CONSTANT = 1e-24
+
+
+@dataclass(frozen=True)
+class KindBases:
+    """Bases of all units of one kind, float64: mean [R, D], components [sum K_u, D] (orthonormal rows within a unit),
+    variance [sum K_u] (eigenvalues, falling within a unit), total_variance [R], offsets [R+1] int64."""
+
+    mean: Tensor
+    components: Tensor
+    variance: Tensor
+    total_variance: Tensor
+    offsets: Tensor
+
+    def run(self, unit: int) -> slice:
+        return slice(int(self.offsets[unit]), int(self.offsets[unit + 1]))
+
+    def units(self, start: int, stop: int) -> "KindBases":
+        """The bases of a run of units."""
+        run = slice(int(self.offsets[start]), int(self.offsets[stop]))
+        return KindBases(
+            mean=self.mean[start:stop],
+            components=self.components[run],
+            variance=self.variance[run],
+            total_variance=self.total_variance[start:stop],
+            offsets=self.offsets[start : stop + 1] - self.offsets[start],
+        )
+
+    def ratio(self, unit: int) -> Tensor:
+        variance, total = self.variance[self.run(unit)], self.total_variance[unit]
+        return torch.zeros_like(variance) if total == 0 else variance / total
+
+
+def _fix_signs(components: Tensor) -> Tensor:
+    """The entry of largest magnitude (the first of equals) of every row becomes positive."""
+    pivot = components.abs().argmax(-1, keepdim=True)
+    return components * components.gather(-1, pivot).sign()
+
+
+def principal(moments: Moments) -> KindBases:
+    """Eigen-decomposition of every unit's covariance (over n - 1) in the output space."""
+    (units, size), dim = moments.mean.shape, moments.rows.shape[2]
+    kept = min(
+        size, dim
+    )  # all that a unit can span: fewer images leave directions without variance, kept for `full`
+    components = torch.empty(units, kept, dim, dtype=torch.float64)
+    variance = torch.empty(units, kept, dtype=torch.float64)
+    covariance = moments.scatter / (moments.count - 1)
+    group = max(1, 2**27 // (8 * size * dim))  # units per batched factorisation: about 128 MB each
+    shared = torch.linalg.qr(moments.rows.transpose(1, 2)) if len(moments.rows) == 1 else None
+    for start in range(0, units, group):
+        part = slice(start, start + group)
+        Q, T = shared or torch.linalg.qr(moments.rows[part].transpose(1, 2))
+        short = T @ covariance[part] @ T.transpose(1, 2)
+        values, vectors = torch.linalg.eigh((short + short.transpose(1, 2)) / 2)  # rising
+        variance[part] = values.flip(-1).clamp_min(0)
+        components[part] = (Q @ vectors).transpose(1, 2).flip(1)
+    coordinates = covariance.diagonal(dim1=1, dim2=2).sum(1) + moments.mean.square().sum(1)
+    total = variance.sum(1)
+    constant = total <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates
+    variance[constant], total[constant] = 0.0, 0.0
+    return KindBases(
+        mean=(moments.mean[:, None, :] @ moments.rows).squeeze(1) + moments.constant,
+        components=_fix_signs(components).flatten(0, 1),
+        variance=variance.flatten(),
+        total_variance=total,
+        offsets=torch.arange(units + 1) * kept,
+    )
+
+
+@dataclass(frozen=True)
+class SpectralBases:
+    """Means and principal components of a tower's units. Made by :func:`fit_bases`; immutable.
+
+    Units are named by layout index, by a layout row, or by (layer, head). With placement="stream" means and components
+    have model width instead of D, `tokens` says which tokens they were fitted over, and `count` counts these.
+    """
+
+    layout: UnitLayout
+    dim: int
+    width: int
+    tower: str
+    checksum: str
+    count: int
+    parts: dict[str, KindBases]  # by kind, and OUTPUT
+    moments: dict[str, Moments] | None = None
+    placement: str = "output"
+    tokens: str | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(kind for kind in self.layout.kinds if kind in self.parts)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{kind}: {len(self.parts[kind].components)}" for kind in self.kinds)
+        rows = "images" if self.tokens is None else f"tokens ({self.tokens})"
+        return f"SpectralBases({self.tower}, {self.layout}, {rows}={self.count}, components=({sizes}))"
+
+    def _find(self, unit) -> tuple[KindBases, int]:
+        row = self.layout[self.layout.index(unit)]
+        if row.kind not in self.parts:
+            raise ValueError(f"unit {unit} is of kind {row.kind!r}; these bases hold {', '.join(self.kinds)}")
+        return self.parts[row.kind], row.index - self.layout.span(row.kind).start
+
+    def mean(self, unit) -> Tensor:
+        """mu_u, [D] float64."""
+        part, index = self._find(unit)
+        return part.mean[index]
+
+    def components(self, unit) -> Tensor:
+        """Phi_u, [K_u, D] float64 orthonormal rows by falling variance; the largest entry of each is positive."""
+        part, index = self._find(unit)
+        return part.components[part.run(index)]
+
+    def explained_variance(self, unit) -> Tensor:
+        """Variance (over n - 1) along each kept component, [K_u] float64."""
+        part, index = self._find(unit)
+        return part.variance[part.run(index)]
+
+    def explained_variance_ratio(self, unit) -> Tensor:
+        """The same over the unit's total variance, [K_u]; zeros for a constant unit."""
+        part, index = self._find(unit)
+        return part.ratio(index)
+
+    def of(self, *kinds: str) -> "SpectralBases":
+        """The bases of these kinds alone (and of the output); a ValueError names a kind they do not hold."""
+        missing = [kind for kind in towers.check_kinds(kinds, self.layout) if kind not in self.parts]
+        if missing:
+            raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {', '.join(missing)}")
+
+        def pick(held: dict) -> dict:
+            wanted = (*towers.check_kinds(kinds, self.layout), OUTPUT)
+            return {kind: held[kind] for kind in wanted if kind in held}
+
+        return replace(
+            self, parts=pick(self.parts), moments=None if self.moments is None else pick(self.moments)
+        )
+
+    def truncate(
+        self,
+        energy: float | None = None,
+        components: int | None = None,
+        max_components: int | None = None,
+    ) -> "SpectralBases":
+        """New bases with fewer components per unit; the output's own basis stays whole.
+
+        Args:
+            energy: keep the first k whose cumulative explained variance is strictly above this (all when none is;
+                one for a constant unit), in (0, 1].
+            components: keep this many (clamped to what there is, with one warning).
+            max_components: upper limit on top of `energy`.
+
+        Raises ValueError unless exactly one of `energy` and `components` is given, or `max_components` alone.
+        """
+        if (energy is not None) + (components is not None) > 1 or (energy, components, max_components) == (
+            None,
+        ) * 3:
+            raise ValueError("give energy or components (and max_components with energy, or alone)")
+        if energy is not None and not 0 < energy <= 1:
+            raise ValueError(f"energy must lie in (0, 1]; got {energy}")
+        for name, value in (("components", components), ("max_components", max_components)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        parts, clamped = dict(self.parts), 0
+        for kind in self.kinds:
+            part = self.parts[kind]
+            sizes = []
+            for unit in range(len(part.mean)):
+                held = part.run(unit).stop - part.run(unit).start
+                keep = held
+                if energy is not None:
+                    ratio = part.ratio(unit)
+                    keep = int((ratio.cumsum(0) <= energy).sum()) + 1 if ratio.any() else 1
+                elif components is not None:
+                    keep = components
+                    clamped += components > held
+                if max_components is not None:
+                    keep = min(keep, max_components)
+                sizes.append(min(keep, held))
+            parts[kind] = _take(part, sizes)
+        if clamped:
+            warnings.warn(
+                f"components={components} is more than {clamped} units hold; those keep all they have",
+                stacklevel=2,
+            )
+        return replace(self, parts=parts, moments=None)
+
+    def keep(self, sizes: Mapping[str, Sequence[int]]) -> "SpectralBases":
+        """New bases of these kinds alone, with the first sizes[kind][u] components of unit u (0: its mean only).
+
+        Raises ValueError when a kind is not held, or a unit holds fewer.
+        """
+        parts = {}
+        for kind, wanted in sizes.items():
+            if kind not in self.parts:
+                raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {kind}")
+            held = self.parts[kind].offsets.diff().tolist()
+            if len(wanted) != len(held) or any(not 0 <= k <= h for k, h in zip(wanted, held, strict=True)):
+                raise ValueError(
+                    f"these bases hold up to {max(held)} components for {len(held)} units of kind {kind!r}; "
+                    f"asked for were up to {max(wanted, default=0)} for {len(wanted)}"
+                )
+            parts[kind] = _take(self.parts[kind], list(wanted))
+        return replace(self, parts=parts, moments=None)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what an adapter rests on: the tower's checksum, and the means and components as files hold them.
+
+        Components count as float32, so that bases in memory and what :meth:`save` wrote have one fingerprint.
+        """
+        tensors = {}
+        for kind, part in self.parts.items():
+            tensors |= {f"{kind}.mean": part.mean, f"{kind}.offsets": part.offsets}
+            tensors[f"{kind}.components"] = part.components.float()
+        return digest(tensors, {"tower": self.checksum})
+
+    def merge(self, other: "SpectralBases") -> "SpectralBases":
+        """Bases of both fitting sets together, equal to one fit on their union.
+
+        Raises ValueError when the towers or kinds differ, or when either has been truncated or saved without moments.
+        """
+        if self.checksum != other.checksum:
+            raise ValueError("these bases come from two different towers (their checksums differ)")
+        if self.kinds != other.kinds:
+            raise ValueError(f"these bases hold different kinds: {self.kinds} and {other.kinds}")
+        if (self.placement, self.tokens) != (other.placement, other.tokens):
+            raise ValueError(
+                f"these bases are of two placements: {self.placement} (tokens: {self.tokens}) and "
+                f"{other.placement} (tokens: {other.tokens})"
+            )
+        if self.moments is None or other.moments is None:
+            raise ValueError(
+                "merging needs the moments of both bases; truncated bases, and files saved without moments=True, "
+                "have none"
+            )
+        merged = {kind: self.moments[kind].merge(other.moments[kind]) for kind in self.moments}
+        return from_moments(self, merged)
+
+    def save(
+        self, path: str | os.PathLike, *, moments: bool = False, dtype: torch.dtype = torch.float32
+    ) -> str:
+        """Writes one safetensors file, atomically, and returns its checksum.
+
+        Components are stored in `dtype`, everything else in float64.
+
+        With `moments` the file can be merged with others after loading; it is then about twice as large.
+        """
+        tensors = {}
+        for kind, part in self.parts.items():
+            tensors |= {f"{kind}.{name}": value for name, value in vars(part).items()}
+            tensors[f"{kind}.components"] = part.components.to(dtype)
+        if moments:
+            if self.moments is None:
+                raise ValueError(
+                    "these bases hold no moments to save (they were truncated or loaded without)"
+                )
+            for kind, held in self.moments.items():
+                tensors |= {f"{kind}.moments.{name}": getattr(held, name) for name in _MOMENT_TENSORS}
+        header = {
+            "layers": self.layout.layers, "heads": self.layout.heads, "pool": self.layout.pool,
+            "dim": self.dim, "width": self.width,
+            "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
+            "moments": moments, "placement": self.placement, "tokens": self.tokens,
+        }  # fmt: skip
+        return save_tensors(path, tensors, WHAT, header)["sha256"]
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, sha256: str | None = None) -> "SpectralBases":
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent, damaged or another file.
+
+        With `sha256`, what :meth:`save` returned, it must be that very file.
+        """
+        tensors, header = load_tensors(path, WHAT)
+        if sha256 is not None and header["sha256"] != sha256:
+            raise ValueError(f"{path} holds other bases than those asked for (another checksum)")
+        parts = {
+            kind: KindBases(
+                **{
+                    name: tensors[f"{kind}.{name}"]
+                    for name in ("mean", "variance", "total_variance", "offsets")
+                },
+                components=tensors[f"{kind}.components"].double(),
+            )
+            for kind in header["kinds"]
+        }
+        moments = None
+        if header["moments"]:
+            moments = {
+                kind: Moments(
+                    header["count"], **{name: tensors[f"{kind}.moments.{name}"] for name in _MOMENT_TENSORS}
+                )
+                for kind in header["kinds"]
+            }
+        return cls(
+            layout=UnitLayout(header["layers"], header["heads"], header.get("pool", False)),
+            parts=parts,
+            moments=moments,
+            placement=header.get("placement", "output"),
+            tokens=header.get("tokens"),
+            **{name: header[name] for name in ("dim", "width", "tower", "checksum", "count")},
+        )
+
+    def check_tower(self, view: Tower) -> None:
+        """Raises ValueError unless these bases were fitted on this very tower."""
+        mine = (self.layout.layers, self.layout.heads, self.width, self.dim)
+        theirs = (view.layout.layers, view.layout.heads, view.width, view.dim)
+        if mine != theirs:
+            raise ValueError(
+                "these bases are of another tower: (layers, heads, width, output dimension) is "
+                f"{mine} in the bases and {theirs} in the tower"
+            )
+        found = towers.checksum(view.module)
+        if found != self.checksum:
+            raise ValueError(
+                f"these bases were fitted on a tower with other weights (checksum {self.checksum[:12]}, this tower has "
+                f"{found[:12]}); fit bases for this tower"
+            )
+
+
+_MOMENT_TENSORS = ("mean", "scatter", "rows", "constant")
+
+
+def _take(part: KindBases, sizes: list[int]) -> KindBases:
+    """The first sizes[u] components of each unit."""
+    rows = torch.cat([torch.arange(part.run(u).start, part.run(u).start + k) for u, k in enumerate(sizes)])
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), torch.tensor(sizes).cumsum(0)])
+    return replace(part, components=part.components[rows], variance=part.variance[rows], offsets=offsets)
+
+
+def from_moments(like: SpectralBases, moments: dict[str, Moments]) -> SpectralBases:
+    """Bases like these (tower, placement) from the moments of every kind."""
+    parts = {kind: principal(held) for kind, held in moments.items()}
+    return replace(like, count=next(iter(moments.values())).count, parts=parts, moments=moments)
+
+
+def check_placement(placement: str, tokens: str | None) -> None:
+    """Raises ValueError for a placement that is none, or tokens where no token is adapted."""
+    if placement not in PLACEMENTS:
+        raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}; got {placement!r}")
+    if placement == "output" and tokens is not None:
+        raise ValueError(f'tokens={tokens!r} belongs to placement="stream"; the output has none')

@@ -1,0 +1,126 @@
+"""analyze: what a tower's heads know of a data set, as tables."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from residual_kernels.analysis import Analysis, TextDictionary, analyze
+from residual_kernels.analysis.overview import FILE
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.options import (
+    Batch,
+    ClassNames,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Kind,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Templates,
+    Unreadable,
+    Workers,
+)
+from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.data import models as sources
+from residual_kernels.data import prompts
+from residual_kernels.zeroshot import ZeroShotHead
+
+SHOWN = 10  # units in the printed table
+
+
+def analyze_command(
+    data: Annotated[
+        Path,
+        typer.Option(
+            "--data", "--cache", help="labelled images (a folder, a zip of one), or a cache of `encode`"
+        ),
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder for analysis.json and the CSV tables")],
+    bases_file: Annotated[
+        Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
+    ] = None,
+    words_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--words", help="a word or phrase a line; the bundled model has its own, others have no default"
+        ),
+    ] = None,
+    kind: Annotated[Kind, typer.Option(help="the units to look at")] = Kind.head,
+    points: Annotated[int, typer.Option(min=3, help="images at most for the TwoNN dimension")] = 10_000,
+    seeds: Annotated[int, typer.Option(min=0, help="random orders that selection is compared with")] = 10,
+    prototypes: Annotated[bool, typer.Option(help="class vectors from these images instead of text")] = False,
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    class_names: ClassNames = None,
+    templates: Templates = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Dimensions, similarity, scores, selection curves and words of a tower's heads on a folder of images."""
+    if (out_folder / FILE).exists() or (out_folder.exists() and not out_folder.is_dir()):
+        raise FileExistsError(f"{out_folder} holds an analysis already or is a file; name a new folder")
+    bases = None if bases_file is None else SpectralBases.load(bases_file)
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    clip, preprocess, tokenizer = prepare(model, pretrained, device)
+    tower = sources.image_tower(clip)
+    cache = reader.cached(tower, reader.open(data, preprocess), (kind.value,), "encoding")
+    head = None
+    if cache.labels is not None and cache.class_names is not None:
+        names = prompts.class_names(class_names, cache.class_names)
+        if prototypes:
+            head = ZeroShotHead.from_prototypes(cache.output, cache.labels, names)
+        else:
+            head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
+    dictionary = None
+    if words_file is not None:
+        dictionary = TextDictionary.from_file(clip, tokenizer, words_file)
+    elif model == sources.BUNDLED:
+        dictionary = TextDictionary.bundled(clip, tokenizer)
+    with err.status("starting") as status:
+        found = analyze(
+            tower, cache, head, bases, dictionary, kind=kind.value, points=points, seeds=range(seeds),
+            progress=status.update,
+        )  # fmt: skip
+    found.save(out_folder)
+    out.print(_table(found))
+    seconds = sum(found.seconds.values())
+    out.print(
+        f"{found.images} images, {len(found.units)} units of kind {kind.value} in {seconds:.1f} s; "
+        f"tables written to {out_folder}"
+    )
+    if head is None:
+        out.print("no labels with class names, so no accuracies and no selection curves")
+    write_numbers(json_file, found.to_dict())
+
+
+def _table(found: Analysis) -> Table:
+    """The units that score best, by accuracy where there is one."""
+    by = "pearson" if found.units[0].accuracy is None else "accuracy"
+    best = sorted(found.units, key=lambda row: -getattr(row, by))[:SHOWN]
+    energy = found.energies[-1]
+    table = Table(
+        "unit", f"dimensions at {energy:g}", "TwoNN", "Pearson", "Spearman", "accuracy", "words",
+        title=f"The {len(best)} units with the highest {by}",
+    )  # fmt: skip
+    for row in best:
+        name = f"{row.kind} {row.index}" if row.layer is None else f"layer {row.layer}"
+        table.add_row(
+            name if row.head is None else f"{name} head {row.head}",
+            str(row.linear[-1]),
+            f"{row.two_nn:.1f}",
+            f"{row.pearson:.3f}",
+            f"{row.spearman:.3f}",
+            "" if row.accuracy is None else f"{row.accuracy:.3f}",
+            "" if row.words is None else ", ".join(row.words.words[:3]),
+        )
+    return table

@@ -1,0 +1,56 @@
+"""doctor and demo: what is here, and what it is for."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from residual_kernels.cli.doctor import facts
+from residual_kernels.cli.options import Json
+from residual_kernels.cli.printing import err, out, write_numbers
+
+
+def doctor(json_file: Json = None) -> None:
+    """What is here: versions, devices, backends, what is missing and how to get it."""
+    found = facts()
+    table = Table("package", "version", title="Versions")
+    for name, version in found["versions"].items():
+        table.add_row(name, version)
+    out.print(table)
+    table = Table("device", "backend", "state", title="Backends (`auto` takes the first that is ready)")
+    for device in found["devices"]:
+        for name, state in device["backends"].items():
+            table.add_row(f"{device['device']} ({device['detail']})", name, state)
+    out.print(table)
+    write_numbers(json_file, found)
+
+
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")] = Path("demo"),
+    json_file: Json = None,
+) -> None:
+    """The whole story, offline: a small CLIP misreads real handwritten digits, then learns to read them."""
+    from residual_kernels.demo import story
+
+    with err.status("starting") as status:
+        result = story.run(folder, say=lambda text: status.update(text))
+    table = Table(
+        "method",
+        "accuracy",
+        "parameters",
+        "seconds",
+        title=f"Handwritten digits, {result.test_images} test images",
+    )
+    for row in result.rows:
+        table.add_row(
+            row["method"], f"{row['accuracy']:.3f}", f"{row['parameters']:,}", f"{row['seconds']:.1f}"
+        )
+    out.print(table)
+    out.print(result.summary)
+    for path in result.pictures:
+        out.print(f"  {path}")
+    write_numbers(
+        json_file,
+        {"rows": result.rows, "seconds": result.seconds, "pictures": [str(p) for p in result.pictures]},
+    )

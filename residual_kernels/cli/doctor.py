@@ -1,0 +1,45 @@
+"""What is here? Versions, devices, and for each device which backend computes and why another does not."""
+
+import platform
+from importlib import metadata
+
+import torch
+
+from residual_kernels.ops import backends
+
+PACKAGES = (
+    "torch", "triton", "open_clip_torch", "timm", "numpy", "safetensors", "schedulefree", "scikit-learn",
+)  # fmt: skip
+
+
+def facts() -> dict:
+    """{"versions": {package: version}, "devices": [{"device", "detail", "auto", "backends": {name: state}}, ...]}."""
+    from residual_kernels import __version__
+
+    versions = {"residual-kernels": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return {"versions": versions, "devices": [_device(torch.device(name)) for name in names]}
+
+
+def _device(device: torch.device) -> dict:
+    detail = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    auto = backends.available(device)[0]
+    states = {}
+    for name in backends.BACKENDS:
+        reason = backends.missing(name, device, by_name=False)
+        if reason is not None:
+            states[name] = f"missing: {reason}"
+        else:
+            states[name] = "ready, used by auto" if name == auto else "ready"
+            if name == "cpp":
+                used, slower = backends.load("cpp").instruction_set()
+                why = "".join(f"; not {faster}: {cause}" for faster, cause in slower.items())
+                states[name] += f"; instruction set {used}{why}"
+    return {"device": str(device), "detail": detail, "auto": auto, "backends": states}

@@ -1,0 +1,174 @@
+"""encode and bases: the passes of the tower over data."""
+
+import functools
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from torch.utils.data import Subset
+
+from residual_kernels import distributed
+from residual_kernels.bases.pca import fit_bases
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.options import (
+    Batch,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    DType,
+    Json,
+    Kind,
+    Model,
+    OnUnreadable,
+    Placement,
+    Pretrained,
+    Tokens,
+    Unreadable,
+    Workers,
+)
+from residual_kernels.cli.printing import bar, err, out, write_numbers
+from residual_kernels.data import models as sources
+from residual_kernels.units.cache import DTYPES, UnitCache, encode, kept_images
+
+
+def encode_command(
+    data: Data,
+    out_folder: Annotated[
+        Path,
+        typer.Option("--out", help="folder for the cache; one that an interrupted run left is gone on with"),
+    ],
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    kinds: Annotated[
+        list[Kind] | None, typer.Option(help="units to keep; repeat the option for several")
+    ] = None,
+    dtype: Annotated[DType, typer.Option(help="of the stored units")] = DType.float32,
+    shard_images: Annotated[
+        int | None,
+        typer.Option(min=1, help="images in a file of the cache; as many as make 64 MiB by default"),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="under torchrun: seconds to wait at the end for the slowest process")
+    ] = distributed.TIMEOUT,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Run the tower over a folder of images once and keep its units.
+
+    The same command goes on where an interrupted one stopped. Under torchrun its processes share the work.
+    """
+    distributed.initialise()
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    clip, preprocess, _ = prepare(model, pretrained, device)
+    images = reader.images(data, preprocess)
+    chosen = tuple(kind.value for kind in kinds or [Kind.head])
+    kept = kept_images(out_folder)
+    first = distributed.rank() == 0
+    if kept and first:
+        err.print(f"{out_folder} holds about {kept} images of an interrupted run; going on from there")
+    start = time.perf_counter()
+    with bar("encoding", len(images) // distributed.world(), quiet=not first) as step:
+        cache = encode(
+            sources.image_tower(clip), reader.loader(images), out_folder, chosen, DTYPES[dtype.value],
+            class_names=images.class_names, progress=step, shard_images=shard_images,
+            timeout=timeout,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if first:
+        size = sum(p.stat().st_size for p in out_folder.iterdir())
+        out.print(
+            f"{len(cache)} images of {len(images.class_names)} classes in {seconds:.1f} s "
+            f"({len(cache) / seconds:.0f} a second), {size / 1e6:.1f} MB in {out_folder}"
+        )
+        write_numbers(
+            json_file,
+            {"images": len(cache), "seconds": seconds, "bytes": size, "unreadable": reader.left_out},
+        )
+    distributed.finish()
+
+
+def bases(
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="with --merge: files of `bases --moments`")
+    ] = None,
+    *,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="an ImageFolder directory, a zip of one, or a cache; repeat the option for several"
+        ),
+    ] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="join files that were fitted apart")] = False,
+    out_file: Annotated[Path, typer.Option("--out", help="the bases file to write (.safetensors)")],
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    kinds: Annotated[list[Kind] | None, typer.Option(help="units; repeat the option for several")] = None,
+    moments: Annotated[bool, typer.Option(help="keep the moments too, so that files can be merged")] = False,
+    placement: Annotated[
+        Placement, typer.Option(help="output, or stream: heads in model width, over tokens")
+    ] = Placement.output,
+    tokens: Annotated[Tokens | None, typer.Option(help="of the stream; all by default")] = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Fit the principal components of every unit on images (labels are not used), or merge files fitted apart.
+
+    Under torchrun its processes share the images.
+    """
+    if merge == bool(data) or merge != bool(files):
+        raise typer.BadParameter("give --data, or --merge and the files to merge")
+    distributed.initialise()
+    first = distributed.rank() == 0
+    start = time.perf_counter()
+    if merge:
+        fitted = functools.reduce(SpectralBases.merge, [SpectralBases.load(file) for file in files])
+    else:
+        reader = Reader(batch_size, workers, data_root, download, unreadable)
+        clip, preprocess, _ = prepare(model, pretrained, device)
+        tower = sources.image_tower(clip)
+        chosen = tuple(kind.value for kind in kinds or [Kind.head])
+        parts = []
+        for source in data:
+            images = reader.open(source, preprocess, labelled=False)
+            count = len(images)
+            if not isinstance(images, UnitCache):
+                mine = range(count)[distributed.share(count)]
+                images = reader.loader(Subset(images, mine))
+            title = "fitting bases" if len(data) == 1 else f"fitting bases on {source}"
+            with bar(title, count // distributed.world(), quiet=not first) as step:
+                parts.append(
+                    fit_bases(
+                        tower, images, chosen, placement=placement.value, tokens=tokens and tokens.value,
+                        progress=step,
+                    )
+                )  # fmt: skip
+        fitted = functools.reduce(SpectralBases.merge, parts)
+    if first:
+        fitted.save(out_file, moments=moments)
+        _report(fitted, time.perf_counter() - start, out_file, json_file)
+    distributed.finish()
+
+
+def _report(fitted: SpectralBases, seconds: float, out_file: Path, json_file: Path | None) -> None:
+    kept = fitted.truncate(energy=0.90)
+    total = {kind: len(fitted.parts[kind].components) for kind in fitted.kinds}
+    used = {kind: len(kept.parts[kind].components) for kind in fitted.kinds}
+    text = ", ".join(f"{kind}: {total[kind]:,} ({used[kind]:,} hold 90 % of the variance)" for kind in total)
+    rows = "images" if fitted.tokens is None else "tokens"
+    out.print(f"components of {fitted.count} {rows} in {seconds:.1f} s: {text}; written to {out_file}")
+    write_numbers(
+        json_file, {rows: fitted.count, "seconds": seconds, "components": total, "energy_0.90": used}
+    )

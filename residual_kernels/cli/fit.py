@@ -1,0 +1,292 @@
+"""fit: weights for a labelled folder of images, kept as an adapter."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from torch.utils.data import DataLoader, Subset
+
+from residual_kernels import distributed, train
+from residual_kernels.adapters.folder import CONFIG, save_adapter
+from residual_kernels.adapters.methods import Method, build, check_options, identity
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.bases.pca import fit_bases
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
+from residual_kernels.cli.options import (
+    Batch,
+    ClassNames,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Rest,
+    Templates,
+    Tokens,
+    Unreadable,
+    Workers,
+)
+from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.data import models as sources
+from residual_kernels.data import prompts
+from residual_kernels.files import SCHEMA, write_json
+from residual_kernels.units.cache import HELD_OUT, UnitCache
+from residual_kernels.zeroshot import ZeroShotHead
+
+
+def fit_command(
+    data: Annotated[
+        Path, typer.Option(help="training images: ImageFolder, a zip of one, or a cache of `encode`")
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", help="folder for the adapter")],
+    val: Annotated[
+        Path | None, typer.Option(help="validation images; a fifth of the training ones by default")
+    ] = None,
+    method: Annotated[
+        Method, typer.Option(help="the paper's variant, or stream: inside the tower, which runs every epoch")
+    ] = Method.fine,
+    bases_file: Annotated[
+        Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="fine, stream: explained variance kept per head; 0.90 by default")
+    ] = None,
+    components: Annotated[
+        int | None, typer.Option(min=1, help="fine, stream: keep this many instead")
+    ] = None,
+    max_components: Annotated[int | None, typer.Option(min=1, help="fine, stream: at most this many")] = None,
+    tokens: Annotated[
+        Tokens | None, typer.Option(help="stream: those adapted; all, or the bases' own, by default")
+    ] = None,
+    rest: Annotated[
+        Rest | None, typer.Option(help="what becomes of other units; the variant's own by default")
+    ] = None,
+    lr: Annotated[
+        list[float] | None,
+        typer.Option(help="learning rate, the paper's by default; repeat the option to try several at once"),
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="fits from so many starts and orders at once; the best is kept")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="the first of them")] = 0,
+    epochs: Annotated[int, typer.Option(min=1)] = 30,
+    patience: Annotated[int, typer.Option(min=1, help="epochs without a better validation accuracy")] = 5,
+    shots: Annotated[int | None, typer.Option(min=1, help="fit on so many images of each class")] = None,
+    balanced: Annotated[
+        bool, typer.Option("--balanced", help="every class counts alike, however many images it has")
+    ] = False,
+    shrink: Annotated[
+        float, typer.Option(min=0.0, help="pull of every weight to 1: a share of the learning rate each step")
+    ] = 0.0,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="file to keep the state in; the same command goes on from there")
+    ] = None,
+    prototypes: Annotated[
+        bool, typer.Option(help="class vectors from training images instead of text")
+    ] = False,
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    class_names: ClassNames = None,
+    templates: Templates = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Learn the weights for a labelled folder of images and keep them as an adapter.
+
+    Under torchrun its processes share every batch of a cache.
+    """
+    distributed.initialise()
+    if (out_folder / CONFIG).exists() or (out_folder.exists() and not out_folder.is_dir()):
+        raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
+    chosen_rest = rest and rest.value
+    check_options(
+        method, rest=chosen_rest, energy=energy, components=components, max_components=max_components
+    )
+    if method.runs_the_tower:
+        _check_runs(method, lr, seeds, shots, balanced, checkpoint, prototypes)
+    elif tokens is not None:
+        raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.value} works at the output")
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    clip, preprocess, tokenizer = prepare(model, pretrained, device)
+    tower = sources.image_tower(clip)
+    kinds = method.kinds
+    source = reader.open(data, preprocess)
+    folders = source.class_names
+    if folders is None:
+        raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
+    names = prompts.class_names(class_names, folders)
+
+    other = None if val is None else reader.open(val, preprocess)
+    if other is not None and other.class_names != folders:
+        raise ValueError(
+            f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
+        )
+    if method.runs_the_tower:
+        training, validation = _loaders(source, other, seed, reader)
+        count = len(training.dataset)
+    else:
+        training = reader.cached(tower, source, kinds, "encoding")
+        if other is None:
+            training, validation = training.split(HELD_OUT, seed)
+        else:
+            validation = reader.cached(tower, other, kinds, "encoding validation")
+        count = len(training)
+
+    if prototypes:
+        head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
+    else:
+        head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
+    fitted = None
+    if method.needs_bases or rest is Rest.mean:
+        fitted = _bases_for(bases_file, tower, training, method, tokens)
+    chosen_seeds = range(seed, seed + seeds)
+    adapters = [
+        build(
+            method, tower, fitted, rest=chosen_rest, energy=energy, components=components,
+            max_components=max_components, seed=one,
+        )
+        for one in chosen_seeds
+    ]  # fmt: skip
+    adapter, starts = adapters[0], [one.trainable() for one in adapters]
+    for other in adapters[1:]:
+        other.detach()
+    base = train.evaluate(identity(tower), head, validation)
+    first = distributed.rank() == 0
+    alone = seeds == 1 and len(lr or [0]) == 1
+    fits = train.fit_many(
+        adapter, head, training, validation, lrs=lr or None, seeds=chosen_seeds, starts=starts, epochs=epochs,
+        patience=patience, shots=shots, class_weight="balanced" if balanced else None, shrink=shrink,
+        checkpoint=checkpoint, progress=_say if first and alone else None,
+    )  # fmt: skip
+    fits.put(adapter, fits.best())
+    if first:
+        _keep(adapter, head, folders, out_folder)
+        _report(fits, base, method, count if shots is None else shots * len(names), out_folder, json_file)
+    distributed.finish()
+
+
+def _check_runs(method: Method, lr, seeds, shots, balanced, checkpoint, prototypes) -> None:
+    """Raises ValueError for what only a fit on cached units can do."""
+    asked = {
+        "several learning rates": len(lr or ()) > 1, "--seeds": seeds > 1, "--shots": shots is not None,
+        "--balanced": balanced, "--checkpoint": checkpoint is not None, "--prototypes": prototypes,
+    }  # fmt: skip
+    given = [name for name, wanted in asked.items() if wanted]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} would need cached units, and {method.value} runs the tower; leave it out"
+        )
+    if distributed.world() > 1:
+        raise ValueError(
+            f"{method.value} is fitted by one process on the command line; run it without torchrun"
+        )
+
+
+def _loaders(source, other, seed: int, reader: Reader) -> tuple[DataLoader, DataLoader]:
+    """Loaders of training images, shuffled, and of validation images."""
+    for images in (source, other):
+        if isinstance(images, UnitCache):
+            raise ValueError(
+                "a cache cannot tell what changes inside the tower do; name the images themselves"
+            )
+    order = torch.Generator().manual_seed(seed)
+    if other is None:
+        held = round(HELD_OUT * len(source))
+        if not held:
+            raise ValueError(f"{len(source)} images are too few to hold some out for validation; give --val")
+        rows = torch.randperm(len(source), generator=order).tolist()
+        source, other = Subset(source, rows[held:]), Subset(source, rows[:held])
+    shuffled = DataLoader(
+        source, reader.batch_size, shuffle=True, generator=order, num_workers=reader.workers
+    )
+    return shuffled, reader.loader(other)
+
+
+def _say(number: int, row: train.Epoch) -> None:
+    err.print(f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}")
+
+
+def _keep(adapter: TowerAdapter, head: ZeroShotHead, folders: tuple[str, ...], out_folder: Path) -> None:
+    head.save(out_folder / HEAD)
+    write_json(out_folder / CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": folders})
+    save_adapter(adapter, out_folder)  # last: a folder with an adapter is whole
+
+
+def _report(
+    fits: train.ManyFits,
+    base: train.Evaluation,
+    method: Method,
+    images: int,
+    out_folder: Path,
+    json_file: Path | None,
+) -> None:
+    best = fits.best()
+    result = fits.results[best]
+    if len(fits.tasks) > 1:
+        columns = ("lr", "seed", "epochs", "best", "accuracy", "balanced", "loss")
+        table = Table(*columns, title="All fits on validation; * is kept")
+        for index, (task, one) in enumerate(zip(fits.tasks, fits.results, strict=True)):
+            row = one.history[one.best_epoch]
+            table.add_row(
+                f"{task.lr:g}", str(task.seed), "diverged" if one.diverged else str(len(one.history) - 1),
+                f"{one.best_epoch}{' *' if index == best else ''}", f"{row.val_accuracy:.4f}",
+                f"{row.val_balanced_accuracy:.4f}", f"{row.val_loss:.4f}",
+            )  # fmt: skip
+        out.print(table)
+    seconds = max(one.seconds for one in fits.results)
+    out.print(
+        f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
+        f"({method.value}, {images} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
+        f"{seconds:.1f} s); written to {out_folder}",
+    )
+    row = result.history[result.best_epoch]
+    write_numbers(
+        json_file,
+        {
+            "method": method.value, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
+            "base_balanced_accuracy": base.balanced_accuracy,
+            "val_balanced_accuracy": row.val_balanced_accuracy, "lr": fits.tasks[best].lr,
+            "seed": fits.tasks[best].seed, "parameters": result.parameters, "seconds": seconds,
+            "best_epoch": result.best_epoch, "history": [vars(row) for row in result.history],
+            "fits": [
+                {
+                    "lr": task.lr, "seed": task.seed, "val_accuracy": one.val_accuracy,
+                    "best_epoch": one.best_epoch, "epochs": len(one.history) - 1, "diverged": one.diverged,
+                }
+                for task, one in zip(fits.tasks, fits.results, strict=True)
+            ],
+        },
+    )  # fmt: skip
+
+
+def _difference(a: tuple[str, ...], b: tuple[str, ...]) -> str:
+    only = sorted(set(a) ^ set(b))
+    return ", ".join(only[:5]) if only else "the same names in another order"
+
+
+def _bases_for(
+    file: Path | None, tower, training: UnitCache | DataLoader, method: Method, tokens: Tokens | None
+) -> SpectralBases:
+    if file is None and method.runs_the_tower:
+        return fit_bases(tower, training, placement="stream", tokens=tokens and tokens.value)
+    if file is None:
+        return fit_bases(tower, training, method.kinds)
+    loaded = SpectralBases.load(file)
+    if tokens is not None and loaded.tokens != tokens.value:
+        raise ValueError(f"{file} holds bases over tokens {loaded.tokens}, not {tokens.value}")
+    missing = [kind for kind in method.kinds if kind not in loaded.kinds]
+    if missing:
+        raise ValueError(
+            f"{file} holds no bases of kind {', '.join(missing)}; fit them with --kinds {missing[0]}"
+        )
+    return loaded

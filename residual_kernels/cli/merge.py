@@ -1,0 +1,87 @@
+"""merge: an adapter folded away, as a file that runs where this package is absent."""
+
+import copy
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from residual_kernels.adapters import export
+from residual_kernels.adapters.folder import load_adapter
+from residual_kernels.bundled.drawings import drawn_images
+from residual_kernels.cli.inputs import prepare
+from residual_kernels.cli.options import Adapter, Json, Model, Pretrained
+from residual_kernels.cli.printing import out, write_numbers
+from residual_kernels.data import models as sources
+from residual_kernels.files import atomic_path
+
+WEIGHTS = ".safetensors"
+PICTURES = 8  # that the file is checked with
+
+
+def merge_command(
+    adapter: Adapter,
+    out_file: Annotated[
+        Path,
+        typer.Option(
+            "--out", help=".onnx, .pt2 (torch.export), or .safetensors for an adapter in the stream"
+        ),
+    ],
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    json_file: Json = None,
+) -> None:
+    """Fold an adapter's weights away and write the image encoder (.onnx, .pt2) or the whole model's weights."""
+    if out_file.suffix not in (*export.ENDINGS, WEIGHTS):
+        raise ValueError(f"--out must end with {', '.join((*export.ENDINGS, WEIGHTS))}; got {out_file.name}")
+    clip, preprocess, _ = prepare(model, pretrained, "cpu")
+    module = load_adapter(sources.image_tower(clip), adapter)
+    stream = getattr(module, "placement", "output") == "stream"
+    if out_file.suffix == WEIGHTS and not stream:
+        raise ValueError(
+            f"{adapter} works at the output of the tower, and no weights of the tower can say that; name a file that "
+            "ends with .onnx or .pt2"
+        )
+    images = torch.stack([preprocess(picture) for picture in drawn_images(PICTURES, seed=0)])
+    with torch.no_grad():
+        expected = _embedding(module(images))
+    untouched = copy.deepcopy(clip) if out_file.suffix == WEIGHTS else None
+    merged = module.merge()
+    if out_file.suffix == WEIGHTS:
+        error = _write_weights(clip, untouched, out_file, images, expected)
+        what = f"all weights of {model}, under the keys they always had"
+    else:
+        error = export.write(merged, out_file, images)
+        what = f"an image encoder for any number of images {list(images.shape[1:])}"
+    size = out_file.stat().st_size
+    out.print(
+        f"{out_file}: {what}, {size / 1e6:.1f} MB. On {PICTURES} drawn images its embeddings are within {error:.1e} of "
+        "the adapter's (relative error)."
+    )
+    write_numbers(json_file, {"file": str(out_file), "bytes": size, "relative_error": error})
+
+
+def _embedding(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _write_weights(
+    clip: nn.Module, untouched: nn.Module, path: Path, images: Tensor, expected: Tensor
+) -> float:
+    """Writes the model's state_dict; the relative error of a model that has loaded it, without the adapter."""
+    with atomic_path(path) as temporary:
+        save_file({name: value.contiguous().clone() for name, value in clip.state_dict().items()}, temporary)
+        untouched.load_state_dict(load_file(temporary))
+        with torch.no_grad():
+            found = _embedding(sources.image_tower(untouched)(images))
+        error = float((found.double() - expected.double()).norm() / expected.double().norm())
+        allowed = max(export.AGREEMENT, 8 * torch.finfo(expected.dtype).eps)
+        if not error <= allowed:
+            raise RuntimeError(
+                f"{path} would give other numbers than the adapter (relative error {error:.2g}, {allowed:.0e} is "
+                "allowed), so it was not written"
+            )
+    return error

@@ -1,0 +1,102 @@
+"""report: what a fitted adapter learned, on one page."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, Reader, prepare
+from residual_kernels.cli.options import (
+    Batch,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Unreadable,
+    Workers,
+)
+from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.use import aligned, kept
+from residual_kernels.data import models as sources
+from residual_kernels.data.images import Images
+from residual_kernels.files import read_json
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="the folder that `fit` wrote")],
+    data: Data,
+    images: Annotated[
+        Path | None, typer.Option(help="the images of --data, where that is a cache of `encode`")
+    ] = None,
+    dictionary: Annotated[
+        Path | None,
+        typer.Option(help="file of words for the components, one a line; a small one is built in"),
+    ] = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="the page to write; RUN/report.html by default")
+    ] = None,
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """One HTML page of what an adapter learned, with its figures (PNG, SVG) and tables (CSV) in a folder beside it."""
+    from residual_kernels.analysis import TextDictionary
+    from residual_kernels.report import gather, write_report
+    from residual_kernels.report.facts import Source
+    from residual_kernels.report.page import check_page
+
+    page = out_file or run / "report.html"
+    check_page(page)
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    clip, preprocess, tokenizer = prepare(model, pretrained, device)
+    module, head = kept(clip, run)
+    words = None
+    if tokenizer is None and dictionary is not None:
+        raise ValueError(f"{model} embeds no text, so --dictionary cannot be encoded; leave it out")
+    if tokenizer is not None:
+        if dictionary is None:
+            words = TextDictionary.bundled(clip, tokenizer)
+        else:
+            words = TextDictionary.from_file(clip, tokenizer, dictionary)
+    folders = tuple(read_json(run / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
+    kinds = tuple(dict.fromkeys(("head", *getattr(module, "adapted", ()))))
+    source = reader.open(data, preprocess)
+    pictures = source if isinstance(source, Images) else None
+    if images is not None:
+        if pictures is not None:
+            raise ValueError(f"--images is for a cache, but {data} holds its images itself")
+        pictures = reader.images(images, preprocess)
+    cache = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
+    if pictures is not None and int(cache.ids.max()) >= len(pictures):
+        raise ValueError(
+            f"{images} holds {len(pictures)} images, but the cache at {data} was made of {int(cache.ids.max()) + 1}"
+        )
+    with err.status("reading") as status:
+        facts = gather(
+            module, head, cache, Source(model, str(data), str(run)), dictionary=words,
+            say=lambda text: status.update(text)
+        )  # fmt: skip
+        status.update("drawing")
+        page, files = write_report(facts, page, cache, pictures)
+    size = page.stat().st_size / 1e6
+    out.print(
+        f"accuracy {facts.before.accuracy:.4f} -> {facts.after.accuracy:.4f} on {facts.images} images; "
+        f"{page} ({size:.1f} MB) and {len(files)} figures and tables in {page.with_suffix('')}"
+    )
+    write_numbers(
+        json_file,
+        {
+            "images": facts.images, "base_accuracy": facts.before.accuracy, "accuracy": facts.after.accuracy,
+            "page": str(page), "files": [str(path) for path in files],
+        },
+    )  # fmt: skip

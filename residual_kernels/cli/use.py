@@ -1,0 +1,197 @@
+"""eval and predict: what a kept adapter is for."""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from residual_kernels import train
+from residual_kernels.adapters.folder import load_adapter
+from residual_kernels.adapters.methods import identity
+from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
+from residual_kernels.cli.options import (
+    Adapter,
+    Batch,
+    Data,
+    DataRoot,
+    Device,
+    Download,
+    Json,
+    Model,
+    OnUnreadable,
+    Pretrained,
+    Unreadable,
+    Workers,
+)
+from residual_kernels.cli.printing import bar, out, write_numbers
+from residual_kernels.data import models as sources
+from residual_kernels.files import atomic_path, read_json
+from residual_kernels.units.cache import UnitCache
+from residual_kernels.zeroshot import ZeroShotHead
+
+
+def _fitted(model, pretrained, device, adapter_folder: Path):
+    """The model with a kept adapter, its head, and the image transform."""
+    clip, preprocess, _ = prepare(model, pretrained, device)
+    return *kept(clip, adapter_folder), preprocess
+
+
+def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead]:
+    """What `fit` wrote, on the model's tower."""
+    adapter = load_adapter(sources.image_tower(clip), adapter_folder)
+    for name in (HEAD, CLASSES):
+        if not (adapter_folder / name).is_file():
+            raise FileNotFoundError(
+                f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
+            )
+    return adapter, ZeroShotHead.load(adapter_folder / HEAD)
+
+
+def aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
+    """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent."""
+    cache.labels = torch.tensor(positions(cache.class_names, folders, data))[cache.labels]
+    return cache
+
+
+class _Relabelled(Dataset):
+    """Images with their labels renumbered alike."""
+
+    def __init__(self, images: Dataset, numbers: list[int]):
+        self.images, self.numbers = images, numbers
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, label = self.images[index]
+        return image, self.numbers[label]
+
+
+def positions(names: tuple[str, ...] | None, folders: tuple[str, ...], data: Path) -> list[int]:
+    """Where each of `names` stands among the folders that the adapter was fitted to."""
+    if names is None:
+        raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
+    foreign = [name for name in names if name not in folders]
+    if foreign:
+        raise ValueError(
+            f"{data} has classes that the adapter was not fitted to: {', '.join(foreign[:5])}; it knows "
+            f"{', '.join(folders[:5])}{' ...' if len(folders) > 5 else ''}"
+        )
+    return [folders.index(name) for name in names]
+
+
+def eval_command(
+    adapter: Adapter,
+    data: Data,
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(help="also write the confusion matrix to this CSV: a row for each true class"),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    module, head, preprocess = _fitted(model, pretrained, device, adapter)
+    folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
+    source = reader.open(data, preprocess)
+    if getattr(module, "placement", "output") == "stream":
+        if isinstance(source, UnitCache):
+            raise ValueError(
+                f"{adapter} works inside the tower, so a cache cannot tell; name the images themselves"
+            )
+        images = _Relabelled(source, positions(source.class_names, folders, data))
+        source = reader.loader(images)
+    else:
+        kinds = getattr(module, "adapted", ())
+        source = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
+    before, after = train.evaluate(identity(module.tower), head, source), train.evaluate(module, head, source)
+    table = Table("class", "images", "without", "with", title=f"{data}")
+    counts = after.confusion.sum(1).tolist()
+    for index, name in enumerate(head.class_names):
+        both = (before.class_accuracy[index], after.class_accuracy[index])
+        table.add_row(name, str(counts[index]), *(f"{one:.3f}" if counts[index] else "-" for one in both))
+    table.add_section()
+    table.add_row("all", str(after.count), f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")
+    table.add_row("balanced", "", f"{before.balanced_accuracy:.3f}", f"{after.balanced_accuracy:.3f}")
+    out.print(table)
+    if confusion is not None:
+        with atomic_path(confusion) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["true class", *head.class_names])
+            for name, row in zip(head.class_names, after.confusion.tolist(), strict=True):
+                writer.writerow([name, *row])
+    write_numbers(
+        json_file,
+        {
+            "images": after.count, "unreadable": reader.left_out,
+            "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
+            "base_balanced_accuracy": before.balanced_accuracy, "balanced_accuracy": after.balanced_accuracy,
+            "class_accuracy": {
+                name: float(one) if seen else None
+                for name, one, seen in zip(head.class_names, after.class_accuracy, counts, strict=True)
+            },
+            "confusion": after.confusion.tolist(),
+        },
+    )  # fmt: skip
+
+
+def predict(
+    adapter: Adapter,
+    data: Annotated[Path, typer.Option(help="a folder of images, flat or nested, or a zip of one")],
+    out_file: Annotated[Path, typer.Option("--out", help="the CSV to write: image, label, probability")],
+    model: Model = sources.BUNDLED,
+    pretrained: Pretrained = None,
+    batch_size: Batch = 64,
+    workers: Workers = 0,
+    data_root: DataRoot = None,
+    download: Download = False,
+    unreadable: Unreadable = OnUnreadable.fail,
+    device: Device = None,
+    json_file: Json = None,
+) -> None:
+    """Label new images: a CSV of image, label and probability."""
+    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    module, head, preprocess = _fitted(model, pretrained, device, adapter)
+    images = reader.images(data, preprocess, labelled=False)
+    with bar("reading", len(images)) as step:
+        loader = reader.loader(images)
+        place = next(module.tower.parameters()).device
+
+        def batches():
+            for batch in loader:
+                yield batch.to(place)
+                step(len(batch))
+
+        found = train.predict(module, head, batches())
+    with atomic_path(out_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", "probability"])
+        for name, label, row in zip(images.names, found.labels.tolist(), found.probabilities, strict=True):
+            writer.writerow([name, found.class_names[label], f"{row[label]:.6f}"])
+    counts = torch.bincount(found.labels, minlength=len(head.class_names)).tolist()
+    common = ", ".join(
+        f"{n} {name}" for n, name in sorted(zip(counts, head.class_names, strict=True), reverse=True)[:5]
+    )
+    out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
+    write_numbers(
+        json_file,
+        {
+            "images": len(images),
+            "counts": dict(zip(head.class_names, counts, strict=True)),
+            "unreadable": reader.left_out,
+        },
+    )

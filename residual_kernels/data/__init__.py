@@ -1,0 +1,1 @@
+"""What a user hands in by name: models, images and class names."""

@@ -1,0 +1,83 @@
+"""What is a class called? Names of classes and the prompts they stand in."""
+
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+from residual_kernels.data.models import BUNDLED
+
+DEFAULT_TEMPLATES = ("a photo of a {}.",)
+BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed
+TABLE = "clip_benchmark:"  # clip_benchmark:eurosat names that data set's classes and templates
+_NAMES, _TEMPLATES = "en_classnames.json", "en_zeroshot_classification_templates.json"
+
+
+def class_names(source: str | None, folders: tuple[str, ...]) -> tuple[str, ...]:
+    """Names for class folders: the folder names, or those of `source`, in the folders' sorted order.
+
+    `source` is a file with one name a line, or ``clip_benchmark:eurosat``.
+    """
+    if source is None:
+        return tuple(name.replace("_", " ") for name in folders)
+    names = _from_table(source, _NAMES) if source.startswith(TABLE) else tuple(_lines(source, "class names"))
+    if len(names) != len(folders):
+        raise ValueError(f"{source} has {len(names)} class names, but there are {len(folders)} class folders")
+    return names
+
+
+def templates(source: str | None, model: str) -> tuple:
+    """Prompt templates: a file with one a line, open_clip's own (``openai``, ``simple``) or ``clip_benchmark:dtd``.
+
+    Without a source, what suits the model of that name.
+    """
+    import open_clip
+
+    named = {
+        "openai": open_clip.OPENAI_IMAGENET_TEMPLATES,
+        "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES,
+    }
+    if source is None:
+        return BUNDLED_TEMPLATES if model == BUNDLED else DEFAULT_TEMPLATES
+    if source.startswith(TABLE):
+        return tuple(text.replace("{c}", "{}") for text in _from_table(source, _TEMPLATES))
+    return tuple(named[source]) if source in named else tuple(_lines(source, "templates"))
+
+
+def table_of_names(data_set: str) -> tuple[str, ...] | None:
+    """clip_benchmark's class names of a data set; None when it, or the table, is not here."""
+    tables = _table(_NAMES)
+    found = None if tables is None else tables.get(data_set)
+    return None if found is None else tuple(found)
+
+
+def _from_table(source: str, file: str) -> tuple[str, ...]:
+    tables = _table(file)
+    if tables is None:
+        raise ImportError(
+            f"{source} is a table of the library clip_benchmark; install it with pip install 'residual-kernels[data]'"
+        )
+    name = source.removeprefix(TABLE)
+    if name not in tables:
+        raise ValueError(f"clip_benchmark has no such table as {source}; it has {', '.join(sorted(tables))}")
+    return tuple(tables[name])
+
+
+@functools.cache
+def _table(file: str) -> dict | None:
+    # Read as data: importing clip_benchmark's modules would ask for every library it can use.
+    spec = importlib.util.find_spec("clip_benchmark")
+    if spec is None:
+        return None
+    path = Path(spec.submodule_search_locations[0]) / "datasets" / file
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _lines(source: str, what: str) -> list[str]:
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of {what} at {source}")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{source} is empty; it should hold one of the {what} a line")
+    return lines

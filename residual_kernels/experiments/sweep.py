@@ -1,0 +1,381 @@
+"""Which method is best on which data? Towers x data sets x methods from one YAML file, as the paper's main table.
+
+Every tower encodes a data set once; every fit leaves one small JSON file. A sweep that was stopped goes on where it
+was: finished shards and finished fits are not made again, and a fit whose recipe has changed is.
+"""
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from torch.utils.data import DataLoader
+
+from residual_kernels import pictures
+from residual_kernels import train as training
+from residual_kernels.adapters.methods import Method, build, identity
+from residual_kernels.bases.pca import fit_bases
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.data import models as sources
+from residual_kernels.data import prompts
+from residual_kernels.data.images import open_images
+from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
+from residual_kernels.towers import KINDS
+from residual_kernels.units.cache import DTYPES, HELD_OUT, UnitCache, encode
+from residual_kernels.units.cache.shards import STORED
+from residual_kernels.zeroshot import ZeroShotHead
+
+BASE, AVERAGE = "base", "average"
+METHODS = (BASE, *(method.value for method in Method if not method.runs_the_tower))  # a sweep reads caches
+WHAT = "result of a sweep"
+
+
+@dataclass(frozen=True)
+class TowerSpec:
+    """A model by name, as on the command line."""
+
+    model: str
+    pretrained: str | None = None
+
+    @property
+    def label(self) -> str:
+        return self.model if self.pretrained is None else f"{self.model} ({self.pretrained})"
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A data set by its parts; without `val`, a fifth of the training images is held out."""
+
+    name: str
+    train: str
+    test: str
+    val: str | None = None
+    class_names: str | None = None
+    templates: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep runs. `bases` names images for the bases of every tower; without, each data set's training images.
+
+    `rates` are learning rates tried for a method, in units of its default; the best on validation is kept.
+    """
+
+    towers: tuple[TowerSpec, ...]
+    data: tuple[DataSpec, ...]
+    methods: tuple[str, ...]
+    bases: str | None = None
+    seeds: int = 1
+    rates: tuple[float, ...] = (1.0,)
+    epochs: int = 30
+    energy: float = 0.90
+    shots: int | None = None
+    batch_size: int = 64
+    dtype: str = "float32"
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> "Plan":
+        """The plan in a YAML file; a ValueError names what is wrong with it and what is allowed."""
+        try:
+            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} must hold the keys towers, data and methods; see README")
+        _only_known(found, cls, str(path))
+        towers = tuple(_made(TowerSpec, row, f"{path}: a tower") for row in _list(found, "towers", path))
+        data = tuple(_made(DataSpec, row, f"{path}: a data set") for row in _list(found, "data", path))
+        names = [spec.name for spec in data]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path}: data sets must have different names; got {', '.join(names)}")
+        methods = tuple(_list(found, "methods", path))
+        unknown = [str(method) for method in methods if method not in METHODS]
+        if unknown:
+            raise ValueError(f"{path}: unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
+        rest = {key: value for key, value in found.items() if key not in ("towers", "data", "methods")}
+        return cls(towers, data, methods, **rest)._checked(path)
+
+    def _checked(self, path: str | os.PathLike) -> "Plan":
+        for name in ("seeds", "epochs", "batch_size", "shots"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value > 0) and not (name == "shots" and value is None):
+                raise ValueError(f"{path}: {name} must be a whole number above 0; got {value!r}")
+        rates = self.rates if isinstance(self.rates, list | tuple) else ()
+        if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+            raise ValueError(f"{path}: rates must be numbers above 0; got {self.rates!r}")
+        if not (isinstance(self.energy, int | float) and 0 < self.energy <= 1):
+            raise ValueError(f"{path}: energy must lie in (0, 1]; got {self.energy!r}")
+        if self.dtype not in STORED:
+            raise ValueError(f"{path}: dtype must be one of {', '.join(STORED)}; got {self.dtype!r}")
+        return replace(self, rates=tuple(rates))
+
+
+def _list(found: dict, key: str, path: str | os.PathLike) -> list:
+    value = found.get(key)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path} must hold a list of {key}; got {value!r}")
+    return value
+
+
+def _only_known(found: dict, made: type, where: str) -> None:
+    known = made.__dataclass_fields__
+    unknown = [str(key) for key in found if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(known)}")
+
+
+def _made(made: type, row: Any, where: str) -> Any:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must be a mapping; got {row!r}")
+    _only_known(row, made, where)
+    try:
+        return made(**row)
+    except TypeError as error:
+        raise ValueError(f"{where} lacks a key: {str(error).partition(') ')[2]}") from error
+
+
+@dataclass
+class Sweep:
+    """A plan and the folder its results, caches and bases are kept in."""
+
+    plan: Plan
+    folder: Path
+    say: Callable[[str], None] = field(default=lambda text: None, repr=False)
+    workers: int = 0
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    root: Path | None = None  # of data sets by name
+    download: bool = False
+
+    def run(self) -> list[dict]:
+        """Runs what is not there yet and returns a row for every fit: tower, data, method, seed, accuracy and more."""
+        rows = []
+        for tower in self.plan.towers:
+            work = _TowerWork(self, tower)
+            for data in self.plan.data:
+                rows += work.rows(data)
+        return rows
+
+
+class _TowerWork:
+    """One tower's share of a sweep; the model is loaded at the first need."""
+
+    def __init__(self, sweep: Sweep, spec: TowerSpec):
+        self.sweep, self.plan, self.spec = sweep, sweep.plan, spec
+        self.place = _file_name(spec.label)
+        kinds = {kind for name in self.plan.methods if name != BASE for kind in Method(name).kinds}
+        self.kinds = tuple(kind for kind in KINDS if kind in kinds)
+        self.needs_bases = any(name != BASE and Method(name).needs_bases for name in self.plan.methods)
+
+    @functools.cached_property
+    def model(self) -> tuple[nn.Module, Callable, Callable]:
+        self.sweep.say(f"{self.spec.label}: loading")
+        clip, preprocess, tokenizer = sources.load_model(self.spec.model, self.spec.pretrained)
+        return clip.to(self.sweep.device), preprocess, tokenizer
+
+    @property
+    def tower(self) -> nn.Module:
+        return sources.image_tower(self.model[0])
+
+    def encoded(self, source: str, folder: Path, labelled: bool) -> UnitCache:
+        """The cache of a data set, in `folder` of this sweep: made, gone on with, or read."""
+        _, preprocess, _ = self.model
+        images = open_images(
+            source, preprocess, labelled=labelled, root=self.sweep.root, download=self.sweep.download
+        )
+        loader = DataLoader(images, batch_size=self.plan.batch_size, num_workers=self.sweep.workers)
+        self.sweep.say(f"{self.spec.label}: encoding {source}")
+        return encode(
+            self.tower, loader, self.sweep.folder / "cache" / self.place / folder, self.kinds,
+            DTYPES[self.plan.dtype], class_names=images.class_names,
+        )  # fmt: skip
+
+    @functools.cached_property
+    def general_bases(self) -> SpectralBases | None:
+        if self.plan.bases is None:
+            return None
+        images = self.encoded(self.plan.bases, Path("bases"), labelled=False)
+        return fit_bases(self.tower, images, self.kinds)
+
+    def rows(self, data: DataSpec) -> Iterator[dict]:
+        work = _DataWork(self, data)
+        for method in self.plan.methods:
+            for seed in range(1 if method == BASE else self.plan.seeds):
+                recipe = self._recipe(data, method, seed)
+                folder = self.sweep.folder / "results" / self.place / _file_name(data.name)
+                file = folder / f"{method}-{seed}.json"
+                row = _kept(file, recipe)
+                if row is None:
+                    self.sweep.say(f"{self.spec.label}, {data.name}: {method}, seed {seed}")
+                    row = work.fit(method, seed)
+                    write_json(file, {"schema": SCHEMA, "what": WHAT, "recipe": recipe, "row": row})
+                yield row
+
+    def _recipe(self, data: DataSpec, method: str, seed: int) -> str:
+        """A checksum of everything in the plan that this fit depends on."""
+        plan = asdict(self.plan)
+        shared = {key: value for key, value in plan.items() if key not in _NOT_OF_ONE_FIT}
+        text = json.dumps([asdict(self.spec), asdict(data), method, seed, shared], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+_NOT_OF_ONE_FIT = ("towers", "data", "methods", "seeds")
+
+
+class _DataWork:
+    """One tower on one data set; nothing is encoded before the first fit that is not there yet."""
+
+    def __init__(self, tower: _TowerWork, data: DataSpec):
+        self.tower, self.plan, self.data = tower, tower.plan, data
+
+    @functools.cached_property
+    def parts(self) -> tuple[UnitCache, UnitCache, UnitCache]:
+        """Caches of training, validation and test images."""
+        place = Path(_file_name(self.data.name))
+        train = self.tower.encoded(self.data.train, place / "train", labelled=True)
+        test = self.tower.encoded(self.data.test, place / "test", labelled=True)
+        if self.data.val is None:
+            train, val = train.split(HELD_OUT, seed=0)
+        else:
+            val = self.tower.encoded(self.data.val, place / "val", labelled=True)
+        for name, part in (("val", val), ("test", test)):
+            if part.class_names != train.class_names:
+                raise ValueError(f"{self.data.name}: {name} has other classes than train")
+        return train, val, test
+
+    @functools.cached_property
+    def head(self) -> ZeroShotHead:
+        clip, _, tokenizer = self.tower.model
+        names = prompts.class_names(self.data.class_names, self.parts[0].class_names)
+        if tokenizer is None:  # a tower without a text side
+            return ZeroShotHead.from_prototypes(self.parts[0].output, self.parts[0].labels, names)
+        templates = prompts.templates(self.data.templates, self.tower.spec.model)
+        return ZeroShotHead.from_text(clip, tokenizer, names, templates)
+
+    @functools.cached_property
+    def bases(self) -> SpectralBases | None:
+        if not self.tower.needs_bases:
+            return None
+        own = self.tower.general_bases is None
+        return (
+            fit_bases(self.tower.tower, self.parts[0], self.tower.kinds) if own else self.tower.general_bases
+        )
+
+    def fit(self, method: str, seed: int) -> dict:
+        """Fits one method and reads the test images once, with the weights that were best on validation."""
+        tower = self.tower.tower
+        train, val, test = self.parts
+        row = {"tower": self.tower.spec.label, "data": self.data.name, "method": method, "seed": seed}
+        if method == BASE:
+            found = training.evaluate(identity(tower), self.head, test)
+            fitted = {"parameters": 0, "seconds": 0.0}
+        else:
+            options = {"energy": self.plan.energy} if method == Method.fine else {}
+            adapter = build(method, tower, self.bases, seed=seed, **options)
+            fits = training.fit_many(
+                adapter, self.head, train, val, seeds=(seed,), epochs=self.plan.epochs, shots=self.plan.shots,
+                lrs=[rate * adapter.default_lr for rate in self.plan.rates], batch_size=self.plan.batch_size,
+            )  # fmt: skip
+            best = fits.best()
+            result = fits.put(adapter, best)
+            found = training.evaluate(adapter, self.head, test)
+            fitted = {
+                "parameters": result.parameters,
+                "seconds": max(one.seconds for one in fits.results),
+                "val_accuracy": result.val_accuracy,
+                "lr": fits.tasks[best].lr,
+            }
+            adapter.detach()
+        accuracies = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}
+        return row | accuracies | {"images": found.count} | fitted
+
+
+def _file_name(label: str) -> str:
+    """A name that any file system takes, still telling labels apart."""
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
+    return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+
+
+def _kept(file: Path, recipe: str) -> dict | None:
+    """The row in `file`, when it is there and was made by this recipe."""
+    if not file.is_file():
+        return None
+    found = read_json(file, WHAT, ("recipe", "row"))
+    return found["row"] if found["recipe"] == recipe else None
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Table:
+    """Accuracies as the paper lays them out: a line for every tower and method, a column for every data set, and the
+    average; each the mean over seeds, with the standard deviation where there are several."""
+
+    columns: tuple[str, ...]
+    lines: tuple[
+        tuple[str, str, int, tuple[tuple[float, float], ...]], ...
+    ]  # tower, method, numbers learned, cells
+
+    @classmethod
+    def of(cls, rows: list[dict]) -> "Table":
+        columns = tuple(dict.fromkeys(row["data"] for row in rows))
+        lines = []
+        for tower, method in dict.fromkeys((row["tower"], row["method"]) for row in rows):
+            mine = [row for row in rows if (row["tower"], row["method"]) == (tower, method)]
+            by_seed = {}
+            for row in mine:
+                by_seed.setdefault(row["seed"], {})[row["data"]] = row["accuracy"]
+            cells = [_mean_and_deviation([found[name] for found in by_seed.values()]) for name in columns]
+            cells.append(
+                _mean_and_deviation([statistics.fmean(found.values()) for found in by_seed.values()])
+            )
+            numbers = max(row["parameters"] for row in mine)
+            lines.append((tower, method, numbers, tuple(cells)))
+        return cls((*columns, AVERAGE), tuple(lines))
+
+    def write(self, folder: Path) -> list[Path]:
+        """table.csv, table.md and table.png."""
+        paths = [folder / "table.csv", folder / "table.md", folder / "table.png"]
+        with atomic_path(paths[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            deviations = [f"{name} (deviation)" for name in self.columns]
+            writer.writerow(["tower", "method", "learned numbers", *self.columns, *deviations])
+            for tower, method, numbers, cells in self.lines:
+                means, spread = zip(*cells, strict=True)
+                texts = [f"{value:.6f}" for value in (*means, *spread)]
+                writer.writerow([tower, method, numbers, *texts])
+        with atomic_path(paths[1]) as temporary:
+            temporary.write_text(self.markdown(), encoding="utf-8")
+        pictures.accuracy_table(self.columns, self.lines, paths[2])
+        return paths
+
+    def markdown(self) -> str:
+        """A Markdown table; the best method of each tower and column is bold."""
+        head = ["tower", "method", "learned numbers", *self.columns]
+        text = [_markdown_row(head), "|---|---|---:|" + "---:|" * len(self.columns)]
+        for tower, method, numbers, cells in self.lines:
+            rivals = [line[3] for line in self.lines if line[0] == tower]
+            best = [max(cells[i][0] for cells in rivals) for i in range(len(self.columns))]
+            texts = []
+            for (mean, spread), top in zip(cells, best, strict=True):
+                value = f"{mean:.3f}" + (f" ± {spread:.3f}" if spread > 0 else "")
+                texts.append(f"**{value}**" if mean == top and len(rivals) > 1 else value)
+            text.append(_markdown_row([tower, method, f"{numbers:,}", *texts]))
+        return "\n".join(text) + "\n"
+
+
+def _markdown_row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,0 +1,92 @@
+"""Who computes an operator: ``triton`` (CUDA and ROCm devices), ``cpp`` (the compiled CPU extension) or ``torch``.
+
+A backend is a module in ``residual_kernels.ops`` with the functions ``pack``, ``spectral_reweight_forward``,
+``spectral_reweight_backward`` and ``unit_moments``. ``auto`` takes the first available one in the order below;
+a backend asked for by name is never replaced by another.
+"""
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+
+import torch
+
+ENVIRONMENT_VARIABLE = "RESIDUAL_KERNELS_BACKEND"
+BACKENDS = ("triton", "cpp", "torch")  # the order in which `auto` looks
+_MODULES = {
+    "triton": "residual_kernels.ops.triton.backend",
+    "cpp": "residual_kernels.ops.cpp_backend",
+    "torch": "residual_kernels.ops.torch_backend",
+}
+
+
+def _cpp_missing(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the compiled backend computes on CPU tensors only, not on {device.type}"
+    try:
+        importlib.import_module("residual_kernels._cpp")
+    except ImportError as error:
+        return f"the compiled extension is not there ({error}); reinstall with a C++17 compiler (GCC or Clang) at hand"
+    return None
+
+
+def missing(
+    backend: str, device: torch.device, dtype: torch.dtype | None = None, *, by_name: bool = True
+) -> str | None:
+    """Why `backend` cannot compute on `device` (in `dtype`), in one clause; None when it can.
+
+    Triton's interpreter counts only when it is asked for `by_name`: it proves kernels, it is no way to compute.
+    """
+    if backend == "torch":
+        return None
+    if backend == "cpp":
+        return _cpp_missing(device)
+    if backend == "triton":
+        if dtype == torch.float64 and not by_name:  # asked for by name, the backend itself refuses it
+            return "Triton kernels compute bfloat16, float16 and float32, not float64"
+        return _missing_triton(device, by_name)
+    raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)} or auto")
+
+
+def _missing_triton(device: torch.device, by_name: bool) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return f"Triton kernels run on CUDA and ROCm devices, not on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device.type == "cpu" and not (by_name and os.environ.get("TRITON_INTERPRET")):
+        return "Triton computes on the CPU only in its interpreter: set TRITON_INTERPRET=1 and ask for triton by name"
+    interpreted = importlib.import_module(_MODULES["triton"]).INTERPRETED
+    if device.type == "cpu" and not interpreted:
+        return "TRITON_INTERPRET=1 was not set when the kernels were imported"
+    if device.type == "cuda" and interpreted:
+        return "TRITON_INTERPRET=1 has made the kernels programs for the CPU; start Python without it"
+    return None
+
+
+def available(device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> list[str]:
+    """Names of the backends that can compute on `device` (in `dtype`), in the order `auto` tries them."""
+    device = torch.device(device)
+    return [backend for backend in BACKENDS if missing(backend, device, dtype, by_name=False) is None]
+
+
+@torch.compiler.assume_constant_result  # looked up once, when a caller is compiled
+def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that will compute on `device` (in `dtype`).
+
+    `backend` is a name or ``auto``; ``auto`` gives way to the variable RESIDUAL_KERNELS_BACKEND, then to the first
+    available of triton, cpp, torch. Raises ValueError for an unknown name, RuntimeError when the named one is missing.
+    """
+    if backend == "auto":
+        backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    if backend == "auto":
+        return available(device, dtype)[0]
+    reason = missing(backend, device, dtype)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} was asked for on {device}, but {reason}")
+    return backend
+
+
+def load(backend: str) -> ModuleType:
+    """The module that implements `backend` (a resolved name)."""
+    return importlib.import_module(_MODULES[backend])

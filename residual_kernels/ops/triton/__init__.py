@@ -1,0 +1,1 @@
+"""The Triton backend: kernels, the routes between them, and their launchers."""

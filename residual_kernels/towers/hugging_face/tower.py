@@ -1,0 +1,417 @@
+"""Exact units of transformers' image towers: CLIP, SigLIP, BLIP, ViT, DINOv2 and whatever is built the same way.
+
+A transformers model returns more than an embedding, and a CLIP's projection lies outside its vision model. So the
+tower is an :class:`ImageTower`, which is made of the model's own modules and returns the embedding alone; a whole model
+may be given wherever a tower is asked for. transformers is not imported here: models are told by their parts, whose
+names have changed over its versions.
+"""
+
+import inspect
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from residual_kernels.towers import UnitLayout, UnsupportedTowerError
+from residual_kernels.towers.edit import OutProjection
+from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
+from residual_kernels.towers.transformer import ATTENTION, BlockEdit, TransformerTower
+
+LOOKED_FOR = "vision_model or embeddings (transformers' CLIP, SigLIP, BLIP, ViT, DINOv2)"
+SUPPORTED = (
+    "supported are CLIPModel, CLIPVisionModelWithProjection, SiglipModel, BlipForImageTextRetrieval, ViTModel, "
+    "Dinov2Model, classifiers around these two, and models built the same way"
+)
+
+_WHOLE = {  # what may stand beside the vision model of a whole model
+    "visual_projection", "vision_proj", "text_model", "text_projection", "text_encoder", "text_proj", "itm_head",
+}  # fmt: skip
+_PROJECTIONS = ("visual_projection", "vision_proj")
+_LAYERS = ("encoder.layers", "encoder.layer", "layers")
+_PRE_NORM = ("pre_layrnorm", "pre_layernorm")
+_FINAL_NORM = ("post_layernorm", "layernorm")
+_NORM_1 = ("layer_norm1", "layernorm_before", "norm1")
+_NORM_2 = ("layer_norm2", "layernorm_after", "norm2")
+_ATTENTION = ("self_attn", "attention")
+_QKV = (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"))
+_OUT = ("out_proj", "o_proj", "projection", "output.dense")
+_BLOCK_PARTS = {
+    *_NORM_1, *_NORM_2, *_ATTENTION, "mlp", "intermediate", "output", "layer_scale1", "layer_scale2", "drop_path",
+    "dropout",
+}  # fmt: skip
+_ATTENTION_PARTS = {  # and those of its parts `attention` and `output`
+    *_OUT[:3], "dropout", "qkv", "q_proj", "k_proj", "v_proj", "attention", "output", "query", "key", "value", "dense",
+}  # fmt: skip
+_POOLER_PARTS = {"attention", "layernorm", "mlp"}  # beside the parameter `probe`
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first of these parts that `module` has."""
+    for name in names:
+        found = module
+        for step in name.split("."):
+            found = getattr(found, step, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
+
+
+def _refuse(reason: str) -> UnsupportedTowerError:
+    return UnsupportedTowerError(f"this tower has no exact units here: {reason}; {SUPPORTED}")
+
+
+class ImageTower(nn.Module):
+    """The image side of a transformers model as one module: images [N, 3, H, W] -> embeddings [N, D].
+
+    Its parts are the model's own modules, not copies, so both train, move and load together. The embedding is the class
+    token behind the final norm (``last_hidden_state[:, 0]``, CLIP's ``pooler_output``), then the projection where the
+    model has one: ``get_image_features`` of a CLIP. SigLIP's is what attention pooling (`pooler`) makes of all tokens.
+    """
+
+    def __init__(
+        self,
+        embeddings: nn.Module,
+        pre_norm: nn.Module | None,
+        layers: nn.ModuleList,
+        norm: nn.Module,
+        pooler: nn.Module | None,
+        projection: nn.Module | None,
+    ):
+        super().__init__()
+        self.embeddings, self.pre_norm, self.layers = embeddings, pre_norm, layers
+        self.norm, self.pooler, self.projection = norm, pooler, projection
+
+    # The mode is the parts': the model that they belong to does not know this module.
+    training = property(lambda self: self.embeddings.training, lambda self, mode: None)
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of its images; None where it interpolates its positions to any size."""
+        if "interpolate_pos_encoding" not in inspect.signature(self.embeddings.forward).parameters:
+            return None
+        held = self.embeddings
+        places = (held, getattr(held, "patch_embeddings", None), getattr(held, "config", None))
+        size = next(place.image_size for place in places if hasattr(place, "image_size"))
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """The stream before the first block, [N, tokens, width]."""
+        x = self.embeddings(images)
+        if not isinstance(x, Tensor):
+            raise _refuse(f"its embeddings give {type(x).__name__} instead of the stream")
+        return x if self.pre_norm is None else self.pre_norm(x)
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The embedding, from the stream after the last block."""
+        pooled = self.norm(x[:, 0]) if self.pooler is None else self.pooler(self.norm(x))
+        return pooled if self.projection is None else self.projection(pooled)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images)
+        for layer in self.layers:
+            asked = inspect.signature(layer.forward).parameters
+            x = layer(
+                x, **{name: None for name in ("attention_mask", "causal_attention_mask") if name in asked}
+            )
+            x = x[0] if isinstance(x, tuple) else x
+        return self.pool(x)
+
+
+_towers: "weakref.WeakKeyDictionary[nn.Module, ImageTower]" = weakref.WeakKeyDictionary()
+
+
+def image_tower(model: nn.Module) -> ImageTower:
+    """The :class:`ImageTower` of a transformers model; the same object at every call while the model's parts stay.
+
+    `model` is a whole model (CLIPModel, BlipForImageTextRetrieval), a vision model with or without its projection
+    (CLIPVisionModelWithProjection, ViTModel, Dinov2Model), or an image classifier around one. Raises
+    UnsupportedTowerError with the reason where its embedding is not the normed class token.
+    """
+    if isinstance(model, ImageTower):
+        return model
+    parts = _parts(model)
+    held = _towers.get(model)
+    if held is None or any(getattr(held, name) is not part for name, part in parts.items()):
+        held = _towers[model] = ImageTower(**parts)
+    return held
+
+
+def vision_model(model: nn.Module) -> nn.Module:
+    """The part of a transformers model that has the embeddings and the blocks; the model itself where it has them."""
+    kind, inner = type(model).__name__, getattr(model, "vision_model", None)
+    allowed = _WHOLE | {"vision_model"}
+    if inner is None and not hasattr(model, "embeddings"):
+        prefix = getattr(model, "base_model_prefix", "")
+        inner, allowed = getattr(model, prefix, None), {prefix, "classifier"}
+    if inner is None:
+        return model
+    extra = _children(model) - allowed
+    if extra:
+        raise _refuse(
+            f"{kind} has more than an embedding behind its vision model ({', '.join(sorted(extra))}); "
+            "its vision model alone may be given instead"
+        )
+    if hasattr(inner, "residual"):
+        raise UnsupportedTowerError(
+            f"a {type(inner.residual).__name__} is attached to this model already; detach it first"
+        )
+    return inner
+
+
+def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
+    """What an ImageTower is made of; refuses what it does not know."""
+    inner, kind = vision_model(model), type(model).__name__
+    found = {
+        "embeddings": _first(inner, ("embeddings",)), "pre_norm": _first(inner, _PRE_NORM),
+        "layers": _first(inner, _LAYERS), "norm": _first(inner, _FINAL_NORM), "pooler": _first(inner, ("head",)),
+        "projection": _first(model, _PROJECTIONS),
+    }  # fmt: skip
+    lacking = [name for name in ("embeddings", "layers", "norm") if found[name] is None]
+    extra = _children(inner) - {"embeddings", "encoder", "layers", "pooler", "head", *_PRE_NORM, *_FINAL_NORM}
+    if lacking or extra:
+        named = ", ".join(lacking or sorted(extra))
+        raise _refuse(f"the vision model of {kind} {'lacks' if lacking else 'has unknown parts'} {named}")
+    if not isinstance(found["norm"], nn.LayerNorm):
+        raise _refuse(f"the final norm of {kind} is {type(found['norm']).__name__}, not LayerNorm")
+    if found["pooler"] is not None:
+        if not hasattr(found["pooler"], "probe") or _children(found["pooler"]) != _POOLER_PARTS:
+            raise _refuse(f"{kind} pools in a way that is not known here (head)")
+    elif getattr(getattr(found["embeddings"], "cls_token", None), "shape", (1, 1))[1] > 1:
+        raise _refuse(f"{kind} has several class tokens and averages them")
+    elif not _has_class_token(found["embeddings"]):
+        raise _refuse(f"{kind} has no class token, and no pooling that is known here")
+    _check_embeddings(kind, found["embeddings"])
+    for index, layer in enumerate(found["layers"]):
+        _check_layer(index, layer)
+    attentions = [_first(layer, _ATTENTION) for layer in found["layers"]]
+    if len({(_heads(attn), _first(attn, _OUT).in_features) for attn in attentions}) > 1:
+        raise _refuse(f"{kind} has layers with other heads than the first, as pruned ones have")
+    if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
+        raise _refuse(f"{kind} normalises its class token twice (BlipForImageTextRetrieval does not)")
+    return found
+
+
+def _has_class_token(embeddings: nn.Module) -> bool:
+    return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
+
+
+def _check_embeddings(kind: str, embeddings: nn.Module) -> None:
+    parameters = inspect.signature(embeddings.forward).parameters.values()
+    more = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    if more:
+        raise _refuse(f"{kind} embeds more than images ({', '.join(more)})")
+    stems = [part for part in embeddings.modules() if isinstance(part, nn.Conv2d)]
+    if not stems or stems[0].in_channels != 3:
+        raise _refuse(f"{kind} has no patches of colour images in its embeddings")
+    if hasattr(embeddings, "random_masking"):
+        raise _refuse(f"{kind} drops patches at random (random_masking)")
+
+
+def _check_layer(index: int, layer: nn.Module) -> None:
+    extra = _children(layer) - _BLOCK_PARTS
+    extra |= {name for name, _ in layer.named_parameters(recurse=False)}
+    if extra:
+        raise _refuse(f"block {index} has unknown parts {', '.join(sorted(extra))}")
+    needed = {"norm 1": _NORM_1, "norm 2": _NORM_2, "attention": _ATTENTION, "mlp": ("mlp", "output.dense")}
+    lacking = [name for name, names in needed.items() if _first(layer, names) is None]
+    if lacking:
+        raise _refuse(f"block {index} lacks {', '.join(lacking)}")
+    attn = _first(layer, _ATTENTION)
+    inside = [
+        part for part in (attn, _first(attn, ("attention",)), _first(attn, ("output",))) if part is not None
+    ]
+    extra = set().union(*(_children(part) for part in inside)) - _ATTENTION_PARTS
+    if extra:
+        raise _refuse(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
+    out = _first(attn, _OUT)
+    if isinstance(out, nn.Linear) and not out.weight.is_floating_point():
+        raise _refuse(
+            f"block {index} is quantised ({out.weight.dtype}): units are made of its output projection's numbers"
+        )
+    if not isinstance(out, nn.Linear) or not (hasattr(attn, "qkv") or _first(attn, _QKV[0])):
+        raise _refuse(
+            f"attention of block {index} has no q_proj or qkv, or an output projection that is not nn.Linear"
+        )
+
+
+def recognises(tower: nn.Module) -> bool:
+    """Whether `tower` is of this family, supported or not."""
+    if isinstance(tower, ImageTower) or isinstance(getattr(tower, "vision_model", None), nn.Module):
+        return True
+    inner = getattr(tower, getattr(tower, "base_model_prefix", None) or "", tower)
+    return any(isinstance(getattr(part, "embeddings", None), nn.Module) for part in (tower, inner))
+
+
+def _asking(attn: nn.Module) -> nn.Module:
+    """The part of an attention that holds its settings."""
+    return getattr(attn, "attention", attn)
+
+
+def _heads(attn: nn.Module) -> int:
+    held = _asking(attn)
+    return held.num_heads if hasattr(held, "num_heads") else held.num_attention_heads
+
+
+def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
+    """What attention feeds to its output projection: [N, tokens or 1, H, C]."""
+    asking, heads = x[:, :1] if first_only else x, _heads(attn)
+    if hasattr(attn, "qkv"):
+        weights = attn.qkv.weight.chunk(3)
+        biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+        rows = zip((asking, x, x), weights, biases, strict=True)
+        q, k, v = (F.linear(row, weight, bias) for row, weight, bias in rows)
+    else:
+        q, k, v = (_first(attn, names)(row) for names, row in zip(_QKV, (asking, x, x), strict=True))
+    attn = _asking(attn)
+    q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    chosen = getattr(getattr(attn, "config", None), "_attn_implementation", None) or "sdpa"
+    scale = getattr(attn, "scaling", getattr(attn, "scale", q.shape[-1] ** -0.5))
+    if chosen == "eager":
+        share = (q @ k.transpose(-1, -2) * scale).softmax(
+            -1, dtype=torch.promote_types(q.dtype, torch.float32)
+        )
+        return (share.to(q.dtype) @ v).transpose(1, 2)
+    if chosen == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[chosen](attn, q, k, v, None, scaling=scale, dropout=0.0)[0]
+
+
+def _rate(dropout: nn.Module | float | None) -> float:
+    """The probability of a dropout that is a module, a number, or absent."""
+    if isinstance(dropout, nn.Module):
+        return getattr(dropout, "p", getattr(dropout, "drop_prob", 0.0)) or 0.0
+    return dropout or 0.0
+
+
+def _mlp(layer: nn.Module, x: Tensor) -> Tensor:
+    return layer.mlp(x) if hasattr(layer, "mlp") else layer.output.dense(layer.intermediate(x))
+
+
+class HuggingFaceTower(TransformerTower):
+    """The :class:`~residual_kernels.towers.Tower` view of the image tower of a transformers model."""
+
+    name = "transformers.ImageTower"
+
+    def __init__(self, module: nn.Module):
+        self.module = tower = image_tower(module)
+        attn = _first(tower.layers[0], _ATTENTION)
+        self.width = tower.norm.normalized_shape[0]
+        self.layout = UnitLayout(len(tower.layers), _heads(attn), pool=tower.pooler is not None)
+        self.head_width = _first(attn, _OUT).in_features // self.layout.heads
+        self.dim = self.width if tower.projection is None else tower.projection.out_features
+        if tower.pooler is not None:
+            self.pooling, self.span, self.head_width = ATTENTION, slice(None), self.dim
+        embeddings = tower.embeddings
+        registers = getattr(embeddings, "register_tokens", None)
+        distilled = getattr(embeddings, "distillation_token", None) is not None
+        self.class_token = _has_class_token(embeddings)
+        self.prefix = self.class_token + distilled + (0 if registers is None else registers.shape[1])
+
+    @property
+    def stem_weight(self) -> Tensor:
+        return self._stem.weight
+
+    @property
+    def _stem(self) -> nn.Conv2d:
+        return next(part for part in self.module.embeddings.modules() if isinstance(part, nn.Conv2d))
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        return self.module.image_size
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.module.layers
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.module.norm)
+
+    def pooler(self) -> AttentionPooler:
+        return multihead_pooler(self.module.pooler.attention, self.module.pooler.probe[0, 0])
+
+    def pool_mlp(self, pooled: Tensor) -> Tensor:
+        return self.module.pooler.mlp(self.module.pooler.layernorm(pooled))
+
+    def projection(self) -> tuple[Tensor | None, Tensor | None]:
+        held = self.module.projection
+        return (None, None) if held is None else (held.weight.T, held.bias)
+
+    def out_projection(self, layer: int) -> OutProjection:
+        out = _first(_first(self.module.layers[layer], _ATTENTION), _OUT)
+        gamma = getattr(getattr(self.module.layers[layer], "layer_scale1", None), "lambda1", None)
+        return OutProjection(out.weight, out.bias, gamma)
+
+    def constant_parameters(self) -> dict[str, nn.Parameter]:
+        held = {
+            id(p)
+            for part in (self.module.norm, self.module.projection)
+            if part is not None
+            for p in part.parameters()
+        }
+        for layer in range(self.layout.layers):
+            out = self.out_projection(layer)
+            held |= {id(p) for p in (out.weight, out.bias, out.gamma) if p is not None}
+        return {name: p for name, p in self.module.named_parameters() if id(p) in held}
+
+    @property
+    def recomputes(self) -> bool:
+        # as transformers does: per layer, and only in training mode
+        layers = self.module.layers
+        return self.module.training and any(
+            getattr(layer, "gradient_checkpointing", False) for layer in layers
+        )
+
+    def drops(self) -> list[str]:
+        return []
+
+    def inexact(self) -> list[str]:
+        found = []
+        for layer in self.module.layers:
+            held = _asking(_first(layer, _ATTENTION))
+            if any(
+                _rate(getattr(held, name, 0.0)) for name in ("dropout", "attention_dropout", "dropout_prob")
+            ):
+                found.append("dropout of attention weights")
+            if _rate(_first(layer, ("dropout", "output.dropout"))):
+                found.append("dropout of hidden states")
+            if _rate(getattr(layer, "drop_path", None)):
+                found.append("drop path")
+        return list(dict.fromkeys(found))
+
+    def token_count(self, images: Tensor) -> int:
+        stem = self._stem
+        height, width = (size // step for size, step in zip(images.shape[2:], stem.stride, strict=True))
+        return self.prefix + height * width
+
+    def embed(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.module.embed(images), None
+
+    def block(
+        self, index: int, x: Tensor, context: None, first_only: bool, edit: BlockEdit | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        layer = self.module.layers[index]
+        attn = _first(layer, _ATTENTION)
+        z = _head_inputs(attn, _first(layer, _NORM_1)(x), first_only)
+        attended = _first(attn, _OUT)(z.flatten(2))
+        attended = layer.layer_scale1(attended) if hasattr(layer, "layer_scale1") else attended
+        if edit is not None:
+            attended = edit(z, attended)
+        x = (x[:, :1] if first_only else x) + attended
+        mlp = _mlp(layer, _first(layer, _NORM_2)(x))
+        mlp = layer.layer_scale2(mlp) if hasattr(layer, "layer_scale2") else mlp
+        return x + mlp, z, mlp
+
+    def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        tokens = None
+        if self.returns_tokens:  # last_hidden_state: CLIP's own is not normed, the others' is
+            tokens = self.module.norm(x) if self.module.pre_norm is None else x
+        return self.module.pool(x), tokens

@@ -1,0 +1,278 @@
+"""What is a unit cache? Everything a fit needs of every image and nothing more, in memory or mapped from disk."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import towers
+from residual_kernels.towers import Terms
+from residual_kernels.units.cache.shards import MANIFEST, Shards, read_manifest
+
+SMALL = ("scale", "mean", "output")
+
+
+HELD_OUT = 0.2  # of the training images, where a data set has no part for validation
+
+
+class UnitCache:
+    """What a fit needs of every image and nothing more.
+
+    Made by :func:`encode`. One read with :meth:`load` is mapped: its z, scale, mean and output stay on disk, and rows
+    are read as they are asked for. It holds 16 bytes an image (labels and ids), and at most 1 GiB of shards mapped;
+    so caches larger than memory can be fitted.
+
+    Attributes:
+        z: kind -> [N, R, C] in the cache's dtype. Of a mapped cache, z[kind] reads all rows into memory: use `terms` or
+            `batches` for parts.
+        scale, mean: [N], s and m of the final norm; output: [N, D]; at least float32. Of a mapped cache they are read
+            whole when first asked for, and kept.
+        labels: [N] int64, or None; ids: [N] int64, the position of each image in the data it came from.
+        class_names: names of the labels, or None.
+        checksum: of the tower that made it.
+    """
+
+    def __init__(
+        self,
+        z: Mapping[str, Tensor],
+        scale: Tensor,
+        mean: Tensor,
+        output: Tensor,
+        labels: Tensor | None,
+        ids: Tensor,
+        checksum: str,
+        class_names: Sequence[str] | None = None,
+    ):
+        self.z, self.scale, self.mean, self.output = z, scale, mean, output
+        self._describe(labels, ids, checksum, class_names)
+
+    def _describe(self, labels, ids, checksum, class_names) -> None:
+        self.labels, self.ids, self.checksum = labels, ids, checksum
+        self.class_names = None if class_names is None else tuple(class_names)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{kind} {shape} {dtype}" for kind, (shape, dtype) in self._shapes().items())
+        return f"UnitCache(images={len(self)}, {shapes or 'outputs only'}, labels={self.labels is not None})"
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {kind: (tuple(value.shape[1:]), value.dtype) for kind, value in self.z.items()}
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(self.z)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of z, scale, mean and output as they are stored: what `to(device)` takes there."""
+        return sum(value.nbytes for value in (*self.z.values(), self.scale, self.mean, self.output))
+
+    def _rows(self, rows: Tensor | slice) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """(z, scale, mean, output) of some rows as they are stored."""
+        z = {kind: value[rows] for kind, value in self.z.items()}
+        return z, self.scale[rows], self.mean[rows], self.output[rows]
+
+    def terms(self, rows: Tensor | slice, device: torch.device | str = "cpu") -> Terms:
+        """The terms of some rows (numbers, a mask or a slice), for `from_units`; z widened to the outputs' dtype."""
+        z, scale, mean, output = self._rows(rows)
+        wide = output.dtype  # widened where it arrives, so that the narrow dtype is what travels
+        return Terms(
+            z={kind: value.to(device).to(wide) for kind, value in z.items()},
+            scale=scale.to(device),
+            mean=mean.to(device),
+            output=output.to(device),
+        )
+
+    def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Terms]:
+        """The terms of all rows in order, at most `size` at a time."""
+        if size < 1:
+            raise ValueError(f"a batch holds at least one row; got size {size}")
+        for start in range(0, len(self), size):
+            yield self.terms(slice(start, start + size), device)
+
+    def to(self, device: torch.device | str) -> "UnitCache":
+        """This cache with z, scale, mean and output in the memory of a device, in their stored dtypes."""
+        z, scale, mean, output = self._rows(slice(None))
+        return UnitCache(
+            {kind: value.to(device) for kind, value in z.items()},
+            scale.to(device), mean.to(device), output.to(device),
+            self.labels, self.ids, self.checksum, self.class_names,
+        )  # fmt: skip
+
+    def subset(self, rows: Tensor) -> "UnitCache":
+        """A cache of some rows: a copy in memory of one in memory, and the numbers of the rows for a mapped one."""
+        z, scale, mean, output = self._rows(rows)
+        labels = None if self.labels is None else self.labels[rows]
+        return UnitCache(z, scale, mean, output, labels, self.ids[rows], self.checksum, self.class_names)
+
+    def split(self, part: float, seed: int = 0) -> "tuple[UnitCache, UnitCache]":
+        """(the others, `part` of the images drawn with `seed`): a validation set where there is none.
+
+        Raises ValueError when either would be empty.
+        """
+        held = round(part * len(self))
+        if not 0 < held < len(self):
+            raise ValueError(
+                f"{part} of {len(self)} images leaves nothing on one side; give validation images"
+            )
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)
+
+    def check(self, tower: nn.Module, kinds: Iterable[str]) -> None:
+        """Raises ValueError unless this cache was made by this very tower and holds these kinds."""
+        missing = [kind for kind in kinds if kind not in self.kinds]
+        if missing:
+            raise ValueError(
+                f"this cache holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
+            )
+        found = towers.checksum(towers.view(tower).module)
+        if found != self.checksum:
+            raise ValueError(
+                f"this cache was encoded by a tower with other weights (checksum {self.checksum[:12]}, this tower has "
+                f"{found[:12]}); encode again"
+            )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, verify: str = "full") -> "UnitCache":
+        """Maps a cache folder.
+
+        Args:
+            path: the folder that :func:`encode` wrote.
+            verify: "full" reads every byte and compares the shards' checksums, at the speed of the disk or of SHA-256
+                on several cores; "size" compares the files' sizes and the checksums in their headers, which takes a
+                moment and finds truncated, missing and exchanged shards, but no flipped bits.
+
+        Raises:
+            FileNotFoundError: no cache there, an unfinished one, or a shard is missing.
+            ValueError: a shard (named) is damaged or of another cache, or the manifest is.
+        """
+        if verify not in ("full", "size"):
+            raise ValueError(f'verify must be "full" or "size"; got {verify!r}')
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise FileNotFoundError(f"no unit cache at {path} ({MANIFEST} is missing there)")
+        manifest = read_manifest(path)
+        if not manifest["complete"]:
+            raise FileNotFoundError(
+                f"the unit cache at {path} is not finished; encode into the same folder again, which goes on "
+                "where it stopped"
+            )
+        run = manifest["run"]
+        shards = Shards(path, manifest["shards"], run["columns"])
+        shards.verify(verify)
+        return MappedCache(shards, None, run["kinds"], run["checksum"], run["class_names"])
+
+
+class MappedCache(UnitCache):
+    """A cache on disk, or `rows` of it."""
+
+    def __init__(self, shards: Shards, rows: Tensor | None, kinds, checksum, class_names, *, small=None):
+        self._shards, self._chosen, self._kinds = shards, rows, tuple(kinds)
+        self._kept: dict[str, Tensor] = {}
+        if small is None:
+            names = [name for name in ("labels", "ids") if name in shards.columns]
+            small = shards.run(names, 0, len(shards))
+            if len(shards.rows) == 1:  # a view of the mapping; these two are held
+                small = {name: value.clone() for name, value in small.items()}
+        self._describe(small.get("labels"), small["ids"], checksum, class_names)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self._kinds
+
+    @property
+    def z(self) -> Mapping[str, Tensor]:
+        return _Units(self)
+
+    @property
+    def scale(self) -> Tensor:
+        return self._whole("scale")
+
+    @property
+    def mean(self) -> Tensor:
+        return self._whole("mean")
+
+    @property
+    def output(self) -> Tensor:
+        return self._whole("output")
+
+    def _whole(self, name: str) -> Tensor:
+        if name not in self._kept:
+            self._kept[name] = self._read([name], slice(None))[name].clone()
+        return self._kept[name]
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        empty = {kind: self._shards.empty(f"z.{kind}", 0) for kind in self.kinds}
+        return {kind: (tuple(value.shape[1:]), value.dtype) for kind, value in empty.items()}
+
+    @property
+    def nbytes(self) -> int:
+        names = [*(f"z.{kind}" for kind in self.kinds), *SMALL]
+        return self._shards.nbytes(names) * len(self) // len(self._shards)
+
+    def _read(self, names: Sequence[str], rows: Tensor | slice) -> dict[str, Tensor]:
+        """Columns of some rows, given by their numbers in this cache."""
+        chosen = self._numbers(rows)
+        if isinstance(chosen, slice):
+            return self._shards.run(names, chosen.start, chosen.stop)
+        return self._shards.gather(names, chosen)
+
+    def _numbers(self, rows: Tensor | slice) -> Tensor | slice:
+        """The rows' numbers in the shards: a slice where they follow on one another."""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(len(self))
+            if step == 1 and self._chosen is None:
+                return slice(start, max(start, stop))
+            numbers = torch.arange(start, stop, step)
+        else:
+            rows = torch.as_tensor(rows).cpu()
+            numbers = rows.nonzero().flatten() if rows.dtype == torch.bool else rows.long()
+            if len(rows) != len(self) and rows.dtype == torch.bool:
+                raise IndexError(f"a mask of {len(rows)} rows, but this cache has {len(self)}")
+            if len(numbers) and not -len(self) <= int(numbers.min()) <= int(numbers.max()) < len(self):
+                raise IndexError(
+                    f"rows run from {int(numbers.min())} to {int(numbers.max())}, but this cache has {len(self)}"
+                )
+            numbers = torch.where(numbers < 0, numbers + len(self), numbers)
+        if self._chosen is not None:
+            numbers = self._chosen[numbers]
+        if len(numbers) and bool((numbers.diff() == 1).all()):
+            return slice(int(numbers[0]), int(numbers[-1]) + 1)
+        return numbers
+
+    def _rows(self, rows: Tensor | slice) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        names = [f"z.{kind}" for kind in self.kinds]
+        read = self._read([*names, *SMALL], rows)
+        z = {kind: read[name] for kind, name in zip(self.kinds, names, strict=True)}
+        return z, read["scale"], read["mean"], read["output"]
+
+    def subset(self, rows: Tensor) -> "UnitCache":
+        chosen = self._numbers(rows)
+        if isinstance(chosen, slice):
+            chosen = torch.arange(chosen.start, chosen.stop)
+        small = {"ids": self.ids[rows]}
+        if self.labels is not None:
+            small["labels"] = self.labels[rows]
+        return MappedCache(self._shards, chosen, self.kinds, self.checksum, self.class_names, small=small)
+
+
+class _Units(Mapping):
+    """z of a mapped cache: reading an entry reads all its rows."""
+
+    def __init__(self, cache: MappedCache):
+        self._cache = cache
+
+    def __getitem__(self, kind: str) -> Tensor:
+        if kind not in self._cache.kinds:
+            raise KeyError(kind)
+        return self._cache._read([f"z.{kind}"], slice(None))[f"z.{kind}"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cache.kinds)
+
+    def __len__(self) -> int:
+        return len(self._cache.kinds)
