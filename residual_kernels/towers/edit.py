@@ -5,36 +5,15 @@ of the output projection, b_l the projection's bias, gamma the LayerScale where 
 Where a norm stands behind the projection (EVA02-E), z is [s z, s] with that norm's s, and C is one more.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
 
-from residual_kernels.towers import Tower, UnitMaps
-from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.base import Edit, OutProjection, Tower, UnitMaps
+
+__all__ = ["TOKENS", "Edit", "OutProjection", "check_layers", "stream_maps", "token_run"]
 
 TOKENS = ("all", "class", "patches")
-
-# What a view calls in every block: (layer, z [N, tokens, H, C], what attention adds to the stream [N, tokens, width])
-# -> what it is to add instead. With the class token alone in the last block, tokens is 1 there.
-Edit = Callable[[int, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class OutProjection:
-    """What makes a layer's term of the stream from the z of its heads: gamma o (weight z + bias), or its norm."""
-
-    weight: nn.Parameter  # [width, H*C]
-    bias: nn.Parameter | None
-    gamma: nn.Parameter | None = None  # LayerScale, [width]
-    norm: Norm | None = None  # behind the projection; then there is no LayerScale
-
-    def gain(self) -> Tensor:
-        """gamma in float64; ones where there is none."""
-        if self.gamma is not None:
-            return self.gamma.double()
-        return torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
 
 
 @torch.no_grad()

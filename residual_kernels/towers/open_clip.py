@@ -8,8 +8,8 @@ is hooked, swapped or written: the tower is read.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers import UnitLayout, UnsupportedTowerError
-from residual_kernels.towers.edit import OutProjection
+from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import (

@@ -8,16 +8,15 @@ weighs the tokens differently, so v_u has full rank: there is no short form, and
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from residual_kernels.towers.base import Tower
 from residual_kernels.towers.edit import stream_maps
-
-if TYPE_CHECKING:
-    from residual_kernels.towers.transformer import TransformerTower
+from residual_kernels.towers.norm import Norm
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,24 @@ class AttentionPooler:
         return F.linear(flat, weight, shift.to(flat.dtype) if bias and shift is not None else None)
 
 
+class PooledTower(Tower, Protocol):
+    """A view of a tower that pools by attention, as far as :func:`attended` reads it."""
+
+    span: slice
+
+    @property
+    def norm(self) -> Norm: ...
+
+    @property
+    def outer_norm(self) -> Norm: ...
+
+    def pooler(self) -> AttentionPooler: ...
+
+    def pool_mlp(self, pooled: Tensor) -> Tensor: ...
+
+    def projection(self) -> tuple[Tensor | None, Tensor | None]: ...
+
+
 def multihead_pooler(attn: nn.MultiheadAttention, query: Tensor) -> AttentionPooler:
     """Of a torch attention whose one query is `query` [width of the queries], before its projection."""
     if attn.in_proj_weight is None:
@@ -76,7 +93,7 @@ def multihead_pooler(attn: nn.MultiheadAttention, query: Tensor) -> AttentionPoo
     return AttentionPooler(projected, (k, biases[1]), (v, biases[2]), out)
 
 
-def attended(view: "TransformerTower", x: Tensor, held: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dict[str, Tensor]:
     """x_u of every kind [N, R, D], from the stream after the last block and the terms of all tokens that were held."""
     pooler, tokens = view.pooler(), view.norm.module(x)[:, view.span]
     weights = pooler.weights(tokens)  # [N, heads, T]
@@ -118,7 +135,7 @@ def attended(view: "TransformerTower", x: Tensor, held: dict[str, list[Tensor]])
 
 
 def _heads(
-    view: "TransformerTower",
+    view: PooledTower,
     pooler: AttentionPooler,
     parts: list[Tensor],
     scaled: Tensor,

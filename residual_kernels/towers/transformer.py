@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from residual_kernels.towers import Terms, UnitLayout, UnitMaps, check_kinds
+from residual_kernels.towers.base import Edit, OutProjection, Terms, UnitMaps
 from residual_kernels.towers.blocks import run_block
-from residual_kernels.towers.edit import Edit, OutProjection, stream_maps
+from residual_kernels.towers.edit import stream_maps
+from residual_kernels.towers.layout import UnitLayout, check_kinds
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, attended
 

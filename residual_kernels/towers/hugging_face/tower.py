@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers import UnitLayout, UnsupportedTowerError
-from residual_kernels.towers.edit import OutProjection
+from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import ATTENTION, BlockEdit, TransformerTower
