@@ -1,13 +1,17 @@
 """What a weight means: against units made in full, scikit-learn's F test, sorting, and one evaluation per head."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from sklearn.feature_selection import f_classif
-from tolerance import assert_as_accurate
+from tolerance import absolute, assert_within, enough_to_notice
 
 import residual_kernels as rk
 from residual_kernels.analysis import weights
 from residual_kernels.demo.story import DIGITS, digit_images
+from residual_kernels.ops.reference import coefficients
+from residual_kernels.units import decomposition
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,19 @@ def fitted(digits, kinds=("head",), rest="zero", components=5, seed=3):
     return rk.ResiDual(tower, bases, rest, init="normal", seed=seed)
 
 
+def terms_of_coefficients(tower, cache, bases, row):
+    """[N, K]: the absolute terms of one unit's coefficients, from the tower's own parameters on."""
+    sizes = deepcopy(tower)
+    for parameter in sizes.parameters():
+        parameter.detach().abs_()
+    place = row.index - rk.towers.view(tower).layout.span(row.kind).start
+    maps = rk.towers.view(sizes).maps(row.kind, [place])
+    given = cache.terms(slice(None))
+    z, scale, mean = given.z[row.kind][:, [place]].abs(), given.scale.abs(), given.mean.abs()
+    units = decomposition.expand(maps, z, scale, -mean)[:, 0]  # it subtracts the mean
+    return (units + bases.mean(row).abs()) @ bases.components(row).abs().T
+
+
 @pytest.mark.parametrize("kinds", [("head",), ("mlp",), ("head", "mlp")])
 @pytest.mark.parametrize("batch", [weights.BATCH_NUMBERS, 2000])
 def test_a_reading_is_of_the_components_of_whole_units(digits, monkeypatch, kinds, batch):
@@ -43,20 +60,29 @@ def test_a_reading_is_of_the_components_of_whole_units(digits, monkeypatch, kind
         bases = residual.bases
         c = (whole - bases.mean(row)) @ bases.components(row).T
         inside = (reading.unit == row.index).nonzero().flatten()
-        for got, want in (
-            (reading.mean[inside], c.mean(0)),
-            (reading.std[inside], c.std(0)),
-            (reading.weight[inside], residual.weight_of(row).detach()),
-            (reading.explained[inside], bases.explained_variance_ratio(row)),
-            (reading.effect[inside], (residual.weight_of(row).detach() - 1) * c.std(0)),
+        terms = terms_of_coefficients(tower, cache, bases, row)
+        weight, std = residual.weight_of(row).detach(), c.std(0)
+        assert torch.equal(reading.weight[inside], weight)
+        assert torch.equal(reading.explained[inside], bases.explained_variance_ratio(row))
+        # |c - shift| <= 2 terms; a variance errs with the sum of their squares, its root by that over 2 std
+        squares = (2 * terms).square().sum(0)
+        spread = squares / (len(c) - 1) / (2 * std)
+        for name, want, size in (
+            ("mean", c.mean(0), terms.mean(0)),
+            ("std", std, spread),
+            ("effect", (weight - 1) * std, (weight - 1).abs() * spread),
         ):
-            assert_as_accurate(got, want, want, scale=float(whole.square().sum(1).max()))
+            assert_within(getattr(reading, name)[inside], want, size, name, length=len(c))
         assert reading.place[inside].tolist() == list(range(5))
         labels = cache.labels.numpy()
         F, _ = f_classif(c.numpy(), labels)
         eta = torch.from_numpy(F * 9 / (F * 9 + len(labels) - 10))
-        assert_as_accurate(reading.separation[inside], eta, eta, scale=float(len(labels)))
-        assert not torch.allclose(reading.separation[inside], eta + 1e-6, rtol=0, atol=1e-7)
+        size = 2 * squares / (c - c.mean(0)).square().sum(0)  # a ratio of two such sums
+        assert_within(reading.separation[inside], eta, size, length=len(c))
+        step = enough_to_notice(torch.ones_like(eta), size, torch.float64, length=len(c))
+        assert step < 1e-6
+        with pytest.raises(AssertionError, match="is off by"):
+            assert_within(reading.separation[inside] + step, eta, size, length=len(c))
         scores = reading.class_scores(int(inside[0]))
         want = (c[cache.labels == 4, 0].mean() - c[:, 0].mean()) / c[:, 0].std()
         assert float(scores[4]) == pytest.approx(float(want), abs=1e-9)
@@ -94,11 +120,22 @@ def test_a_constant_unit_and_an_absent_class(digits):
     assert reading.unit_weight(0) == pytest.approx(1.0)
 
 
+def coefficient_arguments(residual, given, kind):
+    names = ("proj", "bias", "slope", "offset", "unit_offsets")
+    constants = {name: getattr(residual.units[kind], name) for name in names}
+    return {"z": given.z[kind], "scale": given.scale, "mean": given.mean, **constants}
+
+
 @pytest.mark.parametrize("batch", [weights.BATCH_NUMBERS, 300])
 def test_ends_are_those_of_a_sort(digits, monkeypatch, batch):
     _, _, cache, _ = digits
     residual = fitted(digits, ("head", "mlp"))
-    every = weights._Reader(residual)(cache.terms(slice(None)))
+    given = cache.terms(slice(None))
+    every = weights._Reader(residual)(given)
+    terms = torch.cat(
+        [coefficients(**absolute(coefficient_arguments(residual, given, kind))) for kind in residual.adapted],
+        1,
+    )
     monkeypatch.setattr(weights, "BATCH_NUMBERS", batch)
     chosen = [31, 4, 260, 4, 249]  # out of order, repeated, of both kinds
     ends = weights.component_ends(residual, cache, chosen, count=6)
@@ -106,7 +143,7 @@ def test_ends_are_those_of_a_sort(digits, monkeypatch, batch):
         order = every[:, j].argsort(stable=True)
         assert ends.low[place].tolist() == order[:6].tolist()
         assert ends.high[place].tolist() == order.flip(0)[:6].tolist()
-        assert_as_accurate(ends.high_values[place], every[ends.high[place], j], every[ends.high[place], j])
+        assert_within(ends.high_values[place], every[ends.high[place], j], terms[ends.high[place], j])
     few = weights.component_ends(residual, cache.subset(torch.arange(3)), [0], count=6)
     assert few.low.shape == (1, 3)
     directions = weights.directions(residual, [4, 31])

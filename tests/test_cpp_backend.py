@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import assert_as_accurate
+from tolerance import absolute, assert_within, enough_to_notice
 
 from residual_kernels import ops
 from residual_kernels.ops import backends, reference
 
 _cpp = pytest.importorskip("residual_kernels._cpp", reason="the extension was not built (no C++ compiler)")
-from residual_kernels.ops import cpp_backend, torch_backend  # noqa: E402
+from residual_kernels.ops import cpp_backend  # noqa: E402
 
 SETS = [name for name, reason in _cpp.instruction_sets().items() if reason is None]
 ALL = [True, True, True, True]
@@ -77,23 +77,21 @@ def apply(arguments, dy, backend):
     return dict(zip(["y", *(f"d{name}" for name in leaves)], [y.detach(), *grads], strict=True))
 
 
-def sizes_of_summands(arguments, dy):
-    """The largest sum of absolute summands of each result: what rounding errors are relative to where sums cancel."""
-    positive = {k: v.abs() if v is not None and v.is_floating_point() else v for k, v in arguments.items()}
-    positive["offset"] = -positive["offset"]
-    results = apply(positive, dy.abs(), "truth")
-    return {name: float(tensor.max()) if tensor.numel() else 0.0 for name, tensor in results.items()}
+def truth_and_terms(arguments, dy):
+    """Each result in float64, and the sums of its absolute terms."""
+    return apply(arguments, dy, "truth"), apply(absolute(arguments), dy.abs(), "truth")
 
 
-def check(arguments, dy, monkeypatch, *, cancelling=False):
-    scales = sizes_of_summands(arguments, dy) if cancelling else {}
-    truth, peer = (apply(arguments, dy, backend) for backend in ("truth", "torch"))
+def check(arguments, dy, monkeypatch):
+    """Holds y and every gradient to the precision of z, on every instruction set."""
+    truth, terms = truth_and_terms(arguments, dy)
     for chosen in SETS:
         monkeypatch.setenv(cpp_backend.ENVIRONMENT_VARIABLE, chosen)
         got = apply(arguments, dy, "cpp")
         for name in truth:
-            assert_as_accurate(
-                got[name], truth[name], peer[name], f"{name} ({chosen})", scale=scales.get(name)
+            assert got[name].dtype == (dy if name == "y" else arguments[name[1:]]).dtype
+            assert_within(
+                got[name], truth[name], terms[name], f"{name} ({chosen})", dtype=arguments["z"].dtype
             )
 
 
@@ -166,7 +164,7 @@ def test_any_shape(rows, width, dim, kept, tasks, indexed, bare, dtype):
     indexed = indexed and tasks is not None
     problem = make(rows, width, dim, kept, dtype=dtype, tasks=tasks, indexed=indexed, bare=bare)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        check(*problem, monkeypatch, cancelling=True)
+        check(*problem, monkeypatch)
 
 
 def test_each_set_of_wanted_gradients(instruction_set):
@@ -359,12 +357,22 @@ def test_weight_index_out_of_range_is_an_error():
             at_op_level(arguments, dy)
 
 
-def test_a_wrong_weight_is_noticed():
+@pytest.mark.parametrize("constant", ["weight", "bias", "slope", "offset"])
+def test_a_perturbed_constant_fails(constant, monkeypatch):
+    """Values and gradients are linear in each constant, so the perturbation can be sized to be just noticed."""
     arguments, dy = make(20, 24, 70, [26, 3, 26])
-    truth, peer = (apply(arguments, dy, backend) for backend in ("truth", "torch"))
-    arguments["weight"][7] *= 1.01
-    with pytest.raises(AssertionError, match="y is off by"):
-        assert_as_accurate(apply(arguments, dy, "cpp")["y"], truth["y"], peer["y"], "y")
+    truth, terms = truth_and_terms(arguments, dy)
+    check(arguments, dy, monkeypatch)
+    affected = {"weight": ("y", "dz", "dscale", "dmean"), "bias": ("y", "dweight", "dscale"),
+                "slope": ("y", "dweight", "dmean"), "offset": ("y", "dweight")}  # fmt: skip
+    for name in affected[constant]:
+        moved = arguments[constant].double()
+        moved[7] += 1
+        change = apply({**arguments, constant: moved}, dy, "truth")[name] - truth[name]
+        wrong = {**arguments, constant: arguments[constant].clone()}
+        wrong[constant][7] += enough_to_notice(change, terms[name])
+        with pytest.raises(AssertionError, match=f"{name} is off by"):
+            assert_within(apply(wrong, dy, "cpp")[name], truth[name], terms[name], name)
 
 
 def test_gradcheck():
@@ -407,9 +415,9 @@ def test_many_rows_of_wide_units_fold(dtype, bare, monkeypatch):
     y = ops.spectral_reweight(**arguments, backend="cpp")
     (dweight,) = torch.autograd.grad(y, leaf, dy)
     assert taken == ["_folded_forward", "_folded_dweight"]
-    truth, peer = (apply(arguments, dy, backend) for backend in ("truth", "torch"))
-    assert_as_accurate(y.detach(), truth["y"], peer["y"], "y")
-    assert_as_accurate(dweight, truth["dweight"], peer["dweight"], "dweight")
+    truth, terms = truth_and_terms(arguments, dy)
+    assert_within(y, truth["y"], terms["y"], "y")
+    assert_within(dweight, truth["dweight"], terms["dweight"], "dweight")
     check(arguments, dy, monkeypatch)  # with all gradients wanted backward is direct
     assert taken.count("_folded_dweight") == 1
     taken.clear()
@@ -442,16 +450,13 @@ def test_unit_moments(size, dtype, instruction_set):
         coordinates = reference.unit_coordinates(*(None if x is None else x.double() for x in (z, s, m)))
         zero = torch.zeros(units, width + 2, dtype=torch.float64)
         for shift in (zero, coordinates.mean(0) if rows else zero):
-            truth = reference.unit_moments(z, s, m, shift)
-            peer = torch_backend.unit_moments(z, s, m, shift)
-            got = cpp_backend.unit_moments(z, s, m, shift)
-            summands = coordinates.abs() + shift.abs()
-            sizes = (summands.sum(0), (summands**2).sum(0))
-            scales = [float(x.max()) for x in sizes] if rows else [0, 0]
-            for name, scale_of, *tensors in zip(("total", "moment"), scales, got, truth, peer, strict=True):
-                # The results are float64, their summands have the precision of the data.
-                precise = [x if dtype == torch.float64 else x.float() for x in tensors]
-                assert_as_accurate(precise[0], tensors[1], precise[2], name, scale=scale_of)
+            given = {"z": z, "scale": s, "mean": m, "shift": shift}
+            truth, terms = reference.unit_moments(**given), reference.unit_moments(**absolute(given))
+            got = cpp_backend.unit_moments(**given)
+            # The results are float64, their summands have the precision of the data.
+            precision = torch.promote_types(dtype, torch.float32)
+            for name, *tensors in zip(("total", "moment"), got, truth, terms, strict=True):
+                assert_within(*tensors, name, dtype=precision, length=rows)
             assert torch.equal(got[1], got[1].mT)
 
 

@@ -3,10 +3,11 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
-from tolerance import assert_as_accurate
+from tolerance import absolute, assert_within, enough_to_notice
 
 from residual_kernels import ops
 from residual_kernels.adapters.unit_sum import SpectralConstants
@@ -39,8 +40,13 @@ def results(c, weight, dy, run):
     return y.detach(), torch.autograd.grad(y, weight, dy)[0]
 
 
-def product(basis):
-    return lambda c, weight: (c * weight[:, None]) @ basis
+def truth_and_terms(c, weight, dy, basis):
+    """(y, dweight) in float64, and the sums of their absolute terms."""
+    given = {"c": c, "weight": weight, "dy": dy, "basis": basis}
+    return [
+        results(x["c"], x["weight"], x["dy"], lambda c, weight, x=x: (c * weight[:, None]) @ x["basis"])
+        for x in ({name: tensor.double() for name, tensor in given.items()}, absolute(given))
+    ]
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -64,13 +70,28 @@ def test_values_and_gradient(name, dtype, rows, tasks, kept, dim, monkeypatch):
     pack, basis = packed(kept, dim, dtype)
     c, weight, dy = made(rows, tasks, sum(kept), dim, dtype)
     got = results(c, weight, dy, lambda c, weight: ops.spectral_sum(c, weight, pack))
-    truth = results(c.double(), weight.double(), dy.double(), product(basis.double()))
-    summands = results(
-        c.double().abs(), weight.double().abs(), dy.double().abs(), product(basis.double().abs())
+    truth, terms = truth_and_terms(c, weight, dy, basis)
+    for what, *tensors in zip(("y", "dweight"), got, truth, terms, strict=True):
+        assert_within(*tensors, what)
+
+
+@pytest.mark.parametrize("result", [0, 1], ids=["y", "dweight"])
+def test_a_perturbed_basis_fails(result):
+    pack, basis = packed([20, 31], 40)
+    c, weight, dy = made(50, 2, 51, 40)
+    truth, terms = truth_and_terms(c, weight, dy, basis)
+    unit = torch.zeros_like(basis)
+    unit[7, 3] = 1
+    change = truth_and_terms(c, weight, dy, unit)[0][result]  # linear in the basis
+    basis[7, 3] += enough_to_notice(change, terms[result])
+    zeros = basis.new_zeros(51)
+    wrong = ops.pack_units(
+        basis.new_zeros(51, 3), zeros, zeros, zeros, basis, torch.tensor([0, 20, 51]), backend="cpp"
     )
-    peer = results(c, weight, dy, product(basis))
-    for what, *tensors, size in zip(("y", "dweight"), got, truth, peer, summands, strict=True):
-        assert_as_accurate(*tensors, what, scale=float(size.max()) if size.numel() else 0.0)
+    for one, noticed in ((pack, False), (wrong, True)):
+        got = results(c, weight, dy, lambda c, weight, one=one: ops.spectral_sum(c, weight, one))[result]
+        with pytest.raises(AssertionError, match="is off by") if noticed else nullcontext():
+            assert_within(got, truth[result], terms[result])
 
 
 def test_any_strides_and_no_copy():
