@@ -3,7 +3,6 @@
 Every file is run before it is put in place, and its numbers are compared with the module's.
 """
 
-import importlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from residual_kernels import extras
 
 ENDINGS = (".onnx", ".pt2")
 AGREEMENT = 1e-4  # relative error beyond which a written file is not kept (8 roundings in half precision)
@@ -89,12 +90,7 @@ def check_ending(path: Path) -> None:
 
 
 def _need(name: str):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX files need the library `{name}`; install it with pip install 'residual-kernels[export]'"
-        ) from error
+    return extras.need(name, "export", "writing ONNX files")
 
 
 def _made(folder: Path) -> Path:

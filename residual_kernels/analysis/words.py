@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from residual_kernels.analysis.reading import coordinates, held
 from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.bundled.captions import prompt
-from residual_kernels.bundled.drawings import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
+from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 

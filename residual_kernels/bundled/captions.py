@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from residual_kernels.bundled.drawings import ATTRIBUTES, COLUMN, DIGITS, PATTERNS, record
+from residual_kernels.bundled.vocabulary import ATTRIBUTES, COLUMN, DIGITS, PATTERNS, record
 
 _FIGURES = {word: str(i) for i, word in enumerate(DIGITS)}
 _ALSO = {

@@ -13,61 +13,12 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from residual_kernels.bundled.glyphs import font_glyph, pen_glyph, pick, shape_glyph, warp
+from residual_kernels.bundled.vocabulary import ATTRIBUTES, COLOURS, DIGITS, LETTERS, PATTERNS, SHAPES
+from residual_kernels.bundled.vocabulary import COLUMN as COLUMN
+from residual_kernels.bundled.vocabulary import PHOTOS as PHOTOS
+from residual_kernels.bundled.vocabulary import record as record
 
 SIZE = 32
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-LETTERS = tuple("abcdefghijklmnpqrstuvwxyz")  # no o: it is drawn like zero
-SHAPES = (
-    "circle",
-    "ring",
-    "square",
-    "diamond",
-    "triangle",
-    "star",
-    "cross",
-    "heart",
-    "moon",
-    "arrow",
-    "hexagon",
-)
-PATTERNS = (
-    "horizontal stripes", "vertical stripes", "diagonal stripes", "dots", "checks", "grid", "rings", "waves",
-    "bricks", "rays",
-)  # fmt: skip
-PHOTOS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-COLOURS = {
-    "black": (12, 12, 12), "white": (245, 245, 245), "grey": (128, 128, 128), "red": (215, 30, 30),
-    "orange": (245, 140, 20), "yellow": (245, 225, 40), "green": (35, 155, 50), "blue": (35, 70, 215),
-    "purple": (130, 40, 170), "pink": (250, 140, 185), "brown": (120, 70, 30),
-}  # fmt: skip
-
-#: What a label row says, column by column; the entry is an index into the tuple, -1 where nothing is said.
-ATTRIBUTES: dict[str, tuple[str, ...]] = {
-    "kind": ("digit", "letter", "shape", "pattern", "photo"),
-    "what": DIGITS + LETTERS + SHAPES + PATTERNS + PHOTOS,
-    "colour": tuple(COLOURS),
-    "background": tuple(COLOURS),
-    "texture": ("plain", "striped", "dotted", "checkered"),
-    "size": ("small", "medium", "large"),
-    "tilt": ("upright", "left", "right"),
-    "place": (
-        "centre",
-        "top",
-        "bottom",
-        "left",
-        "right",
-        "top left",
-        "top right",
-        "bottom left",
-        "bottom right",
-    ),
-    "quality": ("sharp", "blurry", "pixelated", "noisy"),
-    "case": ("capital", "lower case"),
-    "hand": ("printed", "handwritten"),
-    "light": ("bright", "dark"),
-}
-COLUMN = {name: i for i, name in enumerate(ATTRIBUTES)}
-
 _KIND_ODDS = np.cumsum([0.40, 0.24, 0.20, 0.16])
 _BOTH_CASES_ALIKE = frozenset("ckpsuvwxz")
 _SMALL_ONLY = frozenset("i")  # a capital I is drawn like one
@@ -105,11 +56,6 @@ def draw(n: int, seed: int, start: int = 0, kinds: tuple[str, ...] | None = None
 def drawn_images(n: int, seed: int) -> list[Image.Image]:
     """`n` drawn PIL images of every kind: a background set for spectral bases that holds no real data."""
     return [Image.fromarray(image) for image in draw(n, seed).images]
-
-
-def record(label: np.ndarray) -> dict[str, str]:
-    """A label row in words: {"kind": "digit", "what": "seven", ...}, only what is said of the image."""
-    return {name: values[label[c]] for c, (name, values) in enumerate(ATTRIBUTES.items()) if label[c] >= 0}
 
 
 def _draw_one(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, dict[str, str]]:

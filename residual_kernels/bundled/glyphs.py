@@ -9,9 +9,10 @@ import functools
 import math
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from residual_kernels import extras
 
 FONTS = tuple(
     f"{name}.ttf"
@@ -62,6 +63,7 @@ def pick(options, rng: np.random.Generator, odds: tuple[float, ...] | None = Non
 
 def font_path(name: str) -> Path:
     """Where matplotlib keeps the font file `name`."""
+    matplotlib = extras.need("matplotlib", "plot", "drawing letters and digits")
     return Path(matplotlib.get_data_path(), "fonts", "ttf", name)
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from residual_kernels import pictures, train
+from residual_kernels import extras, train
 from residual_kernels.adapters.methods import ENERGY, build
 from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.bases.pca import fit_bases
@@ -51,9 +51,7 @@ class Demo:
 
 def digit_images() -> tuple[list[Image.Image], Tensor]:
     """scikit-learn's handwritten digits as 32 x 32 pictures, white on black, and their labels [1797]."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
+    data = extras.need("sklearn.datasets", "demo", "reading the handwritten digits").load_digits()
     grey = np.clip(data.images * (255 / 16), 0, 255).astype(np.uint8)
     images = [
         Image.fromarray(scan).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for scan in grey
@@ -101,6 +99,9 @@ def _fit_best(
 
 def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> Demo:
     """Runs the story, writes its pictures to `folder`, and returns its numbers. About a minute on 2 cores."""
+    extras.need("matplotlib", "demo", "drawing the demonstration's pictures")
+    from residual_kernels import pictures
+
     start = time.perf_counter()
     folder = Path(folder)
     model, preprocess, tokenizer = load_bundled()

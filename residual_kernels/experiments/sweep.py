@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from torch.utils.data import DataLoader
 
-from residual_kernels import pictures
+from residual_kernels import extras
 from residual_kernels import train as training
 from residual_kernels.adapters.methods import Method, build, identity
 from residual_kernels.bases.pca import fit_bases
@@ -85,6 +84,7 @@ class Plan:
     @classmethod
     def read(cls, path: str | os.PathLike) -> "Plan":
         """The plan in a YAML file; a ValueError names what is wrong with it and what is allowed."""
+        yaml = extras.need("yaml", "sweep", "reading a plan")
         try:
             found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -355,6 +355,9 @@ class Table:
                 writer.writerow([tower, method, numbers, *texts])
         with atomic_path(paths[1]) as temporary:
             temporary.write_text(self.markdown(), encoding="utf-8")
+        extras.need("matplotlib", "sweep", "drawing a sweep's table")
+        from residual_kernels import pictures
+
         pictures.accuracy_table(self.columns, self.lines, paths[2])
         return paths
 

@@ -70,7 +70,6 @@ def available(device: torch.device | str = "cpu", dtype: torch.dtype | None = No
     return [backend for backend in BACKENDS if missing(backend, device, dtype, by_name=False) is None]
 
 
-@torch.compiler.assume_constant_result  # looked up once, when a caller is compiled
 def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that will compute on `device` (in `dtype`).
 
@@ -85,6 +84,11 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} was asked for on {device}, but {reason}")
     return backend
+
+
+# What torch.compiler.assume_constant_result does: looked up once, when a caller is compiled. Calling it would load
+# torch._dynamo, and with it sympy, a second before anything is computed.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load(backend: str) -> ModuleType:

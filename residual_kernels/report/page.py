@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from residual_kernels import extras
 from residual_kernels.analysis.weights import Component
 from residual_kernels.data.images import Images
 from residual_kernels.files import atomic_path
@@ -65,13 +66,9 @@ def check_page(page: Path) -> None:
 
 
 def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError(
-            "a report needs plotly; install it with `pip install residual-kernels[report]`"
-        ) from error
-    return get_plotlyjs().replace("</script", "<\\/script")
+    return (
+        extras.need("plotly.offline", "report", "a report").get_plotlyjs().replace("</script", "<\\/script")
+    )
 
 
 def _render(
