@@ -141,8 +141,12 @@ class ZeroShotHead(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes class vectors, names and scale to one safetensors file, atomically."""
+        save_tensors(path, *self.contents())
+
+    def contents(self) -> tuple[dict[str, Tensor], str, dict[str, list[str]]]:
+        """Tensors, kind and header of the file that :meth:`save` writes."""
         tensors = {"class_vectors": self.class_vectors, "logit_scale": self.logit_scale}
-        save_tensors(path, tensors, WHAT, {"class_names": list(self.class_names)})
+        return tensors, WHAT, {"class_names": list(self.class_names)}
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ZeroShotHead":

@@ -205,15 +205,22 @@ def test_an_old_adapter_is_replaced_whole_or_not_at_all(tower, tmp_path, monkeyp
     def stop(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("residual_kernels.adapters.folder.write_json", stop)
-        with pytest.raises(KeyboardInterrupt):
-            rk.save_adapter(MAKE["linear"](tower, bases), folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    for step in ("os.link", "os.replace", "os.fsync", "os.open", "residual_kernels.file_sets.write_tensors"):
+        with monkeypatch.context() as patch:
+            patch.setattr(step, stop)
+            with pytest.raises(KeyboardInterrupt):
+                rk.save_adapter(MAKE["linear"](tower, bases), folder)
+        for path in folder.glob(".*.part"):  # what it could not even open or remove, the next one does
+            assert step in ("os.open",), path
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     rk.save_adapter(MAKE["linear"](tower, bases), folder)
-    assert {path.name for path in folder.iterdir()} == {"adapter.json", "weights.safetensors", "mine.txt"}
+    config = json.loads((folder / "adapter.json").read_text())
+    names = {entry["name"] for entry in config["files"].values()}
+    assert {path.name for path in folder.iterdir()} == {"adapter.json", "mine.txt", *names}
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rk.save_adapter(rk.load_adapter(copy.deepcopy(tower), folder), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_trained_tower_is_not_kept_by_halves(tower, tmp_path):

@@ -144,8 +144,7 @@ def test_damaged_and_foreign_shards_are_made_again(tower, undisturbed, tmp_path)
                 rk.encode(tower, loader(), folder, KINDS, progress=stopping(12, []), **options)
         shard[0].write_bytes(shard[0].read_bytes()[:-9])
         shutil.copy(shard[2], shard[1])
-        for left in (".shard-00003.safetensors.x.part", ".tmpDFKaq1"):
-            (folder / left).write_text("of a process that was killed")
+        (folder / ".shard-00003.safetensors.0123abcd.part").write_text("of a process that was killed")
         whole = loader()
         rk.encode(tower, whole, folder, KINDS, **options)
         assert contents(folder) == undisturbed

@@ -5,12 +5,9 @@ fingerprint and how many components of each unit were kept. Loading checks that 
 fitted on before anything is touched.
 """
 
-import contextlib
 import inspect
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +17,48 @@ from torch import Tensor, nn
 from residual_kernels import towers
 from residual_kernels.adapters.residual import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.bases.spectral_bases import WHAT as BASES_WHAT
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.files import SCHEMA, load_tensors, read_json, save_tensors, write_json
+from residual_kernels.file_sets import FileSet, checked_entry, is_member
+from residual_kernels.files import SCHEMA, load_tensors, read_json
 from residual_kernels.ops.packing import wide
+from residual_kernels.zeroshot import ZeroShotHead
 
 CONFIG, WEIGHTS, BASES = "adapter.json", "weights.safetensors", "bases.safetensors"
+HEAD, CLASSES = "head.safetensors", "classes.json"  # its classifier, and the class folders that `fit` read
+MEMBERS = (WEIGHTS, BASES, HEAD, CLASSES)
+CLASSES_WHAT = "list of class folders"
 WHAT = "adapter"
 KEPT = "kept."  # tensors of the weights file that say how many components of each unit a reference takes
 _CLASSES = {cls.__name__: cls for cls in (ResiDual, CoarseHeads, OutputSpectral, OutputLinear)}
 
 
 def save_adapter(
-    adapter: TowerAdapter, path: str | os.PathLike, *, bases: bool | str | os.PathLike = True
+    adapter: TowerAdapter,
+    path: str | os.PathLike,
+    *,
+    bases: bool | str | os.PathLike = True,
+    head: ZeroShotHead | None = None,
+    class_folders: Sequence[str] | None = None,
 ) -> None:
     """Writes an adapter to the folder `path`: config, weights and, where it has them, its bases.
 
     Args:
         adapter: ResiDual, CoarseHeads, OutputSpectral or OutputLinear.
-        path: a folder. The new one is written whole beside an old one and then takes its place; other files stay.
+        path: a folder. At every instant it holds the old adapter whole or the new one whole, also when the process is
+            killed; files that are not the adapter's are left alone.
         bases: True keeps them in the folder, components in the tower's precision (float32 or better), so that the
             adapter needs nothing else. False keeps a reference: their fingerprint and the number of components of each
             unit, some kilobytes; :func:`load_adapter` is then given the bases. The path of a file that
             :meth:`SpectralBases.save` wrote is a reference that also says where they lie (it is checked here).
+        head: its classifier, kept beside it.
+        class_folders: names of the folders of images it was fitted on, in the order of their labels.
 
     What is loaded gives the outputs of what was saved bit for bit; only a reference from a float64 tower to a file with
     components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
 
     Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were fitted, or for
-    a file of other bases.
+    a file of other bases; FileExistsError where a file, or an `adapter.json` of another program, stands in the way.
     """
     from residual_kernels import __version__
 
@@ -70,22 +81,49 @@ def save_adapter(
     reference, kept = None, {}
     if bases is not True:
         reference, kept = _reference(adapter, path, bases)
-    with _replaced_folder(path) as folder:
+    with FileSet(path, CONFIG, MEMBERS, _read_files) as files:
         stored = None
         if adapter.bases is not None and reference is None:
-            precision = wide(next(adapter.tower.parameters()).dtype)
-            stored = adapter.bases.save(folder / BASES, dtype=precision)
-        header = save_tensors(folder / WEIGHTS, {**learned, **kept}, WHAT, {})
-        write_json(
-            folder / CONFIG,
+            tensors, described = adapter.bases.contents(dtype=wide(next(adapter.tower.parameters()).dtype))
+            stored = files.add_tensors(BASES, tensors, BASES_WHAT, described)["sha256"]
+        header = files.add_tensors(WEIGHTS, {**learned, **kept}, WHAT, {})
+        if head is not None:
+            files.add_tensors(HEAD, *head.contents())
+        if class_folders is not None:
+            listed = {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": list(class_folders)}
+            files.add_json(CLASSES, listed)
+        files.publish(
             {
                 "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
                 "options": adapter.options(), "tower": adapter._view.name, "checksum": checksum,
                 "shapes": {name: list(p.shape) for name, p in learned.items()},
                 "parameters": sum(p.numel() for p in learned.values()),
                 "weights_sha256": header["sha256"], "bases_sha256": stored, "bases_reference": reference,
-            },
+            }
         )  # fmt: skip
+
+
+def _read_files(index: Path) -> dict[str, dict[str, str]]:
+    """The files that a config names, by plain name; those of the first version had plain names alone."""
+    config = read_json(index, WHAT, ("weights_sha256", "bases_sha256"))
+    files = config.get("files")
+    if files is None:
+        held = {WEIGHTS: config["weights_sha256"], BASES: config["bases_sha256"]}
+        files = {name: {"name": name, "sha256": sha} for name, sha in held.items() if sha is not None}
+    if not isinstance(files, dict) or WEIGHTS not in files or set(files) - set(MEMBERS):
+        raise ValueError(f"{index} names the files {str(files)[:100]}; save the adapter again")
+    return {name: checked_entry(name, entry) for name, entry in files.items()}
+
+
+def member(path: str | os.PathLike, name: str) -> Path | None:
+    """Where the adapter in the folder `path` keeps one of its MEMBERS; None where it has none."""
+    index = Path(path) / CONFIG
+    files = _read_files(index)
+    if name in files:
+        return Path(path) / files[name]["name"]
+    if "files" in read_json(index, WHAT):
+        return None
+    return Path(path) / name if (Path(path) / name).is_file() else None  # the first version did not name them
 
 
 def _reference(
@@ -98,7 +136,7 @@ def _reference(
     reference = {"fingerprint": adapter.bases.fingerprint(), "count": adapter.bases.count, "where": None}
     if where is not False:
         file = Path(where).resolve()
-        if file == (path / BASES).resolve():
+        if file.parent == path.resolve() and is_member(BASES, file.name):
             raise ValueError(
                 f"{file} is where a self-contained adapter keeps its own bases; name a file outside of {path}"
             )
@@ -121,28 +159,6 @@ def _referred(
     return kept
 
 
-@contextlib.contextmanager
-def _replaced_folder(path: Path) -> Iterator[Path]:
-    """A new folder that takes the place of `path` when the block ends well; files in `path` of other names stay."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield folder
-        if path.exists():
-            for file in path.iterdir():
-                if file.name not in (CONFIG, WEIGHTS, BASES):
-                    shutil.move(file, folder / file.name)
-            old = path.rename(folder.with_suffix(".old"))
-            folder.rename(path)
-            shutil.rmtree(old)
-        else:
-            folder.rename(path)
-        path.chmod(0o755)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
 def load_adapter(
     tower: nn.Module, path: str | os.PathLike, *, bases: SpectralBases | str | os.PathLike | None = None
 ) -> TowerAdapter:
@@ -155,22 +171,9 @@ def load_adapter(
     others; the tower is then unchanged.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
-    required = ("class", "options", "checksum", "weights_sha256", "bases_sha256")
-    config = read_json(path / CONFIG, WHAT, required)
-    cls = _CLASSES.get(config["class"])
-    if cls is None:
-        raise ValueError(
-            f"{path / CONFIG} names the class {config['class']!r}; known are {', '.join(_CLASSES)}"
-        )
-    options = config["options"]
+    config, stored, own = _opened(path)
+    cls, options = _CLASSES[config["class"]], config["options"]
     arguments = inspect.signature(cls).parameters
-    if not isinstance(options, dict) or set(options) - (set(arguments) - {"tower", "bases"}):
-        raise ValueError(f"{path / CONFIG} has unknown options {options!r}; save the adapter again")
-    stored, header = load_tensors(path / WEIGHTS, WHAT)
-    if header["sha256"] != config["weights_sha256"]:
-        raise ValueError(f"{path / WEIGHTS} is not the file that {CONFIG} names; save the adapter again")
     weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
     found = towers.checksum(towers.view(tower).module)
     if found != config["checksum"]:
@@ -179,7 +182,7 @@ def load_adapter(
             f"(checksum {config['checksum'][:12]}, this tower has {found[:12]})"
         )
     sizes = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
-    found_bases = _bases_for(path, config, sizes, bases)
+    found_bases = own if own is not None and bases is None else _bases_for(path, config, sizes, bases)
     if found_bases is not None:
         adapter = cls(tower, **options, bases=found_bases)
     elif "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty:
@@ -203,21 +206,59 @@ def load_adapter(
     return adapter
 
 
+def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], SpectralBases | None]:
+    """Config, weights and own bases of the adapter in `path`, verified."""
+    while True:
+        config = _config(path)
+        try:
+            files = _read_files(path / CONFIG)
+            place = path / files[WEIGHTS]["name"]
+            stored, header = load_tensors(place, WHAT)
+            if header["sha256"] != config["weights_sha256"]:
+                raise ValueError(f"{place} is not the file that {CONFIG} names; save the adapter again")
+            if config["bases_sha256"] is None:
+                return config, stored, None
+            if BASES not in files:
+                raise ValueError(f"{path / CONFIG} names no file of bases; save the adapter again")
+            return (
+                config,
+                stored,
+                SpectralBases.load(path / files[BASES]["name"], sha256=config["bases_sha256"]),
+            )
+        except (ValueError, FileNotFoundError):
+            if _config(path) == config:  # otherwise another process has just saved a new one here
+                raise
+
+
+def _config(path: Path) -> dict[str, Any]:
+    index = path / CONFIG
+    if not index.is_file():
+        raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
+    config = read_json(index, WHAT, ("class", "options", "checksum", "weights_sha256", "bases_sha256"))
+    cls = _CLASSES.get(config["class"])
+    if cls is None:
+        raise ValueError(f"{index} names the class {config['class']!r}; known are {', '.join(_CLASSES)}")
+    options, arguments = config["options"], inspect.signature(cls).parameters
+    if not isinstance(options, dict) or set(options) - (set(arguments) - {"tower", "bases"}):
+        raise ValueError(f"{index} has unknown options {options!r}; save the adapter again")
+    reference = config.get("bases_reference")
+    whole = isinstance(reference, dict) and {"fingerprint", "count", "where"} <= set(reference)
+    if reference is not None and (config["bases_sha256"] is not None or not whole):
+        raise ValueError(f"{index} has a damaged reference to its bases; save the adapter again")
+    return config
+
+
 def _bases_for(
     path: Path, config: dict, sizes: dict[str, Tensor], given: SpectralBases | str | os.PathLike | None
 ) -> SpectralBases | None:
-    """The bases of the adapter in `path`, verified: its own, those given, or those it points to."""
+    """The bases, verified, of an adapter without its own: those given, or those it points to, or None."""
     reference = config.get("bases_reference")
     if reference is None:
         if given is not None:
             raise ValueError(
                 f"the adapter at {path} needs no bases from outside; leave the argument bases out"
             )
-        if config["bases_sha256"] is None:
-            return None
-        return SpectralBases.load(path / BASES, sha256=config["bases_sha256"])
-    if not isinstance(reference, dict) or {"fingerprint", "count", "where"} - set(reference):
-        raise ValueError(f"{path / CONFIG} has a damaged reference to its bases; save the adapter again")
+        return None
     if isinstance(given, SpectralBases):
         return _referred(given, reference, sizes, "the argument bases")
     where = Path(given) if given is not None else path / reference["where"] if reference["where"] else None

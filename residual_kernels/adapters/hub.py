@@ -1,5 +1,6 @@
 """How does an adapter travel? To and from the Hugging Face hub, by huggingface_hub's own mixin, with a model card."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -9,15 +10,18 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import nn
 
-from residual_kernels.adapters.folder import BASES, CONFIG, WEIGHTS, load_adapter, save_adapter
+from residual_kernels.adapters.folder import BASES, CONFIG, HEAD, WEIGHTS, load_adapter, member, save_adapter
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.files import write_json
+from residual_kernels.files import atomic_path, write_json
 from residual_kernels.zeroshot import ZeroShotHead
 
 LIBRARY = "residual-kernels"
-HEAD, CARD, HUB_CONFIG = "head.safetensors", "README.md", "config.json"
+CARD, HUB_CONFIG = "README.md", "config.json"
 TASK = "zero-shot-image-classification"
+_HASHED = [
+    name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD)
+]  # as an adapter saved over another has them
 
 
 class HubAdapter(ModelHubMixin):
@@ -33,13 +37,35 @@ class HubAdapter(ModelHubMixin):
     ):
         self.adapter, self.head, self.details = adapter, head, dict(details or {})
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **more: Any,
+    ) -> str | None:
+        """Writes adapter, head, card and the hub's config to a folder; a card that is there already stays.
+
+        As huggingface_hub's own, which would remove a `config.json` of somebody else and can leave half a card. Raises
+        FileExistsError, before anything is written, when the folder holds such a config.
+        """
+        folder = Path(save_directory)
+        _check_hub_config(folder / HUB_CONFIG)
+        self._save_pretrained(folder)
+        if not (folder / CARD).exists():
+            with atomic_path(folder / CARD) as temporary:
+                self.generate_model_card(**(model_card_kwargs or {})).save(temporary)
+        if not push_to_hub:
+            return None
+        more.pop("config", None)
+        return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **more)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         from residual_kernels import __version__
 
-        save_adapter(self.adapter, save_directory, bases=self.details.get("bases", True))
-        (save_directory / HEAD).unlink(missing_ok=True)
-        if self.head is not None:
-            self.head.save(save_directory / HEAD)
+        save_adapter(self.adapter, save_directory, bases=self.details.get("bases", True), head=self.head)
         # what the hub counts downloads by, and what from_pretrained of huggingface_hub looks for
         write_json(save_directory / HUB_CONFIG, {"library_name": LIBRARY, "library_version": __version__})
 
@@ -62,11 +88,13 @@ class HubAdapter(ModelHubMixin):
             folder = Path(
                 snapshot_download(
                     model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                    local_files_only=local_files_only, token=token, allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD],
+                    local_files_only=local_files_only, token=token,
+                    allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, *_HASHED],
                 )
             )  # fmt: skip
-        head = ZeroShotHead.load(folder / HEAD) if (folder / HEAD).is_file() else None
-        return cls(load_adapter(tower, folder, bases=bases), head)
+        adapter = load_adapter(tower, folder, bases=bases)
+        kept = member(folder, HEAD)
+        return cls(adapter, None if kept is None else ZeroShotHead.load(kept))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         data = ModelCardData(
@@ -84,6 +112,18 @@ class HubAdapter(ModelHubMixin):
                 )
             ]  # fmt: skip
         return ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(self.adapter, self.head, self.details)}")
+
+
+def _check_hub_config(file: Path) -> None:
+    """Raises FileExistsError when a `config.json` is not one that this module wrote."""
+    if not os.path.lexists(file):
+        return
+    try:
+        ours = json.loads(file.read_bytes())["library_name"] == LIBRARY
+    except (ValueError, KeyError, TypeError, RecursionError):
+        ours = False
+    if not ours:
+        raise FileExistsError(f"{file} belongs to another program; name another folder")
 
 
 def _line(text: Any) -> str:
@@ -179,7 +219,7 @@ def push_adapter(
         kept.save_pretrained(rehearsal)
     return kept.push_to_hub(
         repo_id, commit_message=f"{type(adapter).__name__}: {_line(task)}", private=private, token=token,
-        branch=revision, delete_patterns=[HEAD, BASES],
+        branch=revision, delete_patterns=[HEAD, BASES, *_HASHED],
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -268,6 +269,13 @@ class SpectralBases:
 
         With `moments` the file can be merged with others after loading; it is then about twice as large.
         """
+        tensors, header = self.contents(moments=moments, dtype=dtype)
+        return save_tensors(path, tensors, WHAT, header)["sha256"]
+
+    def contents(
+        self, *, moments: bool = False, dtype: torch.dtype = torch.float32
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and header of the file that :meth:`save` writes."""
         tensors = {}
         for kind, part in self.parts.items():
             tensors |= {f"{kind}.{name}": value for name, value in vars(part).items()}
@@ -285,7 +293,7 @@ class SpectralBases:
             "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
             "moments": moments, "placement": self.placement, "tokens": self.tokens,
         }  # fmt: skip
-        return save_tensors(path, tensors, WHAT, header)["sha256"]
+        return tensors, header
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, sha256: str | None = None) -> "SpectralBases":

@@ -11,10 +11,9 @@ from torch.utils.data import DataLoader, Subset
 from residual_kernels import distributed, train
 from residual_kernels.adapters.folder import CONFIG, save_adapter
 from residual_kernels.adapters.methods import Method, build, check_options, identity
-from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
     ClassNames,
@@ -34,7 +33,6 @@ from residual_kernels.cli.options import (
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
-from residual_kernels.files import SCHEMA, write_json
 from residual_kernels.units.cache import HELD_OUT, UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -170,7 +168,7 @@ def fit_command(
     )  # fmt: skip
     fits.put(adapter, fits.best())
     if first:
-        _keep(adapter, head, folders, out_folder)
+        save_adapter(adapter, out_folder, head=head, class_folders=folders)
         _report(fits, base, method, count if shots is None else shots * len(names), out_folder, json_file)
     distributed.finish()
 
@@ -214,12 +212,6 @@ def _loaders(source, other, seed: int, reader: Reader) -> tuple[DataLoader, Data
 
 def _say(number: int, row: train.Epoch) -> None:
     err.print(f"epoch {row.epoch:2d}  validation accuracy {row.val_accuracy:.4f}  loss {row.val_loss:.4f}")
-
-
-def _keep(adapter: TowerAdapter, head: ZeroShotHead, folders: tuple[str, ...], out_folder: Path) -> None:
-    head.save(out_folder / HEAD)
-    write_json(out_folder / CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": folders})
-    save_adapter(adapter, out_folder)  # last: a folder with an adapter is whole
 
 
 def _report(

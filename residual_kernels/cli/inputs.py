@@ -15,9 +15,6 @@ from residual_kernels.data import models as sources
 from residual_kernels.data.images import Images, find_unreadable, open_images, without
 from residual_kernels.units.cache import MANIFEST, UnitCache, encode
 
-HEAD, CLASSES = "head.safetensors", "classes.json"  # beside an adapter that `fit` wrote
-CLASSES_WHAT = "list of class folders"
-
 
 def device_of(name: str | None) -> torch.device:
     if name is None:

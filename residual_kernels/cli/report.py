@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
     Data,
@@ -20,10 +20,9 @@ from residual_kernels.cli.options import (
     Workers,
 )
 from residual_kernels.cli.printing import err, out, write_numbers
-from residual_kernels.cli.use import aligned, kept
+from residual_kernels.cli.use import aligned, class_folders, kept
 from residual_kernels.data import models as sources
 from residual_kernels.data.images import Images
-from residual_kernels.files import read_json
 
 
 def report(
@@ -68,7 +67,7 @@ def report(
             words = TextDictionary.bundled(clip, tokenizer)
         else:
             words = TextDictionary.from_file(clip, tokenizer, dictionary)
-    folders = tuple(read_json(run / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
+    folders = class_folders(run)
     kinds = tuple(dict.fromkeys(("head", *getattr(module, "adapted", ()))))
     source = reader.open(data, preprocess)
     pictures = source if isinstance(source, Images) else None

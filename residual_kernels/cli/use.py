@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from residual_kernels import train
-from residual_kernels.adapters.folder import load_adapter
+from residual_kernels.adapters.folder import CLASSES, CLASSES_WHAT, HEAD, load_adapter, member
 from residual_kernels.adapters.methods import identity
 from residual_kernels.adapters.residual import TowerAdapter
-from residual_kernels.cli.inputs import CLASSES, CLASSES_WHAT, HEAD, Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Adapter,
     Batch,
@@ -45,12 +45,22 @@ def _fitted(model, pretrained, device, adapter_folder: Path):
 def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead]:
     """What `fit` wrote, on the model's tower."""
     adapter = load_adapter(sources.image_tower(clip), adapter_folder)
-    for name in (HEAD, CLASSES):
-        if not (adapter_folder / name).is_file():
-            raise FileNotFoundError(
-                f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
-            )
-    return adapter, ZeroShotHead.load(adapter_folder / HEAD)
+    return adapter, ZeroShotHead.load(_written_by_fit(adapter_folder, HEAD))
+
+
+def _written_by_fit(adapter_folder: Path, name: str) -> Path:
+    found = member(adapter_folder, name)
+    if found is None or not found.is_file():
+        raise FileNotFoundError(
+            f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
+        )
+    return found
+
+
+def class_folders(adapter_folder: Path) -> tuple[str, ...]:
+    """The folders of images that an adapter was fitted on, in the order of their labels."""
+    file = _written_by_fit(adapter_folder, CLASSES)
+    return tuple(read_json(file, CLASSES_WHAT, ("folders",))["folders"])
 
 
 def aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
@@ -106,7 +116,7 @@ def eval_command(
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
     reader = Reader(batch_size, workers, data_root, download, unreadable)
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
-    folders = tuple(read_json(adapter / CLASSES, CLASSES_WHAT, ("folders",))["folders"])
+    folders = class_folders(adapter)
     source = reader.open(data, preprocess)
     if getattr(module, "placement", "output") == "stream":
         if isinstance(source, UnitCache):

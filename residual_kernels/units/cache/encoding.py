@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed, towers
-from residual_kernels.files import SCHEMA, map_tensors, partial_files, write_json
+from residual_kernels.files import SCHEMA, map_tensors, remove_partials, write_json
 from residual_kernels.units.cache import loading
 from residual_kernels.units.cache.loading import ALL, FIRST, NONE, Indexed, Stream
-from residual_kernels.units.cache.resume import check_extent, finish, is_whole, lock, manifest_of
+from residual_kernels.units.cache.resume import UNFINISHED, check_extent, finish, is_whole, lock, manifest_of
 from residual_kernels.units.cache.shards import (
     DTYPES,
     MANIFEST,
@@ -252,8 +252,7 @@ def _begin(
         if manifest is not None and is_whole(path, manifest):
             _check_first(path, source)
             return run, True
-    for part in partial_files(path):
-        part.unlink()
+    remove_partials(path, UNFINISHED)
     if manifest is None:
         run = _planned(encoder, source, run, shard_images)
     else:

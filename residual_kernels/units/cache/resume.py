@@ -20,6 +20,7 @@ COMPARED = {  # key of a run -> what it is called; of descriptions that one side
     "class_names": "classes",
     "shard_images": "images in a shard",
 }
+UNFINISHED = (MANIFEST, "shard-*")  # what a killed process may leave half written
 OPTIONAL = ("preprocessing", "data", "shard_images")
 
 
@@ -38,7 +39,8 @@ def manifest_of(path: Path, run: dict[str, Any], shard_images: int | None) -> di
         raise FileExistsError(f"{path} is a file; name a folder for the cache")
     if not (path / MANIFEST).is_file():
         others = {p for p in path.iterdir() if p.name != LOCK} if path.exists() else set()
-        others -= set(partial_files(path))
+        if others:
+            others -= set(partial_files(path, UNFINISHED))
         if others:
             raise FileExistsError(
                 f"{path} is not empty and holds no cache ({min(others).name} is there); name a new folder"
