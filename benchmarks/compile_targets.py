@@ -10,8 +10,9 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
 
 import torch
@@ -56,6 +57,8 @@ class Launch:
     aligned: tuple[int, ...]  # arguments divisible by 16
     warps: int
     stages: int
+    values: dict = field(compare=False, repr=False)  # arguments of this launch
+    programs: int = field(compare=False, default=1)
 
     def constant(self, name: str) -> object:
         return dict(self.constants).get(name)
@@ -111,7 +114,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
     run, hip = JITFunction.run, torch.version.hip
 
     def record(self, *args, grid, warmup, **kwargs):
-        launches.append(_launch(self, args, kwargs))
+        launches.append(_launch(self, args, kwargs, grid))
 
     JITFunction.run = record
     torch.version.hip = "compile only" if TARGETS[target].backend == "hip" else None
@@ -121,7 +124,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         JITFunction.run, torch.version.hip = run, hip
 
 
-def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
+def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Launch:
     options = {"num_warps": kwargs.pop("num_warps"), "num_stages": kwargs.pop("num_stages")}
     kwargs = {key: value for key, value in kwargs.items() if key in kernel.arg_names}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
@@ -145,17 +148,28 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict) -> Launch:
         tuple(aligned),
         options["num_warps"],
         options["num_stages"],
+        values,
+        prod(grid),
     )
+
+
+def binary(launch: Launch, target: str) -> object:
+    """The launch compiled for `target`."""
+    attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
+    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def resources_of(compiled: object, target: str) -> tuple[int, int, str]:
+    """Registers a thread, bytes of spills a thread, and the text in which matrix instructions are looked for."""
+    return (_read_amd if TARGETS[target].backend == "hip" else _read_nvidia)(compiled)
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compiles for `target` and reads the resources back."""
-    attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
-    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
-    read = _read_amd if TARGETS[target].backend == "hip" else _read_nvidia
-    registers, spills, text = read(compiled)
+    compiled = binary(launch, target)
+    registers, spills, text = resources_of(compiled, target)
     shared = compiled.metadata.shared
     kinds = [name for name in MATRIX_INSTRUCTIONS if name in text]
     if not kinds and launch.kind != "none":

@@ -1,0 +1,448 @@
+"""Issue floors of the Triton kernels: what the compiled code of a call costs before any clock is asked. No GPU.
+
+    python -m benchmarks.floors                       every shape and N, printed
+    python -m benchmarks.floors --json FILE           the same rows as JSON
+    python -m benchmarks.floors --write               into benchmarks/results/compile/floors.{json,md}
+
+A launch cannot be faster than its warp instructions divided by what the chip's schedulers issue: one instruction per
+scheduler and clock. That time is its *issue floor*. It is counted from the disassembled kernel, with the trip count of
+every loop, so it is exact for straight code and too high where a branch is not taken. The *estimate* of a launch is the
+largest of issue floor, bytes over bandwidth (each tensor once), 16-byte tile accesses over the bandwidth of the
+second-level cache, and operations over the matrix rate; launches are added. Neither is a measured time.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from math import ceil
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.compile_targets import Launch, binary, occupancy, recorded, resources_of
+from benchmarks.counts import BANDWIDTH, RATE, STREAM, cheapest, moments, reweight, stream
+from residual_kernels.experiments.shapes import SHAPES, Shape
+from residual_kernels.ops.triton import backend as triton_backend
+from residual_kernels.ops.triton.routes import CACHE_BANDWIDTH, LAUNCH, VENDOR_RATE
+
+RESULTS = Path(__file__).parent / "results" / "compile"
+ROWS = (64, 256, 1024, 8192)
+# Warp instructions a second of a whole chip: multiprocessors x schedulers x nominal boost clock.
+ISSUE_RATE = {
+    "sm_80": 108 * 4 * 1.41e9,
+    "sm_90": 132 * 4 * 1.755e9,
+    "sm_100": 148 * 4 * 1.85e9,
+    "gfx942": 304 * 4 * 2.1e9,
+}
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Code:
+    """A disassembled kernel: instructions by loop depth, and what a step of its innermost loop holds."""
+
+    instructions: tuple[int, ...]  # at depth 0, 1, 2 ...
+    barriers: tuple[int, ...]
+    products: tuple[int, ...]  # tensor-core instructions
+    operations: tuple[float, ...]  # of these products, for a warp
+    narrow: tuple[int, ...]  # global accesses of 2 and 4 bytes a lane
+    tile_bytes: tuple[float, ...]  # of 16-byte global loads, for a warp
+    occupancy: float
+
+    def total(self, name: str, trips: list[float]) -> float:
+        """Sum of `name` over depths, each times how often it runs; a loop that was unrolled away has no depth."""
+        values = getattr(self, name)
+        inner = trips[1:]
+        used = [trips[0], *inner[len(inner) - (len(values) - 1) :]] if len(values) - 1 <= len(inner) else None
+        if used is None:
+            raise ValueError(
+                f"the code has {len(values) - 1} nested loops, {len(inner)} trip counts were given"
+            )
+        return sum(value * count for value, count in zip(values, used, strict=True))
+
+
+_NVIDIA = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*)")
+_AMD = re.compile(r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_\w+)\s*([^;]*)")
+
+
+def _parse(text: str, amd: bool) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """Instructions (opcode, operands) and labels by position."""
+    found: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    pattern = _AMD if amd else _NVIDIA
+    for line in text.splitlines():
+        label = re.match(r"^(\.L\w+):", line)
+        if label:
+            labels[label[1]] = len(found)
+        match = pattern.match(line)
+        if match:
+            found.append((match[1], match[2]))
+    return found, labels
+
+
+def _depths(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[int]:
+    """How many loops each instruction is in: a branch to a label above it closes a loop (a jump to itself: a trap)."""
+    loops: dict[int, int] = {}
+    for at, (opcode, operands) in enumerate(instructions):
+        if not opcode.startswith(("BRA", "s_cbranch", "s_branch")):
+            continue
+        label = re.search(r"\.L\w+", operands)
+        start = labels.get(label[0]) if label else None
+        if start is not None and start < at:
+            loops[start] = max(loops.get(start, 0), at)
+    return [sum(start <= at <= end for start, end in loops.items()) for at in range(len(instructions))]
+
+
+def _product_operations(opcode: str) -> float:
+    """Operations of a tensor-core instruction, for one warp."""
+    shape = re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", opcode)
+    if shape:
+        return 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) / 4
+    shape = re.match(r"HMMA\.(\d\d)(\d)(\d+)", opcode)
+    if shape:
+        return 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3])
+    shape = re.match(r"v_mfma_\w+_(\d+)x(\d+)x(\d+)", opcode)
+    return 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0.0
+
+
+def read_code(text: str, amd: bool, occupied: float) -> Code:
+    instructions, labels = _parse(text, amd)
+    depths = _depths(instructions, labels)
+    size = max(depths, default=0) + 1
+    counts, barriers, products, narrow = ([0] * size for _ in range(4))
+    operations, tile = [0.0] * size, [0.0] * size
+    for (opcode, _), depth in zip(instructions, depths, strict=True):
+        if opcode.startswith("NOP") or opcode == "s_nop":
+            continue
+        counts[depth] += 1
+        barriers[depth] += opcode.startswith(("BAR", "s_barrier"))
+        work = _product_operations(opcode)
+        products[depth] += work > 0 or opcode.startswith("UTCHMMA")
+        operations[depth] += work
+        if opcode.startswith(("LDG", "STG")):
+            wide = ".128" in opcode
+            narrow[depth] += not wide and ".64" not in opcode
+            tile[depth] += 32 * 16 if wide and opcode.startswith("LDG") else 0
+        elif opcode.startswith(("global_", "buffer_load", "buffer_store")):
+            wide = "x4" in opcode
+            narrow[depth] += not wide and "x2" not in opcode
+            tile[depth] += 64 * 16 if wide and "load" in opcode else 0
+    return Code(*map(tuple, (counts, barriers, products, operations, narrow, tile)), occupied)
+
+
+@lru_cache(maxsize=1024)
+def code_of(launch: Launch, target: str) -> Code:
+    """Compiles a launch and reads its machine code."""
+    compiled = binary(launch, target)
+    registers, _, _ = resources_of(compiled, target)
+    occupied = occupancy(target, launch.warps, registers, compiled.metadata.shared)
+    if "amdgcn" in compiled.asm:
+        return read_code(compiled.asm["amdgcn"], True, occupied)
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    return read_code(text, False, occupied)
+
+
+# --- how often a loop runs --------------------------------------------------------------------------------------------
+
+
+def trips(launch: Launch) -> list[float]:
+    """Programs of a launch, then the trips of its nested loops over all programs."""
+    a, programs = launch.values, float(launch.programs)
+    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    if name == "coefficients":
+        return [programs, len(a["chunk_ptr"]) * a["tiles"]]
+    if name == "spectral_reweight_fwd":
+        return [programs, a["tiles"] * a["column_tiles"] * a["CHUNKS"]]
+    if name == "spectral_reweight_bwd":
+        chunks = float(len(a["chunk_ptr"]) * a["tiles"])
+        if a["t_ptr"] is not None:
+            return [programs, chunks, chunks * a["TASKS"]]
+        return [programs, chunks, chunks * a["TASKS"], chunks * a["TASKS"] * ceil(a["D"] / a["BLOCK_D"])]
+    if name == "sum_partials":
+        return [programs, programs * ceil(a["SPLITS"] / a["BLOCK_S"])]
+    if name == "fold":
+        return [programs, a["row_tiles"] * a["column_tiles"] * len(a["chunk_ptr"])]
+    if name == "fold_bwd":
+        columns = ceil(a["D"] / a["BLOCK_D"])
+        return [programs, programs * columns, programs * columns * ceil(a["C"] / a["BLOCK_C"])]
+    if name == "unit_moments":
+        return [programs, programs * ceil(a["rows_per_split"] / a["BLOCK_N"])]
+    return [programs]
+
+
+# --- calls ------------------------------------------------------------------------------------------------------------
+
+VIEWS = {
+    "empty",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+    "_unsafe_view",
+    "alias",
+    "empty_like",
+}
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
+
+
+class _Vendor(TorchDispatchMode):
+    """Records torch's own launches: name, bytes, operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, float, float]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.removeprefix("aten::")
+        if not func.is_view and name not in VIEWS:
+            read = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor)]
+            made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            moved = _bytes([*read, *made])
+            flop = 0.0
+            if name in PRODUCTS:
+                left, right = read[-2:] if (kwargs or {}).get("out") is None else read[-3:-1]
+                flop = 2.0 * left.numel() * right.shape[-1]
+            self.calls.append((name, moved, flop))
+        return out
+
+
+def _bytes(tensors: list[Tensor]) -> float:
+    """Bytes of distinct tensors; of an expanded or sliced one, its elements."""
+    distinct = {id(x): x for x in tensors}
+    return float(sum(x.numel() * x.element_size() for x in distinct.values()))
+
+
+@dataclass
+class Cost:
+    """What a call costs on paper."""
+
+    launches: int = 0
+    bytes: float = 0.0
+    flop: float = 0.0
+    floor: float = 0.0  # seconds
+    estimate: float = 0.0
+    kernels: list[dict] = field(default_factory=list)
+
+
+@contextmanager
+def costed(target: str) -> Iterator[Cost]:
+    """The cost of the calls made inside, on meta tensors."""
+    cost = Cost()
+    with recorded(target) as launches, _Vendor() as vendor:
+        yield cost
+    for launch in launches:
+        _add_launch(cost, launch, target)
+    for name, moved, flop in vendor.calls:
+        seconds = max(moved / BANDWIDTH, flop / VENDOR_RATE["half"])
+        cost.kernels.append({"kernel": f"torch {name}", "MB": moved / 1e6, "estimate_us": 1e6 * seconds})
+        cost.launches += 1
+        cost.bytes += moved
+        cost.flop += flop
+        cost.estimate += LAUNCH + seconds
+
+
+def _add_launch(cost: Cost, launch: Launch, target: str) -> None:
+    code = code_of(launch, target)
+    count = trips(launch)
+    lanes = launch.warps
+    floor = code.total("instructions", count) * lanes / ISSUE_RATE[target]
+    flop = code.total("operations", count) * lanes
+    moved = _bytes([x for x in launch.values.values() if isinstance(x, Tensor)])
+    cached = code.total("tile_bytes", count) * lanes
+    seconds = max(floor, moved / BANDWIDTH, cached / CACHE_BANDWIDTH, flop / RATE)
+    depth = len(code.instructions) - 1
+    cost.kernels.append({
+        "kernel": launch.label, "programs": launch.programs, "warps": launch.warps, "stages": launch.stages,
+        "instructions": sum(code.instructions), "per_step": code.instructions[depth] if depth else None,
+        "per_product": sum(code.instructions) / sum(code.products) if sum(code.products) else None,
+        "barriers_per_step": code.barriers[depth] if depth else None,
+        "barriers": sum(code.barriers), "narrow_accesses": sum(code.narrow), "occupancy": round(code.occupancy, 3),
+        "MB": moved / 1e6, "cache_MB": cached / 1e6, "GFLOP": flop / 1e9,
+        "floor_us": 1e6 * floor, "estimate_us": 1e6 * seconds,
+    })  # fmt: skip
+    cost.launches += 1
+    cost.bytes += moved
+    cost.flop += flop
+    cost.floor += floor
+    cost.estimate += LAUNCH + seconds
+
+
+def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(*size, dtype=dtype, device="meta")
+
+
+def pooled(shape: Shape, kind: str, rows: int, mode: str, target: str) -> Cost:
+    """Forward (`fwd`), forward and dweight (`step`), or with dz too, of a bf16 call with the planned routes."""
+    z = _meta(rows, shape.units, shape.coordinates, dtype=torch.bfloat16)
+    plain = shape in STREAM
+    scale, mean = (None, None) if plain else (_meta(rows), _meta(rows))
+    tensors, sizes = constants(shape, kind)
+    components = sum(shape.components(kind))
+    weight = _meta(1, components)
+    with costed(target) as cost:
+        y = triton_backend.spectral_reweight_forward(z, scale, mean, weight, None, tensors, sizes)
+        if mode != "fwd":
+            wanted = [True, mode == "step with dz", False, False]
+            triton_backend.spectral_reweight_backward(
+                torch.empty_like(y), z, scale, mean, weight, None, tensors, sizes, wanted
+            )
+    return cost
+
+
+@lru_cache(maxsize=64)
+def constants(shape: Shape, kind: str) -> tuple[list[Tensor], list[int]]:
+    kept = shape.components(kind)
+    total = sum(kept)
+    offsets = torch.tensor([0, *kept]).cumsum(0)
+    proj = _meta(total, shape.coordinates, dtype=torch.bfloat16)
+    basis = _meta(total, shape.dim, dtype=torch.bfloat16)
+    return triton_backend.pack(proj, _meta(total), _meta(total), _meta(total), basis, offsets)
+
+
+def moments_cost(shape: Shape, rows: int, target: str) -> Cost:
+    z = _meta(rows, shape.units, shape.coordinates, dtype=torch.bfloat16)
+    shift = _meta(shape.units, shape.coordinates + 2, dtype=torch.float64)
+    with costed(target) as cost:
+        triton_backend.unit_moments(z, _meta(rows), _meta(rows), shift)
+    return cost
+
+
+def aim(roof: float, rows: int) -> float | None:
+    """The aim of a pooled case on an H100, in seconds; none between 256 and 1,024 rows."""
+    if rows <= 256:
+        return roof / 0.7 + 8e-6
+    return roof / 0.55 if rows >= 1024 else None
+
+
+def rows_of(target: str, names: list[str]) -> list[dict]:
+    """Every case of the table."""
+    found = []
+
+    def add(fields: dict, cost: Cost, roof: float, aimed: float | None) -> None:
+        found.append({
+            **fields, "launches": cost.launches, "MB": cost.bytes / 1e6, "GFLOP": cost.flop / 1e9,
+            "floor_us": 1e6 * cost.floor, "estimate_us": 1e6 * cost.estimate, "roof_us": 1e6 * roof,
+            "aim_us": None if aimed is None else 1e6 * aimed, "kernels": cost.kernels,
+        })  # fmt: skip
+
+    for name in names:
+        for kind in ("ragged", "full"):
+            shape = SHAPES[name]
+            for rows in ROWS:
+                for mode in ("fwd", "step"):
+                    best = cheapest(
+                        reweight(shape, sum(shape.components(kind)), rows, mode, 2), BANDWIDTH, RATE
+                    )
+                    roof = best.roof(BANDWIDTH, RATE)
+                    fields = {
+                        "operator": "spectral_reweight",
+                        "shape": name,
+                        "K": kind,
+                        "N": rows,
+                        "mode": mode,
+                    }
+                    add(fields, pooled(shape, kind, rows, mode, target), roof, aim(roof, rows))
+    for shape in STREAM:
+        for mode in ("fwd", "step with dz"):
+            roof = stream(shape, 65536, mode, 2).roof(BANDWIDTH, RATE)
+            fields = {"operator": "stream", "shape": shape.name, "K": "C", "N": 65536, "mode": mode}
+            add(fields, pooled(shape, str(shape.coordinates), 65536, mode, target), roof, None)
+    for name in names:
+        roof = moments(SHAPES[name], 4096, 2).roof(BANDWIDTH, RATE)
+        fields = {"operator": "unit_moments", "shape": name, "K": "-", "N": 4096, "mode": "fwd"}
+        add(fields, moments_cost(SHAPES[name], 4096, target), roof, roof / 0.7)
+    return found
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| operator | shape | K | N | mode | launches | MB | GFLOP | floor, us | estimate, us | roof, us | aim, us |",
+        "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in rows:
+        numbers = [r["MB"], r["GFLOP"], r["floor_us"], r["estimate_us"], r["roof_us"], r["aim_us"]]
+        cells = [r["operator"], r["shape"], r["K"], r["N"], r["mode"], r["launches"]]
+        shown = ["-" if value is None else f"{value:.1f}" for value in numbers]
+        lines.append("| " + " | ".join([*map(str, cells), *shown]) + " |")
+    return "\n".join(lines)
+
+
+def kernel_table(rows: list[dict]) -> str:
+    """Each compiled kernel once: what a step holds."""
+    lines = [
+        "| kernel | warps | instructions | per step | per product | barriers a step | 2- and 4-byte accesses "
+        "| occupancy |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for kernel in {
+        (k["kernel"], k["warps"], k["stages"]): k for r in rows for k in r["kernels"] if "warps" in k
+    }.values():
+        product, step = kernel["per_product"], kernel["per_step"]
+        lines.append(
+            f"| {kernel['kernel']} | {kernel['warps']} | {kernel['instructions']} | {step or '-'} "
+            f"| {'-' if product is None else f'{product:.0f}'} "
+            f"| {kernel['barriers_per_step'] if step else kernel['barriers']} | {kernel['narrow_accesses']} "
+            f"| {kernel['occupancy']:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def share_of(kernels: list[dict]) -> Counter:
+    """Floors in microseconds by kernel name."""
+    found: Counter = Counter()
+    for kernel in kernels:
+        found[kernel["kernel"].split()[0]] += kernel.get("floor_us", 0.0)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", default="sm_90", choices=list(ISSUE_RATE))
+    parser.add_argument(
+        "--shapes", default="B/16,L/14,H/14", help="names from experiments/shapes.py, with commas"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--write", action="store_true", help=f"into {RESULTS}")
+    options = parser.parse_args()
+    rows = rows_of(options.target, options.shapes.split(","))
+    record = {
+        "note": "counted from compiled code: floors and estimates, nothing measured",
+        "target": options.target, "torch": torch.__version__, "triton": triton.__version__, "rows": rows,
+    }  # fmt: skip
+    text = f"{table(rows)}\n\n{kernel_table(rows)}\n"
+    if options.json is not None:
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    if options.write:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "floors.json").write_text(json.dumps(record, indent=1) + "\n")
+        head = (
+            f"# Issue floors\n\nbf16, {options.target}, triton {triton.__version__}. Floors and estimates are counted "
+            "from compiled code (`python -m benchmarks.floors --write`); nothing here is a measured time.\n\n"
+        )
+        (RESULTS / "floors.md").write_text(head + text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
