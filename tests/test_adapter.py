@@ -18,6 +18,7 @@ def tower():
 MAKE = {
     "fine": lambda tower, bases: rk.ResiDual(tower, bases.of("head").truncate(energy=0.9), init="normal"),
     "full": lambda tower, bases: rk.ResiDual(tower, bases, "sum", init="normal"),
+    "anchored": lambda tower, bases: rk.ResiDual(tower, bases, "all", init="normal"),
     "mean": lambda tower, bases: rk.ResiDual(tower, bases.of("mlp"), "mean", init="normal"),
     "coarse": lambda tower, bases: rk.CoarseHeads(tower, init="normal"),
     "coarse mean": lambda tower, bases: rk.CoarseHeads(tower, "mean", bases=bases, init="normal"),

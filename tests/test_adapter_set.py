@@ -34,6 +34,8 @@ def several(tower, bases):
         "shapes": rk.ResiDual(tower, fine, init="normal", seed=3),
         "full": rk.ResiDual(tower, bases, "sum", init="normal", seed=4),
         "full too": rk.ResiDual(tower, bases, "sum", init="normal", seed=5),
+        "anchored": rk.ResiDual(tower, bases, "all", init="normal", seed=13),
+        "anchored too": rk.ResiDual(tower, bases, "all", init="normal", seed=14),
         "mean": rk.ResiDual(tower, fine, "mean", init="normal", seed=6),
         "coarse": rk.CoarseHeads(tower, kinds=("head", "mlp"), init="normal", seed=7),
         "coarse too": rk.CoarseHeads(tower, kinds=("head", "mlp"), init="normal", seed=8),
@@ -48,7 +50,8 @@ def test_each_row_gets_what_its_adapter_gives_alone(tower, bases):
     alone = several(tower, bases)
     adapters = rk.AdapterSet(tower, alone)
     assert adapters.groups == (
-        ("digits", "letters", "shapes"), ("full", "full too"), ("mean",), ("coarse", "coarse too"), ("output",),
+        ("digits", "letters", "shapes"), ("full", "full too"), ("anchored", "anchored too"),
+        ("mean",), ("coarse", "coarse too"), ("output",),
         ("stream", "stream too"), ("last layer",),
     )  # fmt: skip
     names = [*alone, None, "letters", "digits", None, "full"]

@@ -51,6 +51,7 @@ def parts(cache):
 ADAPTERS = {
     "fine": lambda tower, bases: rk.ResiDual(tower, bases.of("head").truncate(energy=0.9)),
     "full": lambda tower, bases: rk.ResiDual(tower, bases, "sum"),
+    "anchored": lambda tower, bases: rk.ResiDual(tower, bases, "all"),
     "mean": lambda tower, bases: rk.ResiDual(tower, bases.of("head"), "mean", init="normal"),
     "coarse": lambda tower, bases: rk.CoarseHeads(tower, "sum", kinds=("head", "mlp"), init="normal"),
     "output": lambda tower, bases: rk.OutputSpectral(tower, bases),

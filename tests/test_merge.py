@@ -17,6 +17,7 @@ from torch import nn
 
 import residual_kernels as rk
 from residual_kernels.adapters import export
+from residual_kernels.adapters.residual import RESTS
 from residual_kernels.towers.edit import OutProjection
 
 TOWERS = ["class token", "LayerScale", "average, norm after", "average, norm before", "tokens returned"]
@@ -33,10 +34,7 @@ def adapters_of(tower, count=30):
     yield from every_adapter(tower, bases)
     some = bases.truncate(energy=0.8)
     for kinds in (("mlp",), ("head", "mlp"), EVERY):
-        yield from (
-            rk.ResiDual(tower, some.of(*kinds), rest, init="normal", seed=3)
-            for rest in ("zero", "sum", "mean")
-        )
+        yield from (rk.ResiDual(tower, some.of(*kinds), rest, init="normal", seed=3) for rest in RESTS)
         yield rk.CoarseHeads(tower, "sum", kinds=kinds, init="normal")
 
 

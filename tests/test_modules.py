@@ -9,7 +9,7 @@ import torch
 from test_towers import build, images_for, relative
 
 import residual_kernels as rk
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.residual import RESTS, TowerAdapter
 
 
 @pytest.fixture
@@ -322,8 +322,8 @@ def test_autocast(bases):
 
 def every_adapter(tower, bases):
     kept = bases.of("head").truncate(energy=0.9)
-    yield from (rk.ResiDual(tower, kept, rest, init="normal") for rest in ("zero", "sum", "mean"))
-    yield from (rk.CoarseHeads(tower, rest, bases=bases, init="normal") for rest in ("zero", "sum", "mean"))
+    yield from (rk.ResiDual(tower, kept, rest, init="normal") for rest in RESTS)
+    yield from (rk.CoarseHeads(tower, rest, bases=bases, init="normal") for rest in RESTS)
     yield rk.OutputSpectral(tower, bases, init="normal")
     yield rk.OutputLinear(tower)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from residual_kernels.adapters.residual import OutputSpectral, UnitAdapter
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.adapters.unit_sum import at_least_float32, reweighted_sum
+from residual_kernels.adapters.unit_sum import at_least_float32, reweighted_sum, tower_itself
 from residual_kernels.towers import Terms
 from residual_kernels.towers.edit import Edit
 from residual_kernels.zeroshot import ZeroShotHead
@@ -63,9 +63,16 @@ class _Shared(nn.Module):
             return batch.output
         if hasattr(self, "spectral"):
             return self.spectral(batch.output[:, None, :], None, None, weight, index)
-        y = reweighted_sum(self.units, self.sizes, batch, weight, index)
+        y = self.change(batch, weight, index)
         rest = self.rest(batch)
         return y if rest is None else y + rest
+
+    def change(self, batch: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
+        """The reweighted units alone, [N, D]."""
+        return reweighted_sum(self.units, self.sizes, batch, self.rest.factors(weight), index)
+
+    def leaves_the_tower(self, weight: Tensor) -> bool:
+        return not self.stream and hasattr(self, "rest") and self.rest.leaves_the_tower(weight)
 
 
 def _label(adapter: TowerAdapter) -> tuple:
@@ -261,6 +268,10 @@ class AdapterSet(TowerAdapter):
         chosen, keys = self._chosen(names, len(images))
         if chosen is None:
             return self.tower(images)
+        if keys is None and self.shared[chosen.key].leaves_the_tower(chosen.weight):
+            shared = self.shared[chosen.key]
+            change = lambda: shared.change(self._view.terms(images, shared.kinds), chosen.weight)  # noqa: E731
+            return tower_itself(self.tower, images, change)
         touched = (chosen.key,) if keys is None else keys
         edits = [self._edit(key, chosen, keys is not None) for key in touched if self.shared[key].stream]
         edit = functools.partial(_one_after_another, edits) if edits else None

@@ -23,13 +23,14 @@ from residual_kernels.adapters.unit_sum import (
     UnitSum,
     at_least_float32,
     reweighted_sum,
+    tower_itself,
 )
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases, check_placement
 from residual_kernels.ops import backends
 from residual_kernels.ops.packing import wide
 from residual_kernels.towers import Terms
 
-RESTS = ("zero", "sum", "mean")
+RESTS = ("zero", "sum", "mean", "all")
 STREAM_LR = (
     0.3  # for weights inside the tower: best or next to best on validation in benchmarks/stream_digits.py
 )
@@ -57,7 +58,7 @@ class UnitAdapter(TowerAdapter):
     """An adapter that reweights the units of some kinds and decides what becomes of the rest.
 
     `units` maps each adapted kind to a module with ``forward(z, scale, mean, weight)``; `weight` runs through them in
-    layout order.
+    layout order. With rest="all" the tower's whole output is kept, and the units add what `weight - 1` makes of them.
     """
 
     def _assemble(
@@ -86,8 +87,8 @@ class UnitAdapter(TowerAdapter):
         return self.adapted
 
     def adapted_sum(self, batch: Terms) -> Tensor:
-        """The reweighted units alone, [N, D], without the rest."""
-        return reweighted_sum(self.units, self._sizes, batch, self.weight)
+        """The reweighted units alone, [N, D], without the rest; with rest="all" what they add to the output."""
+        return reweighted_sum(self.units, self._sizes, batch, self.rest.factors(self.weight))
 
     def _embed(self, batch: Terms) -> Tensor:
         y = self.adapted_sum(batch)
@@ -99,13 +100,15 @@ class UnitAdapter(TowerAdapter):
         for kind in self.adapted:
             one = self.units[kind].features(batch.z[kind], batch.scale, batch.mean)
             found |= {f"{kind}.{name}": value for name, value in one.items()}
-        if self.rest.rest == "sum":
-            found["rest"] = self.rest(batch)
+        if self.rest.varies:
+            rest = self.rest(batch)
+            found["rest"] = rest.to(wide(rest.dtype))
         return found
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
         y = 0.0
-        for kind, weight in zip(self.adapted, weights[0].split(self._sizes, -1), strict=True):
+        factors = self.rest.factors(weights[0])
+        for kind, weight in zip(self.adapted, factors.split(self._sizes, -1), strict=True):
             own = {
                 name.removeprefix(f"{kind}."): value
                 for name, value in features.items()
@@ -114,17 +117,24 @@ class UnitAdapter(TowerAdapter):
             y = y + self.units[kind].from_features(own, weight)
         if self.rest.rest == "zero":
             return y
-        return y + (features["rest"] if self.rest.rest == "sum" else self.rest.mean)
+        return y + (features["rest"] if self.rest.varies else self.rest.mean)
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.rest.leaves_the_tower(self.weight):
+            return tower_itself(self.tower, images, lambda: self.adapted_sum(self.collect(images)))
+        return super().forward(images)
 
     def merge(self) -> nn.Module:
         fold = Fold(self.dim, self.weight.device)
-        for kind, weight in zip(self.adapted, self.weight.split(self._sizes), strict=True):
+        factors = self.rest.factors(self.weight.detach())
+        others_stay = self.rest.rest == "sum" and bool(self.rest.others)
+        for kind, weight in zip(self.adapted, factors.split(self._sizes), strict=True):
             self._fold(fold, kind, weight)
-            if self.rest.rest == "sum":
+            if others_stay:
                 fold.subtract_units(self._view.maps(kind))
         if self.rest.rest == "mean":
             fold.e += self.rest.mean
-        return MergedUnits(self._view, self.adapted, fold, keep_output=self.rest.rest == "sum")
+        return MergedUnits(self._view, self.adapted, fold, keep_output=others_stay or self.rest.rest == "all")
 
     @abc.abstractmethod
     def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:
@@ -134,6 +144,12 @@ class UnitAdapter(TowerAdapter):
 class ResiDual(UnitAdapter):
     """y = sum over adapted units of Phi_u^T diag(weight_u) Phi_u (x_u - mu_u), plus the rest. Exact, in low rank.
 
+    The anchored form, rest="all", keeps the tower's whole output f(x) and adds what the weights change of it:
+    y = f(x) + sum over adapted units of Phi_u^T diag(weight_u - 1) Phi_u (x_u - mu_u). weight = 1 is the tower, to the
+    bit, whatever components were kept, and y is an embedding like the tower's own (not centred). (Called on images it
+    then runs the tower's own forward. From cached units it gives the cached output to the bit; `merge` reads the output
+    along with the units, as :func:`decompose` does, which rounds otherwise than the tower by itself.)
+
     With placement="stream" the heads are reweighted inside the tower instead: a head that adds x to the residual stream
     at a token adds x + Phi^T diag(weight - 1) Phi (x - mu), so that later layers see it. weight = 1 is the tower, and y
     is an embedding like the tower's own (not centred).
@@ -142,8 +158,9 @@ class ResiDual(UnitAdapter):
         tower: an image tower that :func:`residual_kernels.decompose` supports.
         bases: fitted on this very tower by :func:`fit_bases` with the same placement, usually truncated. Their kinds
             are the adapted ones.
-        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean). In the stream they
-            stay as they are, and rest is left out.
+        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean); or "all", the
+            anchored form above: nothing is dropped, of the adapted units neither. The stream form is anchored
+            already, so there rest is left out (or "all").
         placement: "output" (the paper's: units as shares of the output) or "stream".
         tokens: of the stream: "all", "class" or "patches" (without class token and registers); those that the bases
             were fitted over by default.
@@ -182,7 +199,7 @@ class ResiDual(UnitAdapter):
     ):
         _check_arguments(tower, bases, rest, backend, placement)
         check_placement(placement, tokens)
-        if placement == "stream" and rest != "zero":
+        if placement == "stream" and rest not in ("zero", "all"):
             raise ValueError(f'placement="stream" keeps every other unit as it is; leave rest={rest!r} out')
         if placement == "output" and layers is not None:
             raise ValueError('layers belongs to placement="stream"; choose kinds of units with bases.of(...)')
@@ -206,7 +223,7 @@ class ResiDual(UnitAdapter):
             self.freeze()
 
     def _centred(self) -> list[Tensor]:
-        if self.placement == "stream":  # the tower's own mean stays
+        if self.placement == "stream" or self.rest.rest == "all":  # the tower's own mean stays
             return []
         return [self.bases.parts[kind].mean.sum(0) for kind in self.adapted]
 

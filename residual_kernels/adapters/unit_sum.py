@@ -77,7 +77,11 @@ class UnitSum(nn.Module):
 
 
 class Rest(nn.Module):
-    """What becomes of the units that are not adapted: dropped, kept, or replaced by their fitted mean."""
+    """What becomes of the units that are not adapted: dropped, kept, or replaced by their fitted mean.
+
+    With "all" it is the tower's whole output, adapted units included, so that these are to add their change alone:
+    :meth:`factors` says what multiplies them.
+    """
 
     def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
         super().__init__()
@@ -89,6 +93,24 @@ class Rest(nn.Module):
         # Read when a cache holds the adapted kinds alone; large, made from the tower at first need and never stored.
         self._view = view
         self._adapted_sums: dict[str, UnitSum] = {}
+
+    @property
+    def varies(self) -> bool:
+        """Whether the rest differs from image to image."""
+        return self.rest in ("sum", "all")
+
+    def factors(self, weight: Tensor) -> Tensor:
+        """What adapted units are multiplied by: `weight`, or its distance from 1 where the whole output is kept."""
+        return weight - 1 if self.rest == "all" else weight
+
+    def leaves_the_tower(self, weight: Tensor) -> bool:
+        """Whether y is the tower's own output: all is kept and every weight is 1. False where values cannot be asked
+        for, since a graph must not depend on them."""
+        if self.rest != "all" or weight.is_meta or torch.compiler.is_compiling():
+            return False
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return bool((weight == 1).all())
 
     def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
         """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
@@ -123,6 +145,8 @@ class Rest(nn.Module):
             return None
         if self.rest == "mean":
             return self.mean
+        if self.rest == "all":
+            return batch.output
         if all(kind in batch.z for kind in self.others):
             return sum(self.sums[kind](batch.z[kind], batch.scale, batch.mean) for kind in self.others)
         kept = batch.output.to(batch.scale.dtype)
@@ -131,6 +155,21 @@ class Rest(nn.Module):
                 self._adapted_sums[kind] = UnitSum(self._view.maps(kind), kept.dtype)
             kept = kept - self._adapted_sums[kind](batch.z[kind], batch.scale, batch.mean)
         return kept
+
+
+def tower_itself(
+    tower: nn.Module, images: Tensor, change: Callable[[], Tensor]
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The tower's own output, to the bit: read along with its units, its sums would be taken in another order.
+
+    `change` gives what the weights add, which is zero here: with gradients on, that is where theirs comes from.
+    """
+    output = tower(images)
+    if not torch.is_grad_enabled():
+        return output
+    if isinstance(output, tuple):
+        return (output[0] + change().to(output[0].dtype), *output[1:])
+    return output + change().to(output.dtype)
 
 
 def reweighted_sum(

@@ -75,6 +75,7 @@ class Rest(str, Enum):
     zero = "zero"
     sum = "sum"
     mean = "mean"
+    all = "all"
 
 
 class DType(str, Enum):
