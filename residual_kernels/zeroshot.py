@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from residual_kernels.files import load_tensors, save_tensors
 from residual_kernels.towers.hugging_face.text import TextSide, has_text_side
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.decomposition import checked_labels
+from residual_kernels.units.checks import checked_labels
 
 WHAT = "zero-shot head"
 
@@ -123,7 +123,7 @@ class ZeroShotHead(nn.Module):
         `embeddings` is [N, D] with `labels` [N], or a UnitCache, which brings both and its class names. Raises
         ValueError when there are no labels, one is out of range, or a class has no image.
         """
-        if isinstance(embeddings, UnitCache):
+        if not isinstance(embeddings, Tensor):
             labels, class_names = embeddings.labels, class_names or embeddings.class_names
             embeddings = embeddings.output
         if labels is None:

@@ -7,6 +7,7 @@ from scipy import stats
 
 import residual_kernels as rk
 from residual_kernels.analysis import correlations, own_accuracy, rank_correlations, reading, scores
+from residual_kernels.units import source
 
 KINDS = ("emb", "head", "mlp")
 SPANS = {"emb": slice(0, 1), "head": slice(1, 10), "mlp": slice(10, 13)}
@@ -108,7 +109,8 @@ def test_groups_give_the_same(tower, cache, monkeypatch):
         correlations(tower, cache), rank_correlations(tower, cache), own_accuracy(tower, cache, head)
     ]  # fmt: skip
     monkeypatch.setattr(reading, "GROUP_BYTES", 1)
-    monkeypatch.setattr(reading, "BATCH_ROWS", 7)
+    monkeypatch.setattr(reading, "ROWS", 7)
+    monkeypatch.setattr(source, "ROWS", 7)
     monkeypatch.setattr(scores, "RANK_BYTES", 8 * 64 * 5)
     parts = [
         correlations(tower, cache), rank_correlations(tower, cache), own_accuracy(tower, cache, head)

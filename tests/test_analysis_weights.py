@@ -187,7 +187,7 @@ def test_errors(digits):
         weights.read_weights(residual, cache.subset(torch.arange(1)))
     with pytest.raises(ValueError, match="needs labels"):
         weights.read_weights(residual, unlabelled).class_scores(0)
-    with pytest.raises(ValueError, match="accuracy needs labels"):
+    with pytest.raises(ValueError, match="needs labels"):
         weights.reset_accuracy(residual, head, unlabelled)
     with pytest.raises(ValueError, match="not adapted"):
         weights.reset_accuracy(fitted(digits, ("mlp",)), head, cache)

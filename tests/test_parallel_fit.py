@@ -59,7 +59,7 @@ def _bases(folder, cache_of_all):
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_bases_of_several_processes(tmp_path, monkeypatch, world, dtype):
-    monkeypatch.setattr("residual_kernels.bases.pca.CACHED_ROWS", 16)
+    monkeypatch.setattr("residual_kernels.bases.pca.MOMENT_ROWS", 16)
     tower = a_tower(dtype)
     cache = a_cache(tower, dtype)
     images = images_for(tower, 41, dtype)
@@ -97,7 +97,7 @@ def test_bases_of_several_processes(tmp_path, monkeypatch, world, dtype):
 def _small_chunks(function, *arguments):
     import residual_kernels.bases.pca
 
-    residual_kernels.bases.pca.CACHED_ROWS = 16
+    residual_kernels.bases.pca.MOMENT_ROWS = 16
     function(*arguments)
 
 

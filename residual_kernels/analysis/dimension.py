@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from residual_kernels.analysis.reading import coordinates, held
+from residual_kernels.analysis.reading import coordinates
 from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import unit_source
 
 TILE_BYTES = {
     "cpu": 4 * 2**20,
@@ -211,7 +212,7 @@ def two_nn_dimension(
 
     NaN for a unit whose points are constant or all tied.
     """
-    cache = held(tower, data, (kind,))
+    cache = unit_source(data, tower, (kind,)).cached()
     rows = sample(len(cache), points, seed)
     device = next(tower.parameters()).device
     found = []

@@ -20,7 +20,7 @@ from residual_kernels.analysis.dimension import (
     two_nn,
     two_nn_dimension,
 )
-from residual_kernels.analysis.reading import held, output_bases
+from residual_kernels.analysis.reading import output_bases
 from residual_kernels.analysis.scores import (
     component_pearson,
     cross_moments,
@@ -37,6 +37,7 @@ from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
 from residual_kernels.towers import Tower
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
 WHAT, FILE = "analysis", "analysis.json"
@@ -277,7 +278,7 @@ def analyze(
     if bases is not None:
         output_bases(view, bases, (kind,))
     with step("encoding"):
-        cache = held(view.module, data, (kind,))
+        cache = unit_source(data, view.module, (kind,)).cached()
     if head is not None and cache.labels is None:
         raise ValueError("a head needs labels; the data hold only images")
     if bases is None:

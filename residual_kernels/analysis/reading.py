@@ -1,4 +1,4 @@
-"""What do the analyses read? Batches of a cache or a loader, and units in orthonormal coordinates of their own.
+"""What do the analyses read of units? Orthonormal coordinates of their own, and coefficients of components.
 
 A unit lies in the span of its C+2 map rows M. With M^T = Q T (Q orthonormal) the distances and inner products of the
 x_u are those of T l, so nothing here ever makes an [N, R, D] tensor.
@@ -14,10 +14,9 @@ from residual_kernels import towers
 from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
 from residual_kernels.ops.reference import unit_coordinates
 from residual_kernels.towers import Terms, Tower, Unit, UnitMaps
-from residual_kernels.units.cache import UnitCache, encode
-from residual_kernels.units.decomposition import checked_batches, checked_labels
+from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import ROWS, unit_source
 
-BATCH_ROWS = 512  # rows of a cache taken at a time
 GROUP_BYTES = 512 * 2**20  # what the units looked at together may hold
 
 
@@ -32,39 +31,6 @@ def units_of(view: Tower, kind: str, units: Iterable | None = None) -> list[Unit
     if foreign:
         raise ValueError(f"unit {foreign[0].index} is of kind {foreign[0].kind!r}, not {kind!r}")
     return found
-
-
-def held(tower: nn.Module, data: "UnitCache | Iterable", kinds: Iterable[str]) -> UnitCache:
-    """`data` itself when it is a cache (of this very tower, with these kinds); a loader is encoded in memory once."""
-    if isinstance(data, UnitCache):
-        data.check(towers.view(towers.unwrap(tower)).module, kinds)
-        return data
-    return encode(tower, data, kinds=kinds)
-
-
-def batches(
-    view: Tower, data: "UnitCache | Iterable", kinds: Sequence[str], *, labelled: bool = False
-) -> Iterator[tuple[Terms, Tensor | None]]:
-    """(terms on the tower's device, labels or None) of every batch, in order.
-
-    With `labelled`, a ValueError when there are none.
-    """
-    if isinstance(data, UnitCache):
-        data.check(view.module, kinds)
-        if labelled and data.labels is None:
-            raise ValueError("this needs labels; the cache holds only images")
-        device = next(view.module.parameters()).device
-        for start in range(0, len(data), BATCH_ROWS):
-            rows = slice(start, start + BATCH_ROWS)
-            labels = None if data.labels is None else data.labels[rows]
-            yield data.terms(rows, device), labels
-        return
-    for images, labels in checked_batches(view, data):
-        if labelled and labels is None:
-            raise ValueError("this needs labels; the loader gives only images")
-        with torch.no_grad():
-            terms = view.terms(images, kinds)
-        yield terms, None if labels is None else checked_labels(labels, len(images))
 
 
 def output_bases(view: Tower, bases: SpectralBases, kinds: Iterable[str]) -> None:
@@ -149,13 +115,13 @@ def coordinates(
     """The units of a cache in their own coordinates, in groups of bounded memory; `rows` picks some of the images."""
     view = towers.view(towers.unwrap(tower))
     chosen = units_of(view, kind, units)
-    cache.check(view.module, (kind,))
+    source = unit_source(cache, view.module, (kind,))
     rows = torch.arange(len(cache)) if rows is None else rows
     if not len(rows):
         raise ValueError("there are no images in this cache")
     width = width_of(view, kind)
     dtype, first = cache.output.dtype, view.layout.span(kind).start
-    size, device = min(width, view.dim), next(view.module.parameters()).device
+    size = min(width, view.dim)
     for group in groups(chosen, len(rows) * size * dtype.itemsize + 3 * width * view.dim * 8):
         M = map_rows(view, group)
         Q, T = torch.linalg.qr(M.transpose(1, 2))  # [., D, r], [., r, C+2]
@@ -163,14 +129,14 @@ def coordinates(
         points = torch.empty(len(group), len(rows), size, dtype=dtype)
         shift, start = None, 0
         square = 0.0
-        for part in rows.split(BATCH_ROWS):
-            local = short(cache.terms(_run(part), device), group, first)
+        for batch in source.along(map(_run, rows.split(ROWS))):
+            local = short(batch.terms, group, first)
             square = square + local.square().sum(0)
             if shift is None:  # provisional: subtracted in float64, before anything is rounded or multiplied
                 shift = local.mean(0)
             local = (local - shift).to(dtype).transpose(0, 1)  # [G, n, C+2]
-            points[:, start : start + len(part)] = (local @ short_map).to(points.device)
-            start += len(part)
+            points[:, start : start + len(batch)] = (local @ short_map).to(points.device)
+            start += len(batch)
         centre = points.mean(1, dtype=torch.float64)  # [G, r]
         points -= centre.to(dtype)[:, None, :]
         size_of = (square.sum(1) / len(rows) * M.square().sum((1, 2))).to(points.device)

@@ -12,11 +12,9 @@ from residual_kernels import ops, towers
 from residual_kernels.analysis.reading import (
     ComponentReader,
     Coordinates,
-    batches,
     constants,
     coordinates,
     groups,
-    held,
     map_rows,
     output_bases,
     short,
@@ -26,6 +24,7 @@ from residual_kernels.analysis.reading import (
 from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
 from residual_kernels.towers import Tower, Unit
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import cached_source, unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
 RANK_BYTES = 64 * 2**20  # of sorted keys at a time
@@ -60,11 +59,11 @@ def cross_moments(
     width = width_of(view, kind)
     first = view.layout.span(kind).start
     parts = list(groups(chosen, 16 * width * (width + 2 * view.dim)))
-    if len(parts) > 1:
-        data = held(tower, data, (kind,))
+    source = (cached_source if len(parts) > 1 else unit_source)(data, view.module, (kind,))
     for group in parts:
         count, shift = 0, None
-        for terms, _ in batches(view, data, (kind,)):
+        for batch in source.batches():
+            terms = batch.terms
             local, out = short(terms, group, first), terms.output.double()
             if shift is None:
                 shift, centre = local.mean(0), out.mean(0)
@@ -169,7 +168,7 @@ def rank_correlations(
     20 ns a number on one core, 15 s for 144 heads, 512 coordinates and 10,000 images), in blocks of bounded memory. A
     loader is encoded in memory first.
     """
-    cache = held(tower, data, (kind,))
+    cache = unit_source(data, tower, (kind,)).cached()
     basis = property_basis(properties, cache.output.shape[1])
     out = cache.output.cpu().double()
     out = out - out.mean(0)
@@ -266,14 +265,14 @@ def own_accuracy(
     classes = len(head.class_names)
     first = view.layout.span(kind).start
     parts = list(groups(chosen, 8 * width_of(view, kind) * (view.dim + classes)))
-    if len(parts) > 1:
-        data = held(tower, data, (kind,))
+    make = cached_source if len(parts) > 1 else unit_source
+    source = make(data, view.module, (kind,), labelled=True, classes=classes)
     found = []
     for group in parts:
         maps, constant = class_maps(view, group, head)
         hits, count = torch.zeros(len(group), dtype=torch.float64), 0
-        for terms, labels in batches(view, data, (kind,), labelled=True):
-            check_range(labels, classes)
+        for batch in source.batches():
+            terms, labels = batch.terms, batch.labels
             dtype = terms.output.dtype
             local = short(terms, group, first).to(dtype).transpose(0, 1)
             for start in range(0, len(group), 64):  # [64, n, K] at a time
@@ -286,13 +285,6 @@ def own_accuracy(
             raise ValueError("there are no images to score on")
         found.append(hits / count)
     return torch.cat(found)
-
-
-def check_range(labels: Tensor, classes: int) -> None:
-    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        raise ValueError(
-            f"labels run from {int(labels.min())} to {int(labels.max())}, but the head has {classes} classes"
-        )
 
 
 def component_correlations(
@@ -339,8 +331,8 @@ def variance_between_classes(
     view = towers.view(towers.unwrap(tower))
     read = ComponentReader(view, bases, kind)
     sums = counts = None
-    for terms, labels in batches(view, data, (kind,), labelled=True):
-        check_range(labels, classes)
+    for batch in unit_source(data, view.module, (kind,), labelled=True, classes=classes).batches():
+        terms, labels = batch.terms, batch.labels
         members = torch.nn.functional.one_hot(labels, classes).double().to(terms.output.device)
         added = members.T @ read(terms).double().T
         sums = added if sums is None else sums + added

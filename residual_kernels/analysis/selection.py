@@ -13,18 +13,17 @@ from torch import Tensor, nn
 from residual_kernels import towers
 from residual_kernels.analysis.reading import (
     ComponentReader,
-    batches,
     constants,
-    held,
     map_rows,
     output_bases,
     short,
     units_of,
 )
-from residual_kernels.analysis.scores import check_range, class_maps
+from residual_kernels.analysis.scores import class_maps
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.towers import KINDS, Terms, Tower
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import cached_source, rows_within, unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20, 0.30, 0.50, 0.75, 1.0)
@@ -87,7 +86,8 @@ def ablate(
         parts.append((units, view.layout.span(kind).start, map_rows(view, units)))
         offset += len(units) * constants(view, kind).cpu()
     found = []
-    for terms, _ in batches(view, data, kinds):
+    for batch in unit_source(data, view.module, kinds).batches():
+        terms = batch.terms
         dtype = terms.output.dtype
         y = offset.to(terms.output).expand(len(terms.output), -1)
         for units, first, rows in parts:
@@ -200,10 +200,7 @@ def selection_curves(
         or not 0 < fractions[0] <= fractions[-1] <= 1
     ):
         raise ValueError(f"fractions must rise within (0, 1]; got {fractions}")
-    cache = held(tower, data, (kind,))
-    if cache.labels is None:
-        raise ValueError("accuracy needs labels; the cache holds only images")
-    check_range(cache.labels, len(head.class_names))
+    source = cached_source(data, view.module, (kind,), labelled=True, classes=len(head.class_names))
     parts = (
         _Components(view, kind, head, bases, rest)
         if of == "components"
@@ -223,12 +220,9 @@ def selection_curves(
     kept = tuple(max(1, round(fraction * parts.total)) for fraction in fractions)
     hits = {name: torch.zeros(len(kept), dtype=torch.float64) for name in orders}
     right = 0
-    device = next(view.module.parameters()).device
-    size = max(1, min(512, BATCH_BYTES // parts.bytes_a_row))
     bounds = list(zip((0, *kept[:-1]), kept, strict=True))
-    for start in range(0, len(cache), size):
-        rows = slice(start, start + size)
-        terms, labels = cache.terms(rows, device), cache.labels[rows]
+    for batch in source.batches(rows_within(parts.bytes_a_row, BATCH_BYTES)):
+        terms, labels = batch.terms, batch.labels
         named = head(terms.output.to(head.class_vectors.device)).argmax(1)
         right += int((named.cpu() == labels).sum())
         parts.load(terms)
@@ -236,12 +230,12 @@ def selection_curves(
             products = parts.base.to(terms.output).expand(len(labels), -1)
             for place, (low, high) in enumerate(bounds):
                 if high > low:
-                    products = products + parts.add(order[low:high].to(device))
+                    products = products + parts.add(order[low:high].to(source.device))
                 hits[name][place] += (products.argmax(1).cpu() == labels).sum()
-    share = {name: tuple((count / len(cache)).tolist()) for name, count in hits.items()}
+    share = {name: tuple((count / source.count).tolist()) for name, count in hits.items()}
     return SelectionCurves(
         of=of, kind=kind, rest=rest, total=parts.total, fractions=fractions, kept=kept,
         accuracy={name: share[name] for name in scores}, random=tuple(share[seed] for seed in seeds),
         seeds=tuple(seeds),
-        base=right / len(cache),
+        base=right / source.count,
     )  # fmt: skip

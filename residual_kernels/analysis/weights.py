@@ -4,7 +4,7 @@ For a fitted ResiDual and a cache of labelled images: the components it raised a
 tells apart, the images at both its ends, and the accuracy that is lost when one head's weights return to 1.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,11 @@ from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.ops.reference import coefficients
 from residual_kernels.towers import Unit, UnitLayout
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import ROWS, UnitSource, rows_within, unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
-BATCH_NUMBERS = 2**23  # coefficients or logits held at a time
+BATCH_NUMBERS = 2**23  # coefficients or logits at a time
+MOST_ROWS = 2 * ROWS  # likewise
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,8 @@ class ResetReading:
         return self.accuracy - self.reset
 
 
-def _check(residual: ResiDual, cache: UnitCache) -> None:
+def _source(residual: ResiDual, cache: UnitCache, **options) -> UnitSource:
+    """The units of a cache that a ResiDual reads; a ValueError where its weights cannot be read at all."""
     if not isinstance(residual, ResiDual):
         raise ValueError(f"weights are read from a ResiDual; got {type(residual).__name__}")
     if residual.placement != "output":
@@ -146,13 +149,7 @@ def _check(residual: ResiDual, cache: UnitCache) -> None:
         )
     if residual.bases is None:
         raise ValueError("this ResiDual holds no bases, so nothing is known of its components")
-    cache.check(residual.tower, residual.adapted)
-
-
-def _rows(count: int, numbers: int) -> Iterator[slice]:
-    """Runs of rows, `numbers` to a row, of at most BATCH_NUMBERS in all."""
-    size = max(1, min(1024, BATCH_NUMBERS // max(1, numbers)))
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    return unit_source(cache, residual.tower, residual.adapted, also=residual.kinds, **options)
 
 
 def _starts(residual: ResiDual) -> dict[str, int]:
@@ -215,7 +212,7 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
 
     Raises ValueError for a module that is no ResiDual, another tower's cache, or fewer than 2 images.
     """
-    _check(residual, cache)
+    source = _source(residual, cache)
     if len(cache) < 2:
         raise ValueError(f"a spread needs at least 2 images; the cache holds {len(cache)}")
     reader, layout = _Reader(residual), residual.layout
@@ -225,12 +222,12 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
     sums = torch.zeros(max(kinds, 1), total, dtype=torch.float64, device=device)
     squares = torch.zeros(total, dtype=torch.float64, device=device)
     shift = None
-    for rows in _rows(len(cache), total):
-        c = reader(cache.terms(rows, device)).double()
+    for batch in source.batches(rows_within(total, BATCH_NUMBERS, MOST_ROWS)):
+        c = reader(batch.terms).double()
         shift = c.mean(0) if shift is None else shift  # a provisional mean, so that squares do not cancel
         c -= shift
         squares += c.square().sum(0)
-        place = torch.zeros(len(c), dtype=torch.int64) if labels is None else labels[rows].long()
+        place = torch.zeros(len(c), dtype=torch.int64) if labels is None else batch.labels.long()
         sums.index_add_(0, place.to(device), c)
     whole = sums.sum(0)
     scatter = (squares - whole.square() / len(cache)).clamp_min(0)
@@ -273,21 +270,21 @@ def component_ends(residual: ResiDual, cache: UnitCache, indices: Sequence[int],
     Of equal coefficients the first image of the cache comes first; a smaller cache gives fewer than `count` columns.
     Raises ValueError for an index outside `weight`, no indices, or a count below 1.
     """
-    _check(residual, cache)
+    source = _source(residual, cache)
     wanted = sorted({int(j) for j in indices})
     total = residual.weight.numel()
     if not wanted or wanted[0] < 0 or wanted[-1] >= total:
         raise ValueError(f"indices must name components 0 to {total - 1}; got {list(indices)[:8]}")
     if count < 1:
         raise ValueError(f"count must be at least 1; got {count}")
-    reader, device = _Reader(residual, wanted), residual.weight.device
+    reader = _Reader(residual, wanted)
     best = {
         sign: (torch.empty(0, len(wanted)), torch.empty(0, len(wanted), dtype=torch.int64))
         for sign in (1, -1)
     }
-    for rows in _rows(len(cache), len(wanted)):
-        c = reader(cache.terms(rows, device)).cpu()
-        place = torch.arange(rows.start, rows.start + len(c))[:, None].expand(-1, len(wanted))
+    for batch in source.batches(rows_within(len(wanted), BATCH_NUMBERS, MOST_ROWS)):
+        c = reader(batch.terms).cpu()
+        place = batch.rows[:, None].expand(-1, len(wanted))
         for sign, (values, places) in best.items():
             joined, where = torch.cat([values.to(c.dtype), c]), torch.cat([places, place])
             order = (joined * sign).argsort(dim=0, descending=True, stable=True)[:count]
@@ -311,16 +308,9 @@ def reset_accuracy(
 
     Raises ValueError when `kind` is not adapted, or the cache has no labels or labels the head does not know.
     """
-    _check(residual, cache)
+    source = _source(residual, cache, labelled=True, classes=len(head.class_names))
     if kind not in residual.adapted:
         raise ValueError(f"units of kind {kind!r} are not adapted ({', '.join(residual.adapted)} are)")
-    labels = cache.labels
-    if labels is None:
-        raise ValueError("accuracy needs labels; the cache holds only images")
-    if int(labels.max()) >= len(head.class_names):
-        raise ValueError(
-            f"labels run to {int(labels.max())}, but the head has {len(head.class_names)} classes"
-        )
     constants, device = residual.units[kind], residual.weight.device
     vectors = head.class_vectors.to(device, constants.basis.dtype)
     bounds = constants.unit_offsets.tolist()
@@ -329,9 +319,8 @@ def reset_accuracy(
     to_one = 1 - residual.weight.detach()[start : start + bounds[-1]]
     written = to_one[:, None] * (constants.basis @ vectors)  # [J, K]
     hits = torch.zeros(len(runs) + 1, dtype=torch.int64, device=device)
-    for rows in _rows(len(cache), max(bounds[-1], vectors.shape[1])):
-        terms = cache.terms(rows, device)
-        truth = labels[rows].to(device)
+    for batch in source.batches(rows_within(max(bounds[-1], vectors.shape[1]), BATCH_NUMBERS, MOST_ROWS)):
+        terms, truth = batch.terms, batch.labels.to(device)
         logits = residual.from_units(terms).to(vectors) @ vectors
         c = constants.features(terms.z[kind], terms.scale, terms.mean)["c"]
         hits[0] += (logits.argmax(1) == truth).sum()

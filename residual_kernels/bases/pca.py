@@ -1,6 +1,6 @@
 """Where bases come from: one streaming pass over images, or over units kept before."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -8,11 +8,11 @@ from torch import nn
 from residual_kernels import distributed, towers
 from residual_kernels.bases.moments import MomentSum, StreamMoments
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases, check_placement, from_moments
-from residual_kernels.towers import Terms, Tower, UnitMaps
+from residual_kernels.towers import Tower, UnitMaps
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.decomposition import check_finite_units, checked_batches
+from residual_kernels.units.source import ROWS, UnitSource, unit_source
 
-CACHED_ROWS = 1024  # rows of a cache taken at a time
+MOMENT_ROWS = 2 * ROWS  # of a cache at a time: moments like long products
 
 
 def fit_bases(
@@ -55,8 +55,9 @@ def fit_bases(
     kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
     check_placement(placement, tokens)
     view.check_mode()
+    source = unit_source(loader, view.module, kinds)
     if placement == "stream":
-        return _fit_in_stream(view, loader, kinds, tokens or "all", progress)
+        return _fit_in_stream(view, source, kinds, tokens or "all", progress)
     sums = {}
     for kind in kinds:
         maps = view.maps(kind)
@@ -66,27 +67,26 @@ def fit_bases(
     eye = torch.eye(view.dim, dtype=torch.float64)
     blank = torch.zeros(2, view.dim, dtype=torch.float64)
     sums[OUTPUT] = MomentSum(torch.cat([eye, blank])[None], torch.zeros(view.dim, dtype=torch.float64))
-    if isinstance(loader, UnitCache):
-        loader.check(view.module, kinds)
-    _agree(view, loader, kinds, placement)
-    if isinstance(loader, UnitCache) and len(loader):  # the first rows' mean, whichever process counts them
-        first = loader.terms(slice(0, CACHED_ROWS))
+    _agree(view, source, kinds, placement)
+    first = source.first(MOMENT_ROWS)
+    if first is not None:  # sums run about the mean of these rows, whichever process counts them
         for kind in kinds:
             sums[kind].about(first.z[kind], first.scale, first.mean)
         sums[OUTPUT].about(first.output[:, None, :], None, None)
-    for terms in _terms(view, loader, kinds):
+    for batch in source.batches(MOMENT_ROWS, shared=True):
+        terms = batch.terms
         for kind in kinds:
             sums[kind].add(terms.z[kind], terms.scale, terms.mean)
         sums[OUTPUT].add(terms.output[:, None, :], None, None)
         if progress is not None:
             progress(len(terms.output))
     _check_count(sums[OUTPUT].count, "images")
-    return from_moments(_shell(view), {kind: held.moments() for kind, held in sums.items()})
+    return from_moments(_shell(view), {kind: total.moments() for kind, total in sums.items()})
 
 
-def _agree(view: Tower, loader: "Iterable | UnitCache", kinds: tuple[str, ...], placement: str) -> None:
+def _agree(view: Tower, source: UnitSource, kinds: tuple[str, ...], placement: str) -> None:
     """Raises ValueError unless all processes fit bases of the same tower and kinds, from the same cache if from one."""
-    cache = (len(loader), int(loader.ids.sum())) if isinstance(loader, UnitCache) else None
+    cache = (source.count, int(source.ids.sum())) if source.indexed else None
     asked = {"tower": towers.checksum(view.module), "kinds": kinds, "placement": placement, "cache": cache}
     everyone = distributed.gather(asked)
     different = [name for name in asked if any(other[name] != everyone[0][name] for other in everyone)]
@@ -107,36 +107,21 @@ def _shell(view: Tower, **more) -> SpectralBases:
     )  # fmt: skip
 
 
-def _fit_in_stream(view: Tower, loader, kinds, tokens: str, progress) -> SpectralBases:
+def _fit_in_stream(view: Tower, source: UnitSource, kinds, tokens: str, progress) -> SpectralBases:
     """Bases of every head in model width, over tokens."""
     if kinds != ("head",):
         raise ValueError(f'placement="stream" adapts heads; leave kinds out (got {kinds})')
-    if isinstance(loader, UnitCache):
+    if source.indexed:
         raise ValueError(
             "a cache keeps units at the pooled token alone; bases in the stream are fitted over tokens, so give a "
             "loader of images"
         )
-    _agree(view, loader, kinds, "stream")
+    _agree(view, source, kinds, "stream")
     sums = StreamMoments(view, tokens)
-    for images, _ in checked_batches(view, loader):
+    for batch in source.batches():
         with torch.no_grad():
-            view.terms(images, (), sums, every_token=tokens != "class")
+            view.terms(batch.images, (), sums, every_token=tokens != "class")
         if progress is not None:
-            progress(len(images))
+            progress(len(batch))
     _check_count(sums.count, "tokens")
     return from_moments(_shell(view, placement="stream", tokens=tokens), {"head": sums.moments()})
-
-
-def _terms(view: Tower, source: "Iterable | UnitCache", kinds: tuple[str, ...]) -> Iterator[Terms]:
-    """Terms of every batch, from the tower or from what it left before."""
-    if isinstance(source, UnitCache):
-        starts = range(0, len(source), CACHED_ROWS)
-        for start in starts[distributed.share(len(starts))]:
-            terms = source.terms(slice(start, start + CACHED_ROWS))
-            check_finite_units((*terms.z.values(), terms.output), range(start, start + CACHED_ROWS))
-            yield terms
-        return
-    for images, _ in checked_batches(view, source):
-        with torch.no_grad():
-            terms = view.terms(images, kinds)
-        yield terms

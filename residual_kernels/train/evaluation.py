@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residual_kernels.adapters.residual import TowerAdapter
-from residual_kernels.train.batches import CHUNK, CachedRows, LoadedRows, check_range, widest
+from residual_kernels.train.batches import AdapterRows, source_of, widest
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
-
-PREDICTED_ROWS = 64  # images through the tower at a time
 
 
 @dataclass(frozen=True)
@@ -76,27 +74,6 @@ class Heads:
         return logits.masked_fill(self.padding[which], float("-inf"))
 
 
-def opened(
-    adapter: TowerAdapter, data: UnitCache | Iterable, *, classes: int, labelled: bool = True, memory: int = 0
-) -> CachedRows | LoadedRows:
-    """The rows of a cache or a loader as `adapter` reads them; a ValueError says what they lack."""
-    if not isinstance(adapter, TowerAdapter):
-        raise ValueError(
-            f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
-        )
-    if not isinstance(data, UnitCache):
-        return LoadedRows(adapter, data, labelled=labelled, classes=classes)
-    if labelled:
-        check_labels(data, classes)
-    return CachedRows(adapter, data, memory)
-
-
-def check_labels(cache: UnitCache, classes: int) -> None:
-    if cache.labels is None:
-        raise ValueError("this needs labels; the cache holds only images")
-    check_range(cache.labels, classes)
-
-
 def balanced(hits: Tensor, seen: Tensor) -> Tensor:
     """Mean accuracy [...] over the classes that have images, from counts [..., K]."""
     present = seen > 0
@@ -110,15 +87,14 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
     In a process group this process evaluates alone, on all that it is given.
     """
     classes = len(head.class_names)
-    source = opened(adapter, data, classes=classes)
+    source = AdapterRows(adapter, source_of(adapter, data, labelled=True, classes=classes))
     heads = Heads([head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
-    labels = data.labels.to(source.device) if isinstance(data, UnitCache) else None
     which = torch.zeros(1, dtype=torch.int64, device=source.device)
     confusion = torch.zeros(classes * classes, dtype=torch.int64, device=source.device)
     loss = torch.zeros((), dtype=widest(source.device), device=source.device)
-    for batch in source.in_order(CHUNK):
-        truth = batch.labels if labels is None else labels[batch.rows[0]]
+    for batch in source.in_order():
+        truth = batch.labels
         logits = heads.logits(adapter.from_features(batch.features, weights), which)[0]
         loss += F.cross_entropy(logits, truth, reduction="none").to(loss).sum()
         confusion += torch.bincount(truth * classes + logits.argmax(1), minlength=classes * classes)
@@ -144,14 +120,13 @@ def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache 
     No images give an empty prediction. Raises ValueError for images the tower cannot take, NaN and Inf named by index.
     """
     classes = len(head.class_names)
-    batches = data.split(PREDICTED_ROWS) if isinstance(data, Tensor) else data
-    source = opened(adapter, batches, classes=classes, labelled=False)
+    source = AdapterRows(adapter, source_of(adapter, data))
     heads = Heads([head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
     which = torch.zeros(1, dtype=torch.int64, device=source.device)
     logits = [
         heads.logits(adapter.from_features(batch.features, weights), which)[0].cpu()
-        for batch in source.in_order(CHUNK)
+        for batch in source.in_order()
     ]
     logits = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
     return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)

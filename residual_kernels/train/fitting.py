@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +14,13 @@ from residual_kernels import distributed
 from residual_kernels.adapters.residual import TowerAdapter
 from residual_kernels.files import digest
 from residual_kernels.train import checkpoints
-from residual_kernels.train.batches import CHUNK, CachedRows, LoadedRows, room, whole, widest
+from residual_kernels.train.batches import AdapterRows, room, source_of, whole, widest
 from residual_kernels.train.evaluation import Heads, balanced
 from residual_kernels.train.labels import label_table, shots_of, weights_of_classes
 from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
 from residual_kernels.train.steps import STEPS, Step, TaskWeights, blocks, bytes_of_a_row
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import UnitSource
 from residual_kernels.zeroshot import ZeroShotHead
 
 
@@ -69,11 +70,6 @@ class Run:
     ):
         self.start = time.perf_counter()
         self._check_numbers(epochs, batch_size, patience, every, weight_decay, shrink, shots, step)
-        for name, data in (("train", train), ("val", val)):
-            if isinstance(data, Iterator):
-                raise ValueError(
-                    f"{name} can be read only once; give a loader or a list that every epoch can read anew"
-                )
         self.adapter, self.tasks, self.progress = adapter, tasks, progress
         self.epochs, self.batch_size, self.patience = epochs, batch_size, patience
         self.checkpoint, self.every = checkpoint, every
@@ -94,8 +90,15 @@ class Run:
         if shrink and any(name != "weight" for name in self._named()):
             raise ValueError("shrink pulls weights on components or heads to 1; this adapter has none")
 
-        cached = [data for data in (train, val) if isinstance(data, UnitCache)]
-        loaded = len(cached) < 1 + (val is not None)
+        needed = {"labelled": labels is None, "classes": min(self.heads.sizes)}
+        sources = [None if data is None else source_of(adapter, data, **needed) for data in (train, val)]
+        for name, source in zip(("train", "val"), sources, strict=True):
+            if source is not None and not source.repeatable:
+                raise ValueError(
+                    f"{name} can be read only once; give a loader or a list that every epoch can read anew"
+                )
+        train, val = sources
+        loaded = not all(source.indexed for source in sources if source is not None)
         for what, wanted in (
             ("a checkpoint", checkpoint is not None),
             ("shots", shots is not None),
@@ -106,13 +109,13 @@ class Run:
             if loaded and wanted:
                 raise ValueError(f"{what} needs UnitCaches, but train or val is a loader; encode it first")
 
-        self.labels, self.orders, names = None, {"loader": None}, None
+        self.labels, self.orders = None, {"loader": None}
         self.order_of = ["loader"] * len(tasks)
-        if isinstance(train, UnitCache):
-            if not len(train):
+        if train.indexed:
+            if not train.count:
                 raise ValueError("the training data gave no images")
             table = label_table(train, labels, sets, self.heads.sizes, "labels")
-            train, table, names = self._choose(train, table, heads, shots)
+            train, table = self._choose(train, table, heads, shots)
             even = shots is not None and isinstance(class_weight, str)  # shots are balanced already
             weights = weights_of_classes(None if even else class_weight, table, self.heads.sizes)
             self.class_weight = None if weights is None else weights.to(self.starts[0])
@@ -120,14 +123,15 @@ class Run:
         else:
             self.class_weight = None
         self.val_labels = None
-        if isinstance(val, UnitCache):
+        if val is not None and val.indexed:
             given = val_labels if labels is not None else None
             self.val_labels = label_table(val, given, sets, self.heads.sizes, "val_labels").to(self.device)
         budget = room(self.device, memory)
-        self.source = self._opened(train, budget, names)
-        if isinstance(self.source, CachedRows) and self.source.resident is not None:
+        part = distributed.share if self.parallel else whole
+        self.source = AdapterRows(adapter, train, budget, part)
+        if self.source.resident is not None:
             budget -= self.source.bytes
-        self.held = None if val is None else self._opened(val, budget)
+        self.val = None if val is None else AdapterRows(adapter, val, budget, part)
         self.identity = None
         if checkpoint is not None or self.parallel:
             self.identity = self._identity(train, val, shots, class_weight)
@@ -174,9 +178,9 @@ class Run:
         ]
 
     def _choose(
-        self, train: UnitCache, table: Tensor, heads: Sequence[ZeroShotHead], shots: int | None
-    ) -> tuple[UnitCache, Tensor, Sequence[int]]:
-        """The rows that are fitted on, their labels, and their numbers in the cache given.
+        self, train: UnitSource, table: Tensor, heads: Sequence[ZeroShotHead], shots: int | None
+    ) -> tuple[UnitSource, Tensor]:
+        """The rows that are fitted on, and their labels.
 
         `orders` then holds the rows that each seed shuffles (each seed and label set, where shots differ by it), and
         `order_of` which of them a task follows.
@@ -184,8 +188,8 @@ class Run:
         several = shots is not None and len(table) > 1
         self.order_of = [f"{task.seed}.{task.labels}" if several else str(task.seed) for task in self.tasks]
         if shots is None:
-            self.orders = {name: torch.arange(len(train)) for name in self.order_of}
-            return train, table, range(len(train))
+            self.orders = {name: torch.arange(train.count) for name in self.order_of}
+            return train, table
         self.orders = {}
         for task, name in zip(self.tasks, self.order_of, strict=True):
             if name not in self.orders:
@@ -195,16 +199,7 @@ class Run:
             raise ValueError("shots of label sets with different numbers of classes cannot be fitted at once")
         used = torch.cat(list(self.orders.values())).unique()
         self.orders = {name: torch.searchsorted(used, rows) for name, rows in self.orders.items()}
-        return train.subset(used), table[:, used], used.tolist()
-
-    def _opened(
-        self, data: UnitCache | Iterable, budget: int, names: Sequence[int] | None = None
-    ) -> CachedRows | LoadedRows:
-        if isinstance(data, UnitCache):
-            return CachedRows(
-                self.adapter, data, budget, distributed.share if self.parallel else whole, names
-            )
-        return LoadedRows(self.adapter, data, labelled=True, classes=min(self.heads.sizes))
+        return train.subset(used), table[:, used]
 
     def _identity(self, train, val, shots, class_weight) -> dict[str, Any]:
         """What makes this fit itself: a checkpoint, and every process, must have the same."""
@@ -212,8 +207,8 @@ class Run:
             digest({"class_weight": class_weight}, {}) if isinstance(class_weight, Tensor) else class_weight
         )
         return {
-            "train": checkpoints.of_cache(train, self.labels),
-            "val": None if val is None else checkpoints.of_cache(val, self.val_labels),
+            "train": checkpoints.of_cache(train.cached(), self.labels),
+            "val": None if val is None else checkpoints.of_cache(val.cached(), self.val_labels),
             "head": checkpoints.of_heads(self.heads),
             "adapter": type(self.adapter).__name__,
             "constants or starting weights": checkpoints.of_adapter(self.adapter, self.starts),
@@ -226,7 +221,7 @@ class Run:
             "shrink": self.shrink,
             "class_weight": given,
             "shots": shots,
-            "in memory": [None if s is None else s.resident is not None for s in (self.source, self.held)],
+            "in memory": [None if s is None else s.resident is not None for s in (self.source, self.val)],
         }
 
     def _agree(self) -> None:
@@ -313,12 +308,12 @@ class Run:
         weights = self.weights.current()
         loss = torch.zeros(tasks, dtype=widest(self.device), device=self.device)
         counts = loss.new_zeros(2, tasks, classes)  # hits, images
-        for batch in self.held.in_order(CHUNK):
+        for batch in self.val.in_order():
             rows = len(next(iter(batch.features.values())))
             for part in blocks(tasks, bytes_of_a_row(batch.features, rows), rows):
                 y = self.adapter.from_features(batch.features, [stack[part] for stack in weights])
                 logits = self.heads.logits(y, which[part])
-                if batch.labels is not None:
+                if self.val_labels is None:
                     truth = batch.labels.expand(len(y), -1)
                 else:
                     truth = self.val_labels[which[part, None], batch.rows]
@@ -340,7 +335,7 @@ class Run:
     def _record(self, epoch: int, losses: list[float] | None) -> None:
         """Writes an epoch of all active tasks down, keeps their weights where they are better, and stops those that
         have waited too long."""
-        seen = None if self.held is None else self._measure()
+        seen = None if self.val is None else self._measure()
         seconds = self.before + time.perf_counter() - self.start
         current = self.weights.current()
         for place, task in enumerate(self.active):

@@ -5,26 +5,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from residual_kernels.train.batches import check_range
-from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.checks import check_range
+from residual_kernels.units.source import UnitSource
 
 
 def label_table(
-    cache: UnitCache, given: Sequence[Tensor] | None, sets: int, sizes: Sequence[int], name: str
+    source: UnitSource, given: Sequence[Tensor] | None, sets: int, sizes: Sequence[int], name: str
 ) -> Tensor:
-    """Labels [L, N] of the label sets: those given, or the cache's own; each checked against its head."""
+    """Labels [L, N] of the label sets: those given, or the source's own; each checked against its head."""
     if given is None:
-        if cache.labels is None:
+        if source.labels is None:
             raise ValueError("this needs labels; the cache holds only images")
-        given = [cache.labels]
+        given = [source.labels]
     if len(given) != sets:
         raise ValueError(f"{name} must hold {sets} label sets; got {len(given)}")
     rows = []
     for number, labels in enumerate(given):
         labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
-        if labels.shape != (len(cache),):
+        if labels.shape != (source.count,):
             raise ValueError(
-                f"{name} must be [N] = ({len(cache)},), a label a row; got {tuple(labels.shape)}"
+                f"{name} must be [N] = ({source.count},), a label a row; got {tuple(labels.shape)}"
             )
         check_range(labels, sizes[number if len(sizes) > 1 else 0])
         rows.append(labels)

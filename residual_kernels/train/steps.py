@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from residual_kernels import distributed
 from residual_kernels.adapters.residual import TowerAdapter
-from residual_kernels.train.batches import Batch, CachedRows, LoadedRows
+from residual_kernels.train.batches import AdapterRows, Batch
 from residual_kernels.train.evaluation import Heads
 
 STEPS = ("auto", "eager", "compiled", "graph")
@@ -104,7 +104,7 @@ class Step:
         self,
         adapter: TowerAdapter,
         heads: Heads,
-        source: CachedRows | LoadedRows,
+        source: AdapterRows,
         labels: Tensor | None,
         class_weight: Tensor | None,
         mode: str,

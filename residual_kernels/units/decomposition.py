@@ -1,77 +1,14 @@
 """What an image's embedding is the sum of: one vector of the output space per residual unit, exactly."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
 from residual_kernels.towers import Terms, Tower, Unit, UnitLayout, UnitMaps
-
-
-def check_finite(images: Tensor, first: int = 0) -> None:
-    """Raises ValueError naming the images (counted from `first`) that hold NaN or Inf."""
-    bad = (~images.isfinite().flatten(1).all(1)).nonzero().flatten()
-    if len(bad):
-        named = ", ".join(str(first + int(index)) for index in bad[:8])
-        raise ValueError(
-            f"{len(bad)} of the images hold NaN or Inf: index {named}{' ...' if len(bad) > 8 else ''}"
-        )
-
-
-def check_finite_units(tensors: Iterable[Tensor], rows: Sequence[int]) -> None:
-    """Raises ValueError naming the cached rows whose values, a row per leading index, hold NaN or Inf."""
-    for tensor in tensors:
-        if tensor.numel() and not tensor.sum().isfinite():  # a sum may overflow, so it only raises suspicion
-            bad = (~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero().flatten().tolist()
-            if bad:
-                named = ", ".join(str(rows[index]) for index in bad[:8])
-                raise ValueError(
-                    f"the units of {len(bad)} cached images hold NaN or Inf: row {named}"
-                    f"{' ...' if len(bad) > 8 else ''}; encode them again or leave them out with subset"
-                )
-
-
-def parts_of(batch: Any) -> tuple[Any, Any]:
-    """(images, labels or None) of what a loader yields: images, (images, labels, ...), or transformers' mapping."""
-    if isinstance(batch, Mapping):
-        if "pixel_values" not in batch:
-            raise ValueError(
-                f"a batch that is a mapping needs its images under 'pixel_values'; got {', '.join(map(str, batch))}"
-            )
-        return batch["pixel_values"], batch.get("labels")
-    return (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
-
-
-def checked_batches(view: Tower, loader: Iterable) -> Iterator[tuple[Tensor, Any]]:
-    """(images on the tower's device, labels or None) of every batch that holds images, each checked."""
-    device = next(view.module.parameters()).device
-    count = 0
-    for batch in loader:
-        images, labels = parts_of(batch)
-        if not isinstance(images, Tensor):
-            view.check_images(images)  # says what was expected
-        images = images.to(device)
-        if not len(images):
-            continue
-        view.check_images(images)
-        check_finite(images, first=count)
-        count += len(images)
-        yield images, labels
-
-
-def checked_labels(labels: Any, images: int, class_names: Sequence[str] | None = None) -> Tensor:
-    """Labels of a batch as int64 on the CPU; a ValueError for another number of them, or for values out of range."""
-    labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
-    if labels.shape != (images,):
-        raise ValueError(f"a batch has {images} images but labels of shape {tuple(labels.shape)}")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or (class_names is not None and high >= len(class_names)):
-        limit = "" if class_names is None else f", but there are {len(class_names)} classes"
-        raise ValueError(f"labels run from {low} to {high}{limit}; they count from 0")
-    return labels
+from residual_kernels.units.checks import check_finite
 
 
 def expand(maps: UnitMaps, z: Tensor, scale: Tensor, mean: Tensor) -> Tensor:

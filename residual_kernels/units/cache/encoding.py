@@ -31,7 +31,7 @@ from residual_kernels.units.cache.shards import (
     write_shard,
 )
 from residual_kernels.units.cache.unit_cache import UnitCache
-from residual_kernels.units.decomposition import check_finite, checked_labels, parts_of
+from residual_kernels.units.checks import check_finite, checked_labels, parts_of
 
 
 def encode(

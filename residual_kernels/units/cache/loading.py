@@ -23,7 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from residual_kernels.units.decomposition import parts_of
+from residual_kernels.units.checks import parts_of
 
 ALL, FIRST, NONE = "all", "first", "none"  # what a pass needs of a shard's images
 Piece = tuple[int, Any, Any]  # number of the first image, images, labels or None

@@ -71,14 +71,24 @@ class UnitCache:
         """Bytes of z, scale, mean and output as they are stored: what `to(device)` takes there."""
         return sum(value.nbytes for value in (*self.z.values(), self.scale, self.mean, self.output))
 
-    def _rows(self, rows: Tensor | slice) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        """(z, scale, mean, output) of some rows as they are stored."""
-        z = {kind: value[rows] for kind, value in self.z.items()}
+    def _rows(
+        self, rows: Tensor | slice, kinds: Iterable[str] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """(z, scale, mean, output) of some rows as they are stored; z of `kinds`, all by default."""
+        z = {kind: self.z[kind][rows] for kind in (self.kinds if kinds is None else kinds)}
         return z, self.scale[rows], self.mean[rows], self.output[rows]
 
-    def terms(self, rows: Tensor | slice, device: torch.device | str = "cpu") -> Terms:
-        """The terms of some rows (numbers, a mask or a slice), for `from_units`; z widened to the outputs' dtype."""
-        z, scale, mean, output = self._rows(rows)
+    def terms(
+        self,
+        rows: Tensor | slice,
+        device: torch.device | str = "cpu",
+        kinds: Iterable[str] | None = None,
+    ) -> Terms:
+        """The terms of some rows (numbers, a mask or a slice), for `from_units`; z widened to the outputs' dtype.
+
+        z has the `kinds` asked for; all that the cache holds by default.
+        """
+        z, scale, mean, output = self._rows(rows, kinds)
         wide = output.dtype  # widened where it arrives, so that the narrow dtype is what travels
         return Terms(
             z={kind: value.to(device).to(wide) for kind, value in z.items()},
@@ -244,10 +254,13 @@ class MappedCache(UnitCache):
             return slice(int(numbers[0]), int(numbers[-1]) + 1)
         return numbers
 
-    def _rows(self, rows: Tensor | slice) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-        names = [f"z.{kind}" for kind in self.kinds]
+    def _rows(
+        self, rows: Tensor | slice, kinds: Iterable[str] | None = None
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        kinds = self.kinds if kinds is None else tuple(kinds)
+        names = [f"z.{kind}" for kind in kinds]
         read = self._read([*names, *SMALL], rows)
-        z = {kind: read[name] for kind, name in zip(self.kinds, names, strict=True)}
+        z = {kind: read[name] for kind, name in zip(kinds, names, strict=True)}
         return z, read["scale"], read["mean"], read["output"]
 
     def subset(self, rows: Tensor) -> "UnitCache":

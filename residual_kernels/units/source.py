@@ -1,0 +1,271 @@
+"""Where do units come from? A cache, a loader of images, or images: one :class:`UnitSource`, and nobody asks which.
+
+:func:`unit_source` makes it. A source yields :class:`UnitBatch` objects, whose terms are on one device and checked.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels import distributed, towers
+from residual_kernels.towers import Terms, Tower
+from residual_kernels.units.cache import UnitCache, encode
+from residual_kernels.units.checks import (
+    check_finite,
+    check_finite_units,
+    check_range,
+    checked_labels,
+    parts_of,
+)
+
+ROWS = 512  # of a cache at a time, where nothing else bounds a batch
+IMAGES = 64  # of a tensor of images that go through the tower at a time
+AHEAD = 2  # batches read while one is computed with
+Rows = Tensor | slice  # numbers of rows, or a run of them
+
+
+class UnitBatch:
+    """The units of some images.
+
+    Attributes:
+        rows: [n] int64 on the CPU, the positions of the images in their source.
+        labels: [n] int64 on the CPU, or None.
+        images: [n, 3, H, W] on the tower's device, or None where the tower ran before (a cache).
+        terms: :class:`Terms` on the source's device. Of images they are computed when first asked for, without
+            gradients.
+    """
+
+    def __init__(
+        self, rows: Tensor, labels: Tensor | None, images: Tensor | None, terms: Callable[[], Terms]
+    ):
+        self.rows, self.labels, self.images = rows, labels, images
+        self._make, self._terms = terms, None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def terms(self) -> Terms:
+        if self._terms is None:
+            self._terms = self._make()
+        return self._terms
+
+
+class UnitSource(Protocol):
+    """Units of a data set, in order or, where `indexed`, along given rows.
+
+    Attributes:
+        indexed: whether rows can be read by number; :meth:`along` and :meth:`subset` raise ValueError otherwise.
+        repeatable: whether the data can be read more than once.
+        count: images; None where only a reading tells (a loader).
+        labels: [N] int64 on the CPU; None where there are none, or where they come with the batches alone (a loader).
+        ids: [N] int64, the positions of the images in the data they came from; None for a loader.
+        class_names: names of the labels, or None.
+        device: where the terms are.
+    """
+
+    indexed: bool
+    repeatable: bool
+    count: int | None
+    labels: Tensor | None
+    ids: Tensor | None
+    class_names: tuple[str, ...] | None
+    device: torch.device
+
+    def batches(
+        self, size: int | None = None, *, shared: bool = False, ahead: bool = False
+    ) -> Iterator[UnitBatch]:
+        """All units in order, `size` images at a time (ROWS by default); a loader's batches keep their own sizes.
+
+        `shared`: the processes of a group share the batches of a source that all of them read; a loader is a process's
+        own, and is read whole. `ahead`: a thread reads the next batches while one is computed with.
+        """
+        ...
+
+    def along(self, rows: Iterable[Rows], *, ahead: bool = False) -> Iterator[UnitBatch]:
+        """One batch for each entry of `rows`."""
+        ...
+
+    def first(self, size: int = ROWS) -> Terms | None:
+        """Terms of the first `size` images, the same in all processes; None of a loader, or where there are none."""
+        ...
+
+    def subset(self, rows: Tensor) -> "UnitSource":
+        """Some of the rows; errors go on naming them by their numbers here."""
+        ...
+
+    def cached(self) -> UnitCache:
+        """The cache behind this source, or one made in memory by one pass of the tower."""
+        ...
+
+
+class CachedUnits:
+    """A :class:`UnitCache` as a :class:`UnitSource`. `names` [N] are what errors call its rows."""
+
+    indexed = repeatable = True
+
+    def __init__(self, cache: UnitCache, kinds: tuple[str, ...], device: torch.device, names: Tensor):
+        self.cache, self.kinds, self.device, self.names = cache, kinds, device, names
+        self.count, self.labels, self.ids = len(cache), cache.labels, cache.ids
+        self.class_names = cache.class_names
+
+    def _terms(self, rows: Rows) -> Terms:
+        terms = self.cache.terms(rows, self.device, self.kinds)
+        check_finite_units((*terms.z.values(), terms.scale, terms.mean, terms.output), self.names[rows])
+        return terms
+
+    def _batch(self, rows: Rows, terms: Callable[[], Terms]) -> UnitBatch:
+        numbers = torch.arange(self.count)[rows] if isinstance(rows, slice) else rows
+        return UnitBatch(numbers, None if self.labels is None else self.labels[rows], None, terms)
+
+    def batches(
+        self, size: int | None = None, *, shared: bool = False, ahead: bool = False
+    ) -> Iterator[UnitBatch]:
+        size = ROWS if size is None else size
+        runs = [slice(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        return self.along(runs[distributed.share(len(runs))] if shared else runs, ahead=ahead)
+
+    def along(self, rows: Iterable[Rows], *, ahead: bool = False) -> Iterator[UnitBatch]:
+        if not ahead:
+            for some in rows:
+                yield self._batch(some, lambda some=some: self._terms(some))
+            return
+        with ThreadPoolExecutor(1) as reader:
+            waiting: list[UnitBatch] = []
+            for some in rows:
+                waiting.append(self._batch(some, reader.submit(self._terms, some).result))
+                if len(waiting) > AHEAD:
+                    yield waiting.pop(0)
+            yield from waiting
+
+    def first(self, size: int = ROWS) -> Terms | None:
+        return self._terms(slice(0, size)) if self.count else None
+
+    def subset(self, rows: Tensor) -> "CachedUnits":
+        return CachedUnits(self.cache.subset(rows), self.kinds, self.device, self.names[rows])
+
+    def cached(self) -> UnitCache:
+        return self.cache
+
+
+class LoadedUnits:
+    """A loader of images, or of (images, labels), as a :class:`UnitSource`: the tower runs at every reading.
+
+    With `classes` labels are read, and must be there and below it; they are not looked at otherwise.
+    """
+
+    indexed = False
+    count = labels = ids = class_names = None
+
+    def __init__(
+        self, loader: Iterable, view: Tower, kinds: tuple[str, ...], labelled: bool, classes: int | None
+    ):
+        self.loader, self.view, self.kinds = loader, view, kinds
+        self.labelled, self.classes = labelled, classes
+        self.repeatable = not isinstance(loader, Iterator)
+        self.device = next(view.module.parameters()).device
+
+    def _labels(self, labels, count: int) -> Tensor | None:
+        if not self.labelled:
+            return None
+        if labels is None:
+            raise ValueError("this needs labels; the loader gives only images")
+        labels = checked_labels(labels, count)
+        if self.classes is not None:
+            check_range(labels, self.classes)
+        return labels
+
+    @torch.no_grad()
+    def _terms(self, images: Tensor) -> Terms:
+        return self.view.terms(images, self.kinds)
+
+    def batches(
+        self, size: int | None = None, *, shared: bool = False, ahead: bool = False
+    ) -> Iterator[UnitBatch]:
+        count = 0
+        for batch in self.loader:
+            images, labels = parts_of(batch)
+            if not isinstance(images, Tensor):
+                self.view.check_images(images)  # says what was expected
+            images = images.to(self.device)
+            if not len(images):
+                continue
+            self.view.check_images(images)
+            check_finite(images, first=count)
+            rows = torch.arange(count, count + len(images))
+            yield UnitBatch(
+                rows, self._labels(labels, len(images)), images, lambda images=images: self._terms(images)
+            )
+            count += len(images)
+
+    def along(self, rows: Iterable[Rows], *, ahead: bool = False) -> Iterator[UnitBatch]:
+        raise ValueError("a loader is read in its own order; encode it to read rows by number")
+
+    def first(self, size: int = ROWS) -> Terms | None:
+        return None
+
+    def subset(self, rows: Tensor) -> "UnitSource":
+        raise ValueError("a loader is read whole; encode it to choose rows by number")
+
+    def cached(self) -> UnitCache:
+        return encode(self.view.module, self.loader, kinds=self.kinds)
+
+
+def unit_source(
+    data: "UnitCache | Tensor | Iterable",
+    tower: nn.Module,
+    kinds: Iterable[str] = (),
+    *,
+    also: Iterable[str] = (),
+    labelled: bool = False,
+    classes: int | None = None,
+    device: torch.device | None = None,
+) -> UnitSource:
+    """The units of some data: the one place that knows what data may be.
+
+    Args:
+        data: a :class:`UnitCache` of this tower; a loader of images [n, 3, H, W], of (images, labels, ...) or of
+            transformers' mappings; or images [N, 3, H, W].
+        tower: a supported image tower, or an adapter around one.
+        kinds: kinds of units that are needed.
+        also: more kinds, which are read where a cache holds them and computed from images.
+        labelled: labels are needed.
+        classes: labels must lie in [0, classes).
+        device: where terms of a cache are to be; the tower's by default. Images always go to the tower.
+
+    Raises:
+        ValueError: a cache of another tower, or without the kinds or labels that are needed, or with labels out of
+            range. A loader raises when a batch is read.
+    """
+    view = towers.view(towers.unwrap(tower))
+    kinds = tuple(kinds)
+    more = tuple(kind for kind in also if kind not in kinds)
+    if not isinstance(data, UnitCache):
+        loader = data.split(IMAGES) if isinstance(data, Tensor) else data
+        return LoadedUnits(loader, view, (*kinds, *more), labelled, classes)
+    data.check(view.module, kinds)
+    if labelled and data.labels is None:
+        raise ValueError("this needs labels; the cache holds only images")
+    if labelled and classes is not None:
+        check_range(data.labels, classes)
+    kinds += tuple(kind for kind in more if kind in data.kinds)
+    device = next(view.module.parameters()).device if device is None else device
+    return CachedUnits(data, kinds, device, torch.arange(len(data)))
+
+
+def cached_source(
+    data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = (), **options
+) -> UnitSource:
+    """:func:`unit_source`, but always indexed: images are encoded in memory first, in one pass of the tower."""
+    kinds = tuple(kinds)
+    also = options.pop("also", ())
+    cache = unit_source(data, tower, kinds, also=also).cached()
+    return unit_source(cache, tower, kinds, also=also, **options)
+
+
+def rows_within(row_bytes: int, memory: int, most: int = ROWS) -> int:
+    """How many rows of `row_bytes` each fit into `memory` bytes: one at least, `most` at most."""
+    return max(1, min(most, memory // max(1, row_bytes)))
