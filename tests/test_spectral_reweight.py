@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import absolute, assert_within, enough_to_notice
 
 from residual_kernels.ops import backends, pack_units, reference, spectral_reweight, spectral_reweight_packed
 
@@ -30,6 +31,44 @@ def run(function, inputs, constants, weight, offsets, **options):
     return function(*inputs, *named.values(), weight, basis, offsets, **options)
 
 
+def results(function, inputs, constants, weight, offsets, upstream, **options):
+    """y and the gradient of every input that is there, and of the weight."""
+    leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (*inputs, weight)]
+    y = run(function, leaves[:3], constants, leaves[3], offsets, **options)
+    return [y.detach(), *torch.autograd.grad(y, [leaf for leaf in leaves if leaf is not None], upstream)]
+
+
+def truth_and_terms(inputs, constants, weight, offsets, upstream, **options):
+    """The results of the reference in float64, and the sums of their absolute terms."""
+    given = {
+        **dict(zip(("z", "scale", "mean"), inputs, strict=True)),
+        **constants,
+        "w": weight,
+        "dy": upstream,
+    }
+    found = []
+    for x in ({k: None if v is None else v.double() for k, v in given.items()}, absolute(given)):
+        tensors = {name: x[name] for name in constants}
+        weight, upstream = x["w"], x["dy"]
+        found.append(
+            results(
+                reference.spectral_reweight,
+                [x["z"], x["scale"], x["mean"]],
+                tensors,
+                weight,
+                offsets,
+                upstream,
+                **options,
+            )
+        )
+    return found
+
+
+def assert_all_within(got, truth, terms, dtype):
+    for one, *others in zip(got, truth, terms, strict=True):
+        assert_within(one, *others, dtype=dtype)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.sampled_from([0, 1, 2, 7]),
@@ -40,38 +79,44 @@ def run(function, inputs, constants, weight, offsets, **options):
     indexed=st.booleans(),
     scaled=st.booleans(),
     shifted=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     seed=st.integers(0, 99),
 )
-def test_value_and_every_gradient(rows, coordinates, dim, sizes, tasks, indexed, scaled, shifted, seed):
-    inputs, constants, weight, offsets = problem(rows, coordinates, dim, sizes, tasks, seed=seed)
+def test_value_and_every_gradient(
+    rows, coordinates, dim, sizes, tasks, indexed, scaled, shifted, dtype, seed
+):
+    inputs, constants, weight, offsets = problem(rows, coordinates, dim, sizes, tasks, dtype, seed)
     inputs = (inputs[0], inputs[1] if scaled else None, inputs[2] if shifted else None)
     index = torch.randint(tasks, (rows,)) if indexed and tasks else None
-    results = []
-    for function in (spectral_reweight, reference.spectral_reweight):
-        leaves = [None if t is None else t.clone().requires_grad_() for t in (*inputs, weight)]
-        y = run(function, leaves[:3], constants, leaves[3], offsets, weight_index=index)
-        wanted = [leaf for leaf in leaves if leaf is not None]
-        upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed), dtype=y.dtype)
-        results.append([y.detach(), *torch.autograd.grad(y, wanted, upstream)])
-    for ours, truth in zip(*results, strict=True):
-        assert ours.shape == truth.shape
-        assert torch.allclose(ours, truth, rtol=1e-10, atol=1e-10)
+    lead = (rows,) if tasks is None or index is not None else (tasks, rows)
+    upstream = torch.randn(*lead, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    task = (inputs, constants, weight, offsets, upstream)
+    got = results(spectral_reweight, *task, weight_index=index)
+    assert_all_within(got, *truth_and_terms(*task, weight_index=index), dtype)
 
 
-def test_a_perturbed_weight_is_noticed():
-    inputs, constants, weight, offsets = problem()
-    truth = run(reference.spectral_reweight, inputs, constants, weight, offsets)
-    weight = weight.clone()
-    weight[4] += 1e-6
-    assert (run(spectral_reweight, inputs, constants, weight, offsets) - truth).abs().max() > 1e-8
+@pytest.mark.parametrize("constant", ["proj", "bias", "slope", "offset", "basis"])
+def test_a_perturbed_constant_is_noticed(constant):
+    inputs, constants, weight, offsets = problem(dtype=torch.float32)
+    upstream = torch.ones(7, 12)
+    y, terms = (r[0] for r in truth_and_terms(inputs, constants, weight, offsets, upstream))
+
+    def moved(step, dtype):
+        tensor = constants[constant].to(dtype, copy=True)
+        tensor[4] += step
+        return {**constants, constant: tensor}
+
+    change = truth_and_terms(inputs, moved(1, torch.float64), weight, offsets, upstream)[0][0] - y
+    wrong = moved(enough_to_notice(change, terms), torch.float32)
+    assert_within(run(spectral_reweight, inputs, constants, weight, offsets), y, terms)
+    with pytest.raises(AssertionError, match="is off by"):
+        assert_within(run(spectral_reweight, inputs, wrong, weight, offsets), y, terms)
 
 
 def test_folded_is_the_same():
     inputs, constants, weight, offsets = problem()
-    direct = run(reference.spectral_reweight, inputs, constants, weight, offsets)
-    assert torch.allclose(
-        run(reference.spectral_reweight_folded, inputs, constants, weight, offsets), direct, atol=1e-10
-    )
+    direct, terms = (r[0] for r in truth_and_terms(inputs, constants, weight, offsets, torch.ones(7, 12)))
+    assert_within(run(reference.spectral_reweight_folded, inputs, constants, weight, offsets), direct, terms)
 
 
 @pytest.mark.parametrize("wanted", range(1, 16))
@@ -135,22 +180,14 @@ def test_once_differentiable():
         grad.sum().backward()
 
 
-def test_dtypes():
-    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)):
-        inputs, constants, weight, offsets = problem(dtype=dtype)
-        wide = (
-            [t.double() for t in inputs],
-            {n: t.double() for n, t in constants.items()},
-            weight.double(),
-            offsets,
-        )
-        truth = run(reference.spectral_reweight, *wide)
-        leaves = [t.clone().requires_grad_() for t in (*inputs, weight.float())]
-        y = run(spectral_reweight, leaves[:3], constants, leaves[3], offsets)
-        assert y.dtype == dtype
-        assert ((y.double() - truth).norm() / truth.norm()).item() < bound
-        y.float().square().sum().backward()
-        assert [leaf.grad.dtype for leaf in leaves] == [dtype, dtype, dtype, torch.float32]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    inputs, constants, weight, offsets = problem(dtype=dtype)
+    upstream = torch.randn(7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+    task = (inputs, constants, weight.float(), offsets, upstream)
+    got = results(spectral_reweight, *task)
+    assert [tensor.dtype for tensor in got] == [dtype, dtype, dtype, dtype, torch.float32]
+    assert_all_within(got, *truth_and_terms(*task), dtype)
 
 
 def test_repeats_bit_for_bit():

@@ -62,7 +62,8 @@ def assert_within(
       deviation of 0.21 eps_sum of the partial sum each. Partial sums of random signs stay small: 0.2 eps_sum * terms,
       for any n. An element is the end of a few such sums, and the truth of a float64 result has as many: 8 leaves five
       standard deviations and more. Partial sums of one sign grow: 0.12 * sqrt(n) eps_sum * terms if one
-      register runs through all of them, as in a matrix product. sqrt(n) is eight standard deviations.
+      register runs through all of them, as in a matrix product. sqrt(n) is eight standard deviations. Only terms
+      that are all equal round alike; a test that adds up many gives them few bits, so that they add up exactly.
 
     Below the smallest normal number eps is not relative, so terms count at least that much.
     """
