@@ -82,3 +82,17 @@ def test_without_a_compiler_it_installs_as_pure_python(tmp_path):
     assert "torch backend" in line
     assert list(tmp_path.rglob("cpp_backend.py"))
     assert not list(tmp_path.rglob("*.so"))
+
+
+def test_the_wheel_installs_and_its_extension_loads_without_torch(distributions, tmp_path):
+    install = ["install", "-q", "--no-deps", "--no-index", "--target", str(tmp_path), str(distributions[1])]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True, capture_output=True)
+    if not list(tmp_path.glob("residual_kernels/_cpp.*")):
+        return  # no compiler here: the wheel is pure, as the test above has seen
+    (tmp_path / "load.py").write_text(
+        "import sys\nimport residual_kernels._cpp as cpp\nassert 'torch' not in sys.modules\n"
+        "print(cpp.__file__, cpp.instruction_sets())\n"
+    )
+    done = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(str(tmp_path))
+    assert "'portable': None" in done.stdout
