@@ -19,7 +19,7 @@ _NEW = {  # old module -> where its names are now, both below the package
     "cache": "units.cache",
     "cache.encoding": "units.cache.encoding",
     "cache.folder": "units.cache.resume",
-    "cache.loading": "units.cache.loading",
+    "cache.loading": "units.loader",
     "cache.shards": "units.cache.shards",
     "cache.unit_cache": "units.cache.unit_cache",
     "decomposition": "units.decomposition",

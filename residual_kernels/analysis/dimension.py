@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from residual_kernels.analysis.reading import coordinates
 from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.source import unit_source
+from residual_kernels.units.source import cache_of
 
 TILE_BYTES = {
     "cpu": 4 * 2**20,
@@ -212,7 +212,7 @@ def two_nn_dimension(
 
     NaN for a unit whose points are constant or all tied.
     """
-    cache = unit_source(data, tower, (kind,)).cached()
+    cache = cache_of(data, tower, (kind,))
     rows = sample(len(cache), points, seed)
     device = next(tower.parameters()).device
     found = []

@@ -37,7 +37,7 @@ from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
 from residual_kernels.towers import Tower
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.source import unit_source
+from residual_kernels.units.source import cache_of
 from residual_kernels.zeroshot import ZeroShotHead
 
 WHAT, FILE = "analysis", "analysis.json"
@@ -278,7 +278,7 @@ def analyze(
     if bases is not None:
         output_bases(view, bases, (kind,))
     with step("encoding"):
-        cache = unit_source(data, view.module, (kind,)).cached()
+        cache = cache_of(data, view.module, (kind,))
     if head is not None and cache.labels is None:
         raise ValueError("a head needs labels; the data hold only images")
     if bases is None:

@@ -24,7 +24,7 @@ from residual_kernels.analysis.reading import (
 from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
 from residual_kernels.towers import Tower, Unit
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.source import cached_source, unit_source
+from residual_kernels.units.source import cache_of, cached_source, unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
 RANK_BYTES = 64 * 2**20  # of sorted keys at a time
@@ -168,7 +168,7 @@ def rank_correlations(
     20 ns a number on one core, 15 s for 144 heads, 512 coordinates and 10,000 images), in blocks of bounded memory. A
     loader is encoded in memory first.
     """
-    cache = unit_source(data, tower, (kind,)).cached()
+    cache = cache_of(data, tower, (kind,))
     basis = property_basis(properties, cache.output.shape[1])
     out = cache.output.cpu().double()
     out = out - out.mean(0)

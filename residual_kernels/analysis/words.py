@@ -18,7 +18,7 @@ from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.bundled.captions import prompt
 from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.source import unit_source
+from residual_kernels.units.source import cache_of
 from residual_kernels.zeroshot import ZeroShotHead
 
 CRITERIA = ("l1", "std")
@@ -345,7 +345,7 @@ def words_of_units(
 
     `criterion` "l1" (the sum of |residual . atom| over images) or "std". Units come in groups of bounded memory.
     """
-    cache = unit_source(data, tower, (kind,)).cached()
+    cache = cache_of(data, tower, (kind,))
     _check(dictionary, count, cache.output.shape[1])
     found = []
     for group in coordinates(tower, cache, kind, units):

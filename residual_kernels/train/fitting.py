@@ -207,8 +207,8 @@ class Run:
             digest({"class_weight": class_weight}, {}) if isinstance(class_weight, Tensor) else class_weight
         )
         return {
-            "train": checkpoints.of_cache(train.cached(), self.labels),
-            "val": None if val is None else checkpoints.of_cache(val.cached(), self.val_labels),
+            "train": checkpoints.of_cache(train.cache, self.labels),
+            "val": None if val is None else checkpoints.of_cache(val.cache, self.val_labels),
             "head": checkpoints.of_heads(self.heads),
             "adapter": type(self.adapter).__name__,
             "constants or starting weights": checkpoints.of_adapter(self.adapter, self.starts),

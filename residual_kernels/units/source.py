@@ -11,47 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed, towers
-from residual_kernels.towers import Terms, Tower
+from residual_kernels.towers import Terms
 from residual_kernels.units.cache import UnitCache, encode
-from residual_kernels.units.checks import (
-    check_finite,
-    check_finite_units,
-    check_range,
-    checked_labels,
-    parts_of,
-)
+from residual_kernels.units.checks import check_finite_units, check_range
+from residual_kernels.units.loader import IGNORED, NEEDED, LoadedUnits, Stream, UnitBatch
 
 ROWS = 512  # of a cache at a time, where nothing else bounds a batch
 IMAGES = 64  # of a tensor of images that go through the tower at a time
 AHEAD = 2  # batches read while one is computed with
 Rows = Tensor | slice  # numbers of rows, or a run of them
-
-
-class UnitBatch:
-    """The units of some images.
-
-    Attributes:
-        rows: [n] int64 on the CPU, the positions of the images in their source.
-        labels: [n] int64 on the CPU, or None.
-        images: [n, 3, H, W] on the tower's device, or None where the tower ran before (a cache).
-        terms: :class:`Terms` on the source's device. Of images they are computed when first asked for, without
-            gradients.
-    """
-
-    def __init__(
-        self, rows: Tensor, labels: Tensor | None, images: Tensor | None, terms: Callable[[], Terms]
-    ):
-        self.rows, self.labels, self.images = rows, labels, images
-        self._make, self._terms = terms, None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def terms(self) -> Terms:
-        if self._terms is None:
-            self._terms = self._make()
-        return self._terms
 
 
 class UnitSource(Protocol):
@@ -95,10 +63,6 @@ class UnitSource(Protocol):
 
     def subset(self, rows: Tensor) -> "UnitSource":
         """Some of the rows; errors go on naming them by their numbers here."""
-        ...
-
-    def cached(self) -> UnitCache:
-        """The cache behind this source, or one made in memory by one pass of the tower."""
         ...
 
 
@@ -147,72 +111,6 @@ class CachedUnits:
     def subset(self, rows: Tensor) -> "CachedUnits":
         return CachedUnits(self.cache.subset(rows), self.kinds, self.device, self.names[rows])
 
-    def cached(self) -> UnitCache:
-        return self.cache
-
-
-class LoadedUnits:
-    """A loader of images, or of (images, labels), as a :class:`UnitSource`: the tower runs at every reading.
-
-    With `classes` labels are read, and must be there and below it; they are not looked at otherwise.
-    """
-
-    indexed = False
-    count = labels = ids = class_names = None
-
-    def __init__(
-        self, loader: Iterable, view: Tower, kinds: tuple[str, ...], labelled: bool, classes: int | None
-    ):
-        self.loader, self.view, self.kinds = loader, view, kinds
-        self.labelled, self.classes = labelled, classes
-        self.repeatable = not isinstance(loader, Iterator)
-        self.device = next(view.module.parameters()).device
-
-    def _labels(self, labels, count: int) -> Tensor | None:
-        if not self.labelled:
-            return None
-        if labels is None:
-            raise ValueError("this needs labels; the loader gives only images")
-        labels = checked_labels(labels, count)
-        if self.classes is not None:
-            check_range(labels, self.classes)
-        return labels
-
-    @torch.no_grad()
-    def _terms(self, images: Tensor) -> Terms:
-        return self.view.terms(images, self.kinds)
-
-    def batches(
-        self, size: int | None = None, *, shared: bool = False, ahead: bool = False
-    ) -> Iterator[UnitBatch]:
-        count = 0
-        for batch in self.loader:
-            images, labels = parts_of(batch)
-            if not isinstance(images, Tensor):
-                self.view.check_images(images)  # says what was expected
-            images = images.to(self.device)
-            if not len(images):
-                continue
-            self.view.check_images(images)
-            check_finite(images, first=count)
-            rows = torch.arange(count, count + len(images))
-            yield UnitBatch(
-                rows, self._labels(labels, len(images)), images, lambda images=images: self._terms(images)
-            )
-            count += len(images)
-
-    def along(self, rows: Iterable[Rows], *, ahead: bool = False) -> Iterator[UnitBatch]:
-        raise ValueError("a loader is read in its own order; encode it to read rows by number")
-
-    def first(self, size: int = ROWS) -> Terms | None:
-        return None
-
-    def subset(self, rows: Tensor) -> "UnitSource":
-        raise ValueError("a loader is read whole; encode it to choose rows by number")
-
-    def cached(self) -> UnitCache:
-        return encode(self.view.module, self.loader, kinds=self.kinds)
-
 
 def unit_source(
     data: "UnitCache | Tensor | Iterable",
@@ -245,7 +143,9 @@ def unit_source(
     more = tuple(kind for kind in also if kind not in kinds)
     if not isinstance(data, UnitCache):
         loader = data.split(IMAGES) if isinstance(data, Tensor) else data
-        return LoadedUnits(loader, view, (*kinds, *more), labelled, classes)
+        return LoadedUnits(
+            Stream(loader), view, (*kinds, *more), NEEDED if labelled else IGNORED, classes=classes
+        )
     data.check(view.module, kinds)
     if labelled and data.labels is None:
         raise ValueError("this needs labels; the cache holds only images")
@@ -256,14 +156,21 @@ def unit_source(
     return CachedUnits(data, kinds, device, torch.arange(len(data)))
 
 
+def cache_of(data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = ()) -> UnitCache:
+    """`data` itself where it is a cache (of this tower, with these kinds); images are encoded in memory."""
+    source = unit_source(data, tower, kinds)
+    if source.indexed:
+        return data
+    loader = data.split(IMAGES) if isinstance(data, Tensor) else data
+    return encode(towers.view(towers.unwrap(tower)).module, loader, kinds=kinds)
+
+
 def cached_source(
     data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = (), **options
 ) -> UnitSource:
     """:func:`unit_source`, but always indexed: images are encoded in memory first, in one pass of the tower."""
     kinds = tuple(kinds)
-    also = options.pop("also", ())
-    cache = unit_source(data, tower, kinds, also=also).cached()
-    return unit_source(cache, tower, kinds, also=also, **options)
+    return unit_source(cache_of(data, tower, kinds), tower, kinds, **options)
 
 
 def rows_within(row_bytes: int, memory: int, most: int = ROWS) -> int:

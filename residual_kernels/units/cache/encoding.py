@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from residual_kernels import distributed, towers
 from residual_kernels.files import SCHEMA, map_tensors, remove_partials, write_json
-from residual_kernels.units.cache import loading
-from residual_kernels.units.cache.loading import ALL, FIRST, NONE, Indexed, Stream
 from residual_kernels.units.cache.resume import UNFINISHED, check_extent, finish, is_whole, lock, manifest_of
 from residual_kernels.units.cache.shards import (
     DTYPES,
@@ -31,7 +29,19 @@ from residual_kernels.units.cache.shards import (
     write_shard,
 )
 from residual_kernels.units.cache.unit_cache import UnitCache
-from residual_kernels.units.checks import check_finite, checked_labels, parts_of
+from residual_kernels.units.loader import (
+    ALL,
+    FIRST,
+    KEPT,
+    NONE,
+    LoadedUnits,
+    Stream,
+    UnitBatch,
+    data_of,
+    image_digest,
+    preprocessing_of,
+    resumable,
+)
 
 
 def encode(
@@ -97,91 +107,66 @@ def encode(
         raise ValueError(f"dtype must be one of {', '.join(STORED)}; got {dtype}")
     if shard_images is not None and shard_images < 1:
         raise ValueError(f"a shard holds at least one image; got shard_images={shard_images}")
-    encoder = _Encoder(view, kinds, dtype, class_names)
+    reader = Stream(loader) if path is None else resumable(loader)
+    source = LoadedUnits(reader, view, kinds, KEPT, class_names=class_names)
     if path is None:
-        return _in_memory(encoder, Stream(loader), progress)
+        return _in_memory(source, dtype, progress)
     run = {
         "tower": view.name,
         "checksum": towers.checksum(view.module),
         "tower_dtype": _dtype_name(weight.dtype),
-        "preprocessing": loading.preprocessing_of(loader) if preprocessing is None else preprocessing,
-        "data": loading.data_of(loader) if data is None else data,
+        "preprocessing": preprocessing_of(loader) if preprocessing is None else preprocessing,
+        "data": data_of(loader) if data is None else data,
         "kinds": list(kinds),
         "dtype": _dtype_name(dtype),
         "class_names": None if class_names is None else list(class_names),
     }
-    return _on_disk(encoder, loading.source(loader), Path(path), run, shard_images, progress, timeout)
+    return _on_disk(source, Path(path), run, shard_images, progress, timeout)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Encoder:
-    """The tower, and what is kept of its terms."""
-
-    def __init__(self, view: towers.Tower, kinds: tuple[str, ...], dtype: torch.dtype, class_names):
-        self.view, self.kinds, self.dtype, self.class_names = view, kinds, dtype, class_names
-        self.device = next(view.module.parameters()).device
-        self.labelled: bool | None = None
-
-    def checked(self, batch: tuple[Any, Any]) -> tuple[Tensor, Tensor | None]:
-        """(images, labels) of a batch whose labels fit its images."""
-        images, labels = batch
-        if not isinstance(images, Tensor):
-            self.view.check_images(images)  # says what was expected
-        if not len(images):
-            return images, None
-        if self.labelled is None:
-            self.labelled = labels is not None
-        if self.labelled != (labels is not None):
-            raise ValueError("some batches have labels and some have none; give labels for all or for none")
-        return images, None if labels is None else checked_labels(labels, len(images), self.class_names)
-
-    @torch.no_grad()
-    def columns(self, first: int, images: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """What is kept of some images, on the CPU."""
-        images = images.to(self.device)
-        self.view.check_images(images)
-        check_finite(images, first)
-        terms = self.view.terms(images, self.kinds)
-        columns = {f"z.{kind}": terms.z[kind].to(self.dtype) for kind in self.kinds}
-        columns |= {"scale": terms.scale, "mean": terms.mean, "output": terms.output.to(terms.scale.dtype)}
-        for name, value in columns.items():
-            if value.sum().isfinite():  # a sum may overflow, so it only raises suspicion
-                continue
-            bad = (~value.reshape(len(value), -1).isfinite().all(1)).nonzero()
-            if len(bad):
-                raise ValueError(
-                    f"the tower gives NaN or Inf as {name} of image {first + int(bad[0])} in {value.dtype}; use a "
-                    "tower or a dtype with more range (bfloat16, float32), or look at its weights"
-                )
-        columns = {name: value.cpu() for name, value in columns.items()}
-        if labels is not None:
-            columns["labels"] = labels
-        columns["ids"] = torch.arange(first, first + len(images))
-        return columns
+def _columns(batch: UnitBatch, kinds: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is kept of some images, on the CPU."""
+    terms = batch.terms
+    columns = {f"z.{kind}": terms.z[kind].to(dtype) for kind in kinds}
+    columns |= {"scale": terms.scale, "mean": terms.mean, "output": terms.output.to(terms.scale.dtype)}
+    for name, value in columns.items():
+        if value.sum().isfinite():  # a sum may overflow, so it only raises suspicion
+            continue
+        bad = (~value.reshape(len(value), -1).isfinite().all(1)).nonzero()
+        if len(bad):
+            raise ValueError(
+                f"the tower gives NaN or Inf as {name} of image {int(batch.rows[bad[0]])} in {value.dtype}; use a "
+                "tower or a dtype with more range (bfloat16, float32), or look at its weights"
+            )
+    columns = {name: value.cpu() for name, value in columns.items()}
+    if batch.labels is not None:
+        columns["labels"] = batch.labels
+    columns["ids"] = batch.rows
+    return columns
 
 
-def _in_memory(encoder: _Encoder, source: Stream, progress: Callable[[int], None] | None) -> UnitCache:
+def _in_memory(source: LoadedUnits, dtype: torch.dtype, progress: Callable[[int], None] | None) -> UnitCache:
     parts = []
-    for piece in source.pieces(None, lambda _: ALL, encoder.checked):
-        parts.append(encoder.columns(*piece))
+    for batch in source.batches():
+        parts.append(_columns(batch, source.kinds, dtype))
         if progress is not None:
-            progress(len(parts[-1]["ids"]))
+            progress(len(batch))
     if not parts:
         raise ValueError("the loader gave no images to encode")
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return UnitCache(
-        {kind: joined[f"z.{kind}"] for kind in encoder.kinds},
+        {kind: joined[f"z.{kind}"] for kind in source.kinds},
         *(joined.get(name) for name in ("scale", "mean", "output", "labels", "ids")),
-        towers.checksum(encoder.view.module), encoder.class_names,
+        towers.checksum(source.view.module), source.class_names,
     )  # fmt: skip
 
 
 def _on_disk(
-    encoder: _Encoder,
-    source: Stream | Indexed,
+    source: LoadedUnits,
     path: Path,
     run: dict[str, Any],
     shard_images: int | None,
@@ -190,12 +175,12 @@ def _on_disk(
 ) -> UnitCache:
     rank, world = distributed.rank(), distributed.world()
     with contextlib.ExitStack() as held:
-        run, finished = distributed.from_first(lambda: _begin(held, encoder, source, path, run, shard_images))
+        run, finished = distributed.from_first(lambda: _begin(held, source, path, run, shard_images))
         if finished:
             return UnitCache.load(path, verify="size")
         size = run["shard_images"]
         mark = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
-        encoder.labelled = "labels" in run["columns"]
+        source.labelled = "labels" in run["columns"]
 
         mine = {}  # what each process has verified of the finished shards
         for index, file in shard_files(path).items():
@@ -204,7 +189,7 @@ def _on_disk(
                 if found is not None:
                     mine[index] = found
         done = dict(sorted(pair for part in distributed.gather(list(_rows(mine).items())) for pair in part))
-        check_extent(path, done, size, source.count)
+        check_extent(path, done, size, source.reader.count)
         if progress is not None and mine:
             progress(sum(row["images"] for row in _rows(mine).values()))
         before = list(done)
@@ -216,17 +201,19 @@ def _on_disk(
             return ALL if turn % world == rank else NONE
 
         writer = held.enter_context(_Writer(path, size, run["columns"], mark))
-        for first, images, labels in source.pieces(size, need, encoder.checked):
+        dtype = DTYPES[run["dtype"]]
+        for batch in source.pieces(size, need):
+            first = int(batch.rows[0])
             shard = first // size
             if shard in mine:
-                if mine[shard][1]["first_image"] != loading.image_digest(images):
+                if mine[shard][1]["first_image"] != image_digest(batch.images):
                     raise _changed(path / mine[shard][0]["file"], first)
                 continue
-            writer.add(first, encoder.columns(first, images, labels), images)
+            writer.add(first, _columns(batch, source.kinds, dtype), batch.images)
             if progress is not None:
-                progress(len(images))
+                progress(len(batch))
         writer.finish()
-        made = distributed.gather((list(writer.rows.items()), source.count), timeout)
+        made = distributed.gather((list(writer.rows.items()), source.reader.count), timeout)
         rows = done | dict(pair for part, _ in made for pair in part)
         distributed.from_first(lambda: finish(path, run, rows, [count for _, count in made]))
     return UnitCache.load(path, verify="size")  # written and read back by this very run
@@ -238,8 +225,7 @@ def _rows(found: dict[int, tuple[dict, dict]]) -> dict[int, dict]:
 
 def _begin(
     held: contextlib.ExitStack,
-    encoder: _Encoder,
-    source: Stream | Indexed,
+    source: LoadedUnits,
     path: Path,
     run: dict[str, Any],
     shard_images: int | None,
@@ -254,7 +240,7 @@ def _begin(
             return run, True
     remove_partials(path, UNFINISHED)
     if manifest is None:
-        run = _planned(encoder, source, run, shard_images)
+        run = _planned(source, run, shard_images)
     else:
         run = manifest["run"]
     if manifest is None or manifest["complete"]:
@@ -262,12 +248,11 @@ def _begin(
     return run, False
 
 
-def _check_first(path: Path, source: Stream | Indexed) -> None:
+def _check_first(path: Path, source: LoadedUnits) -> None:
     """Raises ValueError unless a finished cache begins with the image that the data begin with."""
-    first = source.first()
-    images = None if first is None else parts_of(first[0])[0]
+    first = source.sample()
     _, header = map_tensors(path / shard_name(0), SHARD)
-    if images is None or header["first_image"] != loading.image_digest(images):
+    if first is None or header["first_image"] != image_digest(first[0].images):
         raise _changed(path / shard_name(0), 0)
 
 
@@ -278,16 +263,13 @@ def _changed(shard: Path, first: int) -> ValueError:
     )
 
 
-def _planned(
-    encoder: _Encoder, source: Stream | Indexed, run: dict[str, Any], shard_images: int | None
-) -> dict[str, Any]:
+def _planned(source: LoadedUnits, run: dict[str, Any], shard_images: int | None) -> dict[str, Any]:
     """The run with what its first image tells: the columns, and how many images make a shard."""
-    first = source.first()
+    first = source.sample()
     if first is None:
         raise ValueError("the loader gave no images to encode")
     batch, batch_size = first
-    images, labels = encoder.checked(parts_of(batch))
-    columns = encoder.columns(0, images[:1], None if labels is None else labels[:1])
+    columns = _columns(batch, source.kinds, DTYPES[run["dtype"]])
     if shard_images is None:
         fit = max(1, SHARD_BYTES // sum(value.nbytes for value in columns.values()))
         shard_images = fit // batch_size * batch_size or fit
@@ -319,7 +301,7 @@ class _Writer:
         """Rows of one shard, in order."""
         if first % self.size == 0:
             self._flush()
-            self._index, self._first_image = first // self.size, loading.image_digest(images)
+            self._index, self._first_image = first // self.size, image_digest(images)
             self._tensors = {
                 name: value.new_empty(self.size, *value.shape[1:]) for name, value in columns.items()
             }

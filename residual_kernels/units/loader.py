@@ -1,13 +1,13 @@
-"""Which images go through the tower together? Batches of a loader, cut where shards end.
+"""What does the tower make of a loader? Its images, checked, batch by batch, in pieces that end where shards end.
 
-A cut is the same whether the pass begins at the first image or goes on after an interruption, and whoever makes it, so
-that the tower sees the same batches and its results are the same to the bit.
+A piece is the same whether the pass begins at the first image or resumes, and whoever makes it: the tower sees the same
+batches, and its results are the same to the bit.
 """
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -23,11 +23,134 @@ from torch.utils.data import (
     default_collate,
 )
 
-from residual_kernels.units.checks import parts_of
+from residual_kernels.towers import Terms, Tower
+from residual_kernels.units.checks import check_finite, check_range, checked_labels, parts_of
 
+IGNORED, NEEDED, KEPT = (
+    "ignored",
+    "needed",
+    "kept",
+)  # what becomes of a loader's labels; kept: where it has them
 ALL, FIRST, NONE = "all", "first", "none"  # what a pass needs of a shard's images
 Piece = tuple[int, Any, Any]  # number of the first image, images, labels or None
 Need = Callable[[int], str]  # of a shard, by its index
+
+
+class UnitBatch:
+    """The units of some images.
+
+    Attributes:
+        rows: [n] int64 on the CPU, the positions of the images in their source.
+        labels: [n] int64 on the CPU, or None.
+        images: [n, 3, H, W] on the tower's device, or None where the tower ran before (a cache).
+        terms: :class:`Terms` on the source's device. Of images they are computed when first asked for, without
+            gradients.
+    """
+
+    def __init__(
+        self, rows: Tensor, labels: Tensor | None, images: Tensor | None, terms: Callable[[], Terms]
+    ):
+        self.rows, self.labels, self.images = rows, labels, images
+        self._make, self._terms = terms, None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def terms(self) -> Terms:
+        if self._terms is None:
+            self._terms = self._make()
+        return self._terms
+
+
+class LoadedUnits:
+    """A loader of images, or of (images, labels): a :class:`UnitSource` whose tower runs at every reading.
+
+    Args:
+        reader: :class:`Stream` or :class:`Indexed`.
+        labels: IGNORED (not even looked at), NEEDED, or KEPT (every batch has them, or none).
+        class_names, classes: what the labels are checked against, where given.
+    """
+
+    indexed = False
+    count = ids = None
+    labels = None  # they come with the batches
+
+    def __init__(
+        self,
+        reader: "Stream | Indexed",
+        view: Tower,
+        kinds: tuple[str, ...],
+        labels: str = IGNORED,
+        *,
+        class_names: Sequence[str] | None = None,
+        classes: int | None = None,
+    ):
+        self.reader, self.view, self.kinds = reader, view, kinds
+        self.policy, self.class_names, self.classes = labels, class_names, classes
+        self.labelled: bool | None = None  # whether the batches have labels, once that is known
+        self.repeatable = not isinstance(reader.loader, Iterator)
+        self.device = next(view.module.parameters()).device
+
+    def batches(
+        self, size: int | None = None, *, shared: bool = False, ahead: bool = False
+    ) -> Iterator[UnitBatch]:
+        return self.pieces(None, lambda _: ALL)
+
+    def pieces(self, size: int | None, need: Need) -> Iterator[UnitBatch]:
+        """What is needed, in pieces that end where a shard of `size` images ends."""
+        for first, images, labels in self.reader.pieces(size, need, self._checked):
+            yield self._batch(first, images, labels)
+
+    def sample(self) -> tuple[UnitBatch, int] | None:
+        """(the first image, how many images a batch holds), or None where there are no images."""
+        found = self.reader.first()
+        if found is None:
+            return None
+        batch, size = found
+        images, labels = self._checked(batch)
+        return self._batch(0, images[:1], None if labels is None else labels[:1]), size
+
+    def along(self, rows: Iterable, *, ahead: bool = False) -> NoReturn:
+        raise ValueError("a loader is read in its own order; encode it to read rows by number")
+
+    def subset(self, rows: Tensor) -> NoReturn:
+        raise ValueError("a loader is read whole; encode it to choose rows by number")
+
+    def first(self, size: int | None = None) -> None:
+        return None  # a loader may not be read twice
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """(images, labels) of what the loader yields."""
+        images, labels = parts_of(batch)
+        if not isinstance(images, Tensor):
+            self.view.check_images(images)  # says what was expected
+        if not len(images) or self.policy == IGNORED:
+            return images, None
+        if self.policy == NEEDED and labels is None:
+            raise ValueError("this needs labels; the loader gives only images")
+        if self.labelled is None:
+            self.labelled = labels is not None
+        if self.labelled != (labels is not None):
+            raise ValueError("some batches have labels and some have none; give labels for all or for none")
+        if labels is None:
+            return images, None
+        labels = checked_labels(labels, len(images), self.class_names)
+        if self.classes is not None:
+            check_range(labels, self.classes)
+        return images, labels
+
+    def _batch(self, first: int, images: Tensor, labels: Tensor | None) -> UnitBatch:
+        rows = torch.arange(first, first + len(images))
+        here = images.to(self.device)
+        self.view.check_images(here)
+        check_finite(here, first)
+
+        @torch.no_grad()
+        def terms() -> Terms:
+            return self.view.terms(here, self.kinds)
+
+        return UnitBatch(rows, labels, here, terms)
 
 
 class Stream:
@@ -60,10 +183,10 @@ class Stream:
     def pieces(
         self, size: int | None, need: Need, checked: Callable[[Any], tuple[Tensor, Any]]
     ) -> Iterator[Piece]:
-        """What is needed, in pieces that end where a shard of `size` images ends; `checked` looks at every batch."""
+        """What is needed, in pieces that end where a shard of `size` images ends; `checked` opens every batch."""
         row = 0
         for batch in self._batches():
-            images, labels = checked(parts_of(batch))
+            images, labels = checked(batch)
             at = 0
             while at < len(images):
                 shard, inside = (0, row) if size is None else divmod(row, size)
@@ -126,11 +249,11 @@ class Indexed:
             multiprocessing_context=of.multiprocessing_context, prefetch_factor=of.prefetch_factor,
         )  # fmt: skip
         for cut, batch in zip(cuts, batches, strict=True):
-            images, labels = checked(parts_of(batch))
+            images, labels = checked(batch)
             yield cut.start, images, labels
 
 
-def source(loader: Iterable) -> Stream | Indexed:
+def resumable(loader: Iterable) -> Stream | Indexed:
     """How a pass that can be interrupted reads this loader; a ValueError when its order cannot be relied on."""
     if not isinstance(loader, DataLoader):
         return Stream(loader)
