@@ -8,7 +8,6 @@ criterion but "l1" needs second moments alone, so it needs bases and no data at 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from residual_kernels.analysis.reading import coordinates
 from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.bundled.captions import prompt
 from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
+from residual_kernels.data.text import decoded, user_path
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of
 from residual_kernels.zeroshot import ZeroShotHead
@@ -66,11 +66,9 @@ class TextDictionary:
     def from_file(
         cls, model: nn.Module, tokenizer: Callable, path: str | os.PathLike, templates=("{}",)
     ) -> "TextDictionary":
-        """A text file (UTF-8) with a word or phrase a line; blank lines and lines that begin with # are skipped."""
-        try:
-            lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+        """A text file with a word or phrase a line; blank lines and lines that begin with # are skipped."""
+        text = decoded(user_path(path).read_bytes(), str(path))
+        lines = [line.strip() for line in text.splitlines()]
         words = [line for line in lines if line and not line.startswith("#")]
         if not words:
             raise ValueError(f"{path} holds no words; write one a line")

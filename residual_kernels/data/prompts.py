@@ -3,9 +3,11 @@
 import functools
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from residual_kernels.data.models import BUNDLED
+from residual_kernels.data.text import normal, read_lines
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed
@@ -16,14 +18,45 @@ _NAMES, _TEMPLATES = "en_classnames.json", "en_zeroshot_classification_templates
 def class_names(source: str | None, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Names for class folders: the folder names, or those of `source`, in the folders' sorted order.
 
-    `source` is a file with one name a line, or ``clip_benchmark:eurosat``.
+    `source` is a file with one name a line in the folders' order (number order where all are numbers), a file of
+    lines ``folder<TAB>name`` in any order, or ``clip_benchmark:eurosat``.
     """
     if source is None:
         return tuple(name.replace("_", " ") for name in folders)
-    names = _from_table(source, _NAMES) if source.startswith(TABLE) else tuple(_lines(source, "class names"))
+    if source.startswith(TABLE):
+        names = _from_table(source, _NAMES)
+    else:
+        lines = read_lines(source, "class names")
+        if any("\t" in line.strip() for line in lines):
+            return _by_folder(source, lines, folders)
+        names = tuple(line.strip() for line in lines)
     if len(names) != len(folders):
-        raise ValueError(f"{source} has {len(names)} class names, but there are {len(folders)} class folders")
+        raise ValueError(
+            f"{source} has {len(names)} class names, but there are {len(folders)} class folders; lines of "
+            "folder<TAB>name say which is which"
+        )
     return names
+
+
+def _by_folder(source: str, lines: list[str], folders: tuple[str, ...]) -> tuple[str, ...]:
+    named = {}
+    for number, line in enumerate(lines, 1):
+        folder, _, name = (part.strip() for part in line.partition("\t"))
+        if not (folder and name):
+            raise ValueError(f"{source}: line {number} is {line.strip()!r}, where others are folder<TAB>name")
+        if named.setdefault(normal(folder), name) != name:
+            raise ValueError(f"{source} names the folder {folder} twice: {named[normal(folder)]} and {name}")
+    lacking = [folder for folder in folders if normal(folder) not in named]
+    if lacking:
+        raise ValueError(
+            f"{source} has no name for {', '.join(lacking[:5])} ({len(lacking)} of {len(folders)})"
+        )
+    return tuple(named[normal(folder)] for folder in folders)
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether classes are called by numbers only, which say nothing to a text tower."""
+    return all(name.isdecimal() for name in names)
 
 
 def templates(source: str | None, model: str) -> tuple:
@@ -41,7 +74,11 @@ def templates(source: str | None, model: str) -> tuple:
         return BUNDLED_TEMPLATES if model == BUNDLED else DEFAULT_TEMPLATES
     if source.startswith(TABLE):
         return tuple(text.replace("{c}", "{}") for text in _from_table(source, _TEMPLATES))
-    return tuple(named[source]) if source in named else tuple(_lines(source, "templates"))
+    return (
+        tuple(named[source])
+        if source in named
+        else tuple(line.strip() for line in read_lines(source, "templates"))
+    )
 
 
 def table_of_names(data_set: str) -> tuple[str, ...] | None:
@@ -71,13 +108,3 @@ def _table(file: str) -> dict | None:
         return None
     path = Path(spec.submodule_search_locations[0]) / "datasets" / file
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _lines(source: str, what: str) -> list[str]:
-    path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of {what} at {source}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines:
-        raise ValueError(f"{source} is empty; it should hold one of the {what} a line")
-    return lines

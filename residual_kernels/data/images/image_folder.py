@@ -1,133 +1,126 @@
 """Images of a folder, or of a zip of one."""
 
-import io
+import contextlib
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
 
 import torch
-from PIL import Image
 
-from residual_kernels.data.images.base import Images, read_picture
-from residual_kernels.data.models import nearest
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+from residual_kernels.data.images.account import Account
+from residual_kernels.data.images.archive import members, split_archive
+from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.decode import MARK, MAX_BYTES, UnreadableImage
+from residual_kernels.data.images.listing import by_folder, images_among, is_flat, is_system, walk
+from residual_kernels.data.text import user_path
 
 
 class ImageFiles(Images):
     """Images of a folder or of a zip.
 
-    With `labelled`, the layout is ImageFolder's: one folder per class, `class/**/image`. Otherwise all images below the
+    With labels the layout is ImageFolder's: one folder per class, ``class/**/image``. Otherwise all images below the
     path are taken. A path may go on inside a zip: ``photos.zip/train``.
+
+    Args:
+        path: the folder, the zip, or a folder inside it.
+        preprocess: PIL image -> tensor [3, H, W].
+        labelled: whether labels are wanted; None for labels where images lie in folders of their own.
+        exif: whether images are turned as their EXIF orientation says.
+        identity: see :class:`Images`.
 
     Attributes:
         names: of the images, relative to the path, in sorted order.
         labels: int64 [N].
-        class_names: names of the class folders, or None.
+        class_names: names of the class folders, in number order where all are numbers, or None.
+
+    Raises FileNotFoundError or ValueError when there is no such data set.
     """
 
-    def __init__(self, path: str | os.PathLike, preprocess: Callable, *, labelled: bool = True):
-        self.path, self.preprocess = Path(path), preprocess
-        self.archive, self.prefix = _split_archive(self.path)
-        self.names = self._list()
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        preprocess: Callable,
+        *,
+        labelled: bool | None = True,
+        exif: bool = True,
+        identity: str = "auto",
+    ):
+        self.path, self.preprocess, self.exif, self.identity = user_path(path), preprocess, exif, identity
+        self.archive, self.prefix = split_archive(self.path)
+        self.account = Account(str(self.path))
+        entries, folders = self._list()
+        self.names, self._entries = list(entries), list(entries.values())
         if not self.names:
-            raise ValueError(f"{self.path} holds no images ({', '.join(IMAGE_ENDINGS[:4])} ...)")
+            there = ", ".join(f"{count} {ending}" for ending, count in self.account.ignored.most_common(4))
+            raise ValueError(f"{self.path} holds no images (.jpg, .png ...); it holds {there or 'nothing'}")
         self.class_names: tuple[str, ...] | None = None
         self.labels = torch.full((len(self.names),), -1)
+        if labelled is None:
+            labelled = not is_flat(self.names)
         if labelled:
-            self._label()
-        self._open: tuple[int, zipfile.ZipFile] | None = (
-            None  # by process: a zip handle must not cross a fork
-        )
+            self.class_names, self.labels = by_folder(self.names, folders, self.path, self.account)
+            self._count_classes()
+        # by process: a zip handle must not cross a fork
+        self._handle: tuple[int, zipfile.ZipFile] | None = None
 
-    def _list(self) -> list[str]:
+    def _list(self) -> tuple[dict[str, zipfile.ZipInfo | None], set[str]]:
+        """(name -> member of the zip, names of the folders directly below the path)."""
         if self.archive is None:
-            inside = (
-                Path(root) / file for root, _, files in os.walk(self.path, followlinks=True) for file in files
-            )
-            found = (file.relative_to(self.path).as_posix() for file in inside)
+            found = [(name, folder, None) for name, folder in walk(self.path, self.account)]
         else:
+            inside = members(self.archive, self.prefix, self.account)
+            found = [(name.rstrip("/"), name.endswith("/"), info) for name, info in inside]
+        folders = {name for name, folder, _ in found if folder and "/" not in name}
+        folders |= {name.partition("/")[0] for name, _, _ in found if "/" in name}
+        entries = images_among(((name, info) for name, folder, info in found if not folder), self.account)
+        return entries, {name for name in folders if not is_system(name)}
+
+    def where(self, index: int) -> str:
+        return str(self.path / self.names[index])
+
+    def _open(self, index: int) -> bytes:
+        member = self._entries[index]
+        if member is None:
+            return self._file(index)
+        if member.file_size > MAX_BYTES:
+            raise UnreadableImage(f"{self.where(index)}{MARK}it would take {member.file_size:,} bytes")
+        if self._handle is None or self._handle[0] != os.getpid():
+            self._handle = (os.getpid(), zipfile.ZipFile(self.archive))
+        return self._handle[1].read(member)
+
+    def _file(self, index: int) -> bytes:
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
+        handle = os.open(self.path / self.names[index], os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(handle, "rb") as file:
+            found = os.fstat(handle)
+            if not stat.S_ISREG(found.st_mode):
+                raise UnreadableImage(f"{self.where(index)}{MARK}it is not a regular file")
+            if found.st_size > MAX_BYTES:
+                raise UnreadableImage(f"{self.where(index)}{MARK}it takes {found.st_size:,} bytes")
+            return file.read()
+
+    def _states(self) -> Iterator[object]:
+        """Sizes and times of change; in a zip its own checksums of the files."""
+        for name, member in zip(self.names, self._entries, strict=True):
+            if member is not None:
+                yield member.file_size, member.CRC
+                continue
             try:
-                with zipfile.ZipFile(self.archive) as file:
-                    inside = [name for name in file.namelist() if not name.endswith("/")]
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"{self.archive} is not a readable zip: {error}") from error
-            found = (name[len(self.prefix) :] for name in inside if name.startswith(self.prefix))
-        hidden = (".", "__MACOSX")
-        return sorted(
-            name
-            for name in found
-            if name.lower().endswith(IMAGE_ENDINGS)
-            and not any(p.startswith(hidden) for p in PurePosixPath(name).parts)
-        )
+                found = os.stat(self.path / name)
+            except OSError as error:  # a link to nothing, say; reading it names it
+                yield f"error {error.errno}"
+            else:
+                yield found.st_size, found.st_mtime_ns
 
-    def _label(self) -> None:
-        parts = [PurePosixPath(name).parts for name in self.names]
-        loose = [name for name, part in zip(self.names, parts, strict=True) if len(part) == 1]
-        if loose:
-            raise ValueError(
-                f"{self.path} must hold one folder per class, but {loose[0]} lies outside of any"
-            )
-        if all(len(part) > 2 for part in parts):
-            inner = ", ".join(sorted({part[0] for part in parts})[:4])
-            raise ValueError(
-                f"the folders of {self.path} ({inner}) hold folders, not images; name one of them, "
-                f"such as {self.path / parts[0][0]}"
-            )
-        self.class_names = tuple(sorted({part[0] for part in parts}))
-        empty = [name for name in self._folders() if name not in self.class_names]
-        if empty:
-            raise ValueError(f"class without images in {self.path}: {', '.join(empty)}")
-        index = {name: label for label, name in enumerate(self.class_names)}
-        self.labels = torch.tensor([index[part[0]] for part in parts])
-
-    def _folders(self) -> list[str]:
+    def _total_bytes(self) -> int | None:
         if self.archive is not None:
-            with zipfile.ZipFile(self.archive) as file:
-                inside = [n[len(self.prefix) :] for n in file.namelist() if n.startswith(self.prefix)]
-            return sorted(
-                {name.split("/")[0] for name in inside if "/" in name and not name.startswith("__MACOSX")}
-            )
-        return sorted(p.name for p in self.path.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-    def _bytes(self, name: str) -> bytes:
-        if self.archive is None:
-            return (self.path / name).read_bytes()
-        if self._open is None or self._open[0] != os.getpid():
-            self._open = (os.getpid(), zipfile.ZipFile(self.archive))
-        return self._open[1].read(self.prefix + name)
-
-    def _described(self) -> Iterator[str]:
-        """Names, labels and sizes; in a zip also its own checksums of the files."""
-        if self.archive is None:
-            seen = (f"{(self.path / name).stat().st_size}" for name in self.names)
-        else:
-            with zipfile.ZipFile(self.archive) as file:
-                entries = [file.getinfo(self.prefix + name) for name in self.names]
-            seen = (f"{entry.file_size} {entry.CRC}" for entry in entries)
-        for name, label, what in zip(self.names, self.labels.tolist(), seen, strict=True):
-            yield f"{name}\0{label}\0{what}"
+            return None
+        total = 0
+        for name in self.names:
+            with contextlib.suppress(OSError):
+                total += os.stat(self.path / name).st_size
+        return total
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": None}
-
-    def picture(self, index: int) -> tuple[Image.Image, int]:
-        name = self.names[index]
-        with read_picture(str(self.path / name)), Image.open(io.BytesIO(self._bytes(name))) as image:
-            return image.convert("RGB"), int(self.labels[index])
-
-
-def _split_archive(path: Path) -> tuple[Path | None, str]:
-    """(zip file, folder inside it with a trailing slash or "") of a path that may go on inside a zip."""
-    if path.is_dir():
-        return None, ""
-    for parent in (path, *path.parents):
-        if parent.is_file():
-            inside = path.relative_to(parent).as_posix()
-            if not zipfile.is_zipfile(parent):
-                raise ValueError(f"{parent} is neither a folder nor a zip of one")
-            return parent, "" if inside == "." else f"{inside}/"
-    siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-    hint = f"; {nearest(path.name, siblings)}" if siblings else ""
-    raise FileNotFoundError(f"there is no folder or zip at {path}{hint}")
+        return {**self.__dict__, "_handle": None}

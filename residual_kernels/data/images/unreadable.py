@@ -1,11 +1,14 @@
 """Which images cannot be read? Found before the work begins, so that what is left out is counted and named."""
 
+import copy
+import hashlib
 from collections.abc import Callable, Sequence
 
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
 from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.decode import UnreadableImage
 
 
 class _Check(Dataset):
@@ -20,7 +23,7 @@ class _Check(Dataset):
     def __getitem__(self, index: int) -> str | None:
         try:
             self.images.picture(index)
-        except ValueError as error:
+        except UnreadableImage as error:
             return str(error)
         return None
 
@@ -46,18 +49,27 @@ class SelectedImages(Images):
         if not self.rows:
             raise ValueError("none of the images can be read")
         self.names = [images.names[row] for row in self.rows]
-        self.class_names = images.class_names
-        self.preprocess = images.preprocess
+        self.labels = images.labels[self.rows]
+        self.class_names, self.preprocess = images.class_names, images.preprocess
+        self.exif, self.identity = images.exif, images.identity
+        self.account = copy.deepcopy(images.account)
+        self._count_classes()
 
-    def _described(self) -> list[str]:
-        return [self.images.fingerprint(), *self.names]
+    def where(self, index: int) -> str:
+        return self.images.where(self.rows[index])
 
-    def picture(self, index: int) -> tuple[Image, int]:
-        return self.images.picture(self.rows[index])
+    def _open(self, index: int) -> bytes | Image:
+        return self.images._open(self.rows[index])
+
+    def fingerprint(self) -> str:
+        chosen = hashlib.sha256(repr(self.names).encode("utf-8", "surrogateescape")).hexdigest()
+        return f"{len(self)} of {self.images.fingerprint()}, chosen {chosen[:16]}"
 
 
 def without(images: Images, rows: dict[int, str]) -> Images:
-    """The data set without the images at these indices."""
+    """The data set without the images at these indices (index -> why), which its account then names."""
     if not rows:
         return images
-    return SelectedImages(images, [row for row in range(len(images)) if row not in rows])
+    kept = SelectedImages(images, [row for row in range(len(images)) if row not in rows])
+    kept.account.leave_out((images.names[row], reason) for row, reason in rows.items())
+    return kept

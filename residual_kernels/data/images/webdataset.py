@@ -1,39 +1,22 @@
 """Images of WebDataset shards: tar files whose members come in groups, ``000012.jpg`` with ``000012.cls``."""
 
-import io
 import os
-import tarfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from PIL import Image
+import torch
 
-from residual_kernels.data.images.base import Images, read_picture
-from residual_kernels.data.images.image_folder import IMAGE_ENDINGS
+from residual_kernels.data.images.account import Account
+from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.decode import MARK, MAX_BYTES, UnreadableImage
+from residual_kernels.data.images.patterns import expand, is_pattern, shards_in
+from residual_kernels.data.images.tar import Sample, samples
+from residual_kernels.data.text import read_lines
 
 CLASS_FILE = "classnames.txt"  # beside the shards or one folder up, as clip_benchmark lays them out
-_LABEL = "cls"
-
-
-def shard_files(source: str | os.PathLike) -> list[Path] | None:
-    """The tar files that `source` names: one, a folder of them, or a pattern ``photos-{000..012}.tar``; else None."""
-    text = os.fspath(source)
-    if "{" in text or "::" in text:
-        return [Path(found) for found in _webdataset().shardlists.expand_urls(text)]
-    path = Path(text)
-    if path.is_dir():
-        return sorted(path.glob("*.tar")) or None
-    return [path] if path.suffix == ".tar" else None
-
-
-def _webdataset():
-    try:
-        import webdataset.shardlists
-    except ImportError as error:
-        raise ImportError(
-            "shards are read by the library `webdataset`; install it with pip install 'residual-kernels[data]'"
-        ) from error
-    return webdataset
+OPEN_FILES = 32  # shards open at once; systems allow a process some hundreds
 
 
 class ShardImages(Images):
@@ -42,83 +25,127 @@ class ShardImages(Images):
     A label is the integer in a sample's ``.cls``. Class names are the lines of classnames.txt beside the shards or one
     folder up, else the numbers. Shards that must be streamed are read by a webdataset pipeline of your own, which
     `encode` takes as it takes any loader.
+
+    Args:
+        shards: the tar files.
+        preprocess: PIL image -> tensor [3, H, W].
+        labelled: whether labels are wanted; None for labels where there are any.
+        exif: whether images are turned as their EXIF orientation says.
+        identity: see :class:`Images`.
+        skip: whether a shard that is cut short is read up to there, and named in the account.
+
+    Raises FileNotFoundError for a shard that is not there, ValueError for one that is no tar file or cut short, for
+    images without a label, and where there are no images.
     """
 
-    def __init__(self, shards: Iterable[Path], preprocess: Callable, *, labelled: bool = True):
-        self.preprocess = preprocess
+    def __init__(
+        self,
+        shards: Iterable[Path],
+        preprocess: Callable,
+        *,
+        labelled: bool | None = True,
+        exif: bool = True,
+        identity: str = "auto",
+        skip: bool = False,
+    ):
+        self.preprocess, self.exif, self.identity = preprocess, exif, identity
         self.shards = [Path(shard) for shard in shards]
+        self.account = Account(_source(self.shards))
         self.names: list[str] = []
-        self._images: list[tuple[int, int, int]] = []  # shard, offset, size
-        self._labels: list[int] = []
+        self._places: list[tuple[int, int, int]] = []  # shard, offset, size
+        labels: list[int | None] = []
         for number, shard in enumerate(self.shards):
-            self._index(number, shard, labelled)
+            found = samples(shard, self.account, skip)
+            self.names += _unique(f"{shard.name}/{one.name}" for one in found)
+            self._places += [(number, one.offset, one.size) for one in found]
+            labels += [one.label for one in found]
+            if labelled:
+                _check_labels(shard, found)
         if not self.names:
-            raise ValueError(f"{self.shards[0]} and its fellows hold no images")
+            raise ValueError(f"the shards {self.account.source} hold no images")
+        if labelled is None:
+            labelled = None not in labels
+            if not labelled and any(label is not None for label in labels):
+                lacking = self.names[labels.index(None)]
+                raise ValueError(f"some images of {self.account.source} have labels and {lacking} has none")
+        self.labels = torch.tensor([-1 if label is None or not labelled else label for label in labels])
         self.class_names = self._classes() if labelled else None
-        self._open: dict[
-            tuple[int, int], io.BufferedReader
-        ] = {}  # by process: a handle must not cross a fork
-
-    def _index(self, number: int, shard: Path, labelled: bool) -> None:
-        split = _webdataset().tariterators.base_plus_ext
-        images: dict[str, tuple[int, int, int]] = {}
-        labels: dict[str, int] = {}
-        if not shard.is_file():
-            raise FileNotFoundError(f"there is no shard {shard}")
-        try:
-            with tarfile.open(shard, "r:") as file:
-                for member in file:
-                    key, ending = split(member.name)
-                    if not member.isfile() or key is None:
-                        continue
-                    if f".{ending.lower()}" in IMAGE_ENDINGS:
-                        images[key] = (number, member.offset_data, member.size)
-                    elif ending == _LABEL and labelled:
-                        text = file.extractfile(member).read().decode("utf-8", "replace").strip()
-                        if not text.isdecimal():
-                            raise ValueError(
-                                f"{shard}: {member.name} holds {text[:20]!r}; it must be a class number, counted from 0"
-                            )
-                        labels[key] = int(text)
-        except tarfile.TarError as error:
-            raise ValueError(f"{shard} is not a readable (uncompressed) tar file: {error}") from error
-        lacking = [key for key in images if key not in labels] if labelled else []
-        if lacking:
-            raise ValueError(f"{shard}: sample {lacking[0]} has no label ({lacking[0]}.{_LABEL} is missing)")
-        self.names += [f"{shard.name}/{key}" for key in images]
-        self._images += images.values()
-        self._labels += [labels.get(key, -1) for key in images]
+        self._count_classes()
+        # by process: a handle must not cross a fork
+        self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
+        self._process = os.getpid()
 
     def _classes(self) -> tuple[str, ...]:
-        highest = max(self._labels)
+        highest = int(self.labels.max())
         for folder in (self.shards[0].parent, self.shards[0].parent.parent):
             file = folder / CLASS_FILE
             if file.is_file():
-                names = tuple(
-                    line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-                )
+                names = tuple(line.strip() for line in read_lines(file, "class names"))
                 if highest >= len(names):
                     raise ValueError(f"{file} has {len(names)} names, but the shards hold class {highest}")
                 return names
         return tuple(map(str, range(highest + 1)))
 
-    def _described(self) -> Iterator[str]:
-        for name, label, (_, _, size) in zip(self.names, self._labels, self._images, strict=True):
-            yield f"{name}\0{label}\0{size}"
+    def _states(self) -> Iterator[object]:
+        """Sizes, and when the shards were changed."""
+        changed = [found.stat().st_mtime_ns for found in self.shards]
+        for shard, _, size in self._places:
+            yield size, changed[shard]
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        handle = self._open.get((os.getpid(), shard))
-        if handle is None:
-            handle = self._open[os.getpid(), shard] = self.shards[shard].open("rb")
-        handle.seek(offset)
-        return handle.read(size)
+    def _total_bytes(self) -> int:
+        return sum(size for _, _, size in self._places)
+
+    def _open(self, index: int) -> bytes:
+        shard, offset, size = self._places[index]
+        if size > MAX_BYTES:
+            raise UnreadableImage(f"{self.where(index)}{MARK}it takes {size:,} bytes")
+        file = self._file(shard)
+        file.seek(offset)
+        data = file.read(size)
+        if len(data) < size:
+            raise UnreadableImage(f"{self.where(index)}{MARK}{self.shards[shard]} ends inside it")
+        return data
+
+    def _file(self, shard: int) -> BinaryIO:
+        if self._process != os.getpid():
+            self._handles, self._process = OrderedDict(), os.getpid()
+        if shard not in self._handles:
+            while len(self._handles) >= OPEN_FILES:
+                self._handles.popitem(last=False)[1].close()
+            self._handles[shard] = self.shards[shard].open("rb")
+        self._handles.move_to_end(shard)
+        return self._handles[shard]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_handles": OrderedDict()}
 
-    def picture(self, index: int) -> tuple[Image.Image, int]:
-        with (
-            read_picture(self.names[index]),
-            Image.open(io.BytesIO(self._bytes(*self._images[index]))) as image,
-        ):
-            return image.convert("RGB"), self._labels[index]
+
+def shard_files(source: str | os.PathLike) -> list[Path] | None:
+    """The tar files that `source` names: one, a folder of them, or a pattern ``photos-{000..012}.tar``; else None.
+
+    What exists is what it is, whatever its name looks like: a folder ``run{1}`` is a folder.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return shards_in(path)
+    if path.exists() or not is_pattern(os.fspath(source)):
+        return [path] if path.suffix.lower() == ".tar" else None
+    return [Path(found) for found in expand(os.fspath(source))]
+
+
+def _source(shards: list[Path]) -> str:
+    return str(shards[0]) if len(shards) == 1 else f"{shards[0]} and {len(shards) - 1} more shards"
+
+
+def _unique(names: Iterable[str]) -> Iterator[str]:
+    """The names, with #2, #3 ... behind those that come again."""
+    seen = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
+
+
+def _check_labels(shard: Path, found: list[Sample]) -> None:
+    lacking = [one.name for one in found if one.label is None]
+    if lacking:
+        raise ValueError(f"{shard}: sample {lacking[0]} has no label ({lacking[0]}.cls is missing)")

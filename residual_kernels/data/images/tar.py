@@ -1,0 +1,168 @@
+"""Samples of one shard, from its tar headers alone."""
+
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from residual_kernels.data.images.account import Account
+from residual_kernels.data.images.decode import image_endings
+from residual_kernels.data.images.listing import ending_of, is_system, plain_name
+
+_LABEL = ".cls"
+_KEY = re.compile(
+    r"((?:.*/)?[^./][^./]*)\.([^/]*)"
+)  # webdataset's: a sample's key ends at the name's first dot
+_LABEL_BYTES = 64  # more is no number
+_DIGITS = 6  # of a class number: names are made for every number up to the highest
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An image of a shard: its name, where its bytes lie, and its label or None."""
+
+    name: str
+    offset: int
+    size: int
+    label: int | None
+
+
+@dataclass
+class _Group:
+    """Members in a row that share a key, which is what webdataset calls a sample."""
+
+    key: str
+    images: dict[str, tuple[int, int]] = field(default_factory=dict)  # name -> offset, size
+    labels: dict[str, int] = field(default_factory=dict)  # name without its ending -> label
+
+
+def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
+    """The images of a shard in its order.
+
+    An image ``0001.v2.jpg`` has the label in ``0001.v2.cls`` or ``0001.cls``. A key that comes again later is another
+    sample; a label that stands apart from its image belongs to it when no other has its name.
+
+    Args:
+        shard: the tar file.
+        account: counts the images, and what is no image.
+        skip: whether damage ends the reading instead of raising.
+    """
+    if not shard.is_file():
+        raise FileNotFoundError(f"there is no shard {shard}")
+    groups: list[_Group] = []
+    try:
+        with tarfile.open(shard, "r:") as file:
+            for name, member in _members(file, account):
+                _enter(groups, shard, file, name, member, account)
+            end = file.offset
+        damage = _damage(shard, end)
+    except tarfile.TarError as error:
+        damage = f"{shard} is not a readable (uncompressed) tar file: {error}"
+    except EOFError as error:
+        damage = f"{shard} is cut short: {error}"
+    if damage is not None:
+        if not (skip and groups):
+            raise ValueError(damage)
+        account.notes.append(f"{damage}; what stands before is read")
+    return _labelled(groups, account)
+
+
+def _members(file: tarfile.TarFile, account: Account) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """(name, member with the bytes) of every file; a link is the member that it leads to."""
+    kept: dict[str, tarfile.TarInfo] = {}
+    for member in file:
+        name = plain_name(member.name)
+        if name is None or is_system(name):
+            continue
+        if member.islnk() or member.issym():
+            target = member.linkname
+            if member.issym():
+                target = f"{name.rpartition('/')[0]}/{target}"
+            found = kept.get(plain_name(target) or "")
+            if found is None:
+                if ending_of(name) in image_endings():
+                    account.found += 1
+                    account.left_out[name] = f"a link to {member.linkname}, which does not stand before it"
+                continue
+            member = found
+        if member.isfile():
+            kept[name] = member
+            yield name, member
+
+
+def _enter(
+    groups: list[_Group], shard: Path, file: tarfile.TarFile, name: str, member: tarfile.TarInfo, account: Account
+) -> None:  # fmt: skip
+    matched = _KEY.fullmatch(name)
+    ending = ending_of(name)
+    if matched is None or (ending not in image_endings() and ending != _LABEL):
+        account.ignored[ending] += 1
+        return
+    stem, key = name[: -len(ending)], matched[1]
+    if not groups or groups[-1].key != key or name in groups[-1].images:
+        groups.append(_Group(key))
+    if ending == _LABEL:
+        if stem in groups[-1].labels:
+            groups.append(_Group(key))
+        groups[-1].labels[stem] = _label(shard, file, name, member)
+    else:
+        groups[-1].images[name] = (member.offset_data, member.size)
+
+
+def _label(shard: Path, file: tarfile.TarFile, name: str, member: tarfile.TarInfo) -> int:
+    text = file.extractfile(member).read(_LABEL_BYTES).decode("utf-8-sig", "replace").strip()
+    if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
+        raise ValueError(f"{shard}: {name} holds {text[:20]!r}; it must be a class number, counted from 0")
+    return int(text)
+
+
+def _labelled(groups: list[_Group], account: Account) -> list[Sample]:
+    apart: dict[str, list[int]] = {}
+    for group in groups:
+        for stem, label in group.labels.items():
+            apart.setdefault(stem, []).append(label)
+    found = []
+    for group in groups:
+        for name, (offset, size) in group.images.items():
+            stem = name[: -len(ending_of(name))]
+            label = group.labels.get(stem, group.labels.get(group.key))
+            if label is None:
+                for one in (stem, group.key):
+                    if len(apart.get(one, ())) == 1:
+                        label = apart[one][0]
+                        break
+            found.append(Sample(stem, offset, size, label))
+    account.found += len(found)
+    return found
+
+
+def _damage(shard: Path, end: int) -> str | None:
+    """What is wrong with what follows the last member that could be read; None when it is the end of a whole file."""
+    with shard.open("rb") as file:
+        file.seek(end)
+        mark = file.read(tarfile.BLOCKSIZE)
+        if len(mark) < tarfile.BLOCKSIZE:
+            return f"{shard} is cut short: it ends at byte {end + len(mark):,} without the end mark of a tar file"
+        if any(mark):
+            return f"{shard} is damaged at byte {end:,}: no member begins there"
+        after = _first_byte(file)
+        if after is not None:
+            return (
+                f"{shard} holds more after its end mark, at byte {after:,}: tar files that were joined byte by byte; "
+                "join them with `tar --concatenate`, or name them one by one"
+            )
+    return None
+
+
+def _first_byte(file: BinaryIO) -> int | None:
+    """Where the first byte that is not zero lies from here on."""
+    while True:
+        start, chunk = file.tell(), file.read(_CHUNK)
+        if not chunk:
+            return None
+        rest = chunk.lstrip(b"\0")
+        if rest:
+            return start + len(chunk) - len(rest)

@@ -1,0 +1,58 @@
+"""Lines of a text file that a user wrote, whatever editor it came from."""
+
+import codecs
+import os
+import unicodedata
+from pathlib import Path
+
+_MARKS = (  # longest first: UTF-32's mark begins with that of UTF-16
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+def user_path(text: str | os.PathLike) -> Path:
+    """A path with ``~`` and environment variables expanded; one that exists as it is written is taken so."""
+    path = Path(text)
+    if "~" not in str(path) and "$" not in str(path):
+        return path
+    return path if path.exists() else Path(os.path.expanduser(os.path.expandvars(path)))
+
+
+def normal(name: str) -> str:
+    """A class's name in the one Unicode form that names are compared in; systems write é as one sign or as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def decoded(data: bytes, name: str) -> str:
+    """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; ValueError for other bytes."""
+    encoding = next((found for mark, found in _MARKS if data.startswith(mark)), "utf-8")
+    if encoding == "utf-8" and b"\0" in data[:64]:
+        encoding = (
+            "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+        )  # a mark is missing; a text holds no zeros
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"{name} is not UTF-8 text: byte {data[error.start]:#04x} in line {line}; save it as UTF-8"
+        ) from error
+
+
+def read_lines(source: str | os.PathLike, what: str) -> list[str]:
+    """The lines of a file that are not blank, without spaces around them.
+
+    Raises FileNotFoundError when there is no such file, ValueError when it holds no lines or no text.
+    """
+    path = user_path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file of {what} at {path}")
+    text = decoded(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    lines = [line.strip(" \f\v") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty; it should hold one of the {what} a line")
+    return lines
