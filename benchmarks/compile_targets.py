@@ -58,7 +58,11 @@ class Launch:
     warps: int
     stages: int
     values: dict = field(compare=False, repr=False)  # arguments of this launch
-    programs: int = field(compare=False, default=1)
+    grid: tuple = field(compare=False, default=(1,))
+
+    @property
+    def programs(self) -> int:
+        return prod(self.grid)
 
     def constant(self, name: str) -> object:
         return dict(self.constants).get(name)
@@ -131,7 +135,8 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Laun
     signature, constants, aligned = {}, {}, []
     for position, parameter in enumerate(kernel.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        special = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1 and special):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
         elif isinstance(value, Tensor):
@@ -139,7 +144,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Laun
             aligned.append(position)
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and special:
                 aligned.append(position)
     return Launch(
         kernel,
@@ -149,7 +154,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Laun
         options["num_warps"],
         options["num_stages"],
         values,
-        prod(grid),
+        tuple(grid),
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residual_kernels.experiments.shapes import SHAPES, Shape
-from residual_kernels.ops.triton import routes as triton_routes
+from residual_kernels.ops.triton import backend, layout, routes
 
 NOTES = Path(__file__).parent / "NOTES.md"
 MARKS = ("<!-- counts -->", "<!-- /counts -->")
@@ -122,25 +122,24 @@ def markdown() -> str:
 
 def plan(shape: Shape, components: list[int], rows: int, *, plain: bool = False) -> tuple[str, str]:
     """The routes the launcher plans for bf16, forward and backward."""
-    bounds = [0]
-    for size in components:
-        bounds.append(bounds[-1] + size)
-    block = triton_routes.block_components(components, 2)
-    chunks, _ = triton_routes.cut_runs(bounds, block)
-    problem = triton_routes.Problem(
+    block = routes.block_components(components, 2)
+    runs = layout.padded_bounds(components)
+    problem = routes.Problem(
         rows=rows,
         tasks=1,
         indexed=False,
         units=shape.units,
         coordinates=shape.coordinates,
-        components=bounds[-1],
+        components=sum(components),
+        padded=runs[-1],
         dim=shape.dim,
-        chunks=len(chunks),
+        chunks=len(routes.cut_runs(runs, components, block)),
         block_k=block,
+        longest=-(-max(components) // 8) * 8,
         kind="half",
         plain=plain,
     )
-    return triton_routes.plan_forward(problem).route, triton_routes.plan_backward(problem).route
+    return backend.plan_forward(problem).route, backend.plan_backward(problem).route
 
 
 def main() -> None:

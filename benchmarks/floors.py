@@ -34,6 +34,7 @@ from benchmarks.compile_targets import Launch, binary, occupancy, recorded, reso
 from benchmarks.counts import BANDWIDTH, RATE, STREAM, cheapest, moments, reweight, stream
 from residual_kernels.experiments.shapes import SHAPES, Shape
 from residual_kernels.ops.triton import backend as triton_backend
+from residual_kernels.ops.triton.layout import constants_of
 from residual_kernels.ops.triton.routes import CACHE_BANDWIDTH, LAUNCH, VENDOR_RATE
 
 RESULTS = Path(__file__).parent / "results" / "compile"
@@ -162,26 +163,43 @@ def code_of(launch: Launch, target: str) -> Code:
 # --- how often a loop runs --------------------------------------------------------------------------------------------
 
 
-def trips(launch: Launch) -> list[float]:
-    """Programs of a launch, then the trips of its nested loops over all programs."""
+def trips(launch: Launch, chunks: int) -> list[float]:
+    """Programs of a launch, then the trips of its nested loops over all programs; `chunks` are those of the pack."""
     a, programs = launch.values, float(launch.programs)
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     if name == "coefficients":
-        return [programs, len(a["chunk_ptr"]) * a["tiles"]]
+        steps = float(ceil(a["N"] / a["BLOCK_N"]) * chunks)
+        return [programs, steps, steps * a["TASKS"]]
     if name == "spectral_reweight_fwd":
-        return [programs, a["tiles"] * a["column_tiles"] * a["CHUNKS"]]
+        return [programs, programs / launch.grid[2] * len(a["chunk_ptr"])]
+    if name == "dweight":
+        tiles = launch.grid[1] * ceil(a["N"] / a["BLOCK_N"])
+        return (
+            [programs, tiles]
+            if a["t_ptr"] is not None
+            else [programs, tiles, tiles * ceil(a["D"] / a["BLOCK_D"])]
+        )
+    if name == "stream_bwd":
+        return [programs, launch.grid[1] * ceil(a["N"] / a["BLOCK_N"])]
     if name == "spectral_reweight_bwd":
-        chunks = float(len(a["chunk_ptr"]) * a["tiles"])
+        steps = float(ceil(a["N"] / a["BLOCK_N"]) * chunks)
         if a["t_ptr"] is not None:
-            return [programs, chunks, chunks * a["TASKS"]]
-        return [programs, chunks, chunks * a["TASKS"], chunks * a["TASKS"] * ceil(a["D"] / a["BLOCK_D"])]
+            return [programs, steps, steps * a["TASKS"]]
+        return [programs, steps, steps * a["TASKS"], steps * a["TASKS"] * ceil(a["D"] / a["BLOCK_D"])]
     if name == "sum_partials":
         return [programs, programs * ceil(a["SPLITS"] / a["BLOCK_S"])]
     if name == "fold":
-        return [programs, a["row_tiles"] * a["column_tiles"] * len(a["chunk_ptr"])]
+        tiles = launch.grid[0] * launch.grid[1]
+        shares = launch.grid[2] - a["COUNT"]
+        return [
+            programs,
+            tiles * chunks * a["COUNT"] / a["R"] + launch.grid[0] * shares * a["SHARE"] / a["BLOCK_K"],
+        ]
     if name == "fold_bwd":
         columns = ceil(a["D"] / a["BLOCK_D"])
         return [programs, programs * columns, programs * columns * ceil(a["C"] / a["BLOCK_C"])]
+    if name == "affine":
+        return [programs, programs * a["SHARES"]]
     if name == "unit_moments":
         return [programs, programs * ceil(a["rows_per_split"] / a["BLOCK_N"])]
     return [programs]
@@ -244,13 +262,13 @@ class Cost:
 
 
 @contextmanager
-def costed(target: str) -> Iterator[Cost]:
+def costed(target: str, chunks: int = 0) -> Iterator[Cost]:
     """The cost of the calls made inside, on meta tensors."""
     cost = Cost()
     with recorded(target) as launches, _Vendor() as vendor:
         yield cost
     for launch in launches:
-        _add_launch(cost, launch, target)
+        _add_launch(cost, launch, target, chunks)
     for name, moved, flop in vendor.calls:
         seconds = max(moved / BANDWIDTH, flop / VENDOR_RATE["half"])
         cost.kernels.append({"kernel": f"torch {name}", "MB": moved / 1e6, "estimate_us": 1e6 * seconds})
@@ -260,9 +278,9 @@ def costed(target: str) -> Iterator[Cost]:
         cost.estimate += LAUNCH + seconds
 
 
-def _add_launch(cost: Cost, launch: Launch, target: str) -> None:
+def _add_launch(cost: Cost, launch: Launch, target: str, chunks: int) -> None:
     code = code_of(launch, target)
-    count = trips(launch)
+    count = trips(launch, chunks)
     lanes = launch.warps
     floor = code.total("instructions", count) * lanes / ISSUE_RATE[target]
     flop = code.total("operations", count) * lanes
@@ -298,7 +316,7 @@ def pooled(shape: Shape, kind: str, rows: int, mode: str, target: str) -> Cost:
     tensors, sizes = constants(shape, kind)
     components = sum(shape.components(kind))
     weight = _meta(1, components)
-    with costed(target) as cost:
+    with costed(target, len(constants_of(tensors, sizes).chunks)) as cost:
         y = triton_backend.spectral_reweight_forward(z, scale, mean, weight, None, tensors, sizes)
         if mode != "fwd":
             wanted = [True, mode == "step with dz", False, False]

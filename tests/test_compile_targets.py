@@ -23,6 +23,8 @@ KERNELS = {
     "fold",
     "fold_bwd",
     "affine",
+    "dweight",
+    "stream_bwd",
     "unit_moments",
 }
 

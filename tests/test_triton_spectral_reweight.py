@@ -13,15 +13,16 @@ from hypothesis import strategies as st
 from tolerance import TF32, absolute, assert_within, enough_to_notice
 
 from residual_kernels import ops
-from residual_kernels.ops import backends, reference, torch_backend
+from residual_kernels.ops import backends, reference
 from residual_kernels.ops.triton import routes as triton_routes
 
 pytest.importorskip("triton", reason="the package triton is not installed")
-from residual_kernels.ops.triton import backward as triton_spectral_reweight_backward
+from residual_kernels.ops.triton import backend as triton_backend
 from residual_kernels.ops.triton import fold as triton_fold
-from residual_kernels.ops.triton import forward as triton_spectral_reweight
+from residual_kernels.ops.triton import forward as fused_route
+from residual_kernels.ops.triton import layout as layouts
+from residual_kernels.ops.triton.tiles import INTERPRETED
 
-INTERPRETED = triton_spectral_reweight.INTERPRETED
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode that poisons memory
 NEEDS_GPU = [
     pytest.mark.gpu,
@@ -54,8 +55,8 @@ def force(monkeypatch):
 
     def choose(route):
         for name in ("plan_forward", "plan_backward"):
-            plan = getattr(triton_routes, name)
-            monkeypatch.setattr(triton_routes, name, lambda p, plan=plan: replace(plan(p), route=route))
+            plan = getattr(triton_backend, name)
+            monkeypatch.setattr(triton_backend, name, lambda p, plan=plan: replace(plan(p), route=route))
 
     return choose
 
@@ -250,7 +251,7 @@ def test_blocks_of_rows_and_groups_of_units(route, device, force, monkeypatch):
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_any_number_of_partial_sums(splits, device, force, monkeypatch):
     force("fused")
-    monkeypatch.setattr(triton_routes, "splits_of", lambda problem, tiles: splits)
+    monkeypatch.setattr(fused_route, "splits_of", lambda problem, tiles: splits)
     check(*make(7, 16, 24, [18, 5, 16, 2]), device)
 
 
@@ -324,51 +325,37 @@ def test_inputs_are_left_alone(device):
 def test_the_route_asked_for_is_the_route_taken(route, device, force, monkeypatch):
     force(route)
     taken = []
-    watched = [
-        (triton_spectral_reweight, "fused_forward", "fused"),
-        (triton_spectral_reweight, "coefficients", "two_pass"),
-        (triton_fold, "folded_forward", "folded"),
-        (triton_fold, "folded_backward", "folded"),
-        (torch_backend, "spectral_reweight_forward", "matmul"),
-        (torch_backend, "spectral_reweight_backward", "matmul"),
-    ]
-    for module, name, label in watched:
-        function = getattr(module, name)
-        monkeypatch.setattr(
-            module,
-            name,
-            lambda *args, function=function, label=label: (taken.append(label), function(*args))[1],
+    for table in ("FORWARD", "BACKWARD"):
+        watched = tuple(
+            replace(one, run=lambda *args, one=one: (taken.append(one.name), one.run(*args))[1])
+            for one in getattr(triton_backend, table)
         )
-    backward = triton_spectral_reweight_backward.backward
-
-    def direct(dy, t, *args):
-        taken.append("fused" if t is None else "two_pass")
-        return backward(dy, t, *args)
-
-    monkeypatch.setattr(triton_spectral_reweight_backward, "backward", direct)
+        monkeypatch.setattr(triton_backend, table, watched)
     arguments, dy = make(5, 144 if route == "matmul" else 16, 20, [18, 5])
     apply(to(arguments, device), dy.to(device), "triton")
     assert taken == [route, route]
 
 
 L14 = triton_routes.Problem(
-    rows=64, tasks=1, indexed=False, units=384, coordinates=64, components=384 * 66, dim=768,
-    chunks=384 * 3, block_k=32, kind="half",
+    rows=64, tasks=1, indexed=False, units=384, coordinates=64, components=384 * 66, padded=384 * 72,
+    dim=768, chunks=384 * 3, block_k=32, longest=72, kind="half",
 )  # fmt: skip
 
 
 def test_the_plan_follows_the_shape():
-    small, large = triton_routes.plan_forward(L14), triton_routes.plan_forward(replace(L14, rows=8192))
+    small, large = triton_backend.plan_forward(L14), triton_backend.plan_forward(replace(L14, rows=8192))
     assert (small.route, large.route) == ("fused", "folded")
-    narrow = replace(L14, rows=8192, components=384 * 30, chunks=384)
-    assert triton_routes.plan_forward(narrow).route == "two_pass"
-    assert triton_routes.plan_backward(replace(L14, rows=16)).route == "fused"
-    assert triton_routes.plan_backward(replace(L14, rows=8192)).route == "two_pass"
-    assert triton_routes.plan_forward(replace(L14, indexed=True, tasks=64, rows=8192)).route != "folded"
-    assert triton_routes.plan_forward(replace(L14, coordinates=1024, indexed=True)).route == "matmul"
-    stream = replace(L14, rows=65536, units=16, components=1024, dim=1024, chunks=32, plain=True)
-    assert triton_routes.plan_forward(stream).route == "folded"
-    assert triton_routes.plan_backward(stream).route == "two_pass"
+    narrow = replace(L14, rows=8192, components=384 * 30, padded=384 * 32, longest=32, chunks=384)
+    assert triton_backend.plan_forward(narrow).route == "two_pass"
+    assert triton_backend.plan_backward(replace(L14, rows=16)).route == "fused"
+    assert triton_backend.plan_backward(replace(L14, rows=8192)).route == "two_pass"
+    assert triton_backend.plan_forward(replace(L14, indexed=True, tasks=64, rows=8192)).route != "folded"
+    assert triton_backend.plan_forward(replace(L14, coordinates=1024, indexed=True)).route == "matmul"
+    stream = replace(
+        L14, rows=65536, units=16, components=1024, padded=1024, dim=1024, chunks=32, longest=64, plain=True
+    )
+    assert triton_backend.plan_forward(stream).route == "folded"
+    assert triton_backend.plan_backward(stream).route == "two_pass"
     for plan in (small, large):
         assert plan.estimates[plan.route] == min(plan.estimates.values())
 
@@ -376,11 +363,9 @@ def test_the_plan_follows_the_shape():
 def test_partial_sums_stay_inside_the_workspace():
     for rows, dim in product((1, 16, 64, 256, 8192), (256, 1536)):
         problem = replace(L14, rows=rows, dim=dim)
-        splits = triton_routes.splits_of(problem, triton_routes.forward_tiles(problem))
+        splits = fused_route.splits_of(problem, fused_route.tiles_of(problem))
         assert splits == 1 or splits * rows * dim * 4 <= triton_routes.WORKSPACE
-    assert (
-        triton_routes.splits_of(L14, triton_routes.forward_tiles(L14)) > 16
-    )  # few rows: the units fill the chip
+    assert fused_route.splits_of(L14, fused_route.tiles_of(L14)) > 16  # few rows: the units fill the chip
 
 
 def test_explain_names_the_route_and_the_reason():
@@ -397,19 +382,41 @@ def test_explain_names_the_route_and_the_reason():
 
 
 @given(st.lists(st.integers(0, 130), min_size=1, max_size=20), st.sampled_from([16, 32, 64]))
-def test_chunks_cover_every_run_once(sizes, block):
-    bounds = [0]
-    for size in sizes:
-        bounds.append(bounds[-1] + size)
-    chunks, first = triton_routes.cut_runs(bounds, block)
+def test_chunks_cover_every_padded_run_once(sizes, block):
+    runs = layouts.padded_bounds(sizes)
+    assert all(first % 8 == 0 for first in runs)
+    chunks = triton_routes.cut_runs(runs, sizes, block)
     covered = [(unit, j) for unit, start, length in chunks for j in range(start, start + length)]
     assert covered == [
-        (unit, j) for unit, size in enumerate(sizes) for j in range(bounds[unit], bounds[unit] + size)
+        (unit, j) for unit, size in enumerate(sizes) for j in range(runs[unit], runs[unit] + size)
     ]
-    assert all(0 < length <= block for _, _, length in chunks)
-    assert [unit for unit, _, _ in chunks] == [
-        unit for unit in range(len(sizes)) for _ in range(first[unit + 1] - first[unit])
+    assert all(0 < length <= block and start % 8 == 0 for _, start, length in chunks)
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(1, 40), st.integers(1, 20))
+@settings(max_examples=30, deadline=None)
+def test_the_layout_pads_with_zeros_and_decodes(sizes, width, dim):
+    total = sum(sizes)
+    given_rows = [
+        torch.randn(total, width),
+        torch.randn(total),
+        torch.randn(total),
+        torch.randn(total),
+        torch.randn(total, dim),
     ]
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    held = layouts.constants_of(*layouts.pack(*given_rows, offsets))
+    for name, rows in zip(("proj", "bias", "slope", "offset", "basis"), given_rows, strict=True):
+        padded = getattr(held, name)
+        inside = padded[held.slots] if rows.ndim == 1 else padded[held.slots][:, : rows.shape[1]]
+        assert torch.equal(inside, rows)
+        assert torch.equal(padded.abs().double().sum(), rows.abs().double().sum()) or torch.isclose(
+            padded.abs().double().sum(), rows.abs().double().sum()
+        )
+    for code in held.chunks.tolist():
+        unit, first, length, shift = code >> 45, (code >> 24 & 0x1FFFFF) * 8, code >> 17 & 127, code & 0x1FFFF
+        assert offsets[unit] <= first - shift < first - shift + length <= offsets[unit + 1]
+        assert held.slots[first - shift] == first
 
 
 @given(st.integers(1, 128))

@@ -1,56 +1,38 @@
 """The operators on CUDA and ROCm devices, and in Triton's interpreter: layout, choice of route, dispatch.
 
-Kernels and launchers are in triton_spectral_reweight, triton_spectral_reweight_backward, triton_fold and
-triton_unit_moments, the decision is in triton_routes.
+Each route is a file with its kernels, its estimate and a record; the tables below name them all.
 No function here waits for the device, except `pack`, which reads the unit offsets once per module.
 """
 
-from math import gcd
+from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from residual_kernels.ops import torch_backend
-from residual_kernels.ops.triton import backward as direct_backward
-from residual_kernels.ops.triton import fold as folding
-from residual_kernels.ops.triton import forward as direct
-from residual_kernels.ops.triton import routes as triton_routes
+from residual_kernels.ops.triton import backward, fold, forward, layout, matmul, routes, two_pass
 from residual_kernels.ops.triton import unit_moments as moments
-from residual_kernels.ops.triton.forward import INTERPRETED, Constants
+from residual_kernels.ops.triton.layout import Call, Constants
 from residual_kernels.ops.triton.routes import NARROW, Explanation, Problem
+from residual_kernels.ops.triton.tiles import INTERPRETED
 
-ROUTES = ("fused", "two_pass", "folded", "matmul")
+FORWARD = (forward.ROUTE, two_pass.FORWARD, fold.FORWARD, matmul.FORWARD)
+BACKWARD = (backward.ROUTE, two_pass.BACKWARD, fold.BACKWARD, matmul.BACKWARD)
+ROUTES = tuple(dict.fromkeys(route.name for route in (*FORWARD, *BACKWARD)))
 
 
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
-    """Tensors of `Constants` in their order (wide units: then those of the torch backend) and its sizes.
-
-    proj gets rows of a multiple of 16 coordinates, zeros behind the last, so that every row starts aligned.
-    """
+    """Tensors and sizes of `layout.Constants` in their order; for wide units those of the torch backend behind them."""
     _refuse_float64(proj.dtype)
-    bounds = unit_offsets.tolist()
-    components, width = proj.shape
-    runs = [high - low for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
-    block_k = triton_routes.block_components(runs, proj.dtype.itemsize)
-    chunks, first = triton_routes.cut_runs(bounds, block_k)
-    padded = proj.contiguous()
-    if width % 16:
-        padded = proj.new_zeros(components, -(-width // 16) * 16)
-        padded[:, :width] = proj
-    codes = [unit << 40 | length << 32 | start for unit, start, length in chunks]
-    table = torch.tensor(codes, dtype=torch.int64, device=proj.device)
-    unit_chunks = torch.tensor(first, dtype=torch.int32, device=proj.device)
-    tensors = [padded, bias, slope, offset, basis.contiguous(), table, unit_chunks]
-    tensors[1:4] = [tensor.contiguous() for tensor in tensors[1:4]]
-    sizes = [len(bounds) - 1, width, block_k, gcd(16, *(start for _, start, _ in chunks))]
-    if width > NARROW:
-        extra, extra_sizes = torch_backend.pack(
-            proj, bias, slope, offset, basis, unit_offsets.to(proj.device)
+    tensors, sizes = layout.pack(proj, bias, slope, offset, basis, unit_offsets)
+    if proj.shape[1] > NARROW:
+        more, more_sizes = torch_backend.pack(
+            proj, bias, slope, offset, basis.contiguous(), unit_offsets.to(proj.device)
         )
-        tensors += extra[:2]
-        sizes += extra_sizes
+        tensors, sizes = [*tensors, *more], [*sizes, *more_sizes]
     return tensors, sizes
 
 
@@ -61,21 +43,12 @@ def _refuse_float64(dtype: torch.dtype) -> None:
         )
 
 
-def _torch_layout(tensors: list[Tensor], sizes: list[int]) -> tuple[list[Tensor], list[int]]:
-    """The torch backend's view of a pack of wide units."""
-    return [*tensors[7:9], *tensors[1:5]], sizes[4:6]
-
-
-def _constants(tensors: list[Tensor], sizes: list[int]) -> Constants:
-    return Constants(*tensors[:7], *sizes[:4])
-
-
 def _precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied: exactly, unless torch's own switch allows tf32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
-def _problem(
+def problem_of(
     rows: int,
     tasks: int,
     indexed: bool,
@@ -83,7 +56,9 @@ def _problem(
     dtype: torch.dtype,
     constants: Constants,
     precision: str,
+    wanted: tuple[bool, ...] = (True, False, False, False),
 ) -> Problem:
+    """The shape of a call, as routes see it."""
     kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "fp32"
     return Problem(
         rows=rows,
@@ -93,12 +68,28 @@ def _problem(
         units=constants.units,
         coordinates=constants.coordinates,
         components=constants.components,
+        padded=constants.padded,
         dim=constants.dim,
         chunks=len(constants.chunks),
         block_k=constants.block_k,
+        longest=constants.longest,
         kind=kind,
         hip=torch.version.hip is not None,
+        wanted=tuple(wanted),
+        workspace=routes.allowed_workspace(),
     )
+
+
+@lru_cache(maxsize=4096)
+def plan_forward(p: Problem) -> Explanation:
+    """The route of the forward pass."""
+    return routes.choose(p, "forward", FORWARD)
+
+
+@lru_cache(maxsize=4096)
+def plan_backward(p: Problem) -> Explanation:
+    """The route of the backward pass."""
+    return routes.choose(p, "backward", BACKWARD)
 
 
 def explain(
@@ -111,13 +102,25 @@ def explain(
     plain: bool,
 ) -> tuple[Explanation, Explanation]:
     """The plans of the forward and the backward pass for so many rows."""
-    problem = _problem(rows, tasks, indexed, plain, dtype, _constants(tensors, sizes), _precision(dtype))
-    return triton_routes.plan_forward(problem), triton_routes.plan_backward(problem)
+    constants = layout.constants_of(tensors, sizes)
+    problem = problem_of(rows, tasks, indexed, plain, dtype, constants, _precision(dtype))
+    return plan_forward(problem), plan_backward(problem)
 
 
 def _detour(*tensors: Tensor | None) -> list[Tensor | None]:
     """bfloat16 as float32: the interpreter computes bfloat16 on its bits."""
     return [x.to(torch.float32) if x is not None and x.dtype == torch.bfloat16 else x for x in tensors]
+
+
+def _on(device: torch.device):
+    """Launches go to the current device: made that of the tensors where there are several."""
+    if device.type != "cuda" or INTERPRETED or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+def _named(table: tuple[routes.Route, ...], name: str) -> routes.Route:
+    return next(route for route in table if route.name == name)
 
 
 def spectral_reweight_forward(
@@ -135,7 +138,7 @@ def spectral_reweight_forward(
     dtype = z.dtype
     if INTERPRETED:
         z, *tensors = _detour(z, *tensors)
-    constants = _constants(tensors, sizes)
+    constants = layout.constants_of(tensors, sizes)
     rows, indexed = len(z), weight_index is not None
     if rows == 0 or len(weight) == 0 or constants.components == 0:
         return z.new_zeros(
@@ -143,45 +146,11 @@ def spectral_reweight_forward(
         )
     precision = _precision(dtype)
     plain = scale is None and mean is None
-    problem = _problem(rows, len(weight), indexed, plain, dtype, constants, precision)
-    plan = triton_routes.plan_forward(problem)
-    route = route or plan.route
-    if route == "fused":
-        tiles = triton_routes.forward_tiles(problem)
-        splits = triton_routes.splits_of(problem, tiles)
-        y = direct.fused_forward(z, scale, mean, weight, weight_index, constants, precision, tiles, splits)
-    elif route == "two_pass":
-        y = _two_pass_forward(z, scale, mean, weight, weight_index, constants, precision, problem)
-    elif route == "folded":
-        tiles = triton_routes.fold_tiles(problem)
-        y = folding.folded_forward(z, scale, mean, weight, constants, precision, tiles)
-    else:
-        y = torch_backend.spectral_reweight_forward(
-            z, scale, mean, weight, weight_index, *_torch_layout(tensors, sizes)
-        )
+    problem = problem_of(rows, len(weight), indexed, plain, dtype, constants, precision)
+    call = Call(z, scale, mean, weight, weight_index, constants, precision, problem, (tensors, sizes))
+    with _on(z.device):
+        y = _named(FORWARD, route or plan_forward(problem).route).run(call)
     return y.to(dtype)
-
-
-def _two_pass_forward(
-    z: Tensor,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    weight: Tensor,
-    weight_index: Tensor | None,
-    constants: Constants,
-    precision: str,
-    problem: Problem,
-) -> Tensor:
-    """Coefficients of a block of outputs, then one product with basis; the workspace is the same for every block."""
-    y = z.new_empty((problem.pairs, constants.dim))
-    tiles = triton_routes.coefficient_tiles(problem)
-    most = min(triton_routes.workspace_rows(problem), problem.pairs)
-    workspace = z.new_empty((most, constants.components))
-    for first in range(0, problem.pairs, most):
-        block = workspace[: min(most, problem.pairs - first)]
-        direct.coefficients(z, scale, mean, weight, weight_index, constants, precision, tiles, first, block)
-        torch.mm(block, constants.basis, out=y[first : first + len(block)])
-    return y if weight_index is not None else y.view(len(weight), len(z), constants.dim)
 
 
 def spectral_reweight_backward(
@@ -201,7 +170,7 @@ def spectral_reweight_backward(
     dtype = z.dtype
     if INTERPRETED:
         dy, z, *tensors = _detour(dy, z, *tensors)
-    constants = _constants(tensors, sizes)
+    constants = layout.constants_of(tensors, sizes)
     rows, indexed = len(z), weight_index is not None
     if rows == 0 or len(weight) == 0 or constants.components == 0:
         shapes = [weight.shape, z.shape, z.shape[:1], z.shape[:1]]
@@ -213,68 +182,15 @@ def spectral_reweight_backward(
         ]
     precision = _precision(dtype)
     plain = scale is None and mean is None
-    problem = _problem(rows, len(weight), indexed, plain, dtype, constants, precision)
-    route = route or triton_routes.plan_backward(problem).route
+    problem = problem_of(rows, len(weight), indexed, plain, dtype, constants, precision, tuple(wanted))
+    call = Call(z, scale, mean, weight, weight_index, constants, precision, problem, (tensors, sizes))
     upstream = dy.unsqueeze(0) if indexed else dy
-    if route == "matmul":
-        grads = torch_backend.spectral_reweight_backward(
-            dy, z, scale, mean, weight, weight_index, *_torch_layout(tensors, sizes), wanted
-        )
-    elif route == "folded":
-        tiles = triton_routes.fold_tiles(problem)
-        grads = folding.folded_backward(upstream, z, scale, mean, weight, constants, precision, tiles, wanted)
-    else:
-        grads = _direct_backward(
-            route, upstream, z, scale, mean, weight, weight_index, constants, precision, problem, wanted
-        )  # fmt: skip
+    with _on(z.device):
+        grads = _named(BACKWARD, route or plan_backward(problem).route).run(call, upstream, list(wanted))
     if wanted[1]:
         at = int(wanted[0])
         grads[at] = grads[at].to(dtype)
     return grads
-
-
-def _direct_backward(
-    route: str,
-    dy: Tensor,
-    z: Tensor,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    weight: Tensor,
-    weight_index: Tensor | None,
-    constants: Constants,
-    precision: str,
-    problem: Problem,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """Every gradient from t = dy . basis, made inside the kernel (fused) or by one product per block of rows."""
-    tasks, rows, _ = dy.shape
-    components = constants.components
-    tiles = triton_routes.backward_tiles(problem, given=route == "two_pass")
-    dz = z.new_empty(z.shape) if wanted[1] else None
-    if route == "fused":
-        dweight, dscale, dmean = direct_backward.backward(
-            dy, None, z, scale, mean, weight, weight_index, constants, precision, tiles, wanted, dz
-        )
-        return [grad for grad in (dweight, dz, dscale, dmean) if grad is not None]
-    most = min(max(triton_routes.workspace_rows(problem) // tasks, 1), rows)
-    workspace = z.new_empty(tasks * most * components)
-    dweight, dscales, dmeans = None, [], []
-    for first in range(0, rows, most):
-        part = slice(first, first + most)
-        count = min(most, rows - first)
-        t = workspace[: tasks * count * components].view(tasks, count, components)
-        torch.matmul(dy[:, part], constants.basis.T, out=t)
-        more, dscale, dmean = direct_backward.backward(
-            dy, t, z[part],
-            None if scale is None else scale[part], None if mean is None else mean[part],
-            weight, None if weight_index is None else weight_index[part],
-            constants, precision, tiles, wanted, None if dz is None else dz[part],
-        )  # fmt: skip
-        dweight = more if dweight is None else dweight.add_(more)
-        dscales.append(dscale)
-        dmeans.append(dmean)
-    grads = [grad for grad in (dweight, dz) if grad is not None]
-    return grads + [torch.cat(parts) for parts, want in ((dscales, wanted[2]), (dmeans, wanted[3])) if want]
 
 
 def unit_moments(
@@ -284,4 +200,5 @@ def unit_moments(
     _refuse_float64(z.dtype)
     if not 16 <= z.shape[2] <= NARROW or z.numel() == 0:
         return torch_backend.unit_moments(z, scale, mean, shift)
-    return moments.unit_moments(z, scale, mean, shift, _precision(z.dtype))
+    with _on(z.device):
+        return moments.unit_moments(z, scale, mean, shift, _precision(z.dtype))

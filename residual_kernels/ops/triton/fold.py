@@ -15,82 +15,119 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from residual_kernels.ops.triton.forward import Constants, _decode
-from residual_kernels.ops.triton.routes import WORKSPACE, Tiles
+from residual_kernels.ops.triton import routes
+from residual_kernels.ops.triton.forward import sum_partials
+from residual_kernels.ops.triton.layout import Call, Constants
+from residual_kernels.ops.triton.routes import WORKSPACE, Problem, Tiles
+from residual_kernels.ops.triton.tiles import contiguous_rows, decode
+
+AFFINE_COMPONENTS = 1024  # components that one program sums into affine rows: fixed, so that bits repeat
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["UNIT", "COUNT", "J"])
 def _fold_kernel(
-    weight_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, chunk_ptr, unit_chunk_ptr, fold_ptr, affine_ptr,
-    UNIT, R, C, D, row_tiles, column_tiles, stride_pj, stride_wj,
-    ALIGN_J: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    weight_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, run_ptr, slot_ptr, fold_ptr, affine_ptr,
+    UNIT, COUNT, R, C, D, J, stride_pj, stride_bj,
+    PLAIN: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    local = pid // (row_tiles * column_tiles)  # unit UNIT + local, row block `local` of F
-    offs_c = (pid // column_tiles) % row_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-    offs_d = pid % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    mask_c = offs_c < C
+    local = tl.program_id(2)  # unit UNIT + local; behind the last unit: a share of the affine rows
+    offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
-    acc = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
-    a = tl.zeros([BLOCK_D], dtype=tl.float32)
-    g = tl.zeros([BLOCK_D], dtype=tl.float32)
-    o = tl.zeros([BLOCK_D], dtype=tl.float32)
-    unit = local + UNIT
-    for i in range(tl.load(unit_chunk_ptr + unit), tl.load(unit_chunk_ptr + unit + 1)):
-        _, offs_j, mask_k = _decode(tl.load(chunk_ptr + i), ALIGN_J, BLOCK_K)
-        offs_p = (offs_j * stride_pj)[:, None] + offs_c[None, :]
-        mask = mask_k[:, None] & mask_c[None, :]
-        p = tl.load(proj_ptr + offs_p, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_C]
-        offs_b = (offs_j * D)[:, None] + offs_d[None, :]
-        mask = mask_k[:, None] & mask_d[None, :]
-        b = tl.load(basis_ptr + offs_b, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_D]
-        w = tl.load(weight_ptr + offs_j * stride_wj, mask=mask_k, other=0.0)
-        wb = w[:, None] * b
-        acc = tl.dot(tl.trans(p), wb.to(b.dtype), acc, input_precision=PRECISION)
-        a += tl.sum(tl.load(bias_ptr + offs_j, mask=mask_k, other=0.0)[:, None] * wb, axis=0)
-        g += tl.sum(tl.load(slope_ptr + offs_j, mask=mask_k, other=0.0)[:, None] * wb, axis=0)
-        o += tl.sum(tl.load(offset_ptr + offs_j, mask=mask_k, other=0.0)[:, None] * wb, axis=0)
-    offs_f = ((local.to(tl.int64) * C + offs_c) * D)[:, None] + offs_d[None, :]
-    tl.store(fold_ptr + offs_f, acc.to(fold_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_d[None, :])
-    mask_d &= (pid // column_tiles) % row_tiles == 0  # a unit's first row block hands out its affine rows
-    affine_row_ptr = affine_ptr + unit.to(tl.int64) * D + offs_d  # affine is [3, R, D]
-    plane = tl.cast(R, tl.int64) * D
-    tl.store(affine_row_ptr, a, mask=mask_d)
-    tl.store(affine_row_ptr + plane, g, mask=mask_d)
-    tl.store(affine_row_ptr + 2 * plane, o, mask=mask_d)
+    offs_k = tl.arange(0, BLOCK_K)
+    if local < COUNT:
+        unit = local + UNIT
+        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+        mask_c = offs_c < C
+        begin = tl.multiple_of(tl.load(run_ptr + unit), 8)  # a hint on the loop variable would be lost
+        end = tl.load(run_ptr + unit + 1)
+        low, high = tl.load(run_ptr + R + 1 + unit), tl.load(run_ptr + R + 2 + unit)
+        acc = tl.zeros([BLOCK_C, BLOCK_D], dtype=tl.float32)
+        for at in range(begin, end, BLOCK_K):
+            first = tl.cast(at, tl.int64)
+            mask_k = offs_k // 8 < (end - at) // 8
+            offs_p = (offs_k * stride_pj)[:, None] + offs_c[None, :]
+            mask = mask_k[:, None] & mask_c[None, :]
+            p = tl.load(proj_ptr + first * stride_pj + offs_p, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_C]
+            offs_b = (offs_k * stride_bj)[:, None] + offs_d[None, :]
+            mask = mask_k[:, None] & mask_d[None, :]
+            b = tl.load(basis_ptr + first * stride_bj + offs_b, mask=mask, other=0.0)  # [BLOCK_K, BLOCK_D]
+            real = low + at - begin + offs_k  # the components in the caller's order
+            w = tl.load(weight_ptr + real, mask=real < high, other=0.0)
+            acc = tl.dot(tl.trans((w[:, None] * p).to(b.dtype)), b, acc, input_precision=PRECISION)
+        offs_f = ((local.to(tl.int64) * C + offs_c) * D)[:, None] + offs_d[None, :]
+        tl.store(fold_ptr + offs_f, acc.to(fold_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_d[None, :])
+    elif tl.program_id(1) == 0:
+        share = local - COUNT
+        a = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        g = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        o = tl.zeros([BLOCK_K, BLOCK_D], dtype=tl.float32)
+        for at in range(share * SHARE, tl.minimum(share * SHARE + SHARE, J), BLOCK_K):
+            real = at + offs_k
+            mask_k = real < J
+            slot = tl.load(slot_ptr + real, mask=mask_k, other=0)
+            w = tl.load(weight_ptr + real, mask=mask_k, other=0.0)
+            mask = mask_k[:, None] & mask_d[None, :]
+            b = tl.load(basis_ptr + (slot * stride_bj)[:, None] + offs_d[None, :], mask=mask, other=0.0)
+            b = b.to(tl.float32)
+            bias = tl.load(bias_ptr + slot, mask=mask_k, other=0.0)
+            offset = tl.load(offset_ptr + slot, mask=mask_k, other=0.0)
+            if PLAIN:
+                a += (w * (bias - offset))[:, None] * b
+            else:
+                a += (w * bias)[:, None] * b
+                g += (w * tl.load(slope_ptr + slot, mask=mask_k, other=0.0))[:, None] * b
+                o += (w * offset)[:, None] * b
+        if PLAIN:  # one row, affine is [shares, D]
+            out_ptr = affine_ptr + share.to(tl.int64) * D + offs_d
+            tl.store(out_ptr, tl.sum(a, axis=0).to(affine_ptr.dtype.element_ty), mask=mask_d)
+        else:  # affine is [shares, 3, D]
+            out_ptr = affine_ptr + share.to(tl.int64) * 3 * D + offs_d
+            tl.store(out_ptr, tl.sum(a, axis=0), mask=mask_d)
+            tl.store(out_ptr + D, tl.sum(g, axis=0), mask=mask_d)
+            tl.store(out_ptr + 2 * D, tl.sum(o, axis=0), mask=mask_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "SHARES"])
 def _affine_kernel(
     product_ptr, affine_ptr, scale_ptr, mean_ptr, y_ptr,
-    N, D, column_tiles, stride_sn, stride_mn,
+    N, SHARES, D, stride_sn, stride_mn,
     HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    offs_n = (pid // column_tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_d = pid % column_tiles * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < N
     mask_d = offs_d < D
     mask = mask_n[:, None] & mask_d[None, :]
     offs = (offs_n * D)[:, None] + offs_d[None, :]
+    a = tl.zeros([BLOCK_D], dtype=tl.float32)
+    g = tl.zeros([BLOCK_D], dtype=tl.float32)
+    o = tl.zeros([BLOCK_D], dtype=tl.float32)
+    for share in range(0, SHARES):
+        share_ptr = affine_ptr + tl.cast(share, tl.int64) * 3 * D + offs_d
+        a += tl.load(share_ptr, mask=mask_d, other=0.0)
+        if HAS_MEAN:
+            g += tl.load(share_ptr + D, mask=mask_d, other=0.0)
+        o += tl.load(share_ptr + 2 * D, mask=mask_d, other=0.0)
     y = tl.load(product_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]
-    y += tl.load(affine_ptr + offs_d, mask=mask_d, other=0.0)[None, :]
+    y += a[None, :]
     if HAS_MEAN:
-        m = tl.load(mean_ptr + offs_n * stride_mn, mask=mask_n, other=0.0)
-        y += m[:, None] * tl.load(affine_ptr + D + offs_d, mask=mask_d, other=0.0)[None, :]
+        y += tl.load(mean_ptr + offs_n * stride_mn, mask=mask_n, other=0.0)[:, None] * g[None, :]
     if HAS_SCALE:
         y *= tl.load(scale_ptr + offs_n * stride_sn, mask=mask_n, other=0.0)[:, None]
-    y -= tl.load(affine_ptr + 2 * D + offs_d, mask=mask_d, other=0.0)[None, :]
+    y -= o[None, :]
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["UNIT", "LAST"])
 def _fold_bwd_kernel(
     dfold_ptr, affine_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, chunk_ptr, dweight_ptr,
-    C, D, UNIT, LAST, stride_pj, stride_dfc,
-    PRECISION: tl.constexpr, ALIGN_J: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    C, D, UNIT, LAST, stride_pj, stride_bj, stride_dfc,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    unit, offs_j, mask_k = _decode(tl.load(chunk_ptr + tl.program_id(0)), ALIGN_J, BLOCK_K)
+    unit, first, length, low, mask_k = decode(tl.load(chunk_ptr + tl.program_id(0)), BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K)
+    offs_j = first + offs_k
     inside = (unit >= UNIT) & (
         unit < LAST
     )  # dfold holds units UNIT .. LAST - 1; other chunks have nothing to do
@@ -122,10 +159,10 @@ def _fold_bwd_kernel(
                 dfold_ptr + offs_f, mask=mask_c[:, None] & mask_d[None, :], other=0.0
             )  # [BLOCK_C, BLOCK_D]
             g = tl.dot(p, f, g, input_precision=PRECISION)
-        offs_b = (offs_j * D)[:, None] + offs_d[None, :]
+        offs_b = (offs_j * stride_bj)[:, None] + offs_d[None, :]
         b = tl.load(basis_ptr + offs_b, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
         acc += tl.sum(g * b.to(tl.float32), axis=1)
-    tl.store(dweight_ptr + offs_j, acc, mask=mask_k & inside)
+    tl.store(dweight_ptr + low + offs_k, acc, mask=(offs_k < length) & inside)
 
 
 def groups(constants: Constants) -> list[tuple[int, int]]:
@@ -137,18 +174,36 @@ def groups(constants: Constants) -> list[tuple[int, int]]:
     return [(first, min(first + count, constants.units)) for first in range(0, constants.units, count)]
 
 
+def shares_of(constants: Constants) -> int:
+    """Programs that the components are dealt to for the affine rows."""
+    return -(-constants.components // AFFINE_COMPONENTS)
+
+
 def fold(
-    weight: Tensor, constants: Constants, precision: str, tiles: Tiles, first: int, last: int, affine: Tensor
+    weight: Tensor,
+    constants: Constants,
+    precision: str,
+    tiles: Tiles,
+    first: int,
+    last: int,
+    affine: Tensor | None,
+    *,
+    plain: bool = False,
 ) -> Tensor:
-    """F of units first .. last - 1 for one weight [J], [units * C, D]; their part of `affine` [3, R, D] is written."""
+    """F of units first .. last - 1 for one weight [J], [units * C, D].
+
+    `affine` [shares, 3, D] (`plain`: [shares, D] for a - o) is written where it is given.
+    """
     width, dim = constants.coordinates, constants.dim
     out = constants.proj.new_empty(((last - first) * width, dim))
-    row_tiles, column_tiles = triton.cdiv(width, tiles.block_n), triton.cdiv(dim, tiles.block_d)
-    _fold_kernel[((last - first) * row_tiles * column_tiles,)](
+    shares = 0 if affine is None else shares_of(constants)
+    grid = (-(-dim // tiles.block_d), -(-width // tiles.block_n), last - first + shares)
+    _fold_kernel[grid](
         weight, constants.proj, constants.bias, constants.slope, constants.offset, constants.basis,
-        constants.chunks, constants.unit_chunks, out, affine,
-        first, constants.units, width, dim, row_tiles, column_tiles, constants.proj.stride(0), weight.stride(0),
-        ALIGN_J=constants.align_j, PRECISION=precision, BLOCK_C=tiles.block_n, BLOCK_D=tiles.block_d,
+        constants.runs, constants.slots, out, affine,
+        first, last - first, constants.units, width, dim, constants.components,
+        constants.proj.stride(0), constants.basis.stride(0),
+        PLAIN=plain, SHARE=AFFINE_COMPONENTS, PRECISION=precision, BLOCK_C=tiles.block_n, BLOCK_D=tiles.block_d,
         BLOCK_K=constants.block_k, num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
@@ -159,11 +214,11 @@ def _flat(z: Tensor, first: int, last: int) -> Tensor:
     return z[:, first:last].reshape(len(z), -1)
 
 
-def _product_float32(left: Tensor, right: Tensor) -> Tensor:
+def product_float32(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, accumulated and returned in float32."""
     if left.dtype == torch.float32:
         return left @ right
-    if left.is_cuda and torch.version.hip is None:
+    if left.device.type in ("cuda", "meta") and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.to(torch.float32) @ right.to(torch.float32)
 
@@ -179,25 +234,31 @@ def folded_forward(
 ) -> Tensor:
     """weight [T, J] -> y [T, N, D]."""
     dim = constants.dim
+    weight = contiguous_rows(weight)
     y = z.new_empty((len(weight), len(z), dim))
-    affine = z.new_empty((3, constants.units, dim), dtype=torch.float32)
     parts = groups(constants)
+    shares = shares_of(constants)
+    plain = len(parts) == 1 and scale is None and mean is None
+    dtype = z.dtype if plain and shares == 1 else torch.float32
+    affine = z.new_empty((shares, dim) if plain else (shares, 3, dim), dtype=dtype)
     for task, row in enumerate(weight):
-        if len(parts) == 1 and scale is None and mean is None:
-            matrix = fold(row, constants, precision, tiles, 0, constants.units, affine)
-            a, _, o = affine.sum(1)
-            torch.addmm((a - o).to(z.dtype), _flat(z, 0, constants.units), matrix, out=y[task])
+        if plain:
+            matrix = fold(row, constants, precision, tiles, 0, constants.units, affine, plain=True)
+            bias = affine[0]
+            if shares > 1:
+                bias = z.new_empty(dim)
+                sum_partials(affine, bias)
+            torch.addmm(bias, _flat(z, 0, constants.units), matrix, out=y[task])
             continue
         product = None
         for first, last in parts:
-            matrix = fold(row, constants, precision, tiles, first, last, affine)
-            part = _product_float32(_flat(z, first, last), matrix)
+            matrix = fold(row, constants, precision, tiles, first, last, None if first else affine)
+            part = product_float32(_flat(z, first, last), matrix)
             product = part if product is None else product.add_(part)
-        column_tiles = triton.cdiv(dim, 128)
-        _affine_kernel[(triton.cdiv(len(z), 16) * column_tiles,)](
-            product, affine.sum(1), scale, mean, y[task], len(z), dim, column_tiles,
+        _affine_kernel[(-(-len(z) // 64), -(-dim // 128))](
+            product, affine, scale, mean, y[task], len(z), shares, dim,
             0 if scale is None else scale.stride(0), 0 if mean is None else mean.stride(0),
-            HAS_SCALE=scale is not None, HAS_MEAN=mean is not None, BLOCK_N=16, BLOCK_D=128, num_warps=4, num_stages=1,
+            HAS_SCALE=scale is not None, HAS_MEAN=mean is not None, BLOCK_N=64, BLOCK_D=128, num_warps=8, num_stages=1,
         )  # fmt: skip
     return y
 
@@ -210,13 +271,14 @@ def folded_backward(
     weight: Tensor,
     constants: Constants,
     precision: str,
-    tiles: Tiles,
+    problem: Problem,
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted ones of (dweight [T, J], dz, dscale, dmean); dy is [T, N, D]."""
     want_weight, want_z, want_scale, want_mean = wanted
     rows, units, width = z.shape
     dim = constants.dim
+    tiles, gradient = tiles_of(problem), gradient_tiles(problem)
     float32 = {"dtype": torch.float32, "device": z.device}
     dweight = torch.zeros(weight.shape, **float32) if want_weight else None
     dz = torch.zeros((rows, units * width), **float32) if want_z and len(weight) > 1 else None
@@ -224,7 +286,8 @@ def folded_backward(
         dz = z.new_empty((rows, units * width))
     dscale = torch.zeros(rows, **float32) if want_scale else None
     dmean = torch.zeros(rows, **float32) if want_mean else None
-    affine = z.new_empty((3, units, dim), dtype=torch.float32)
+    weight = contiguous_rows(weight)
+    affine = z.new_empty((shares_of(constants), 3, dim), dtype=torch.float32)
     for task, (row, upstream) in enumerate(zip(weight, dy, strict=True)):
         if dweight is not None:
             scaled = upstream if scale is None else (scale[:, None] * upstream).to(z.dtype)
@@ -235,15 +298,15 @@ def folded_backward(
                     upstream.sum(0, dtype=torch.float32),
                 ]
             )
-            _folded_dweight(z, scaled, sums, constants, precision, tiles, dweight[task])
+            _folded_dweight(z, scaled, sums, constants, precision, gradient, dweight[task])
         if not (want_z or want_scale or want_mean):
             continue
         for first, last in groups(constants):
-            matrix = fold(row, constants, precision, tiles, first, last, affine)
+            matrix = fold(row, constants, precision, tiles, first, last, None if first else affine)
             if not (want_z or want_scale):
                 continue
             raw = (
-                upstream @ matrix.T if len(weight) == 1 else _product_float32(upstream, matrix.T)
+                upstream @ matrix.T if len(weight) == 1 else product_float32(upstream, matrix.T)
             )  # dy F^T of these units
             columns = slice(first * width, last * width)
             if dscale is not None:
@@ -254,7 +317,7 @@ def folded_backward(
                     dz[:, columns] += part
                 else:
                     dz[:, columns] = part
-        a, g, _ = affine.sum(1)
+        a, g, _ = affine.sum(0)
         if dscale is not None:
             dscale += upstream.to(torch.float32) @ a
         if (dscale is not None and mean is not None) or dmean is not None:
@@ -277,7 +340,67 @@ def _folded_dweight(
         _fold_bwd_kernel[(len(constants.chunks),)](
             dfold, sums, constants.proj, constants.bias, constants.slope, constants.offset, constants.basis,
             constants.chunks, out,
-            constants.coordinates, constants.dim, first, last, constants.proj.stride(0), dfold.stride(0),
-            PRECISION=precision, ALIGN_J=constants.align_j, BLOCK_C=tiles.block_n, BLOCK_D=tiles.block_d,
+            constants.coordinates, constants.dim, first, last, constants.proj.stride(0), constants.basis.stride(0),
+            dfold.stride(0), PRECISION=precision, BLOCK_C=tiles.block_n, BLOCK_D=tiles.block_d,
             BLOCK_K=constants.block_k, num_warps=2 * tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+
+
+def tiles_of(p: Problem) -> Tiles:
+    """Tile of the fold F[r] [C, D]; rows are coordinates here."""
+    if p.kind == "fp32":
+        return Tiles(32, 32, 4, 2)
+    return Tiles(64, 64, 4, 2) if p.hip or p.kind == "tf32" else Tiles(64, 128, 4, 3)
+
+
+def gradient_tiles(p: Problem) -> Tiles:
+    """Tile of the fold's gradient: coordinates by outputs."""
+    return Tiles(32, 32, 4, 2) if p.kind == "fp32" else Tiles(64, 64, 4, 2 if p.hip else 3)
+
+
+def estimate(p: Problem, *, backward: bool) -> float:
+    """Nominal seconds of the fold or its gradient, and one product, for every task."""
+    z, proj, basis = routes.sizes(p)
+    width = float(p.units) * p.coordinates
+    operations = 2.0 * p.chunks * p.block_k * p.coordinates * p.dim
+    matrix = width * p.dim * p.itemsize
+    product = 2.0 * p.rows * width * p.dim
+    output = float(p.rows) * p.dim * p.itemsize
+    small = routes.launch(proj + 2 * basis + matrix, operations, routes.KERNEL_RATE[p.kind])
+    large = routes.launch(z + matrix + output, product, routes.VENDOR_RATE[p.kind])
+    affine = (
+        0.0 if p.plain else routes.launch((5 if backward else 4) * output, 0.0, 1.0)
+    )  # else the product adds it
+    return p.tasks * (small + large + affine + (4 * routes.LAUNCH if backward else 0.0))
+
+
+def run_forward(call: Call) -> Tensor:
+    return folded_forward(
+        call.z, call.scale, call.mean, call.weight, call.constants, call.precision, tiles_of(call.problem)
+    )
+
+
+def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
+    return folded_backward(
+        dy, call.z, call.scale, call.mean, call.weight, call.constants, call.precision, call.problem, wanted
+    )
+
+
+FORWARD = routes.Route(
+    "folded",
+    serves=lambda p: not p.indexed,
+    estimate=lambda p: estimate(p, backward=False),
+    tiles=tiles_of,
+    run=run_forward,
+    reason=lambda p: (
+        f"J = {p.components} is too near R*C = {p.units * p.coordinates} to beat one product over R*C"
+    ),
+)
+BACKWARD = routes.Route(
+    "folded",
+    serves=lambda p: p.coordinates > routes.NARROW and not p.indexed,  # from t = dy . basis dz is almost free
+    estimate=lambda p: estimate(p, backward=True),
+    tiles=gradient_tiles,
+    run=run_backward,
+    reason=lambda p: f"units of {p.coordinates} > {routes.NARROW} coordinates go to the vendor's products",
+)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from residual_kernels.ops.triton.forward import INTERPRETED
+from residual_kernels.ops.triton.tiles import INTERPRETED
 
 ROWS_PER_SPLIT = 4096  # rows summed in float32 before the float64 merge, at most
 PROGRAMS = 1056  # programs a launch aims at: four for each processor of a nominal chip
