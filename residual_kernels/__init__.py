@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from residual_kernels.adapters.attach import attach
     from residual_kernels.adapters.folder import load_adapter, save_adapter
     from residual_kernels.adapters.hub import pull_adapter, push_adapter
-    from residual_kernels.adapters.residual import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
+    from residual_kernels.adapters.methods import METHODS, build
+    from residual_kernels.adapters.residual import (
+        CoarseHeads,
+        OutputLinear,
+        OutputSpectral,
+        ResiDual,
+        StreamResiDual,
+    )
     from residual_kernels.bases.pca import fit_bases
     from residual_kernels.bases.spectral_bases import SpectralBases
     from residual_kernels.bundled import load_bundled
@@ -34,9 +41,12 @@ _HOMES = {  # public name -> the module that defines it
     "AdapterSet": "adapters.adapter_set",
     "CoarseHeads": "adapters.residual",
     "Decomposition": "units.decomposition",
+    "METHODS": "adapters.methods",
     "OutputLinear": "adapters.residual",
     "OutputSpectral": "adapters.residual",
     "ResiDual": "adapters.residual",
+    "StreamResiDual": "adapters.stream",
+    "build": "adapters.methods",
     "SpectralBases": "bases.spectral_bases",
     "UnitCache": "units.cache",
     "UnitLayout": "towers",
@@ -58,6 +68,7 @@ _HOMES = {  # public name -> the module that defines it
 }
 _ROOMS = {"analysis": "analysis", "export": "adapters.export", "ops": "ops"}
 __all__ = [
+    "METHODS",
     "AdapterSet",
     "CoarseHeads",
     "Decomposition",
@@ -65,12 +76,14 @@ __all__ = [
     "OutputSpectral",
     "ResiDual",
     "SpectralBases",
+    "StreamResiDual",
     "UnitCache",
     "UnitLayout",
     "UnsupportedTowerError",
     "ZeroShotHead",
     "analysis",
     "attach",
+    "build",
     "decompose",
     "encode",
     "evaluate",

@@ -216,7 +216,7 @@ def component_ends(
     basis = named.pop("basis")
     with torch.no_grad():
         c = coefficients(terms.z["head"], terms.scale, terms.mean, **named)
-    weight = residual.weight.detach().cpu()[: len(basis)]
+    weight = residual.component_weight().detach().cpu()[: len(basis)]
     j = int(((weight - 1).abs() * c.std(0)).argmax())
     unit_index = int(torch.searchsorted(named["unit_offsets"], j, right=True)) - 1
     unit = residual.layout[residual.layout.span("head").start + unit_index]

@@ -11,7 +11,6 @@ from test_cli_fit import digits  # noqa: F401 (a fixture)
 from test_towers import CUSTOM, build, images_for, plain, relative
 
 import residual_kernels as rk
-from residual_kernels.adapters.methods import build as build_method
 from residual_kernels.analysis.weights import read_weights, reset_accuracy
 
 EVERY = ("emb", "head", "mlp")
@@ -248,17 +247,17 @@ def test_in_the_stream_all_is_what_there_is():
 
 def test_by_name(task):
     tower, images, _, bases, _ = task
-    adapter = build_method("anchored", tower, bases)
+    adapter = rk.build("anchored", tower, bases)
     assert adapter.adapted == ("head", "mlp")
     assert adapter.rest.rest == "all"
     assert (adapter.weight == 1).all()
     assert len(adapter.weight) == sum(len(bases.parts[kind].components) for kind in ("head", "mlp"))
-    fewer = build_method("anchored", tower, bases, components=2)
+    fewer = rk.build("anchored", tower, bases, components=2)
     assert len(fewer.weight) == 2 * 8
-    with pytest.raises(ValueError, match="anchored keeps the whole output"):
-        build_method("anchored", tower, bases, rest="sum")
+    with pytest.raises(ValueError, match="rest of anchored must be one of all; got 'sum'"):
+        rk.build("anchored", tower, bases, rest="sum")
     with pytest.raises(ValueError, match="anchored needs bases"):
-        build_method("anchored", tower)
+        rk.build("anchored", tower)
 
 
 def test_merged_it_exports(task, tmp_path):
@@ -306,4 +305,4 @@ def test_on_the_command_line(run, digits, tmp_path):  # noqa: F811
         "fit", "--method", "anchored", "--rest", "zero", "--data", cache, "--out", tmp_path / "b"
     )
     assert code == 2
-    assert "anchored keeps the whole output" in err
+    assert "rest of anchored must be one of all" in err

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from residual_kernels.adapters.residual import OutputSpectral, UnitAdapter
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.adapters.unit_sum import at_least_float32, reweighted_sum, tower_itself
 from residual_kernels.towers import Terms
@@ -31,16 +30,15 @@ class _Member(nn.Module):
 class _Shared(nn.Module):
     """What adapters that differ in their weights alone have in common: the constants of their units, and the rest."""
 
-    def __init__(self, adapter: UnitAdapter | OutputSpectral):
+    def __init__(self, adapter: TowerAdapter):
         super().__init__()
         self.label = _label(adapter)
-        self.stream = getattr(adapter, "placement", "output") == "stream"
-        self.kinds, self.reads = ((), ()) if self.stream else (adapter.kinds, adapter._reads())
+        self.stream = adapter.placement == "stream"
+        self.kinds, self.reads = adapter.kinds, adapter._reads()
         self.register_buffer("removed_mean", adapter.removed_mean.double(), persistent=False)
         tower = {id(adapter.tower): adapter.tower}  # which is not copied
-        if isinstance(adapter, UnitAdapter):
-            self.sizes = adapter._sizes
-        for name, module in _constants(adapter).items():
+        self.sizes = getattr(adapter, "_sizes", None)
+        for name, module in adapter.constants().items():
             self.add_module(name, copy.deepcopy(module, tower))
 
     def serves(self, adapter: TowerAdapter) -> bool:
@@ -50,7 +48,7 @@ class _Shared(nn.Module):
         mine = self.state_dict()
         theirs = {
             f"{name}.{key}": value
-            for name, module in _constants(adapter).items()
+            for name, module in adapter.constants().items()
             for key, value in module.state_dict().items()
         }
         return mine.keys() == theirs.keys() and all(
@@ -69,7 +67,8 @@ class _Shared(nn.Module):
 
     def change(self, batch: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
         """The reweighted units alone, [N, D]."""
-        return reweighted_sum(self.units, self.sizes, batch, self.rest.factors(weight), index)
+        factors = self.rest.factors(self.spread(weight))
+        return reweighted_sum(self.units, self.sizes, batch, factors, index)
 
     def leaves_the_tower(self, weight: Tensor) -> bool:
         return not self.stream and hasattr(self, "rest") and self.rest.leaves_the_tower(weight)
@@ -77,11 +76,6 @@ class _Shared(nn.Module):
 
 def _label(adapter: TowerAdapter) -> tuple:
     return type(adapter).__name__, adapter.options(), len(adapter.weight)
-
-
-def _constants(adapter: TowerAdapter) -> dict[str, nn.Module]:
-    names = ("units", "rest") if isinstance(adapter, UnitAdapter) else ("spectral",)
-    return {name: getattr(adapter, name) for name in names}
 
 
 class AdapterSet(TowerAdapter):
@@ -165,14 +159,14 @@ class AdapterSet(TowerAdapter):
             raise ValueError(
                 f"an adapter's name must be a word without dots that nn.ModuleDict does not use itself; got {name!r}"
             )
-        if not isinstance(adapter, UnitAdapter | OutputSpectral):
+        if not isinstance(adapter, TowerAdapter) or not adapter.constants():
             raise ValueError(
                 f"an AdapterSet takes adapters that learn one weight vector (ResiDual, CoarseHeads, OutputSpectral); "
                 f"got {type(adapter).__name__}"
             )
         if adapter.tower is not self.tower:
             raise ValueError(f"adapter {name!r} wraps another tower; make or load it on this set's tower")
-        if getattr(adapter, "merged", False):
+        if adapter.merged:
             raise ValueError(f"adapter {name!r} is merged into the tower; unmerge it first")
         if head is not None and len(head.class_vectors) != self.dim:
             raise ValueError(
@@ -214,6 +208,11 @@ class AdapterSet(TowerAdapter):
     def kinds(self) -> tuple[str, ...]:
         """What the tower is asked for by :meth:`collect`: enough for every adapter."""
         return self._kinds(self.shared)
+
+    @property
+    def placement(self) -> str:
+        """Where the active adapter works."""
+        return "stream" if self._active is not None and self._shared_by(self._active).stream else "output"
 
     @property
     def adapted(self) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from residual_kernels.adapters.residual import ResiDual, TowerAdapter
-from residual_kernels.adapters.tower_adapter import AroundTower
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.adapters.tower_adapter import AroundTower, TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers.hugging_face import stand_in as standing_in
 from residual_kernels.towers.hugging_face.tower import image_tower

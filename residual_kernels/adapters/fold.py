@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from residual_kernels.adapters.stream import StreamHeads
 from residual_kernels.adapters.tower_adapter import AroundTower
 from residual_kernels.adapters.unit_sum import SpectralConstants, at_least_float32
 from residual_kernels.ops.packing import wide
@@ -120,44 +119,6 @@ class MergedOutput(AroundTower):
         pooled = output[0] if isinstance(output, tuple) else output
         y = self.linear(pooled.to(self.linear.weight.dtype)).to(pooled.dtype)
         return (y, *output[1:]) if isinstance(output, tuple) else y
-
-
-@torch.no_grad()
-def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """Folds a change of the stream into the tower's output projections; (parameter, its value before) of all changed.
-
-    W' = gamma o W + Phi^T diag(weight - 1) Phi (gamma o W) head by head, the bias alike, and gamma becomes one. Raises
-    ValueError, with the tower unchanged, where this cannot be said in the tower's own parameters.
-    """
-    if heads.tokens != "all":
-        raise ValueError(
-            f'tokens="{heads.tokens}" changes some tokens and not others, which no output projection can; only '
-            'tokens="all" can be merged: export the attached module instead (torch.export)'
-        )
-    changes: list[tuple[nn.Parameter, Tensor]] = []
-    for layer, run in zip(heads.layers, weight.double().split(heads.sizes), strict=True):
-        out, held = view.out_projection(layer), heads.constants[str(layer)]
-        if out.norm is not None:
-            raise ValueError(
-                f"layer {layer} normalises what attention adds (post-norm), so its change does not fold into the "
-                "output projection; export the attached module instead (torch.export)"
-            )
-        if out.bias is None:
-            raise ValueError(
-                f"the output projection of layer {layer} has no bias to fold the means into; export the attached "
-                "module instead (torch.export)"
-            )
-        gain, fold = out.gain(), Fold(len(out.weight), out.weight.device)
-        fold.add_spectral(held, run - 1)
-        changes.append((out.weight, out.weight.double() * gain[:, None] + fold.rows[0].T))
-        changes.append((out.bias, out.bias.double() * gain + fold.b + fold.e))
-        if out.gamma is not None:
-            changes.append((out.gamma, torch.ones_like(out.gamma)))
-    check_finite({f"parameter {index}": value for index, (_, value) in enumerate(changes)})
-    originals = [(parameter, parameter.detach().clone()) for parameter, _ in changes]
-    for parameter, value in changes:
-        parameter.copy_(value)
-    return originals
 
 
 def check_finite(values: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ fitted on before anything is touched.
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.adapters.residual import CoarseHeads, OutputLinear, OutputSpectral, ResiDual
+from residual_kernels.adapters.methods import METHODS
+from residual_kernels.adapters.stream import StreamResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import WHAT as BASES_WHAT
 from residual_kernels.bases.spectral_bases import SpectralBases
@@ -30,7 +31,7 @@ MEMBERS = (WEIGHTS, BASES, HEAD, CLASSES)
 CLASSES_WHAT = "list of class folders"
 WHAT = "adapter"
 KEPT = "kept."  # tensors of the weights file that say how many components of each unit a reference takes
-_CLASSES = {cls.__name__: cls for cls in (ResiDual, CoarseHeads, OutputSpectral, OutputLinear)}
+_CLASSES = {method.adapter.__name__: method.adapter for method in METHODS.values()}
 
 
 def save_adapter(
@@ -64,7 +65,7 @@ def save_adapter(
 
     if type(adapter).__name__ not in _CLASSES:
         raise ValueError(f"save_adapter keeps {', '.join(_CLASSES)}; got {type(adapter).__name__}")
-    if getattr(adapter, "merged", False):
+    if adapter.merged:
         raise ValueError(
             "this adapter is merged into its tower; unmerge it first, and merge it again when it is kept"
         )
@@ -173,7 +174,7 @@ def load_adapter(
     path = Path(path)
     config, stored, own = _opened(path)
     cls, options = _CLASSES[config["class"]], config["options"]
-    arguments = inspect.signature(cls).parameters
+    arguments = _arguments(cls)
     weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
     found = towers.checksum(towers.view(tower).module)
     if found != config["checksum"]:
@@ -230,15 +231,28 @@ def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], SpectralBase
                 raise
 
 
+def _arguments(cls: type[TowerAdapter]) -> Mapping[str, inspect.Parameter]:
+    """What a class is made with, besides itself."""
+    arguments = dict(inspect.signature(cls.__init__).parameters)
+    del arguments["self"]
+    return arguments
+
+
 def _config(path: Path) -> dict[str, Any]:
     index = path / CONFIG
     if not index.is_file():
         raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
     config = read_json(index, WHAT, ("class", "options", "checksum", "weights_sha256", "bases_sha256"))
+    if config["class"] == "ResiDual" and isinstance(
+        config["options"], dict
+    ):  # of 0.1, which had one class for both
+        if config["options"].get("placement") == "stream":
+            options = {name: value for name, value in config["options"].items() if name != "placement"}
+            config |= {"class": StreamResiDual.__name__, "options": options}
     cls = _CLASSES.get(config["class"])
     if cls is None:
         raise ValueError(f"{index} names the class {config['class']!r}; known are {', '.join(_CLASSES)}")
-    options, arguments = config["options"], inspect.signature(cls).parameters
+    options, arguments = config["options"], _arguments(cls)
     if not isinstance(options, dict) or set(options) - (set(arguments) - {"tower", "bases"}):
         raise ValueError(f"{index} has unknown options {options!r}; save the adapter again")
     reference = config.get("bases_reference")

@@ -1,18 +1,25 @@
 """How are heads reweighted inside the tower? Where they enter the residual stream, so that later layers see it.
 
-At a token, head h of layer l adds x = h_lh to the stream (:mod:`residual_kernels.towers.edit`). It adds
-x + Phi^T diag(weight - 1) Phi (x - mu) instead: weight = 1 changes nothing, to the bit.
+:class:`StreamResiDual` is the adapter. At a token, head h of layer l adds x = h_lh to the stream
+(:mod:`residual_kernels.towers.edit`). It adds x + Phi^T diag(weight - 1) Phi (x - mu) instead: weight = 1 changes
+nothing, to the bit.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.adapters.fold import Fold, check_finite
+from residual_kernels.adapters.unit_adapter import WeightedUnits, check_arguments
 from residual_kernels.adapters.unit_sum import SpectralConstants
-from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.towers import Tower
+from residual_kernels.bases.spectral_bases import SpectralBases, check_placement
+from residual_kernels.towers import Terms, Tower
 from residual_kernels.towers.edit import Edit, check_layers, stream_maps, token_run
+
+# for weights inside the tower: best or next to best on validation in benchmarks/stream_digits.py
+STREAM_LR = 0.3
 
 
 class StreamHeads(nn.Module):
@@ -68,3 +75,162 @@ class StreamHeads(nn.Module):
             return torch.cat(pieces, dim=1)
 
         return change
+
+
+class StreamResiDual(WeightedUnits):
+    """At every token, a head that adds x to the residual stream adds x + Phi^T diag(weight - 1) Phi (x - mu) instead.
+
+    Later layers see the change. weight = 1 is the tower, and y is an embedding like the tower's own (not centred).
+
+    Args:
+        tower: an image tower that :func:`residual_kernels.decompose` supports.
+        bases: fitted on this very tower by :func:`fit_bases` with placement="stream", usually truncated.
+        tokens: "all", "class" or "patches" (without class token and registers); those that the bases were fitted over
+            by default.
+        layers: whose heads are adapted; all by default.
+        init, seed, train_tower, backend: as in :class:`ResiDual`.
+
+    Every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is honoured): `fit`
+    takes loaders, not caches. `weight` [J] runs through the adapted layers' heads, layer-major.
+
+    Raises ValueError when the bases are of another tower or placement, the tower is wrapped already, or an argument is
+    out of range.
+    """
+
+    placement = "stream"
+    weights_on = "components"
+    default_lr = STREAM_LR
+    _originals: dict[str, Tensor] | None = None  # of a tower that the weight is merged into
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        bases: SpectralBases,
+        *,
+        init: str | Tensor = "ones",
+        seed: int = 0,
+        tokens: str | None = None,
+        layers: Iterable[int] | None = None,
+        train_tower: bool = False,
+        backend: str = "auto",
+    ):
+        check_arguments(tower, bases, backend=backend, placement="stream")
+        check_placement("stream", tokens)
+        super().__init__(tower)
+        like = next(self.tower.parameters())
+        heads = StreamHeads(self._view, bases, layers, tokens, like, backend)
+        self._assemble("all", bases, {"head": heads}, [sum(heads.sizes)], init, seed)
+        if train_tower:
+            self._leave_trainable()
+        else:
+            self.freeze()
+
+    def options(self) -> dict[str, Any]:
+        heads = self.units["head"]
+        return {"tokens": heads.tokens, "layers": list(heads.layers)}
+
+    def _reads(self) -> tuple[str, ...]:
+        return ()
+
+    def collect(self, images: Tensor) -> Terms:
+        return self._view.terms(images, (), None if self.merged else self.units["head"].edit(self.weight))
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return batch.output
+
+    def _refuse_units(self) -> NoReturn:
+        raise ValueError(
+            "this adapter works inside the tower, so units kept before cannot tell its output; give images, or a "
+            "loader of (images, labels) instead of a cache"
+        )
+
+    def from_units(self, batch: Terms) -> Tensor:
+        self._refuse_units()
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        self._refuse_units()
+
+    def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
+        return {"images": images}  # inside the tower everything depends on the weight
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        edits = [None if self.merged else self.units["head"].edit(weight) for weight in weights[0]]
+        return torch.stack([self._view.terms(features["images"], (), edit).output for edit in edits])
+
+    def merge(self) -> nn.Module:
+        """The tower itself, its output projections holding the change (LayerScale folded in and set to one).
+
+        Needs tokens="all". The tower's state_dict has the same keys as ever and loads where this package is absent.
+        This module goes on giving the same numbers, and :meth:`unmerge` or :meth:`detach` put the tower's own weights
+        back.
+
+        Raises ValueError, with nothing changed, where folding is impossible or gives NaN or Inf.
+        """
+        if self.merged:
+            raise ValueError("this adapter is merged already; unmerge it first")
+        if self.neighbours():
+            raise ValueError(
+                f"{self.neighbours()} more adapters live on this tower, and merging would change it beneath them; "
+                "detach them, or merge a copy (copy.deepcopy)"
+            )
+        changed = fold_into_tower(self._view, self.units["head"], self.weight.detach())
+        names = {p: name for name, p in self.tower.named_parameters()}
+        self._originals = {names[p]: value for p, value in changed}
+        return self.tower
+
+    @property
+    def merged(self) -> bool:
+        """Whether :meth:`merge` has folded the weight into the tower's own parameters."""
+        return self._originals is not None
+
+    def unmerge(self) -> None:
+        """Puts the tower's own weights back, bit for bit, after :meth:`merge`."""
+        if not self.merged:
+            raise ValueError("this adapter is not merged into its tower, so there is nothing to undo")
+        with torch.no_grad():
+            for name, value in self._originals.items():
+                self.tower.get_parameter(name).copy_(value)
+        self._originals = None
+
+    def detach(self) -> nn.Module:
+        if self.merged:
+            self.unmerge()
+        return super().detach()
+
+
+@torch.no_grad()
+def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+    """Folds a change of the stream into the tower's output projections; (parameter, its value before) of all changed.
+
+    W' = gamma o W + Phi^T diag(weight - 1) Phi (gamma o W) head by head, the bias alike, and gamma becomes one. Raises
+    ValueError, with the tower unchanged, where this cannot be said in the tower's own parameters.
+    """
+    if heads.tokens != "all":
+        raise ValueError(
+            f'tokens="{heads.tokens}" changes some tokens and not others, which no output projection can; only '
+            'tokens="all" can be merged: export the attached module instead (torch.export)'
+        )
+    changes: list[tuple[nn.Parameter, Tensor]] = []
+    for layer, run in zip(heads.layers, weight.double().split(heads.sizes), strict=True):
+        out, held = view.out_projection(layer), heads.constants[str(layer)]
+        if out.norm is not None:
+            raise ValueError(
+                f"layer {layer} normalises what attention adds (post-norm), so its change does not fold into the "
+                "output projection; export the attached module instead (torch.export)"
+            )
+        if out.bias is None:
+            raise ValueError(
+                f"the output projection of layer {layer} has no bias to fold the means into; export the attached "
+                "module instead (torch.export)"
+            )
+        gain, fold = out.gain(), Fold(len(out.weight), out.weight.device)
+        fold.add_spectral(held, run - 1)
+        changes.append((out.weight, out.weight.double() * gain[:, None] + fold.rows[0].T))
+        changes.append((out.bias, out.bias.double() * gain + fold.b + fold.e))
+        if out.gamma is not None:
+            changes.append((out.gamma, torch.ones_like(out.gamma)))
+    check_finite({f"parameter {index}": value for index, (_, value) in enumerate(changes)})
+    originals = [(parameter, parameter.detach().clone()) for parameter, _ in changes]
+    for parameter, value in changes:
+        parameter.copy_(value)
+    return originals

@@ -48,6 +48,12 @@ class TowerAdapter(AroundTower, abc.ABC):
     """
 
     default_lr = 0.8  # of the paper, for weights on components and heads
+    placement = (
+        "output"  # "stream": what the tower computes depends on the weights, so that nothing can be cached
+    )
+    weights_on = "output"  # what a learned number belongs to: "components", "units", "output" or "nothing"
+    merged = False  # whether the weights are folded into the tower's own parameters
+    adapted: tuple[str, ...] = ()  # kinds of units that are reweighted: what a cache must hold
     kinds: tuple[str, ...] = ()  # what the tower must be asked for
     bases: SpectralBases | None = None  # what the constants were made of, kept for save_adapter
     _flags: dict[str, bool] | None = (
@@ -158,6 +164,23 @@ class TowerAdapter(AroundTower, abc.ABC):
         return self._view.dim
 
     @property
+    def device(self) -> torch.device:
+        """Where the tower is, and with it everything here."""
+        return next(self.tower.parameters()).device
+
+    def component_weight(self, weight: Tensor | None = None) -> Tensor:
+        """[J], what each component's coefficient is multiplied by; of [..., P] other weights, in place of its own,
+        [..., J]. With weights on units, a unit is its own one component.
+
+        Raises ValueError where no number belongs to a component (a linear layer).
+        """
+        raise ValueError(f"{type(self).__name__} reweights no components")
+
+    def constants(self) -> dict[str, nn.Module]:
+        """The modules that hold what one weight vector is applied to; {} where what is learned is no such vector."""
+        return {}
+
+    @property
     def removed_mean(self) -> Tensor:
         """[D], the means of the adapted units (as fitted), which y lacks because it is centred.
 
@@ -165,7 +188,8 @@ class TowerAdapter(AroundTower, abc.ABC):
         ``normalize(y + residual.removed_mean)``, which with all components, weights of one and rest="sum" is the
         tower's own embedding.
         """
-        like = self.trainable()[0].detach()
+        like = next(self.tower.parameters()).detach()
+        like = like.to(torch.promote_types(like.dtype, torch.float32))
         return sum((mean.to(like) for mean in self._centred()), like.new_zeros(self.dim))
 
     def _centred(self) -> list[Tensor]:

@@ -42,6 +42,11 @@ class UnitSum(nn.Module):
     def _apply(self, fn, recurse=True):
         return super()._apply(at_least_float32(fn), recurse)
 
+    @property
+    def unit_offsets(self) -> Tensor:
+        """[R+1] where each unit's numbers begin: it has one."""
+        return torch.arange(len(self.b) + 1)
+
     def forward(
         self,
         z: Tensor,

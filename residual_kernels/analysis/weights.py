@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.ops.reference import coefficients
 from residual_kernels.towers import Unit, UnitLayout
 from residual_kernels.units.cache import UnitCache
@@ -23,7 +24,7 @@ MOST_ROWS = 2 * ROWS  # likewise
 
 @dataclass(frozen=True)
 class Component:
-    """One adapted component, as the data show it; `index` is its place in the ResiDual's `weight`."""
+    """One adapted component, as the data show it; `index` is its place in `component_weight()`."""
 
     index: int
     unit: Unit
@@ -141,7 +142,7 @@ class ResetReading:
 
 def _source(residual: ResiDual, cache: UnitCache, **options) -> UnitSource:
     """The units of a cache that a ResiDual reads; a ValueError where its weights cannot be read at all."""
-    if not isinstance(residual, ResiDual):
+    if not isinstance(residual, TowerAdapter) or residual.weights_on != "components":
         raise ValueError(f"weights are read from a ResiDual; got {type(residual).__name__}")
     if residual.placement != "output":
         raise ValueError(
@@ -171,7 +172,7 @@ class _Reader:
     """Coefficients of chosen components (rising indices, all by default), reading only the units they belong to."""
 
     def __init__(self, residual: ResiDual, indices: Sequence[int] | None = None):
-        self.device = residual.weight.device
+        self.device = residual.device
         self._parts = []
         for kind, start in _starts(residual).items():
             constants = residual.units[kind]
@@ -216,7 +217,7 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
     if len(cache) < 2:
         raise ValueError(f"a spread needs at least 2 images; the cache holds {len(cache)}")
     reader, layout = _Reader(residual), residual.layout
-    total, device = residual.weight.numel(), residual.weight.device
+    total, device = len(residual.component_weight()), residual.device
     labels = cache.labels
     kinds = 0 if labels is None else max(classes or 0, int(labels.max()) + 1)
     sums = torch.zeros(max(kinds, 1), total, dtype=torch.float64, device=device)
@@ -241,7 +242,7 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
         separation = torch.where(inside > 0, between / inside, 0.0).clamp(0, 1)
         class_means = sums.cpu() / counts[:, None] + shift.cpu()
     unit, place, explained = _owners(residual)
-    weight = residual.weight.detach().double().cpu()
+    weight = residual.component_weight().detach().double().cpu()
     return WeightReading(
         layout=layout, count=len(cache), unit=unit, place=place, weight=weight, explained=explained,
         mean=(whole / len(cache) + shift).cpu(), std=std, effect=(weight - 1) * std,
@@ -272,7 +273,7 @@ def component_ends(residual: ResiDual, cache: UnitCache, indices: Sequence[int],
     """
     source = _source(residual, cache)
     wanted = sorted({int(j) for j in indices})
-    total = residual.weight.numel()
+    total = len(residual.component_weight())
     if not wanted or wanted[0] < 0 or wanted[-1] >= total:
         raise ValueError(f"indices must name components 0 to {total - 1}; got {list(indices)[:8]}")
     if count < 1:
@@ -311,12 +312,12 @@ def reset_accuracy(
     source = _source(residual, cache, labelled=True, classes=len(head.class_names))
     if kind not in residual.adapted:
         raise ValueError(f"units of kind {kind!r} are not adapted ({', '.join(residual.adapted)} are)")
-    constants, device = residual.units[kind], residual.weight.device
+    constants, device = residual.units[kind], residual.device
     vectors = head.class_vectors.to(device, constants.basis.dtype)
     bounds = constants.unit_offsets.tolist()
     runs = list(zip(bounds[:-1], bounds[1:], strict=True))
     start = _starts(residual)[kind]
-    to_one = 1 - residual.weight.detach()[start : start + bounds[-1]]
+    to_one = 1 - residual.component_weight().detach()[start : start + bounds[-1]]
     written = to_one[:, None] * (constants.basis @ vectors)  # [J, K]
     hits = torch.zeros(len(runs) + 1, dtype=torch.int64, device=device)
     for batch in source.batches(rows_within(max(bounds[-1], vectors.shape[1]), BATCH_NUMBERS, MOST_ROWS)):

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Subset
 
 from residual_kernels import distributed, train
 from residual_kernels.adapters.folder import CONFIG, save_adapter
-from residual_kernels.adapters.methods import Method, build, check_options, identity
+from residual_kernels.adapters.methods import METHODS, Method, build, identity
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.inputs import Reader, prepare
@@ -21,6 +21,7 @@ from residual_kernels.cli.options import (
     Device,
     Download,
     Json,
+    MethodName,
     Model,
     OnUnreadable,
     Pretrained,
@@ -45,9 +46,14 @@ def fit_command(
     val: Annotated[
         Path | None, typer.Option(help="validation images; a fifth of the training ones by default")
     ] = None,
-    method: Annotated[
-        Method, typer.Option(help="the paper's variant, or stream: inside the tower, which runs every epoch")
-    ] = Method.fine,
+    method_name: Annotated[
+        MethodName,
+        typer.Option(
+            "--method",
+            help="one of the paper's, anchored or shared: changes of the whole output, or stream: inside the tower, "
+            "which runs every epoch",
+        ),
+    ] = MethodName.fine,
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,
@@ -107,13 +113,12 @@ def fit_command(
     if (out_folder / CONFIG).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
     chosen_rest = rest and rest.value
-    check_options(
-        method, rest=chosen_rest, energy=energy, components=components, max_components=max_components
-    )
+    method = METHODS[method_name.value]
+    method.check(rest=chosen_rest, energy=energy, components=components, max_components=max_components)
     if method.runs_the_tower:
         _check_runs(method, lr, seeds, shots, balanced, checkpoint, prototypes)
     elif tokens is not None:
-        raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.value} works at the output")
+        raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.name} works at the output")
     reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
@@ -150,7 +155,7 @@ def fit_command(
     chosen_seeds = range(seed, seed + seeds)
     adapters = [
         build(
-            method, tower, fitted, rest=chosen_rest, energy=energy, components=components,
+            method.name, tower, fitted, rest=chosen_rest, energy=energy, components=components,
             max_components=max_components, seed=one,
         )
         for one in chosen_seeds
@@ -182,11 +187,11 @@ def _check_runs(method: Method, lr, seeds, shots, balanced, checkpoint, prototyp
     given = [name for name, wanted in asked.items() if wanted]
     if given:
         raise ValueError(
-            f"{' and '.join(given)} would need cached units, and {method.value} runs the tower; leave it out"
+            f"{' and '.join(given)} would need cached units, and {method.name} runs the tower; leave it out"
         )
     if distributed.world() > 1:
         raise ValueError(
-            f"{method.value} is fitted by one process on the command line; run it without torchrun"
+            f"{method.name} is fitted by one process on the command line; run it without torchrun"
         )
 
 
@@ -238,14 +243,14 @@ def _report(
     seconds = max(one.seconds for one in fits.results)
     out.print(
         f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
-        f"({method.value}, {images} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
+        f"({method.name}, {images} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
         f"{seconds:.1f} s); written to {out_folder}",
     )
     row = result.history[result.best_epoch]
     write_numbers(
         json_file,
         {
-            "method": method.value, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
+            "method": method.name, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
             "base_balanced_accuracy": base.balanced_accuracy,
             "val_balanced_accuracy": row.val_balanced_accuracy, "lr": fits.tasks[best].lr,
             "seed": fits.tasks[best].seed, "parameters": result.parameters, "seconds": seconds,

@@ -39,7 +39,7 @@ def merge_command(
         raise ValueError(f"--out must end with {', '.join((*export.ENDINGS, WEIGHTS))}; got {out_file.name}")
     clip, preprocess, _ = prepare(model, pretrained, "cpu")
     module = load_adapter(sources.image_tower(clip), adapter)
-    stream = getattr(module, "placement", "output") == "stream"
+    stream = module.placement == "stream"
     if out_file.suffix == WEIGHTS and not stream:
         raise ValueError(
             f"{adapter} works at the output of the tower, and no weights of the tower can say that; name a file that "

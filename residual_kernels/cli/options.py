@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from residual_kernels.adapters.methods import METHODS
+
 Model = Annotated[
     str,
     typer.Option(
@@ -76,6 +78,10 @@ class Rest(str, Enum):
     sum = "sum"
     mean = "mean"
     all = "all"
+
+
+# the methods that learn something, by their own names
+MethodName = Enum("MethodName", {method.name: method.name for method in METHODS.values() if method.learns})
 
 
 class DType(str, Enum):

@@ -68,7 +68,7 @@ def report(
         else:
             words = TextDictionary.from_file(clip, tokenizer, dictionary)
     folders = class_folders(run)
-    kinds = tuple(dict.fromkeys(("head", *getattr(module, "adapted", ()))))
+    kinds = tuple(dict.fromkeys(("head", *module.adapted)))
     source = reader.open(data, preprocess)
     pictures = source if isinstance(source, Images) else None
     if images is not None:

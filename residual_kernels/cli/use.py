@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from residual_kernels import train
 from residual_kernels.adapters.folder import CLASSES, CLASSES_WHAT, HEAD, load_adapter, member
 from residual_kernels.adapters.methods import identity
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Adapter,
@@ -118,7 +118,7 @@ def eval_command(
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
     folders = class_folders(adapter)
     source = reader.open(data, preprocess)
-    if getattr(module, "placement", "output") == "stream":
+    if module.placement == "stream":
         if isinstance(source, UnitCache):
             raise ValueError(
                 f"{adapter} works inside the tower, so a cache cannot tell; name the images themselves"
@@ -126,7 +126,7 @@ def eval_command(
         images = _Relabelled(source, positions(source.class_names, folders, data))
         source = reader.loader(images)
     else:
-        kinds = getattr(module, "adapted", ())
+        kinds = module.adapted
         source = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
     before, after = train.evaluate(identity(module.tower), head, source), train.evaluate(module, head, source)
     table = Table("class", "images", "without", "with", title=f"{data}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from residual_kernels import extras, train
 from residual_kernels.adapters.methods import ENERGY, build
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bundled import load_bundled
 from residual_kernels.bundled.drawings import DIGITS, drawn_images

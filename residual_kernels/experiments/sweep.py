@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 
 from residual_kernels import extras
 from residual_kernels import train as training
-from residual_kernels.adapters.methods import Method, build, identity
+from residual_kernels.adapters.methods import METHODS as BY_NAME
+from residual_kernels.adapters.methods import build, identity
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.data import models as sources
@@ -34,7 +35,7 @@ from residual_kernels.units.cache.shards import STORED
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, AVERAGE = "base", "average"
-METHODS = (BASE, *(method.value for method in Method if not method.runs_the_tower))  # a sweep reads caches
+METHODS = tuple(name for name, method in BY_NAME.items() if not method.runs_the_tower)  # a sweep reads caches
 WHAT = "result of a sweep"
 
 
@@ -171,9 +172,9 @@ class _TowerWork:
     def __init__(self, sweep: Sweep, spec: TowerSpec):
         self.sweep, self.plan, self.spec = sweep, sweep.plan, spec
         self.place = _file_name(spec.label)
-        kinds = {kind for name in self.plan.methods if name != BASE for kind in Method(name).kinds}
+        kinds = {kind for name in self.plan.methods for kind in BY_NAME[name].kinds}
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
-        self.needs_bases = any(name != BASE and Method(name).needs_bases for name in self.plan.methods)
+        self.needs_bases = any(BY_NAME[name].needs_bases for name in self.plan.methods)
 
     @functools.cached_property
     def model(self) -> tuple[nn.Module, Callable, Callable]:
@@ -278,7 +279,7 @@ class _DataWork:
             found = training.evaluate(identity(tower), self.head, test)
             fitted = {"parameters": 0, "seconds": 0.0}
         else:
-            options = {"energy": self.plan.energy} if method == Method.fine else {}
+            options = {"energy": self.plan.energy} if method == "fine" else {}
             adapter = build(method, tower, self.bases, seed=seed, **options)
             fits = training.fit_many(
                 adapter, self.head, train, val, seeds=(seed,), epochs=self.plan.epochs, shots=self.plan.shots,

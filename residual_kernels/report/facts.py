@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels.adapters.residual import CoarseHeads, ResiDual, TowerAdapter
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.analysis.dimension import linear_dimension, participation_ratio, two_nn_dimension
 from residual_kernels.analysis.scores import correlations, own_accuracy
 from residual_kernels.analysis.selection import selection_curves
@@ -222,7 +223,7 @@ def gather(
     Raises ValueError when the cache has no labels, too few images, or belongs to another tower.
     """
     tower, layout = adapter.tower, adapter.layout
-    adapted = getattr(adapter, "adapted", ())
+    adapted = adapter.adapted
     cache.check(tower, {"head", *adapted})
     if cache.labels is None:
         raise ValueError("a report needs labelled images; this cache holds only images")
@@ -237,7 +238,7 @@ def gather(
     lost: dict[int, float] = {}
     words = {}
     units = [unit for kind in adapted for unit in layout[layout.span(kind)]]
-    if isinstance(adapter, ResiDual):
+    if adapter.weights_on == "components":
         say("reading the weights")
         reading = read_weights(adapter, cache, len(head.class_names))
         weight = {unit.index: reading.unit_weight(unit) for unit in units}
@@ -251,8 +252,8 @@ def gather(
         ends = component_ends(adapter, cache, chosen, STRIP)
         if dictionary is not None:
             words = _words(adapter, dictionary, reading, chosen)
-    elif isinstance(adapter, CoarseHeads):
-        weight = dict(zip((unit.index for unit in units), adapter.weight.tolist(), strict=True))
+    elif adapter.weights_on == "units":
+        weight = dict(zip((unit.index for unit in units), adapter.component_weight().tolist(), strict=True))
 
     say("fitting principal components of every head")
     bases = fit_bases(tower, cache, ("head",))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.train.evaluation import Evaluation, Prediction, evaluate, predict
 from residual_kernels.train.fitting import Run
 from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task

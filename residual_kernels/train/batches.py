@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import ROWS, UnitBatch, UnitSource, unit_source
 
@@ -54,9 +54,9 @@ def source_of(adapter: TowerAdapter, data: "UnitCache | Tensor | Iterable", **op
         raise ValueError(
             f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
         )
-    device = adapter.trainable()[0].device
-    kinds = getattr(adapter, "adapted", ())
-    return unit_source(data, adapter.tower, kinds, also=adapter.kinds, device=device, **options)
+    return unit_source(
+        data, adapter.tower, adapter.adapted, also=adapter.kinds, device=adapter.device, **options
+    )
 
 
 def runs(count: int, size: int) -> list[slice]:
@@ -80,7 +80,7 @@ class AdapterRows:
         self, adapter: TowerAdapter, source: UnitSource, memory: int = 0, part: Callable[[int], slice] = whole
     ):
         self.adapter, self.source, self.part = adapter, source, part
-        self.device = adapter.trainable()[0].device
+        self.device = adapter.device
         self.count = source.count or 0
         self.labels = None if source.labels is None else source.labels.to(self.device)
         self.resident: dict[str, Tensor] | None = None

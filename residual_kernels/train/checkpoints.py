@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.files import digest, load_tensors, save_tensors
 from residual_kernels.train.evaluation import Heads
 from residual_kernels.units.cache import UnitCache

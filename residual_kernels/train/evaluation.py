@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.train.batches import AdapterRows, source_of, widest
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead

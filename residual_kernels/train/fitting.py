@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from residual_kernels import distributed
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.files import digest
 from residual_kernels.train import checkpoints
 from residual_kernels.train.batches import AdapterRows, room, source_of, whole, widest
@@ -76,12 +76,14 @@ class Run:
         self.weight_decay, self.shrink = weight_decay, shrink
         self.parallel = distributed.world() > 1 and not alone
         self.by_balanced_accuracy = isinstance(class_weight, str)
-        if getattr(adapter, "merged", False):
+        if adapter.merged:
             raise ValueError(
                 "this adapter is merged into its tower, so its weight changes nothing; unmerge it first"
             )
         self.parameters = adapter.trainable()
-        self.device = self.parameters[0].device
+        if not self.parameters:
+            raise ValueError(f"a {type(adapter).__name__} learns nothing, so there is nothing to fit")
+        self.device = adapter.device
         self.heads = Heads(heads, self.device)
         sets = 1 + max(task.labels for task in tasks)
         if len(heads) not in (1, sets):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels import distributed
-from residual_kernels.adapters.residual import TowerAdapter
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.train.batches import AdapterRows, Batch
 from residual_kernels.train.evaluation import Heads
 

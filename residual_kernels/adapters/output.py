@@ -1,0 +1,128 @@
+"""What can be learned on the output alone? The baselines that read nothing of a tower but its embedding."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels.adapters.fold import Fold, MergedOutput
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.adapters.unit_adapter import check_arguments, initial_weight
+from residual_kernels.adapters.unit_sum import SpectralConstants, at_least_float32
+from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
+from residual_kernels.ops.packing import wide
+from residual_kernels.towers import Terms
+
+
+class OutputSpectral(TowerAdapter):
+    """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit, all components kept (a baseline).
+
+    `weight` [D]. Arguments as in :class:`ResiDual`.
+    """
+
+    default_lr = 1e-3
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        bases: SpectralBases,
+        *,
+        init: str | Tensor = "ones",
+        seed: int = 0,
+        backend: str = "auto",
+    ):
+        check_arguments(tower, bases, backend=backend)
+        super().__init__(tower)
+        like = next(self.tower.parameters())
+        self.bases = replace(bases, parts={OUTPUT: bases.parts[OUTPUT]}, moments=None)
+        self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
+        self.weight = initial_weight(len(self.spectral.basis), init, seed, like)
+        self.freeze()
+
+    def component_weight(self, weight: Tensor | None = None) -> Tensor:
+        return self.weight if weight is None else weight
+
+    def constants(self) -> dict[str, nn.Module]:
+        return {"spectral": self.spectral}
+
+    def _centred(self) -> list[Tensor]:
+        return [self.bases.parts[OUTPUT].mean[0]]
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return self.spectral(batch.output[:, None, :], None, None, self.weight)
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        return self.spectral.features(batch.output[:, None, :], None, None)
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        return self.spectral.from_features(features, weights[0])
+
+    def merge(self) -> nn.Module:
+        fold = Fold(self.dim, self.weight.device)
+        fold.add_spectral(self.spectral, self.weight)
+        return MergedOutput(self.tower, fold.rows[0].T, fold.b + fold.e)
+
+
+class OutputIdentity(TowerAdapter):
+    """y = the tower's own output: an adapter that is the model, and learns nothing.
+
+    It measures what the others start from by the same code, and stands for them where none is better.
+    """
+
+    weights_on = "nothing"
+
+    def __init__(self, tower: nn.Module):
+        check_arguments(tower, None)
+        super().__init__(tower)
+        self.freeze()
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return self.tower(images)
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return batch.output
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        return {"output": batch.output.to(wide(batch.output.dtype))}
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
+        return features["output"]
+
+    def merge(self) -> nn.Module:
+        eye = torch.eye(self.dim, device=self.device)
+        return MergedOutput(self.tower, eye, torch.zeros_like(eye[0]))
+
+
+class OutputLinear(TowerAdapter):
+    """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed` (a baseline)."""
+
+    default_lr = 1e-3
+
+    def __init__(self, tower: nn.Module, *, seed: int = 0):
+        check_arguments(tower, None)
+        super().__init__(tower)
+        like = next(self.tower.parameters())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.linear = nn.Linear(self.dim, self.dim)
+        self.linear.to(device=like.device, dtype=wide(like.dtype))
+        self.freeze()
+
+    def _apply(self, fn, recurse=True):
+        self.tower._apply(fn)
+        self.linear._apply(at_least_float32(fn))
+        return self
+
+    def _embed(self, batch: Terms) -> Tensor:
+        return self.linear(batch.output.to(self.linear.weight.dtype))
+
+    def features(self, batch: Terms) -> dict[str, Tensor]:
+        return {"output": batch.output.to(self.linear.weight.dtype)}
+
+    def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        weight, bias = weights
+        return features["output"] @ weight.mT + bias.unsqueeze(-2)
+
+    def merge(self) -> nn.Module:
+        return MergedOutput(self.tower, self.linear.weight.detach(), self.linear.bias.detach())
