@@ -8,6 +8,7 @@ import torch
 from test_towers import build, images_for, plain, relative
 
 import residual_kernels as rk
+from residual_kernels.analysis.weights import read_weights
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_it_fits_is_kept_and_is_read(tower, bases, tmp_path):
     again = rk.load_adapter(copy.deepcopy(tower), tmp_path / "a")
     with torch.no_grad():
         assert torch.equal(again(images[:4]), adapter(images[:4]))
-    reading = rk.analysis.read_weights(adapter, cache)
+    reading = read_weights(adapter, cache)
     assert torch.equal(reading.weight, adapter.component_weight().detach())
     low = copy.deepcopy(adapter).to(torch.bfloat16)
     assert low.weight.dtype == torch.float32

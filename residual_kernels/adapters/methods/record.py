@@ -74,9 +74,8 @@ class Method:
         rest = options.get("rest")
         if rest is not None and rest not in self.rests:
             if not self.rests:
-                raise ValueError(
-                    f"{self.name} leaves no other units, so it has no rest; leave rest={rest!r} out"
-                )
+                how = "leaves them all in the tower" if self.kinds else "adapts the output as a whole"
+                raise ValueError(f"rest={rest!r} is about other units, but {self.name} {how}")
             raise ValueError(f"rest of {self.name} must be one of {', '.join(self.rests)}; got {rest!r}")
         unknown = [name for name in given if name not in (*TRUNCATION, "rest")]
         if unknown:
