@@ -37,7 +37,7 @@ class _Shared(nn.Module):
         self.kinds, self.reads = adapter.kinds, adapter._reads()
         self.register_buffer("removed_mean", adapter.removed_mean.double(), persistent=False)
         tower = {id(adapter.tower): adapter.tower}  # which is not copied
-        self.sizes = getattr(adapter, "_sizes", None)
+        self.sizes = adapter._sizes
         for name, module in adapter.constants().items():
             self.add_module(name, copy.deepcopy(module, tower))
 

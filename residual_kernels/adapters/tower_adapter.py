@@ -55,6 +55,7 @@ class TowerAdapter(AroundTower, abc.ABC):
     merged = False  # whether the weights are folded into the tower's own parameters
     adapted: tuple[str, ...] = ()  # kinds of units that are reweighted: what a cache must hold
     kinds: tuple[str, ...] = ()  # what the tower must be asked for
+    _sizes: Sequence[int] = ()  # how many components each adapted kind has
     bases: SpectralBases | None = None  # what the constants were made of, kept for save_adapter
     _flags: dict[str, bool] | None = (
         None  # the tower's requires_grad flags before it was frozen; None: left trainable
