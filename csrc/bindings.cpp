@@ -34,8 +34,39 @@ void check(bool fine, const char* message) {
   if (!fine) throw std::invalid_argument(message);
 }
 
-Reweight common_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
-                   uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
+// What the loops read lies inside the tensors they are given: counts of elements, the table of blocks, the offsets.
+void check_units(const Kernels& set, bool tiled, int dtype, const Units& u, const std::array<int64_t, 7>& elements) {
+  using Wide = __int128;  // products of sizes that a caller made up
+  const int64_t lanes = set.vector_bytes / (dtype == FLOAT64 ? 8 : 4);
+  const auto up = [](int64_t count, int64_t step) { return (Wide(count) + step - 1) / step * step; };
+  check(Wide(elements[0]) == Wide(u.blocks) * BLOCK_FIELDS && Wide(elements[1]) == Wide(u.R) + 1,
+        "the packed table of blocks or the unit offsets do not have the stated size");
+  check(Wide(elements[2]) == u.J * up(u.C, lanes), "packed proj does not have the stated J and C");
+  for (int i = 4; i < 7; ++i) check(elements[i] == u.J, "packed bias, slope or offset do not have J elements");
+  check(u.offsets[0] == 0 && u.offsets[u.R] == u.J, "the packed unit offsets do not run from 0 to J");
+  for (int64_t r = 0; r < u.R; ++r) check(u.offsets[r] <= u.offsets[r + 1], "the packed unit offsets fall");
+  int64_t next = 0, unit = 0;
+  Wide padded = 0;
+  for (int64_t b = 0; b < u.blocks; ++b) {
+    const int64_t* block = u.block + BLOCK_FIELDS * b;
+    const bool goes_on = b > 0 && block[FIRST_UNIT] == unit - 1;  // a unit too large for one block
+    check(block[FIRST] == next && block[LAST] >= next && block[LAST] <= u.J, "the packed blocks are not runs of components");
+    check((block[FIRST_UNIT] == unit || goes_on) && block[LAST_UNIT] > block[FIRST_UNIT] && block[LAST_UNIT] <= u.R,
+          "the packed blocks do not hold every unit");
+    check(u.offsets[block[FIRST_UNIT]] <= block[FIRST] && u.offsets[block[LAST_UNIT]] >= block[LAST],
+          "a packed block holds components of other units");
+    check(Wide(block[PADDED_FIRST]) == padded, "the packed blocks do not lie where they say");
+    padded += tiled ? up(block[LAST] - block[FIRST], 32) : Wide(block[LAST] - block[FIRST]);
+    next = block[LAST];
+    unit = block[LAST_UNIT];
+  }
+  check(next == u.J && unit == u.R, "the packed blocks do not hold every component");
+  check(Wide(elements[3]) == (tiled ? 2 * padded * up(u.D, 32) : padded * up(u.D, lanes)),
+        "packed basis does not have the stated J and D");
+}
+
+Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const std::array<int64_t, 7>& sizes,
+                   const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
                    uintptr_t weight_index) {
   const auto [N, R, C, D, J, T, blocks] = sizes;
   check(N >= 0 && R >= 1 && C >= 0 && D >= 0 && J >= 0 && T >= 0 && blocks >= 1, "a size is negative");
@@ -45,6 +76,7 @@ Reweight common_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, 
   Reweight x{};
   x.units = Units{R, C, D, J, blocks, at<const int64_t>(units[0]), at<const int64_t>(units[1]), at<const void>(units[2]),
                   at<const void>(units[3]), at<const void>(units[4]), at<const void>(units[5]), at<const void>(units[6])};
+  check_units(set, tiled, dtype, x.units, elements);
   x.dtype = static_cast<DataType>(dtype);
   x.N = N;
   x.T = T;
@@ -72,22 +104,24 @@ void check_z(uintptr_t z, const std::array<int64_t, 7>& sizes) {
 }
 
 void forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
-             uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
-             uintptr_t weight_index, uintptr_t y) {
+             const std::array<int64_t, 7>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale,
+             uintptr_t mean, uintptr_t weight, uintptr_t weight_index, uintptr_t y) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   check_z(z, sizes);
-  Forward call{common_of(dtype, threads, sizes, units, z, z_strides, scale, mean, weight, weight_index), at<void>(y)};
+  Forward call{common_of(chosen, set == AMX, dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
+                         weight_index), at<void>(y)};
   py::gil_scoped_release unlocked;
   if (!chosen.forward(call)) throw std::bad_alloc();
 }
 
 void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
-              uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
-              uintptr_t weight_index, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight, uintptr_t dz,
+              const std::array<int64_t, 7>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale,
+              uintptr_t mean, uintptr_t weight, uintptr_t weight_index, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight, uintptr_t dz,
               uintptr_t dscale, uintptr_t dmean) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   check_z(z, sizes);
-  Backward call{common_of(dtype, threads, sizes, units, z, z_strides, scale, mean, weight, weight_index),
+  Backward call{common_of(chosen, set == AMX, dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
+                         weight_index),
                 Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}},
                 at<void>(dweight), at<void>(dz), at<void>(dscale), at<void>(dmean)};
   py::gil_scoped_release unlocked;
@@ -95,10 +129,10 @@ void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& siz
 }
 
 // The same loops on coefficients c [N, J] that are known already: no z, scale or mean.
-Reweight sum_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
-                uintptr_t c, const std::array<int64_t, 2>& c_strides, uintptr_t weight) {
+Reweight sum_of(const Kernels& set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
+                const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t c, const std::array<int64_t, 2>& c_strides, uintptr_t weight) {
   check(dtype == FLOAT32 || dtype == FLOAT64, "coefficients are float32 or float64");
-  Reweight x = common_of(dtype, threads, sizes, units, 0, {0, 0, 0}, 0, 0, weight, 0);
+  Reweight x = common_of(set, false, dtype, threads, sizes, units, elements, 0, {0, 0, 0}, 0, 0, weight, 0);
   x.c = at<const void>(c);
   x.c_stride[0] = c_strides[0];
   x.c_stride[1] = c_strides[1];
@@ -106,19 +140,19 @@ Reweight sum_of(int dtype, int threads, const std::array<int64_t, 7>& sizes, con
 }
 
 void sum_forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
-                 const std::array<uintptr_t, 7>& units, uintptr_t c, const std::array<int64_t, 2>& c_strides,
-                 uintptr_t weight, uintptr_t y) {
+                 const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t c,
+                 const std::array<int64_t, 2>& c_strides, uintptr_t weight, uintptr_t y) {
   const Kernels& chosen = reweight_kernels(set, dtype);
-  Forward call{sum_of(dtype, threads, sizes, units, c, c_strides, weight), at<void>(y)};
+  Forward call{sum_of(chosen, dtype, threads, sizes, units, elements, c, c_strides, weight), at<void>(y)};
   py::gil_scoped_release unlocked;
   if (!chosen.forward(call)) throw std::bad_alloc();
 }
 
 void sum_backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
-                  const std::array<uintptr_t, 7>& units, uintptr_t c, const std::array<int64_t, 2>& c_strides,
-                  uintptr_t weight, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight) {
+                  const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t c,
+                  const std::array<int64_t, 2>& c_strides, uintptr_t weight, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight) {
   const Kernels& chosen = reweight_kernels(set, dtype);
-  Backward call{sum_of(dtype, threads, sizes, units, c, c_strides, weight),
+  Backward call{sum_of(chosen, dtype, threads, sizes, units, elements, c, c_strides, weight),
                 Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}}, at<void>(dweight),
                 nullptr, nullptr, nullptr};
   py::gil_scoped_release unlocked;

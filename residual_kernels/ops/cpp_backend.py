@@ -155,6 +155,40 @@ def pack(
     return tensors, [number, width, dim, components]
 
 
+def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
+    """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other.
+
+    What is left to the extension, which asks at every call: that the blocks and offsets hold every component, and that
+    the constants have as many elements as the sizes say.
+    """
+    if len(sizes) != 4 or len(tensors) not in (_DIRECT_TENSORS, _DIRECT_TENSORS + 2):
+        raise ValueError(
+            f"a pack of the compiled backend has {_DIRECT_TENSORS} or {_DIRECT_TENSORS + 2} tensors and 4 sizes; "
+            f"got {len(tensors)} and {len(sizes)}"
+        )
+    number, width, dim, components = sizes
+    table, offsets, padded, panels, *vectors = tensors
+    least = padded.dtype
+    if not (
+        0 <= number < len(INSTRUCTION_SETS)
+        and table.dtype == offsets.dtype == torch.int64
+        and (panels.dtype == least or (panels.dtype == torch.bfloat16 and INSTRUCTION_SETS[number] == "amx"))
+        and vectors[0].dtype == vectors[1].dtype == vectors[2].dtype == least
+        and table.numel() > 0
+        and offsets.numel() > 1
+        and all(x.is_contiguous() and x.device.type == "cpu" for x in tensors[:_DIRECT_TENSORS])
+        and (
+            len(vectors) == 3
+            or (vectors[3].shape == (components, width) and vectors[4].shape == (components, dim))
+        )
+    ):
+        raise ValueError(
+            "the packed tensors are not those that pack_units made for the compiled backend. "
+            f"Got {[(x.dtype, tuple(x.shape)) for x in tensors]} for {list(sizes)}"
+        )
+    return offsets.numel() - 1, width, components, dim
+
+
 def _folding_saves(rows: int, units: int, width: int, dim: int, components: int, dtype: torch.dtype) -> bool:
     """Whether the folded route needs clearly fewer FLOP than the direct one: the same rule forward and backward."""
     direct = rows * components * (width + dim)
@@ -209,6 +243,10 @@ def _address(tensor: Tensor | None) -> int:
 def _common(z, scale, mean, weight, weight_index, tensors, sizes) -> tuple[list, list[Tensor | None]]:
     """The arguments that forward and backward share, and what must stay alive while they run."""
     number, width, dim, components = sizes
+    if _wide(z.dtype) != tensors[2].dtype:  # the loops would read numbers of another size
+        raise ValueError(
+            f"z is {z.dtype}, but the constants are packed for {tensors[2].dtype}; pack them again"
+        )
     kept = [None if x is None else x.contiguous() for x in (scale, mean, weight, weight_index)]
     arguments = [
         number,
@@ -216,6 +254,7 @@ def _common(z, scale, mean, weight, weight_index, tensors, sizes) -> tuple[list,
         torch.get_num_threads(),
         [z.shape[0], z.shape[1], width, dim, components, weight.shape[0], tensors[0].shape[0]],
         [x.data_ptr() for x in tensors[:_DIRECT_TENSORS]],
+        [x.numel() for x in tensors[:_DIRECT_TENSORS]],
         z.data_ptr(),
         z.stride(),
         *map(_address, kept),
@@ -286,6 +325,7 @@ def _sum_arguments(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list
         torch.get_num_threads(),
         [c.shape[0], tensors[1].numel() - 1, width, dim, components, weight.shape[0], tensors[0].shape[0]],
         [x.data_ptr() for x in tensors[:_DIRECT_TENSORS]],
+        [x.numel() for x in tensors[:_DIRECT_TENSORS]],
         c.data_ptr(),
         c.stride(),
         weight.data_ptr(),

@@ -8,9 +8,122 @@ low-rank form is derived in README, "How it works".
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from residual_kernels.ops import backends
-from residual_kernels.ops.packing import PackedUnits, pack_units, wide
+from residual_kernels.ops.operands import check_call, check_index_values, check_pack, check_upstream
+from residual_kernels.ops.packing import PackedUnits, check_constants, remembered_pack, wide
+
+
+def _forward(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    tensors: list[Tensor],
+    sizes: list[int],
+    dim: int,
+    backend: str,
+) -> Tensor:
+    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]."""
+    if 0 in (*weight.shape, z.shape[0], dim):
+        return z.new_zeros(_result_shape(z, weight, weight_index, dim))
+    return backends.load(backend).spectral_reweight_forward(
+        z, scale, mean, weight, weight_index, tensors, sizes
+    )
+
+
+def _backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    tensors: list[Tensor],
+    sizes: list[int],
+    wanted: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    """The wanted ones of (dweight, dz, dscale, dmean), in this order."""
+    if 0 in (*weight.shape, z.shape[0], dy.shape[-1]):
+        return [x.zero_() for x in _empty_gradients(z, weight, wanted)]
+    return backends.load(backend).spectral_reweight_backward(
+        dy, z, scale, mean, weight, weight_index, tensors, sizes, wanted
+    )
+
+
+def _result_shape(z: Tensor, weight: Tensor, weight_index: Tensor | None, dim: int) -> tuple[int, ...]:
+    return (z.shape[0], dim) if weight_index is not None else (weight.shape[0], z.shape[0], dim)
+
+
+def _empty_gradients(z: Tensor, weight: Tensor, wanted: list[bool]) -> list[Tensor]:
+    least = wide(z.dtype)
+    shapes = [weight.shape, z.shape, z.shape[:1], z.shape[:1]]
+    dtypes = [least, z.dtype, least, least]
+    return [
+        z.new_empty(shape, dtype=dtype)
+        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
+        if want
+    ]
+
+
+class _Reweight(torch.autograd.Function):
+    """The operator in eager mode: a custom op with lists of tensors costs several times as much a call."""
+
+    @staticmethod
+    def forward(z, scale, mean, weight, weight_index, pack: PackedUnits) -> Tensor:
+        check_index_values(weight_index, len(weight))
+        return _forward(
+            z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, pack.dim, pack.backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        *operands, ctx.pack = inputs
+        ctx.save_for_backward(*operands)
+        ctx.save_for_forward(*operands)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        z, scale, mean, weight, weight_index = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[i] for i in (3, 0, 1, 2)]
+        dy = dy.resolve_neg()
+        grads = iter(
+            _backward(
+                dy, z, scale, mean, weight, weight_index, ctx.pack.tensors, ctx.pack.sizes, wanted, ctx.pack.backend
+            )
+        )  # fmt: skip
+        dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
+        return dz, dscale, dmean, dweight, None, None
+
+    @staticmethod
+    def jvp(ctx, z_t, scale_t, mean_t, weight_t, *_):
+        # y is linear in weight, and affine in each of z, scale and mean alone: y(tangent) - y(0) is the derivative.
+        z, scale, mean, weight, index = ctx.saved_tensors
+
+        def along(name: str, direction: Tensor, mean: Tensor | None = mean) -> Tensor:
+            values = {"z": z, "scale": scale, "mean": mean}
+            there = {**values, name: direction.to(values[name].dtype)}
+            here = {**values, name: torch.zeros_like(values[name])}
+            return _Reweight.apply(*there.values(), weight, index, ctx.pack) - _Reweight.apply(
+                *here.values(), weight, index, ctx.pack
+            )
+
+        terms = []
+        if weight_t is not None:
+            terms.append(_Reweight.apply(z, scale, mean, weight_t.to(weight.dtype), index, ctx.pack))
+        if z_t is not None:
+            terms.append(along("z", z_t, mean=None))
+        if scale_t is not None:
+            terms.append(along("scale", scale_t))
+        if mean_t is not None:
+            terms.append(along("mean", mean_t))
+        return sum(terms[1:], terms[0])
 
 
 @torch.library.custom_op("residual_kernels::spectral_reweight", mutates_args=())
@@ -25,22 +138,17 @@ def _spectral_reweight(
     dim: int,
     backend: str,
 ) -> Tensor:
-    # Values cannot be looked at while tracing, and on a device a look would wait for it: checked here, on the CPU.
-    if weight_index is not None and weight_index.device.type == "cpu" and len(weight_index):
-        low, high = int(weight_index.min()), int(weight_index.max())
-        if low < 0 or high >= len(weight):
-            raise ValueError(
-                f"weight_index runs from {low} to {high}, but there are T = {len(weight)} weights"
-            )
-    return backends.load(backend).spectral_reweight_forward(
-        z, scale, mean, weight, weight_index, tensors, sizes
-    )
+    shape = check_pack(tensors, sizes, backend)
+    check_call(z, scale, mean, weight, weight_index, tensors[0], shape)
+    if dim != shape[3]:
+        raise ValueError(f"the call states D = {dim}, but the constants are packed for D = {shape[3]}")
+    check_index_values(weight_index, len(weight))
+    return _forward(z, scale, mean, weight, weight_index, tensors, sizes, dim, backend)
 
 
 @_spectral_reweight.register_fake
 def _(z, scale, mean, weight, weight_index, tensors, sizes, dim, backend):
-    lead = (z.shape[0],) if weight_index is not None else (weight.shape[0], z.shape[0])
-    return z.new_empty(*lead, dim)
+    return z.new_empty(_result_shape(z, weight, weight_index, dim))
 
 
 # A custom op cannot return "no tensor", so the set of wanted gradients decides how many tensors come back.
@@ -57,21 +165,16 @@ def _spectral_reweight_backward(
     wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    return backends.load(backend).spectral_reweight_backward(
-        dy, z, scale, mean, weight, weight_index, tensors, sizes, wanted
-    )
+    shape = check_pack(tensors, sizes, backend)
+    check_call(z, scale, mean, weight, weight_index, tensors[0], shape)
+    check_upstream(dy, _result_shape(z, weight, weight_index, shape[3]), z)
+    check_index_values(weight_index, len(weight))
+    return _backward(dy, z, scale, mean, weight, weight_index, tensors, sizes, wanted, backend)
 
 
 @_spectral_reweight_backward.register_fake
 def _(dy, z, scale, mean, weight, weight_index, tensors, sizes, wanted, backend):
-    least = wide(z.dtype)
-    shapes = [weight.shape, z.shape, z.shape[:1], z.shape[:1]]
-    dtypes = [least, z.dtype, least, least]
-    return [
-        z.new_empty(shape, dtype=dtype)
-        for shape, dtype, want in zip(shapes, dtypes, wanted, strict=True)
-        if want
-    ]
+    return _empty_gradients(z, weight, wanted)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -80,7 +183,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.sizes, ctx.backend = sizes, backend
 
 
-def _backward(ctx, dy: Tensor):
+def _op_backward(ctx, dy: Tensor):
     z, scale, mean, weight, weight_index, *tensors = ctx.saved_tensors
     need = ctx.needs_input_grad
     wanted = [need[3], need[0], need[1], need[2]]
@@ -93,7 +196,79 @@ def _backward(ctx, dy: Tensor):
     return dz, dscale, dmean, dweight, None, [None] * len(tensors), None, None, None
 
 
-_spectral_reweight.register_autograd(_backward, setup_context=_setup_context)
+_spectral_reweight.register_autograd(_op_backward, setup_context=_setup_context)
+
+
+# For compiled graphs of the unpacked function: packing reads unit_offsets, which cannot be part of a graph.
+@torch.library.custom_op("residual_kernels::spectral_reweight_unpacked", mutates_args=())
+def _unpacked(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    constants: list[Tensor],
+    backend: str,
+) -> Tensor:
+    pack = remembered_pack(constants, z.dtype, backend)
+    check_call(z, scale, mean, weight, weight_index, pack.tensors[0], pack.shape)
+    check_index_values(weight_index, len(weight))
+    return _forward(z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, pack.dim, pack.backend)
+
+
+@_unpacked.register_fake
+def _(z, scale, mean, weight, weight_index, constants, backend):
+    return z.new_empty(_result_shape(z, weight, weight_index, constants[4].shape[1]))
+
+
+@torch.library.custom_op("residual_kernels::spectral_reweight_unpacked_backward", mutates_args=())
+def _unpacked_backward(
+    dy: Tensor,
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    constants: list[Tensor],
+    wanted: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    pack = remembered_pack(constants, z.dtype, backend)
+    check_call(z, scale, mean, weight, weight_index, pack.tensors[0], pack.shape)
+    check_upstream(dy, _result_shape(z, weight, weight_index, pack.dim), z)
+    return _backward(dy, z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, wanted, pack.backend)
+
+
+@_unpacked_backward.register_fake
+def _(dy, z, scale, mean, weight, weight_index, constants, wanted, backend):
+    return _empty_gradients(z, weight, wanted)
+
+
+def _unpacked_setup_context(ctx, inputs, output) -> None:
+    z, scale, mean, weight, weight_index, constants, backend = inputs
+    ctx.save_for_backward(z, scale, mean, weight, weight_index, *constants)
+    ctx.backend = backend
+
+
+def _unpacked_op_backward(ctx, dy: Tensor):
+    z, scale, mean, weight, weight_index, *constants = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (3, 0, 1, 2)]
+    grads = iter(_unpacked_backward(dy, z, scale, mean, weight, weight_index, constants, wanted, ctx.backend))
+    dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
+    return dz, dscale, dmean, dweight, None, [None] * len(constants), None
+
+
+_unpacked.register_autograd(_unpacked_op_backward, setup_context=_unpacked_setup_context)
+
+
+def _traced(z: Tensor) -> bool:
+    """Whether something other than plain execution looks at this call: a compiler, a mode, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or type(z) not in (Tensor, torch.nn.Parameter)
+        or z.is_meta
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def spectral_reweight_packed(
@@ -109,35 +284,70 @@ def spectral_reweight_packed(
     Under autocast z takes the autocast dtype, and weight, scale, mean and offsets keep theirs. `z` must otherwise have
     the dtype of the packed proj and basis.
     """
-    if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:
-        z = z.to(torch.get_autocast_dtype(z.device.type))
-    if z.ndim != 3 or z.shape[1:] != (pack.units, pack.coordinates):
-        raise ValueError(f"z must be [N, R, C] = [N, {pack.units}, {pack.coordinates}]; got {tuple(z.shape)}")
+    z = _autocast(z)
     if z.dtype != pack.dtype:
         raise ValueError(
             f"z has dtype {z.dtype} but the packed constants have {pack.dtype}; cast one to the other"
         )
-    if weight.ndim not in (1, 2) or weight.shape[-1] != pack.components:
-        raise ValueError(
-            f"weight must be [J] or [T, J] with J = {pack.components}; got {tuple(weight.shape)}"
+    operands = _operands(z, scale, mean, weight, weight_index, pack.shape, pack.device)
+    if _traced(z):
+        y = torch.ops.residual_kernels.spectral_reweight(
+            *operands, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend
         )
+    elif _differentiated(operands):
+        y = _Reweight.apply(*_plain(operands), pack)
+    else:
+        y = _Reweight.forward(*_plain(operands), pack)
+    return y if weight.ndim == 2 else y.squeeze(0)
+
+
+def _differentiated(operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether a derivative of this call may be asked for, or a transform of torch.func is active."""
+    return (
+        (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands))
+        or torch._C._are_functorch_transforms_active()
+        or any(x is not None and unpack_dual(x).tangent is not None for x in operands)
+    )
+
+
+def _autocast(z: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:
+        return z.to(torch.get_autocast_dtype(z.device.type))
+    return z
+
+
+def _operands(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    weight_index: Tensor | None,
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """z, scale, mean, weight [T, J] and weight_index as the operators take them; ValueError for what does not fit."""
+    units, coordinates, components, _ = shape
+    if z.layout is not torch.strided or z.is_nested:
+        raise ValueError(f"z must be a dense tensor [N, R, C]; got layout {z.layout}, nested: {z.is_nested}")
+    if z.ndim != 3 or z.shape[1:] != (units, coordinates):
+        raise ValueError(f"z must be [N, R, C] = [N, {units}, {coordinates}]; got {tuple(z.shape)}")
+    if weight.ndim not in (1, 2) or weight.shape[-1] != components:
+        raise ValueError(f"weight must be [J] or [T, J] with J = {components}; got {tuple(weight.shape)}")
     rows = z.shape[0]
     least = wide(z.dtype)
     for name, tensor in (("scale", scale), ("mean", mean)):
         if tensor is not None and tensor.shape != (rows,):
             raise ValueError(f"{name} must be [N] = ({rows},) like z; got {tuple(tensor.shape)}")
-    for name, tensor in (
-        ("scale", scale),
-        ("mean", mean),
-        ("weight", weight),
-        ("weight_index", weight_index),
-    ):
+    named = (("scale", scale), ("mean", mean), ("weight", weight), ("weight_index", weight_index))
+    for name, tensor in named:
         if tensor is not None and tensor.device != z.device:
             raise ValueError(f"{name} is on {tensor.device} but z is on {z.device}; move one of them")
-    if pack.device != z.device:
-        raise ValueError(
-            f"the packed constants are on {pack.device} but z is on {z.device}; move one of them"
-        )
+        if tensor is not None and (tensor.is_complex() or tensor.layout is not torch.strided):
+            raise ValueError(
+                f"{name} must be a dense real tensor; got {tensor.dtype}, layout {tensor.layout}"
+            )
+    if device != z.device:
+        raise ValueError(f"the packed constants are on {device} but z is on {z.device}; move one of them")
     if weight_index is not None:
         if weight.ndim != 2:
             raise ValueError(
@@ -150,10 +360,12 @@ def spectral_reweight_packed(
     scale = None if scale is None else scale.to(least)
     mean = None if mean is None else mean.to(least)
     tasks = weight.to(least) if weight.ndim == 2 else weight.to(least).unsqueeze(0)
-    y = torch.ops.residual_kernels.spectral_reweight(
-        z, scale, mean, tasks, weight_index, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend
-    )
-    return y if weight.ndim == 2 else y.squeeze(0)
+    return z, scale, mean, tasks, weight_index
+
+
+def _plain(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Tensors whose memory holds their values: a negative view holds them with the other sign."""
+    return tuple(x.resolve_neg() if x is not None and x.is_neg() else x for x in operands)
 
 
 def spectral_reweight(
@@ -192,10 +404,17 @@ def spectral_reweight(
         ValueError: shapes, dtypes or devices that do not fit, with the values seen.
         RuntimeError: the backend asked for is missing.
 
-    The constants are checked and laid out at every call; a module packs once and calls
-    :func:`spectral_reweight_packed`.
+    The pack of the same constants is remembered: it is made again when one of them is another tensor or was changed in
+    place. Writes through `.data` or NumPy are not seen; a module packs once and calls :func:`spectral_reweight_packed`.
     """
-    if torch.is_autocast_enabled(z.device.type) and z.dtype != torch.float64:
-        z = z.to(torch.get_autocast_dtype(z.device.type))
-    pack = pack_units(proj.to(z.dtype), bias, slope, offset, basis.to(z.dtype), unit_offsets, backend=backend)
+    z = _autocast(z)
+    constants = (proj, bias, slope, offset, basis, unit_offsets)
+    if _traced(z):
+        check_constants(*constants)
+        shape = (unit_offsets.numel() - 1, proj.shape[1], *basis.shape)
+        operands = _operands(z, scale, mean, weight, weight_index, shape, proj.device)
+        chosen = backends.resolve(backend, z.device, z.dtype)
+        y = torch.ops.residual_kernels.spectral_reweight_unpacked(*operands, list(constants), chosen)
+        return y if weight.ndim == 2 else y.squeeze(0)
+    pack = remembered_pack(constants, z.dtype, backend)
     return spectral_reweight_packed(z, scale, mean, weight, pack, weight_index)

@@ -9,14 +9,45 @@ import torch
 from torch import Tensor
 
 from residual_kernels.ops import backends
+from residual_kernels.ops.operands import check_pack, check_upstream
 from residual_kernels.ops.packing import PackedUnits, wide
+
+BACKENDS_WITH_SUMS = ("cpp",)
 
 
 @torch.library.custom_op("residual_kernels::spectral_sum", mutates_args=())
 def _spectral_sum(
     c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int], dim: int, backend: str
 ) -> Tensor:
+    shape = check_pack(tensors, sizes, backend)
+    _check(c, weight, tensors, shape, backend)
+    if dim != shape[3]:
+        raise ValueError(f"the call states D = {dim}, but the constants are packed for D = {shape[3]}")
+    if 0 in (*c.shape, len(weight), dim):
+        return c.new_zeros(len(weight), len(c), dim)
     return backends.load(backend).spectral_sum_forward(c, weight, tensors, sizes)
+
+
+def _check(
+    c: Tensor, weight: Tensor, tensors: list[Tensor], shape: tuple[int, int, int, int], backend: str
+) -> None:
+    """What the loops rely on, asked inside the registered operators; see residual_kernels.ops.operands."""
+    components = shape[2]
+    if backend not in BACKENDS_WITH_SUMS:
+        raise ValueError(f"spectral_sum is computed by {', '.join(BACKENDS_WITH_SUMS)}; got {backend!r}")
+    if c.ndim != 2 or weight.ndim != 2 or not c.shape[1] == weight.shape[1] == components:
+        raise ValueError(
+            f"c must be [N, J] and weight [T, J] with J = {components} as packed; got {tuple(c.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    if not c.dtype == weight.dtype == tensors[2].dtype or c.layout is not torch.strided:
+        raise ValueError(
+            f"c and weight must be dense and {tensors[2].dtype} as packed; got {c.dtype} and {weight.dtype}"
+        )
+    if not c.device == weight.device == tensors[2].device:
+        raise ValueError(
+            f"c is on {c.device}, weight on {weight.device}, the constants on {tensors[2].device}"
+        )
 
 
 @_spectral_sum.register_fake
@@ -28,6 +59,11 @@ def _(c, weight, tensors, sizes, dim, backend):
 def _spectral_sum_backward(
     dy: Tensor, c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int], backend: str
 ) -> Tensor:
+    shape = check_pack(tensors, sizes, backend)
+    _check(c, weight, tensors, shape, backend)
+    check_upstream(dy, (len(weight), len(c), shape[3]), c)
+    if 0 in (*c.shape, len(weight), shape[3]):
+        return torch.zeros_like(weight)
     return backends.load(backend).spectral_sum_backward(dy, c, weight, tensors, sizes)
 
 

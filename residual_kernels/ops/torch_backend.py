@@ -32,6 +32,29 @@ def pack(
     return [padded, slots, bias, slope, offset, basis], [units, longest]
 
 
+def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
+    """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other."""
+    if len(tensors) != 6 or len(sizes) != 2:
+        raise ValueError(
+            f"a pack of the torch backend has 6 tensors and 2 sizes; got {len(tensors)} and {len(sizes)}"
+        )
+    padded, slots, bias, slope, offset, basis = tensors
+    components = slots.shape
+    if (
+        padded.ndim != 3
+        or padded.shape[:2] != tuple(sizes)
+        or basis.ndim != 2
+        or len(components) != 1
+        or not components == bias.shape == slope.shape == offset.shape == basis.shape[:1]
+        or padded.dtype != basis.dtype
+    ):
+        raise ValueError(
+            "the packed tensors do not have the sizes that the pack states; make it with pack_units. "
+            f"Got {[tuple(x.shape) for x in tensors]} for {list(sizes)}"
+        )
+    return padded.shape[0], padded.shape[2], len(slots), basis.shape[1]
+
+
 def _to_components(padded: Tensor, slots: Tensor) -> Tensor:
     """[N, R*K] with padding -> [N, J]."""
     return padded if padded.shape[1] == slots.numel() else padded.index_select(1, slots)

@@ -15,7 +15,31 @@ from residual_kernels.ops.packing import FLOATING
 def _unit_moments(
     z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
+    units, size = _sizes(z, shift)
+    for name, tensor in (("scale", scale), ("mean", mean)):
+        if tensor is not None and (tensor.shape != z.shape[:1] or tensor.device != z.device):
+            raise ValueError(f"{name} must be [N] = ({len(z)},) on {z.device}; got {tuple(tensor.shape)}")
+    if backend not in backends.BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(backends.BACKENDS)}")
+    if len(z) == 0:
+        total = torch.zeros(units, size, dtype=torch.float64, device=z.device)
+        return total, torch.zeros(units, size, size, dtype=torch.float64, device=z.device)
     return backends.load(backend).unit_moments(z, scale, mean, shift)
+
+
+def _sizes(z: Tensor, shift: Tensor) -> tuple[int, int]:
+    """(R, C+2); ValueError unless z is dense, floating, [N, R, C], and shift float64 [R, C+2] beside it."""
+    if z.ndim != 3 or z.dtype not in FLOATING or z.layout is not torch.strided:
+        raise ValueError(
+            f"z must be a dense floating tensor [N, R, C]; got {z.dtype} {tuple(z.shape)} ({z.layout})"
+        )
+    size = (z.shape[1], z.shape[2] + 2)
+    if shift.shape != size or shift.dtype != torch.float64 or shift.device != z.device:
+        raise ValueError(
+            f"shift must be float64 [R, C+2] = {size} on {z.device}; "
+            f"got {shift.dtype} {tuple(shift.shape)} on {shift.device}"
+        )
+    return size
 
 
 @_unit_moments.register_fake
@@ -52,6 +76,8 @@ def unit_moments(
         ValueError: shapes, dtypes or devices that do not fit, with the values seen.
         RuntimeError: the backend asked for is missing.
     """
+    if z.layout is not torch.strided or z.is_nested:
+        raise ValueError(f"z must be a dense tensor [N, R, C]; got layout {z.layout}, nested: {z.is_nested}")
     if z.ndim != 3 or z.dtype not in FLOATING:
         raise ValueError(f"z must be a floating tensor [N, R, C]; got {z.dtype} {tuple(z.shape)}")
     rows, units, width = z.shape

@@ -36,6 +36,38 @@ def pack(
     return tensors, sizes
 
 
+def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
+    """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other.
+
+    Values on a device are not looked at: a look would wait for it.
+    """
+    if len(tensors) < layout.TENSORS or len(sizes) < layout.SIZES:
+        raise ValueError(
+            f"a pack of the Triton backend has at least {layout.TENSORS} tensors and {layout.SIZES} sizes; "
+            f"got {len(tensors)} and {len(sizes)}"
+        )
+    found = layout.constants_of(tensors, sizes)
+    padded = found.sources.shape
+    if not (
+        found.proj.shape == (*padded, -(-found.coordinates // 16) * 16)
+        and found.basis.shape == (*padded, -(-found.dim // 8) * 8)
+        and found.bias.shape == found.slope.shape == found.offset.shape == padded
+        and found.runs.shape == (2, found.units + 1)
+        and found.slots.shape == (found.components,)
+        and found.proj.dtype == found.basis.dtype
+        and found.chunks.dtype == found.slots.dtype == torch.int64
+        and found.runs.dtype == torch.int32
+        and all(x.device == found.proj.device and x.is_contiguous() for x in tensors[: layout.TENSORS])
+    ):
+        raise ValueError(
+            "the packed tensors are not those that pack_units made for the Triton backend. "
+            f"Got {[(x.dtype, tuple(x.shape)) for x in tensors]} for {list(sizes)}"
+        )
+    if len(tensors) > layout.TENSORS:
+        torch_backend.shape(tensors[layout.TENSORS :], sizes[layout.SIZES :])
+    return found.units, found.coordinates, found.components, found.dim
+
+
 def _refuse_float64(dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         raise ValueError(
