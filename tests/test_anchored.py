@@ -5,12 +5,15 @@ import json
 import math
 
 import pytest
+import test_hugging_face as hugging_face
+import test_stream_towers as families
 import torch
 from test_cli import run  # noqa: F401 (a fixture)
 from test_cli_fit import digits  # noqa: F401 (a fixture)
 from test_towers import CUSTOM, build, images_for, plain, relative
 
 import residual_kernels as rk
+from residual_kernels import towers
 from residual_kernels.analysis.weights import read_weights, reset_accuracy
 
 EVERY = ("emb", "head", "mlp")
@@ -306,3 +309,42 @@ def test_on_the_command_line(run, digits, tmp_path):  # noqa: F811
     )
     assert code == 2
     assert "rest of anchored must be one of all" in err
+
+
+@pytest.mark.parametrize("name", [*families.TIMM[::3], *families.HUGGING_FACE[::2], "attention pooling"])
+def test_in_other_families_of_towers(name):
+    model, images, embedding_of = families.made(name)
+    kinds = tuple(kind for kind in towers.view(model).layout.kinds if kind != "emb")
+    spread = (
+        images + 0.5 * torch.randn(12, *images.shape, generator=torch.Generator().manual_seed(0)).double()
+    )
+    bases = rk.fit_bases(model, [spread.flatten(0, 1)], kinds=kinds).truncate(components=3)
+    own = embedding_of(model, images)
+    residual = rk.ResiDual(model, bases, "all")
+    with torch.no_grad():
+        assert torch.equal(residual(images), residual.tower(images))
+        assert relative(residual(images), own) < 1e-12
+        residual.weight.normal_(1, 1, generator=torch.Generator().manual_seed(1))
+        expected = changed(residual.tower, images, bases, residual.weight_of)
+        assert relative(residual(images), expected) < 1e-10
+        assert relative(expected, own) > 1e-3
+        assert relative(residual.merge()(images), expected) < 1e-10
+
+
+def test_in_a_transformers_model():
+    """Attached, the model's own logits are unchanged by weights of one, to the bit, and changed by others."""
+    model = hugging_face.clip().eval()
+    images = hugging_face.images_for(model, 4)
+    bases = rk.fit_bases(model, [hugging_face.images_for(model, 20, seed=5)])
+    text = {"input_ids": torch.tensor([[1, 5, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    with torch.no_grad():
+        before = model(pixel_values=images, **text).logits_per_image
+        with rk.attach(model, adapter=rk.build("base", model)):
+            assert torch.equal(model(pixel_values=images, **text).logits_per_image, before)
+        with rk.attach(model, bases, rest="all") as handle:
+            with pytest.raises(ValueError, match="images of 16 x 16 pixels"):
+                handle.residual(images[:, :, :8])
+            assert torch.equal(model(pixel_values=images, **text).logits_per_image, before)
+            handle.residual.weight[3] += 2.0
+            assert not torch.equal(model(pixel_values=images, **text).logits_per_image, before)
+        assert torch.equal(model(pixel_values=images, **text).logits_per_image, before)

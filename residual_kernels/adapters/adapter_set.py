@@ -269,8 +269,12 @@ class AdapterSet(TowerAdapter):
             return self.tower(images)
         if keys is None and self.shared[chosen.key].leaves_the_tower(chosen.weight):
             shared = self.shared[chosen.key]
-            change = lambda: shared.change(self._view.terms(images, shared.kinds), chosen.weight)  # noqa: E731
-            return tower_itself(self.tower, images, change)
+            return tower_itself(
+                self._view,
+                images,
+                lambda images: self._view.terms(images, shared.kinds),
+                lambda batch: shared.change(batch, chosen.weight),
+            )
         touched = (chosen.key,) if keys is None else keys
         edits = [self._edit(key, chosen, keys is not None) for key in touched if self.shared[key].stream]
         edit = functools.partial(_one_after_another, edits) if edits else None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from residual_kernels.adapters.fold import Fold, MergedOutput
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.adapters.unit_adapter import check_arguments, initial_weight
-from residual_kernels.adapters.unit_sum import SpectralConstants, at_least_float32
+from residual_kernels.adapters.unit_sum import SpectralConstants, at_least_float32, tower_itself
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.ops.packing import wide
 from residual_kernels.towers import Terms
@@ -78,7 +78,7 @@ class OutputIdentity(TowerAdapter):
         self.freeze()
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return self.tower(images)
+        return tower_itself(self._view, images, self.collect, None)
 
     def _embed(self, batch: Terms) -> Tensor:
         return batch.output

@@ -157,7 +157,7 @@ class UnitAdapter(WeightedUnits):
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         if self.rest.leaves_the_tower(self.weight):
-            return tower_itself(self.tower, images, lambda: self.adapted_sum(self.collect(images)))
+            return tower_itself(self._view, images, self.collect, self.adapted_sum)
         return super().forward(images)
 
     def merge(self) -> nn.Module:

@@ -163,18 +163,29 @@ class Rest(nn.Module):
 
 
 def tower_itself(
-    tower: nn.Module, images: Tensor, change: Callable[[], Tensor]
+    view: towers.Tower,
+    images: Tensor,
+    collect: Callable[[Tensor], Terms],
+    change: Callable[[Terms], Tensor] | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The tower's own output, to the bit: read along with its units, its sums would be taken in another order.
 
-    `change` gives what the weights add, which is zero here: with gradients on, that is where theirs comes from.
+    `change` gives what the weights add to the terms that `collect` reads. It is zero here, but with gradients on, the
+    weights' comes from there; None where there are no weights. Tokens that only the terms have (of a tower in a
+    transformers model) come from them.
     """
-    output = tower(images)
-    if not torch.is_grad_enabled():
+    view.check_images(images)
+    output = view.module(images)
+    y, *tokens = output if isinstance(output, tuple) else (output,)
+    lacking = view.returns_tokens and not tokens
+    learns = change is not None and torch.is_grad_enabled()
+    if not (lacking or learns):
         return output
-    if isinstance(output, tuple):
-        return (output[0] + change().to(output[0].dtype), *output[1:])
-    return output + change().to(output.dtype)
+    batch = collect(images)
+    if learns:
+        y = y + change(batch).to(y.dtype)
+    tokens = [batch.tokens] if lacking else tokens
+    return (y, *tokens) if tokens else y
 
 
 def reweighted_sum(

@@ -77,6 +77,7 @@ class Tower(Protocol):
     dim: int  # D
     class_token: bool  # whether the first token is one
     prefix: int  # tokens before the patches: the class token, registers
+    returns_tokens: bool  # whether the call also returns tokens
 
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps: ...
 
