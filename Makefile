@@ -25,7 +25,7 @@ gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pyt
 sanitize: $(INSTALLED)  ## the operator tests on every instruction set, emulated, under ASan and UBSan (about 2 minutes)
 	RESIDUAL_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	EXTENSION_UNDER_TEST=build/sanitize LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	$(BIN)/pytest -q -o pythonpath="tests build/sanitize/lib" tests/test_cpp_backend.py tests/test_spectral_sum.py -k "not 1792 and not opcheck"
+	$(BIN)/pytest -q -o pythonpath="tests build/sanitize/lib" tests/test_cpp_backend.py tests/test_spectral_sum.py tests/test_operator_entrances.py -k "not 1792 and not opcheck"
 
 $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

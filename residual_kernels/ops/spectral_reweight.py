@@ -6,6 +6,9 @@ to D dimensions. Source: Basile et al., "ResiDual Transformer Alignment with Spe
 low-rank form is derived in README, "How it works".
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
@@ -75,7 +78,10 @@ class _Reweight(torch.autograd.Function):
     """The operator in eager mode: a custom op with lists of tensors costs several times as much a call."""
 
     @staticmethod
-    def forward(z, scale, mean, weight, weight_index, pack: PackedUnits) -> Tensor:
+    def forward(
+        z, scale, mean, weight, weight_index, pack: PackedUnits | Callable[[], PackedUnits]
+    ) -> Tensor:
+        pack = pack() if callable(pack) else pack
         check_index_values(weight_index, len(weight))
         return _forward(
             z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, pack.dim, pack.backend
@@ -92,10 +98,11 @@ class _Reweight(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         z, scale, mean, weight, weight_index = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[i] for i in (3, 0, 1, 2)]
+        pack = ctx.pack() if callable(ctx.pack) else ctx.pack
         dy = dy.resolve_neg()
         grads = iter(
             _backward(
-                dy, z, scale, mean, weight, weight_index, ctx.pack.tensors, ctx.pack.sizes, wanted, ctx.pack.backend
+                dy, z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, wanted, pack.backend
             )
         )  # fmt: skip
         dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
@@ -409,12 +416,17 @@ def spectral_reweight(
     """
     z = _autocast(z)
     constants = (proj, bias, slope, offset, basis, unit_offsets)
-    if _traced(z):
-        check_constants(*constants)
-        shape = (unit_offsets.numel() - 1, proj.shape[1], *basis.shape)
-        operands = _operands(z, scale, mean, weight, weight_index, shape, proj.device)
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and not _traced(z):
+        pack = remembered_pack(constants, z.dtype, backend)
+        return spectral_reweight_packed(z, scale, mean, weight, pack, weight_index)
+    check_constants(*constants)
+    shape = (unit_offsets.numel() - 1, proj.shape[1], *basis.shape)
+    operands = _operands(z, scale, mean, weight, weight_index, shape, proj.device)
+    if transformed:  # packed here, the constants would be wrapped tensors of the transform
+        pack_later = functools.partial(remembered_pack, constants, z.dtype, backend)
+        y = _Reweight.apply(*_plain(operands), pack_later)
+    else:
         chosen = backends.resolve(backend, z.device, z.dtype)
         y = torch.ops.residual_kernels.spectral_reweight_unpacked(*operands, list(constants), chosen)
-        return y if weight.ndim == 2 else y.squeeze(0)
-    pack = remembered_pack(constants, z.dtype, backend)
-    return spectral_reweight_packed(z, scale, mean, weight, pack, weight_index)
+    return y if weight.ndim == 2 else y.squeeze(0)

@@ -57,6 +57,8 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
         and found.proj.dtype == found.basis.dtype
         and found.chunks.dtype == found.slots.dtype == torch.int64
         and found.runs.dtype == torch.int32
+        and 0 <= found.longest <= padded[0]
+        and 0 < found.block_k <= 128
         and all(x.device == found.proj.device and x.is_contiguous() for x in tensors[: layout.TENSORS])
     ):
         raise ValueError(
