@@ -164,7 +164,7 @@ def test_reset_is_one_evaluation_per_head(digits, monkeypatch, rest, classes):
     with torch.no_grad():
         residual.weight.sub_(1).mul_(0.7).add_(1)
     monkeypatch.setattr(weights, "BATCH_NUMBERS", 50 * 1000)
-    seen = weights.reset_accuracy(residual, head, cache)
+    seen = weights.reset_accuracy(residual, cache, head)
     assert seen.accuracy == rk.evaluate(residual, head, cache).accuracy
     assert len(seen.units) == len(seen.reset) == 48
     kept = residual.weight.detach().clone()
@@ -188,11 +188,11 @@ def test_errors(digits):
     with pytest.raises(ValueError, match="needs labels"):
         weights.read_weights(residual, unlabelled).class_scores(0)
     with pytest.raises(ValueError, match="needs labels"):
-        weights.reset_accuracy(residual, head, unlabelled)
+        weights.reset_accuracy(residual, unlabelled, head)
     with pytest.raises(ValueError, match="not adapted"):
-        weights.reset_accuracy(fitted(digits, ("mlp",)), head, cache)
+        weights.reset_accuracy(fitted(digits, ("mlp",)), cache, head)
     with pytest.raises(ValueError, match="the head has 2 classes"):
-        weights.reset_accuracy(residual, rk.ZeroShotHead(head.class_vectors[:, :2], ("a", "b")), cache)
+        weights.reset_accuracy(residual, cache, rk.ZeroShotHead(head.class_vectors[:, :2], ("a", "b")))
     for wrong in ([], [-1], [240]):
         with pytest.raises(ValueError, match="components 0 to 239"):
             weights.component_ends(residual, cache, wrong)

@@ -226,7 +226,7 @@ def test_weights_are_read_and_reset(task):
     residual = rk.ResiDual(tower, bases.of("head").truncate(components=4), "all", init="normal")
     reading = read_weights(residual, cache)
     assert torch.allclose(reading.effect, (residual.weight.detach() - 1) * reading.std)
-    lost = reset_accuracy(residual, head, cache)
+    lost = reset_accuracy(residual, cache, head)
     assert lost.accuracy == pytest.approx(rk.evaluate(residual, head, cache).accuracy)
     for place, unit in enumerate(lost.units[:3]):
         one = copy.deepcopy(residual)

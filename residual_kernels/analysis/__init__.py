@@ -7,7 +7,8 @@ from residual_kernels.analysis.dimension import (
     two_nn,
     two_nn_dimension,
 )
-from residual_kernels.analysis.overview import Analysis, analyze
+from residual_kernels.analysis.findings import Analysis
+from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.scores import (
     component_correlations,
     correlations,

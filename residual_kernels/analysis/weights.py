@@ -299,7 +299,7 @@ def component_ends(residual: ResiDual, cache: UnitCache, indices: Sequence[int],
 
 @torch.no_grad()
 def reset_accuracy(
-    residual: ResiDual, head: ZeroShotHead, cache: UnitCache, kind: str = "head"
+    residual: ResiDual, cache: UnitCache, head: ZeroShotHead, kind: str = "head"
 ) -> ResetReading:
     """The accuracy when one unit's weights return to 1, for all units of a kind in one pass over the cache.
 

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from residual_kernels.analysis import Analysis, TextDictionary, analyze
-from residual_kernels.analysis.overview import FILE
+from residual_kernels.analysis.findings import FILE
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (

@@ -1,17 +1,17 @@
-"""What goes into a report? Every number of it, computed once from an adapter and a cache of labelled images."""
+"""What goes into a report? An :class:`Analysis` of the tower, and what the adapter changed and learned."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from residual_kernels import train
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.analysis.dimension import linear_dimension, participation_ratio, two_nn_dimension
-from residual_kernels.analysis.scores import correlations, own_accuracy
-from residual_kernels.analysis.selection import selection_curves
-from residual_kernels.analysis.similarity import similarity_matrix
+from residual_kernels.analysis.findings import Analysis
+from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.weights import (
     Component,
     Ends,
@@ -27,7 +27,6 @@ from residual_kernels.towers import Unit, UnitLayout
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
-ROWS = 512  # of the cache, labelled at a time
 ENERGY = 0.99  # explained variance of the linear dimension, the paper's
 POINTS = 2000  # images that TwoNN looks at: its time grows with their square
 SIMILAR = 400  # heads compared with each other, counted from the last layer
@@ -35,22 +34,12 @@ SHOWN = 6  # components raised and faded most that are shown in full
 PER_UNIT = 4  # components of a unit that come with images
 STRIP = 8  # images at each end of a component
 WORDS = 3  # at each end of a component
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the images were labelled: confusion [K, K] counts, rows the true class."""
-
-    confusion: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.confusion.diagonal().sum() / self.confusion.sum())
-
-    @property
-    def class_accuracy(self) -> Tensor:
-        """[K]; NaN where a class has no image."""
-        return self.confusion.diagonal() / self.confusion.sum(1)
+TABLES = ("dimension", "similarity", "correlation", "accuracy", "selection")  # of the analysis
+SCORES = {  # of heads, as a reader knows them
+    "pearson": "correlation with the output",
+    "pearson_classes": "correlation along the class vectors",
+    "accuracy": "their own accuracy",
+}
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,8 @@ class Facts:
     """Everything that a report says. What an adapter has no part in (components without a basis, say) is None or empty.
 
     unit_weight, unit_effect and unit_lost are keyed by layout index: a unit's mean weight, how far its weights move an
-    embedding, and the accuracy lost when they return to 1.
+    embedding, and the accuracy lost when they return to 1. `analysis` is of the heads on these very images, `bases` the
+    whole bases that it was made with.
     """
 
     source: Source
@@ -88,18 +78,14 @@ class Facts:
     learned: int
     class_names: tuple[str, ...]
     labels: tuple[int, ...]  # of every image
-    before: Outcome
-    after: Outcome
+    before: train.Evaluation
+    after: train.Evaluation
     mended: int  # images misread before and right after
     broken: int
     layout: UnitLayout
-    bases: SpectralBases  # of the heads on these very images, whole
-    linear: Tensor  # [R] components for ENERGY of the variance
-    participation: Tensor  # [R]
-    nonlinear: Tensor  # [R] TwoNN
+    bases: SpectralBases
+    analysis: Analysis
     points: int  # images that TwoNN looked at
-    similarity: Tensor  # [S, S], the last S heads
-    curves: tuple[Curve, ...]
     unit_weight: dict[int, float]
     unit_effect: dict[int, float]
     unit_lost: dict[int, float]
@@ -108,6 +94,42 @@ class Facts:
     words: dict[
         int, tuple[tuple[str, ...], tuple[str, ...]]
     ]  # of a component: at its high end, at its low end
+
+    @cached_property
+    def linear(self) -> Tensor:
+        """[R] components for ENERGY of a head's variance."""
+        return torch.tensor([row.linear[-1] for row in self.analysis.units])
+
+    @cached_property
+    def participation(self) -> Tensor:
+        """[R] participation ratios."""
+        return torch.tensor([row.participation for row in self.analysis.units], dtype=torch.float64)
+
+    @cached_property
+    def nonlinear(self) -> Tensor:
+        """[R] TwoNN dimensions."""
+        return torch.tensor([row.two_nn for row in self.analysis.units], dtype=torch.float64)
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """[S, S], of the last S heads."""
+        matrix = torch.tensor(self.analysis.similarity["explained_variance"], dtype=torch.float64)
+        return matrix[-SIMILAR:, -SIMILAR:]
+
+    @cached_property
+    def curves(self) -> tuple[Curve, ...]:
+        """What the best heads by every score are worth alone, all else dropped, and as many random ones."""
+        if not self.analysis.selections:
+            return ()
+        found = self.analysis.selections[0]
+        kept = tuple(dict.fromkeys(found.kept))  # small shares of few heads are the same number of them
+        first = [found.kept.index(count) for count in kept]
+        curves = [
+            Curve(name, kept, tuple(found.accuracy[score][i] for i in first)) for score, name in SCORES.items()
+        ]
+        random = torch.tensor(found.random, dtype=torch.float64)[:, first]
+        low, mean, high = (tuple(x.tolist()) for x in (random.amin(0), random.mean(0), random.amax(0)))
+        return (*curves, Curve(f"at random ({len(random)} times)", kept, mean, low, high))
 
     @property
     def heads(self) -> tuple[Unit, ...]:
@@ -138,28 +160,6 @@ class Facts:
         return [] if self.reading is None else self.reading.faded(SHOWN)
 
 
-@torch.no_grad()
-def _outcomes(
-    adapter: TowerAdapter, head: ZeroShotHead, cache: UnitCache
-) -> tuple[Outcome, Outcome, int, int]:
-    """(without the adapter, with it, images it mended, images it broke)."""
-    device, classes = next(adapter.tower.parameters()).device, len(head.class_names)
-    head = head.to(device)
-    tables = torch.zeros(2, classes * classes, dtype=torch.float64)
-    mended = broken = 0
-    for start in range(0, len(cache), ROWS):
-        rows = slice(start, start + ROWS)
-        terms, truth = cache.terms(rows, device), cache.labels[rows]
-        named = [head(y).argmax(1).cpu() for y in (terms.output, adapter.from_units(terms))]
-        for table, labels in zip(tables, named, strict=True):
-            table += torch.bincount(truth * classes + labels, minlength=classes * classes)
-        right = [labels == truth for labels in named]
-        mended += int((right[1] & ~right[0]).sum())
-        broken += int((right[0] & ~right[1]).sum())
-    before, after = (Outcome(table.view(classes, classes)) for table in tables)
-    return before, after, mended, broken
-
-
 def chosen_components(reading: WeightReading, units: Sequence[Unit]) -> list[int]:
     """Components that come with words and images: those shown in full, then every unit's first, second and so on."""
     shown = [c.index for c in (*reading.raised(SHOWN), *reading.faded(SHOWN))]
@@ -168,23 +168,6 @@ def chosen_components(reading: WeightReading, units: Sequence[Unit]) -> list[int
         layer = [components[place] for components in own if len(components) > place]
         shown += [c.index for c in sorted(layer, key=lambda c: -abs(c.effect))]
     return list(dict.fromkeys(shown))
-
-
-def _curves(adapter: TowerAdapter, head: ZeroShotHead, cache: UnitCache) -> tuple[Curve, ...]:
-    """What the best heads by every score are worth alone, all else dropped, and as many random ones."""
-    tower = adapter.tower
-    scores = {
-        "correlation with the output": correlations(tower, cache),
-        "correlation along the class vectors": correlations(tower, cache, properties=head),
-        "their own accuracy": own_accuracy(tower, cache, head),
-    }
-    found = selection_curves(tower, cache, head, scores)
-    kept = tuple(dict.fromkeys(found.kept))  # small shares of few heads are the same number of them
-    first = [found.kept.index(count) for count in kept]
-    random = torch.tensor(found.random, dtype=torch.float64)[:, first]
-    curves = [Curve(name, kept, tuple(values[i] for i in first)) for name, values in found.accuracy.items()]
-    low, mean, high = (tuple(x.tolist()) for x in (random.amin(0), random.mean(0), random.amax(0)))
-    return (*curves, Curve(f"at random ({len(random)} times)", kept, mean, low, high))
 
 
 def _words(
@@ -230,7 +213,7 @@ def gather(
     if len(cache) < 3:
         raise ValueError(f"a report needs at least 3 images; there are {len(cache)}")
     say("labelling the images with and without the adapter")
-    before, after, mended, broken = _outcomes(adapter, head, cache)
+    change = train.compare(adapter, head, cache)
 
     reading = ends = None
     weight: dict[int, float] = {}
@@ -245,7 +228,7 @@ def gather(
         effect = {unit.index: reading.unit_effect(unit) for unit in units}
         for kind in adapted:
             say(f"setting the weights of every {kind} back to 1 in turn")
-            found = reset_accuracy(adapter, head, cache, kind)
+            found = reset_accuracy(adapter, cache, head, kind)
             lost |= {unit.index: value for unit, value in zip(found.units, found.lost.tolist(), strict=True)}
         say("looking for words, and for images at the ends of components")
         chosen = chosen_components(reading, units)
@@ -257,12 +240,10 @@ def gather(
 
     say("fitting principal components of every head")
     bases = fit_bases(tower, cache, ("head",))
-    say("comparing heads")
-    similarity = similarity_matrix(bases)[-SIMILAR:, -SIMILAR:]
-    say("counting dimensions")
-    points = min(len(cache), POINTS)
-    nonlinear = two_nn_dimension(tower, cache, points=points)
-    say("keeping a few heads at a time")
+    analysis = analyze(
+        tower, cache, head, bases, energies=(ENERGY,), similarities=("explained_variance",), points=POINTS,
+        rests=("zero",), tables=TABLES, progress=say,
+    )  # fmt: skip
     return Facts(
         source=source,
         adapter=type(adapter).__name__,
@@ -271,18 +252,14 @@ def gather(
         learned=sum(p.numel() for p in adapter.trainable()),
         class_names=head.class_names,
         labels=tuple(cache.labels.tolist()),
-        before=before,
-        after=after,
-        mended=mended,
-        broken=broken,
+        before=change.before,
+        after=change.after,
+        mended=change.mended,
+        broken=change.broken,
         layout=layout,
         bases=bases,
-        linear=linear_dimension(bases, ENERGY),
-        participation=participation_ratio(bases),
-        nonlinear=nonlinear,
-        points=points,
-        similarity=similarity,
-        curves=_curves(adapter, head, cache),
+        analysis=analysis,
+        points=min(len(cache), POINTS),
         unit_weight=weight,
         unit_effect=effect,
         unit_lost=lost,

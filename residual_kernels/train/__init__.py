@@ -12,19 +12,28 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.train.evaluation import Evaluation, Prediction, evaluate, predict
+from residual_kernels.train.evaluation import (
+    Comparison,
+    Evaluation,
+    Prediction,
+    compare,
+    evaluate,
+    predict,
+)
 from residual_kernels.train.fitting import Run
 from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 __all__ = [
+    "Comparison",
     "Epoch",
     "Evaluation",
     "FitResult",
     "ManyFits",
     "Prediction",
     "Task",
+    "compare",
     "evaluate",
     "fit",
     "fit_many",

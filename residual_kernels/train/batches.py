@@ -86,7 +86,7 @@ class AdapterRows:
         self.resident: dict[str, Tensor] | None = None
         self.row_bytes = 0
         if self.count:
-            one = self._features(next(source.along([slice(0, 1)])))
+            one = self.features(next(source.along([slice(0, 1)])))
             self.row_bytes = sum(value.nbytes for value in one.values())
         if source.indexed and self.bytes <= memory:
             self._keep()
@@ -97,7 +97,8 @@ class AdapterRows:
         return self.row_bytes * self.count
 
     @torch.no_grad()
-    def _features(self, batch: UnitBatch) -> dict[str, Tensor]:
+    def features(self, batch: UnitBatch) -> dict[str, Tensor]:
+        """What of the embeddings does not depend on the weights, a row per image of a source's batch."""
         if batch.images is not None:  # an adapter inside the tower reads nothing else
             return self.adapter.features_of_images(batch.images)
         return self.adapter.features(batch.terms)
@@ -105,7 +106,7 @@ class AdapterRows:
     def _keep(self) -> None:
         kept: dict[str, Tensor] = {}
         for batch in self.source.batches():
-            for name, value in self._features(batch).items():
+            for name, value in self.features(batch).items():
                 if name not in kept:
                     kept[name] = value.new_empty(self.count, *value.shape[1:])
                 kept[name][batch.rows[0] : batch.rows[-1] + 1] = value
@@ -138,7 +139,7 @@ class AdapterRows:
         read = self.source.along((rows.flatten() for rows in mine), ahead=True)
         for rows, all_rows, batch in zip(mine, everyone, read, strict=True):
             shape = rows.shape if len(rows) > 1 else rows.shape[1:]
-            found = self._features(batch)
+            found = self.features(batch)
             features = {name: value.view(*shape, *value.shape[1:]) for name, value in found.items()}
             yield Batch(features, rows.to(self.device), all_rows)
 
@@ -147,7 +148,7 @@ class AdapterRows:
         if not self.source.indexed:
             for batch in self.source.batches():
                 labels = None if batch.labels is None else batch.labels.to(self.device)
-                yield Batch(self._features(batch), labels=labels)
+                yield Batch(self.features(batch), labels=labels)
             return
         mine = self.part(self.count)
         parts = [
@@ -157,7 +158,7 @@ class AdapterRows:
         if self.resident is not None:
             found = ({name: value[part] for name, value in self.resident.items()} for part in parts)
         else:
-            found = (self._features(batch) for batch in self.source.along(parts, ahead=True))
+            found = (self.features(batch) for batch in self.source.along(parts, ahead=True))
         for part, features in zip(parts, found, strict=True):
             rows = torch.arange(part.start, part.stop, device=self.device)[None]
             yield Batch(features, rows, labels=None if self.labels is None else self.labels[part])

@@ -28,6 +28,42 @@ class Evaluation:
     balanced_accuracy: float
     confusion: Tensor = field(repr=False)
 
+    @classmethod
+    def of(cls, confusion: Tensor, loss: float) -> "Evaluation":
+        """From a confusion matrix [K, K] int64 and the mean cross-entropy.
+
+        Raises ValueError when it counts no images.
+        """
+        count = int(confusion.sum())
+        if not count:
+            raise ValueError("there are no images to evaluate on")
+        hits, seen = confusion.diagonal().double(), confusion.sum(1).double()
+        return cls(
+            accuracy=float(hits.sum()) / count,
+            loss=loss,
+            count=count,
+            class_accuracy=hits / seen,
+            balanced_accuracy=float(balanced(hits, seen)),
+            confusion=confusion,
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An adapter beside its tower alone, on the same images.
+
+    Attributes:
+        before: of the tower's own output.
+        after: of the adapter.
+        mended: how many images are misread before and right after.
+        broken: how many images are right before and misread after.
+    """
+
+    before: Evaluation
+    after: Evaluation
+    mended: int
+    broken: int
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -73,6 +109,10 @@ class Heads:
             return logits
         return logits.masked_fill(self.padding[which], float("-inf"))
 
+    def one(self, y: Tensor) -> Tensor:
+        """[n, K] of y [n, D], by the first head."""
+        return self.logits(y[None], torch.zeros(1, dtype=torch.int64, device=y.device))[0]
+
 
 def balanced(hits: Tensor, seen: Tensor) -> Tensor:
     """Mean accuracy [...] over the classes that have images, from counts [..., K]."""
@@ -88,29 +128,49 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
     """
     classes = len(head.class_names)
     source = AdapterRows(adapter, source_of(adapter, data, labelled=True, classes=classes))
+    heads, tally = Heads([head], source.device), _Tally(classes, source.device)
+    weights = [p.detach()[None] for p in adapter.trainable()]
+    for batch in source.in_order():
+        tally.add(heads.one(adapter.from_features(batch.features, weights)[0]), batch.labels)
+    return tally.evaluation()
+
+
+@torch.no_grad()
+def compare(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Comparison:
+    """:func:`evaluate` of an adapter and of its tower alone, in one pass over the data."""
+    classes = len(head.class_names)
+    source = AdapterRows(adapter, source_of(adapter, data, labelled=True, classes=classes))
     heads = Heads([head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
-    which = torch.zeros(1, dtype=torch.int64, device=source.device)
-    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=source.device)
-    loss = torch.zeros((), dtype=widest(source.device), device=source.device)
-    for batch in source.in_order():
-        truth = batch.labels
-        logits = heads.logits(adapter.from_features(batch.features, weights), which)[0]
-        loss += F.cross_entropy(logits, truth, reduction="none").to(loss).sum()
-        confusion += torch.bincount(truth * classes + logits.argmax(1), minlength=classes * classes)
-    confusion = confusion.view(classes, classes).cpu()
-    count = int(confusion.sum())
-    if not count:
-        raise ValueError("there are no images to evaluate on")
-    hits, seen = confusion.diagonal().double(), confusion.sum(1).double()
-    return Evaluation(
-        accuracy=float(hits.sum()) / count,
-        loss=float(loss) / count,
-        count=count,
-        class_accuracy=hits / seen,
-        balanced_accuracy=float(balanced(hits, seen)),
-        confusion=confusion,
-    )
+    before, after = _Tally(classes, source.device), _Tally(classes, source.device)
+    mended = broken = 0
+    for batch in source.source.batches():
+        truth = batch.labels.to(source.device)
+        was = before.add(heads.one(batch.terms.output.to(source.device)), truth)
+        now = after.add(heads.one(adapter.from_features(source.features(batch), weights)[0]), truth)
+        mended += int((now & ~was).sum())
+        broken += int((was & ~now).sum())
+    return Comparison(before.evaluation(), after.evaluation(), mended, broken)
+
+
+class _Tally:
+    """Confusions and losses, batch by batch."""
+
+    def __init__(self, classes: int, device: torch.device):
+        self.classes = classes
+        self.confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), dtype=widest(device), device=device)
+
+    def add(self, logits: Tensor, truth: Tensor) -> Tensor:
+        """Counts logits [n, K] of images of classes [n]; returns which of them are right, [n]."""
+        named = logits.argmax(1)
+        self.loss += F.cross_entropy(logits, truth, reduction="none").to(self.loss).sum()
+        self.confusion += torch.bincount(truth * self.classes + named, minlength=self.classes**2)
+        return named == truth
+
+    def evaluation(self) -> Evaluation:
+        confusion = self.confusion.view(self.classes, self.classes).cpu()
+        return Evaluation.of(confusion, float(self.loss) / max(1, int(confusion.sum())))
 
 
 @torch.no_grad()
@@ -123,10 +183,8 @@ def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache 
     source = AdapterRows(adapter, source_of(adapter, data))
     heads = Heads([head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
-    which = torch.zeros(1, dtype=torch.int64, device=source.device)
     logits = [
-        heads.logits(adapter.from_features(batch.features, weights), which)[0].cpu()
-        for batch in source.in_order()
+        heads.one(adapter.from_features(batch.features, weights)[0]).cpu() for batch in source.in_order()
     ]
     logits = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
     return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)

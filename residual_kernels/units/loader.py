@@ -123,7 +123,7 @@ class LoadedUnits:
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """(images, labels) of what the loader yields."""
         images, labels = parts_of(batch)
-        if not isinstance(images, Tensor):
+        if not isinstance(images, Tensor) or (images.ndim != 4 and images.numel()):
             self.view.check_images(images)  # says what was expected
         if not len(images) or self.policy == IGNORED:
             return images, None

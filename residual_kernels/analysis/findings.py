@@ -1,0 +1,195 @@
+"""What was found of a tower on a data set? One record, kept as JSON and CSV; analyses fill it and reports read it."""
+
+import csv
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from residual_kernels.analysis.selection import SelectionCurves
+from residual_kernels.analysis.words import Description
+from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
+
+WHAT, FILE = "analysis", "analysis.json"
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """One unit. `linear` has one number per energy of the analysis. A NaN or None was not measured, or cannot be.
+
+    variance: summed over its components; share: of the variance of all units of its kind. pearson, spearman: with the
+    output, over all coordinates; *_classes: over the span of the class vectors. accuracy: of the unit alone.
+    """
+
+    index: int
+    kind: str
+    layer: int | None
+    head: int | None
+    variance: float
+    share: float
+    linear: tuple[int, ...]
+    participation: float
+    two_nn: float
+    pearson: float | None
+    spearman: float | None
+    pearson_classes: float | None
+    spearman_classes: float | None
+    accuracy: float | None
+    words: Description | None
+
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """One component: of `unit` (layout index), at `place` (0 for the largest variance). explained: its share of its
+    unit's variance; pearson: of its coefficient with the output along it; between_classes: the variance between its
+    classes' mean coefficients; words: of the first few components of each unit."""
+
+    unit: int
+    place: int
+    explained: float
+    pearson: float | None
+    between_classes: float | None
+    words: Description | None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found of one tower on one data set. Made by :func:`analyze`; :meth:`save` writes JSON and CSV.
+
+    Tables that were not asked for, or that need labels or words where there are none, are empty.
+    """
+
+    tower: str
+    layers: int
+    heads: int
+    dim: int
+    kind: str
+    images: int
+    fitted_images: int  # that the bases were fitted on
+    energies: tuple[float, ...]
+    class_names: tuple[str, ...] | None
+    units: tuple[UnitRow, ...]
+    components: tuple[ComponentRow, ...]
+    output: UnitRow  # the model's output as one unit
+    similarity: dict[str, tuple[tuple[float, ...], ...]]  # weighting -> [R, R]
+    selections: tuple[SelectionCurves, ...]
+    seconds: dict[str, float]
+
+    def to_dict(self) -> dict:
+        """Plain dicts, lists, numbers and strings; NaN becomes None."""
+        return _plain(asdict(self))
+
+    def save(self, folder: str | os.PathLike) -> list[Path]:
+        """Writes analysis.json, units.csv, components.csv, similarity-*.csv and selection.csv; returns their paths."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / FILE, {"schema": SCHEMA, "what": WHAT, **self.to_dict()})
+        tables = {"units.csv": self._unit_table(), "components.csv": self._component_table()}
+        names = [
+            f"{row.kind} {row.index}" if row.head is None else f"L{row.layer}H{row.head}"
+            for row in self.units
+        ]
+        for weights, matrix in self.similarity.items():
+            rows = [["", *names], *([name, *line] for name, line in zip(names, matrix, strict=True))]
+            tables[f"similarity-{weights}.csv"] = rows
+        if self.selections:
+            tables["selection.csv"] = self._selection_table()
+        for name, rows in tables.items():
+            with (
+                atomic_path(folder / name) as temporary,
+                temporary.open("w", newline="", encoding="utf-8") as file,
+            ):
+                csv.writer(file).writerows([_cell(value) for value in row] for row in rows)
+        return [folder / FILE, *(folder / name for name in tables)]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> "Analysis":
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or another file."""
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"no {WHAT} at {folder} ({FILE} is missing)")
+        kept = read_json(path, WHAT, cls.__dataclass_fields__)
+        fields = {name: kept[name] for name in cls.__dataclass_fields__}
+        fields["units"] = tuple(_unit_row(row) for row in fields["units"])
+        fields["components"] = tuple(
+            ComponentRow(**{**row, "words": _description(row["words"])}) for row in fields["components"]
+        )
+        fields["output"] = _unit_row(fields["output"])
+        fields["selections"] = tuple(_curves(row) for row in fields["selections"])
+        fields["similarity"] = {
+            name: tuple(tuple(line) for line in matrix) for name, matrix in fields["similarity"].items()
+        }
+        for name in ("energies", "class_names"):
+            fields[name] = None if fields[name] is None else tuple(fields[name])
+        return cls(**fields)
+
+    def _unit_table(self) -> Iterator[list]:
+        plain = ["index", "kind", "layer", "head", "variance", "share"]
+        scores = [
+            "participation", "two_nn", "pearson", "spearman", "pearson_classes", "spearman_classes", "accuracy"
+        ]  # fmt: skip
+        yield [*plain, *(f"linear_{energy:g}" for energy in self.energies), *scores, "words"]
+        for row in (*self.units, self.output):
+            words = "" if row.words is None else "; ".join(row.words.words)
+            yield [
+                *(getattr(row, name) for name in plain), *row.linear, *(getattr(row, name) for name in scores), words
+            ]  # fmt: skip
+
+    def _component_table(self) -> Iterator[list]:
+        yield ["unit", "layer", "head", "place", "explained", "pearson", "between_classes", "words"]
+        unit_of = {row.index: row for row in self.units}
+        for row in self.components:
+            words = ""
+            if row.words is not None:
+                words = "; ".join(
+                    f"{word} {weight:+.2f}"
+                    for word, weight in zip(row.words.words, row.words.weights, strict=True)
+                )
+            unit = unit_of[row.unit]
+            yield [
+                row.unit, unit.layer, unit.head, row.place, row.explained, row.pearson, row.between_classes, words
+            ]  # fmt: skip
+
+    def _selection_table(self) -> Iterator[list]:
+        yield ["of", "rest", "score", "seed", "fraction", "kept", "accuracy"]
+        for curves in self.selections:
+            named = [(name, "", values) for name, values in curves.accuracy.items()]
+            named += [
+                ("random", seed, values) for seed, values in zip(curves.seeds, curves.random, strict=True)
+            ]
+            for name, seed, values in named:
+                for fraction, kept, accuracy in zip(curves.fractions, curves.kept, values, strict=True):
+                    yield [curves.of, curves.rest, name, seed, fraction, kept, accuracy]
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _description(row: dict | None) -> Description | None:
+    return None if row is None else Description(**{name: tuple(values) for name, values in row.items()})
+
+
+def _unit_row(row: dict) -> UnitRow:
+    two = float("nan") if row["two_nn"] is None else row["two_nn"]
+    words = _description(row["words"])
+    return UnitRow(**{**row, "linear": tuple(row["linear"]), "two_nn": two, "words": words})
+
+
+def _curves(row: dict) -> SelectionCurves:
+    tuples = {name: tuple(row[name]) for name in ("fractions", "kept", "seeds")}
+    accuracy = {name: tuple(values) for name, values in row["accuracy"].items()}
+    return SelectionCurves(
+        **{**row, **tuples, "accuracy": accuracy, "random": tuple(tuple(curve) for curve in row["random"])}
+    )
