@@ -23,9 +23,11 @@ from residual_kernels.analysis import TextDictionary
 from residual_kernels.cli import printing
 from residual_kernels.data.images.base import Images
 from residual_kernels.demo.story import DIGITS, digit_images
-from residual_kernels.report import charts, gather, page, sentences, tables, write_report
-from residual_kernels.report.facts import Outcome, Source
+from residual_kernels.figures import style
+from residual_kernels.report import drawings, gather, page, sentences, tables, write_report
+from residual_kernels.report.facts import CLASSES_SHOWN, Source
 from residual_kernels.report.thumbnails import thumbnails
+from residual_kernels.train import Evaluation
 
 SCRIPT = "<script>document.title='owned'</script>"
 HOSTILE = (
@@ -83,6 +85,14 @@ def made(world, tmp_path_factory):
     where, files = write_report(facts, path, world.cache, world.pictures)
     assert where == path
     return facts, path, files, residual
+
+
+def outcome(confusion):
+    return Evaluation.of(confusion.long(), 0.0)
+
+
+def svgs(facts):
+    return {name: drawings.inline(figure, name) for name, figure in drawings.on_page(facts).items()}
 
 
 class Page(HTMLParser):
@@ -155,7 +165,7 @@ def test_the_page_needs_nothing_from_outside(html):
 
 def test_names_never_become_markup(html):
     found = Page(html)
-    assert len(found.scripts) == 3
+    assert len(found.scripts) == 2
     assert not found.handlers
     assert not {"img", "i", "b"} & set(found.tags)
     assert SCRIPT not in html
@@ -164,8 +174,6 @@ def test_names_never_become_markup(html):
     for name in NAMES:
         assert name in text  # as text, whole
     data = data_of(html)
-    assert "&lt;script&gt;" in json.dumps(data["charts"]["classes"])  # plotly reads tags in labels
-    assert "<script>" not in json.dumps(data["charts"])
     labels = {label for _, label in data["images"].values()}
     assert labels <= set(NAMES)
 
@@ -173,7 +181,14 @@ def test_names_never_become_markup(html):
 def test_the_page_holds_what_its_script_draws(made, html):
     facts, _, _, residual = made
     data = data_of(html)
-    assert set(data["charts"]) == set(re.findall(r'data-chart="([^"]*)"', html))
+    shown = re.findall(r'data-chart="([^"]*)"[^>]*><svg', html)
+    assert shown == [
+        "classes", "confusion-without", "confusion-with", "spectra", "dimension", "similarity", "selection"
+    ]  # fmt: skip
+    ids = re.findall(r'<[^>]*\bid="([^"]*)"', html)
+    used = re.findall(r'<[^>]*(?:href="#|url\(#)([^")]*)', html)
+    assert set(used) <= set(ids)  # what a figure refers to is there
+    assert len(set(ids)) == len(ids)  # and is its own
     assert len(data["units"]) == 54 == len(re.findall(r"data-unit=", html))
     first = data["units"][str(data["first"])]
     assert first["values"]["lost"] == pytest.approx(max(facts.unit_lost.values()), abs=1e-6)
@@ -193,7 +208,8 @@ def test_every_figure_and_table_is_a_file_too(made):
     folder = path.with_suffix("")
     assert sorted(files) == sorted(folder.iterdir())
     figures = {
-        "classes", "confusion", "weights", "reach", "lost", "spectra", "dimension", "similarity", "selection",
+        "classes", "confusion-without", "confusion-with", "weights", "reach", "lost", "spectra", "dimension",
+        "similarity", "selection",
         *(f"{side}-{place}" for side in ("raised", "faded") for place in (1, 2, 3)),
     }  # fmt: skip
     assert {file.stem for file in files if file.suffix == ".png"} == figures
@@ -219,23 +235,28 @@ def test_every_figure_and_table_is_a_file_too(made):
     assert {row["heads_kept_by"] for row in rows("selection")} == {curve.name for curve in facts.curves}
 
 
-def test_charts_are_what_plotly_takes(made):
-    """Every attribute is one that plotly.js knows; colours that the page fills in stand in as red."""
-    go = pytest.importorskip("plotly.graph_objects")
+def test_figures_of_the_page_follow_its_theme(html):
+    """Colours of the palette are the style sheet's variables; a heat map keeps its own."""
+    css = html[: html.index("</style>")]
+    for colour, variable in drawings.THEMED.items():
+        if variable in ("blue", "orange", "green", "purple", "sky", "yellow"):
+            assert f"--{variable}: {colour.lower()};" in css
+    svg = html[html.index('id="chart-dimension"') : html.index('id="similarity"')]
+    for variable in ("blue", "green", "orange", "ink"):
+        assert f"var(--{variable})" in svg
+    assert style.BLUE.lower() not in svg
+    assert "#ffffff" in html[html.index('id="chart-confusion-with"') : html.index('id="weights"')]
 
-    def filled(value):
-        if isinstance(value, dict):
-            return {key: filled(v) for key, v in value.items()}
-        if isinstance(value, list):
-            return [filled(v) for v in value]
-        if isinstance(value, str) and value.startswith("@"):
-            return "Viridis" if value in ("@sequential", "@diverging") else "red"
-        return value
 
-    for chart in charts.charts(made[0]).values():
-        go.Figure(data=filled(chart["data"]), layout=filled(chart["layout"]))
-    with pytest.raises(ValueError, match="colour"):
-        go.Figure(data=[{"type": "scatter", "line": {"colour": "red"}}])
+def test_a_figure_keeps_the_text_of_names_that_look_like_markup():
+    figure = drawings.figures.class_changes(
+        ['id="x" url(#y) #0072b2', "$a$"], torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.6])
+    )
+    svg = drawings.inline(figure, "classes")
+    assert ">id=&quot;x&quot; url(#y) #0072b2<" in svg or '>id="x" url(#y) #0072b2<' in svg
+    assert ">$a$<" in svg
+    assert 'id="classes-' in svg
+    assert svg.startswith("<svg")
 
 
 def test_sentences_say_what_happened(made):
@@ -248,7 +269,7 @@ def test_sentences_say_what_happened(made):
     assert "stays at" in said[0]
     assert "(0.0 points)" in said[0]
     assert said[1:] == ["No class has changed."]
-    worse = replace(facts, before=Outcome(torch.eye(10) * 12), after=Outcome(torch.full((10, 10), 1.2)))
+    worse = replace(facts, before=outcome(torch.eye(10) * 12), after=outcome(torch.full((10, 10), 3)))
     assert "falls from 100.0% to 10.0% (−90.0 points)" in sentences.findings(worse)[0]
 
 
@@ -260,14 +281,20 @@ def test_many_classes_are_cut_to_those_that_changed_most(made):
     after[7, 8] = 4  # the class that changed
     before[50:], after[50:] = 0, 0  # classes without images
     names = tuple(f"class {k}" for k in range(count))
-    many = replace(facts, class_names=names, before=Outcome(before), after=Outcome(after))
-    shown = charts.classes_shown(many)
-    assert len(shown) == charts.CLASSES_SHOWN
+    many = replace(facts, class_names=names, before=outcome(before), after=outcome(after))
+    shown = many.classes_shown
+    assert len(shown) == CLASSES_SHOWN
     assert 7 in shown
     assert shown == sorted(shown)
     assert max(shown) < 50
-    for chart in (charts.class_changes(many), charts.confusion(many, after=True)):
-        json.dumps(chart, allow_nan=False)
+    drawn = drawings.on_page(many)
+    assert [tick.get_text() for tick in drawn["confusion-with"].axes[0].get_yticklabels()] == [
+        names[k] for k in shown
+    ]
+    matrix = drawn["confusion-with"].axes[0].images[0].get_array()
+    assert matrix.shape == (CLASSES_SHOWN, CLASSES_SHOWN)
+    assert matrix[shown.index(7), shown.index(7)] == 0
+    assert matrix[0, 0] == 1
     assert math.isnan(tables.tables(many)[0].rows[55][2])
     assert ",0,,\r\n" in tables.as_text(tables.tables(many)[0])
 
@@ -290,7 +317,7 @@ def test_adapters_without_components(world, method):
     few = world.cache.subset(torch.arange(0, 120, 3))
     facts = gather(adapter, world.head, few, world.source)
     assert facts.reading is None
-    text = page._render(facts, few.ids.tolist(), None, "", tables.tables(facts), "report")
+    text = page._render(facts, few.ids.tolist(), None, svgs(facts), tables.tables(facts), "report")
     assert ('class="grid' in text) == (method == "coarse")
     assert 'id="components"' not in text
     assert data_of(text)["thumbnails"] == {}
@@ -303,7 +330,9 @@ def test_hardly_any_images(world):
     cache = rk.encode(world.tower, [(one, torch.zeros(3))], kinds=("emb", "head"), class_names=NAMES)
     bases = rk.fit_bases(world.tower, cache, ("emb",))
     facts = gather(rk.ResiDual(world.tower, bases, "sum"), world.head, cache, world.source)
-    text = page._render(facts, cache.ids.tolist(), world.pictures, "", tables.tables(facts), "report")
+    text = page._render(
+        facts, cache.ids.tolist(), world.pictures, svgs(facts), tables.tables(facts), "report"
+    )
     assert 'class="grid' not in text
     assert "nan" not in " ".join((*sentences.findings(facts), *sentences.captions(facts).values()))
     assert list(data_of(text)["units"]) == ["0"]
@@ -321,7 +350,7 @@ def test_refusals(world, made, tmp_path, monkeypatch):
     (tmp_path / "r").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file"):
         write_report(facts, tmp_path / "r.html", world.cache)
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(ImportError, match=r"residual-kernels\[report\]"):
         write_report(facts, tmp_path / "new.html", world.cache)
     assert [path.name for path in tmp_path.iterdir()] == ["r"]
@@ -332,7 +361,7 @@ def run(capsys, monkeypatch):
     """Runs the program in this process: (exit code, stdout, stderr). Still pictures are not drawn again."""
     for console in (printing.out, printing.err):
         monkeypatch.setattr(console, "width", 200)
-    monkeypatch.setattr("residual_kernels.report.plots.draw", lambda *_: [])
+    monkeypatch.setattr("residual_kernels.figures.save", lambda *_: [])
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["residual-kernels", *map(str, arguments)])

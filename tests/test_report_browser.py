@@ -52,7 +52,7 @@ def address(tmp_path_factory):
     facts = gather(residual, head, cache, Source("bundled", OWNED, "run"), dictionary=words)
     path = tmp_path_factory.mktemp("page") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("residual_kernels.report.plots.draw", lambda *_: [])
+        patch.setattr("residual_kernels.figures.save", lambda *_: [])
         write_report(facts, path, cache, images)
     return path.as_uri()
 
@@ -101,7 +101,7 @@ def drawn(browser):
     """How many charts have an x axis with labels."""
     return js(
         browser,
-        "[...document.querySelectorAll('[data-chart]')].filter(p => p.querySelector('.xtick text')).length",
+        "[...document.querySelectorAll('[data-chart]')].filter(p => p.querySelector('[id*=xtick] text')).length",
     )
 
 
@@ -197,7 +197,7 @@ def test_a_dark_room(page):
         .map(b => ratio(light(getComputedStyle(b).color), light(getComputedStyle(b).backgroundColor)));
       return [Math.min(...text), Math.min(...cells), ground];
     })()"""
-    axis = "getComputedStyle(document.querySelector('#chart-dimension .xtick text')).fill"
+    axis = "getComputedStyle(document.querySelector('#chart-dimension [id*=xtick] text')).fill"
     browser = page(scheme="dark")
     text, cells, ground = js(browser, contrast)
     assert ground < 0.05

@@ -157,9 +157,7 @@ def analyze(
         with step("selection of components"):
             by = {"variance": part.variance, "pearson": along, "between_classes": apart}
             by = {name: score for name, score in by.items() if score is not None}
-            curves.append(
-                selection_curves(view.module, cache, head, by, of="components", **options)
-            )
+            curves.append(selection_curves(view.module, cache, head, by, of="components", **options))
     spoken, told = None, {}
     if dictionary is not None and "words" in wanted:
         count = min(words, len(dictionary))

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from residual_kernels import extras, train
 from residual_kernels.adapters.methods import ENERGY, build
+from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.analysis.weights import WeightReading, component_ends, read_weights
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bundled import load_bundled
 from residual_kernels.bundled.drawings import DIGITS, drawn_images
@@ -28,6 +30,7 @@ TEMPLATES = ("the number {}", "the digit {}", "a handwritten {}", "a blurry {}")
 SPLIT_SEED = 0
 DRAWINGS, DRAWINGS_SEED = 3000, 2411
 BATCH = 256
+SHOWN = 10  # images at each end of a component
 # Learning rates tried for each method, in units of its default; the best on validation is kept.
 RATES = {
     "coarse": (1.0, 0.3, 0.1),
@@ -97,10 +100,28 @@ def _fit_best(
     return adapter, fits.put(adapter, fits.best()), max(result.seconds for result in fits.results)
 
 
+def _component_ends(fine: ResiDual, learned: WeightReading, cache: UnitCache, images: Sequence[Image.Image]):
+    """The figure of the component that reaches farthest."""
+    from residual_kernels import figures
+
+    component = learned[int(learned.effect.abs().argmax())]
+    ends = component_ends(fine, cache, [component.index], SHOWN)
+    high, low = (
+        ([images[int(cache.ids[row])] for row in rows[0].tolist()], values[0].tolist(), ())
+        for rows, values in ((ends.high, ends.high_values), (ends.low, ends.low_values))
+    )
+    unit = component.unit
+    title = (
+        f"The component that moved most: layer {unit.layer}, head {unit.head}, component {component.place}, "
+        f"weight {component.weight:+.2f} (1 is unchanged)"
+    )
+    return figures.component_ends(title, high, low)
+
+
 def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> Demo:
     """Runs the story, writes its pictures to `folder`, and returns its numbers. About a minute on 2 cores."""
     extras.need("matplotlib", "demo", "drawing the demonstration's pictures")
-    from residual_kernels import pictures
+    from residual_kernels import figures
 
     start = time.perf_counter()
     folder = Path(folder)
@@ -146,15 +167,25 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     say("drawing pictures")
     fine = fitted["fine"][0]
     after = train.predict(fine, head, test).labels
-    paths = [
-        pictures.accuracy_bars(rows, folder / "accuracy.png"),
-        pictures.weight_map(fine, folder / "weights.png"),
-        pictures.spectra(every.of("head"), ENERGY, folder / "spectra.png"),
-        pictures.reread(
-            [images[i] for i in test.ids.tolist()], test.labels, base.argmax(1), after, folder / "digits.png"
+    learned = read_weights(fine, test)
+    heads = fine.layout.select("head")
+    drawn = {
+        "accuracy": figures.accuracy_bars(rows),
+        "weights": figures.unit_map(
+            fine.layout,
+            {unit.index: learned.unit_weight(unit) for unit in heads},
+            "Learned weight per head (number of components)",
+            centre=1.0,
+            form="{:.1f}",
+            below={unit.index: len(learned.of(unit)) for unit in heads},
         ),
-        pictures.component_ends(fine, test, images, folder / "component.png"),
-    ]
+        "spectra": figures.spectra_and_counts(every.of("head"), ENERGY),
+        "digits": figures.rereadings(
+            [images[i] for i in test.ids.tolist()], test.labels, base.argmax(1), after
+        ),
+        "component": _component_ends(fine, learned, test, images),
+    }
+    paths = [path for name, one in drawn.items() for path in figures.save(one, folder, name, ("png",))]
     accuracy = {row["method"]: row for row in rows}
     summary = (
         f"Zero-shot the model reads {accuracy['base']['accuracy']:.0%} of the digits; with "

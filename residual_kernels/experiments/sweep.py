@@ -357,9 +357,9 @@ class Table:
         with atomic_path(paths[1]) as temporary:
             temporary.write_text(self.markdown(), encoding="utf-8")
         extras.need("matplotlib", "sweep", "drawing a sweep's table")
-        from residual_kernels import pictures
+        from residual_kernels import figures
 
-        pictures.accuracy_table(self.columns, self.lines, paths[2])
+        figures.save(figures.accuracy_table(self.columns, self.lines), folder, "table", ("png",))
         return paths
 
     def markdown(self) -> str:

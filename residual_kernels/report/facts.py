@@ -32,6 +32,7 @@ POINTS = 2000  # images that TwoNN looks at: its time grows with their square
 SIMILAR = 400  # heads compared with each other, counted from the last layer
 SHOWN = 6  # components raised and faded most that are shown in full
 PER_UNIT = 4  # components of a unit that come with images
+CLASSES_SHOWN = 40  # in the figures of classes
 STRIP = 8  # images at each end of a component
 WORDS = 3  # at each end of a component
 TABLES = ("dimension", "similarity", "correlation", "accuracy", "selection")  # of the analysis
@@ -125,7 +126,8 @@ class Facts:
         kept = tuple(dict.fromkeys(found.kept))  # small shares of few heads are the same number of them
         first = [found.kept.index(count) for count in kept]
         curves = [
-            Curve(name, kept, tuple(found.accuracy[score][i] for i in first)) for score, name in SCORES.items()
+            Curve(name, kept, tuple(found.accuracy[score][i] for i in first))
+            for score, name in SCORES.items()
         ]
         random = torch.tensor(found.random, dtype=torch.float64)[:, first]
         low, mean, high = (tuple(x.tolist()) for x in (random.amin(0), random.mean(0), random.amax(0)))
@@ -150,6 +152,15 @@ class Facts:
     @property
     def images(self) -> int:
         return int(self.counts.sum())
+
+    @property
+    def classes_shown(self) -> list[int]:
+        """Those of the class figures: all that have images, or those that changed most, in the head's order."""
+        present = (self.counts > 0).nonzero().flatten().tolist()
+        if len(present) <= CLASSES_SHOWN:
+            return present
+        change = (self.after.class_accuracy - self.before.class_accuracy).abs()
+        return sorted(sorted(present, key=lambda k: -float(change[k]))[:CLASSES_SHOWN])
 
     @property
     def raised(self) -> list[Component]:

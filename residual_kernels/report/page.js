@@ -3,7 +3,6 @@
 const facts = JSON.parse(document.getElementById("facts").textContent);
 const root = document.documentElement;
 const dark = window.matchMedia("(prefers-color-scheme: dark)");
-const narrow = window.matchMedia("(max-width: 620px)");
 
 // ---- small helpers: every text goes through textContent, never through markup
 function make(tag, attributes = {}, ...children) {
@@ -40,64 +39,7 @@ function ink(background) { // black or white, whichever stands out more: 4.5 to 
 const scales = () => ({
   sequential: [css("neutral"), css("blue"), css("deep-blue")],
   diverging: [css("deep-orange"), css("orange"), css("neutral"), css("blue"), css("deep-blue")],
-  depth: [css("depth-first"), css("blue"), css("depth-last")],
 });
-const spread = stops => stops.map((stop, i) => [i / (stops.length - 1), stop]);
-
-// "@blue" and its kind in colour places become the theme's own
-const COLOURED = new Set(["color", "fillcolor", "bgcolor", "colorscale"]);
-function themed(value, key, all) {
-  if (Array.isArray(value)) return value.some(v => v !== null && typeof v === "object") ? value.map(v => themed(v, key, all)) : value;
-  if (value !== null && typeof value === "object")
-    return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, themed(v, k, all)]));
-  if (typeof value === "string" && value.startsWith("@") && COLOURED.has(key)) {
-    const [name, share] = value.slice(1).split(":");
-    if (share !== undefined) return mix(all[name], Number(share));
-    if (key === "colorscale") return spread(all[name]);
-    return css(name === "surface" ? "paper" : name);
-  }
-  return value;
-}
-
-// ---- the charts
-function merge(base, more) {
-  const out = { ...base };
-  for (const [key, value] of Object.entries(more))
-    out[key] = value && typeof value === "object" && !Array.isArray(value) && base[key] ? merge(base[key], value) : value;
-  return out;
-}
-function drawn(chart, all) {
-  const axis = {
-    gridcolor: css("line"), linecolor: css("line-strong"), zeroline: false, fixedrange: narrow.matches,
-    tickfont: { size: 11 }, title: { font: { size: 12 }, standoff: 10 },
-  };
-  const base = {
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: css("sans"), size: 12, color: css("ink") },
-    margin: { l: 56, r: 12, t: 12, b: 52 }, xaxis: axis, yaxis: axis, height: chart.height, hovermode: "closest",
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 12 } },
-    hoverlabel: { bgcolor: css("raised"), bordercolor: css("line-strong"), font: { color: css("ink"), family: css("sans"), size: 12 }, align: "left" },
-    dragmode: narrow.matches ? false : "zoom",
-  };
-  const layout = merge(base, themed(chart.layout, "", all));
-  const data = themed(chart.data, "", all);
-  for (const trace of data)
-    if (trace.colorbar) trace.colorbar = { ...trace.colorbar, tickfont: { size: 11 }, outlinewidth: 0 };
-  if (narrow.matches) {
-    layout.margin = { ...layout.margin, l: 44, r: 4 };
-    for (const trace of data) if (trace.type === "heatmap") trace.showscale = false;
-    if (data.length === 1 && data[0].type === "heatmap") layout.height = Math.min(layout.height, window.innerWidth + 60);
-  }
-  return [data, layout];
-}
-function drawAll() {
-  const all = scales();
-  for (const place of document.querySelectorAll("[data-chart]")) {
-    const [data, layout] = drawn(facts.charts[place.dataset.chart], all);
-    Plotly.react(place, data, layout, {
-      responsive: true, displaylogo: false, displayModeBar: false,
-    });
-  }
-}
 
 // ---- components
 function strip(images) {
@@ -216,13 +158,12 @@ if (buttons.length) {
 
 for (const button of document.querySelectorAll("[data-save]"))
   button.addEventListener("click", () => {
-    const place = document.getElementById("chart-" + button.dataset.save);
-    Plotly.downloadImage(place, { format: "svg", width: place.clientWidth, height: place.clientHeight, filename: button.dataset.save });
+    const text = new XMLSerializer().serializeToString(document.querySelector(`#chart-${button.dataset.save} svg`));
+    const drawn = text.replace(/var\(--([a-z-]+)\)/g, (_, name) => css(name)); // colours as they are now
+    const link = make("a", { download: button.dataset.save + ".svg", href: URL.createObjectURL(new Blob([drawn], { type: "image/svg+xml" })) });
+    link.click();
+    URL.revokeObjectURL(link.href);
   });
-drawAll();
-const repaint = () => { if (buttons.length) paint(); drawAll(); };
-dark.addEventListener("change", repaint);
-narrow.addEventListener("change", repaint);
-window.addEventListener("beforeprint", () => { for (const place of document.querySelectorAll("[data-chart]")) Plotly.Plots.resize(place); });
+dark.addEventListener("change", () => { if (buttons.length) paint(); });
 root.dataset.ready = "true";
 })();

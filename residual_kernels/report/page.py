@@ -11,9 +11,8 @@ from residual_kernels import extras
 from residual_kernels.analysis.weights import Component
 from residual_kernels.data.images import Images
 from residual_kernels.files import atomic_path
-from residual_kernels.report import plots, tables
-from residual_kernels.report.charts import CLASSES_SHOWN, charts, classes_shown
-from residual_kernels.report.facts import ENERGY, Facts
+from residual_kernels.report import tables
+from residual_kernels.report.facts import CLASSES_SHOWN, ENERGY, Facts
 from residual_kernels.report.names import percent, points, unit_name
 from residual_kernels.report.sentences import captions, class_ends, findings
 from residual_kernels.report.thumbnails import SIDE, thumbnails
@@ -34,27 +33,29 @@ def write_report(
         cache: the images that the facts are of: its ids say which `pictures` they are.
         pictures: the images themselves; None leaves them out.
 
-    Returns the page's path and those of the files beside it. Raises ImportError when plotly is missing.
+    Returns the page's path and those of the files beside it. Raises ImportError when an optional library is missing.
     """
-    library = _plotly()
+    check_page(page)
+    from residual_kernels import figures
+    from residual_kernels.report import drawings
+
     folder = page.with_suffix("")
-    if folder == page:
-        raise ValueError(f"a report is an .html file; got {page}")
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(
-            f"{folder} is a file; the report's pictures and tables need a folder of that name"
-        )
     ids = cache.ids.tolist()
     found = tables.tables(facts)
-    text = _render(facts, ids, pictures, library, found, folder.name)
-    files = [*plots.draw(facts, folder, ids, pictures), *tables.write(found, folder)]
+    drawn = drawings.on_page(facts)
+    shown = {name: drawings.inline(figure, name) for name, figure in drawn.items()}
+    text = _render(facts, ids, pictures, shown, found, folder.name)
+    files = []
+    for name, figure in (*drawn.items(), *drawings.in_folder(facts, ids, pictures)):
+        files += figures.save(figure, folder, name)
+    files += tables.write(found, folder)
     with atomic_path(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return page, files
 
 
 def check_page(page: Path) -> None:
-    """Raises ValueError or FileExistsError when no report can be written to `page`, ImportError without plotly."""
+    """Raises ValueError or FileExistsError when no report can be written to `page`, ImportError without matplotlib."""
     folder = page.with_suffix("")
     if folder == page:
         raise ValueError(f"a report is an .html file; got {page}")
@@ -62,20 +63,15 @@ def check_page(page: Path) -> None:
         raise FileExistsError(
             f"{folder} is a file; the report's pictures and tables need a folder of that name"
         )
-    _plotly()
-
-
-def _plotly() -> str:
-    return (
-        extras.need("plotly.offline", "report", "a report").get_plotlyjs().replace("</script", "<\\/script")
-    )
+    for library in ("jinja2", "matplotlib"):
+        extras.need(library, "report", "a report")
 
 
 def _render(
     facts: Facts,
     ids: list[int],
     pictures: Images | None,
-    library: str,
+    shown: dict[str, str],
     found: list[tables.Table],
     folder: str,
 ) -> str:
@@ -97,19 +93,18 @@ def _render(
         pictured=pictures is not None,
         folder=folder,
         version=__version__,
-        plotly=library,
+        figures=shown,
         style=parts["css"],
         script=parts["js"],
-        policy=_policy(library, parts["js"]),
+        policy=_policy(parts["js"]),
     )
 
 
-def _policy(*scripts: str) -> str:
-    """What the page may do: run these very scripts, show images it carries, and load nothing."""
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
-    allowed = " ".join(f"'sha256-{value}'" for value in hashes)
+def _policy(script: str) -> str:
+    """What the page may do: run this very script, show images it carries, and load nothing."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
 
@@ -123,7 +118,7 @@ def _linked(table: tables.Table) -> dict[str, Any]:
 def _context(facts: Facts) -> dict[str, Any]:
     """What the template itself says; what its figures show is in :func:`_data`."""
     before, after = facts.before, facts.after
-    shown, present = classes_shown(facts), int((facts.counts > 0).sum())
+    shown, present = facts.classes_shown, int((facts.counts > 0).sum())
     measures = _measures(facts) if facts.mapped else []
     return {
         "title": f"{facts.source.data}: {percent(before.accuracy)} → {percent(after.accuracy)}",
@@ -229,7 +224,6 @@ def _data(facts: Facts, ids: list[int], pictures: Images | None) -> dict[str, An
     }
     score = facts.unit_lost or facts.unit_effect or facts.unit_weight
     return {
-        "charts": charts(facts),
         "measures": _measures(facts),
         "units": units,
         "first": max((unit.index for unit in facts.mapped), key=lambda i: score[i], default=None),

@@ -1,0 +1,33 @@
+"""How does it look? Every figure of the library, drawn by matplotlib in one style: for demo, report, sweeps and Python.
+
+`style.py` is the palette and what all figures share. `heads.py` draws a tower's heads, `accuracies.py` how images were
+labelled, `images.py` images themselves. A figure is a `matplotlib.figure.Figure`; :func:`save` writes it.
+"""
+
+from residual_kernels.figures.accuracies import accuracy_bars, accuracy_table, class_changes, confusion
+from residual_kernels.figures.heads import (
+    dimensions,
+    selection,
+    similarity,
+    spectra,
+    spectra_and_counts,
+    unit_map,
+)
+from residual_kernels.figures.images import component_ends, rereadings
+from residual_kernels.figures.style import save
+
+__all__ = [
+    "accuracy_bars",
+    "accuracy_table",
+    "class_changes",
+    "component_ends",
+    "confusion",
+    "dimensions",
+    "rereadings",
+    "save",
+    "selection",
+    "similarity",
+    "spectra",
+    "spectra_and_counts",
+    "unit_map",
+]

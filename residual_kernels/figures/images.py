@@ -1,0 +1,65 @@
+"""What do images show? Those at both ends of a component, and those that are read anew."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL.Image import Image
+from torch import Tensor
+
+from residual_kernels.figures.style import GREEN, GREY, ORANGE, bare, new_figure, styled
+
+End = tuple[Sequence[Image], Sequence[float], Sequence[str]]  # images, their coefficients, words
+
+
+@styled
+def component_ends(title: str, high: End, low: End) -> Figure:
+    """Images (square) with a component's highest coefficients above and its lowest below, and the words of each end."""
+    columns, tall = len(high[0]), 1.62  # of a row: caption, image, coefficient
+    figure = new_figure(0.95 * columns + 0.2, 0.95 * (2 * tall + 0.4) + 0.2)
+    axes = figure.add_subplot()
+    for line, (name, (images, values, words)) in enumerate((("high", high), ("low", low))):
+        top = line * tall
+        axes.text(0, top - 0.08, f"{name} end" + (f": {', '.join(words)}" if words else ""), fontsize=9)
+        for column, (image, value) in enumerate(zip(images, values, strict=True)):
+            axes.imshow(
+                np.asarray(image), extent=(column, column + 0.95, top + 0.95, top),
+                interpolation="nearest", zorder=2,
+            )  # fmt: skip
+            number = f"{value:+.2f}".replace("-", "−")
+            axes.text(column + 0.475, top + 1.12, number, ha="center", fontsize=7, color=GREY)
+    axes.text(0, -0.5, title, fontsize=11)
+    axes.set(xlim=(0, columns), ylim=(2 * tall - 0.4, -0.8), aspect="equal")
+    axes.set_axis_off()
+    return figure
+
+
+@styled
+def rereadings(
+    images: Sequence[Image], labels: Tensor, before: Tensor, after: Tensor, count: int = 30
+) -> Figure:
+    """The first `count` images misread before, with the labels given before and after; not chosen by the latter.
+
+    Args:
+        images: N of them.
+        labels, before, after: [N] true labels, and those given.
+    """
+    wrong = (before != labels).nonzero().flatten()[:count].tolist()
+    columns = 10
+    rows = max(1, -(-len(wrong) // columns))
+    figure = new_figure(columns, 1.25 * rows + 0.6)
+    figure.suptitle(
+        "What the model misread, and what it reads after the fit (green: now right, orange: still wrong)",
+        fontsize=12,
+    )
+    for place, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).flat):
+        bare(axes)
+        if place < len(wrong):
+            index = wrong[place]
+            axes.imshow(images[index], interpolation="nearest")
+            right = bool(after[index] == labels[index])
+            axes.set_title(
+                f"{int(before[index])} → {int(after[index])}", fontsize=11, pad=3, loc="center",
+                color=GREEN if right else ORANGE, weight="bold",
+            )  # fmt: skip
+    return figure

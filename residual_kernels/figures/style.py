@@ -1,0 +1,120 @@
+"""What do all figures share? One palette, one set of defaults, axes in plain numbers, and how a figure becomes a file.
+
+The colours are Okabe and Ito's, which colour-blind readers can tell apart; scales run in lightness, so that they can be
+read in grey too.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import ParamSpec
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from residual_kernels.files import atomic_path
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"
+PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"
+INK, LINE, STRONG_LINE, PAPER, PALE = "#1b1e23", "#e5e2dc", "#cfccc5", "#ffffff", "#b8bec8"
+SERIES = tuple(zip((BLUE, GREEN, PURPLE, SKY, YELLOW), "osD^P", strict=True))  # colour and marker
+
+SEQUENTIAL = LinearSegmentedColormap.from_list("sequential", ["#f4f6f8", "#8dbbdc", BLUE, "#06304f"])
+DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#8f3d00", ORANGE, "#f1f1ef", BLUE, "#003f66"])
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#8cc5ea", BLUE, "#0b4f7d"])  # first layer to last
+
+DPI = 130
+DEFAULTS = {  # names of classes may hold a dollar sign, and letters stay letters in an SVG
+    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "residual_kernels", "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 12,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "axes.grid.axis": "y", "grid.color": LINE,
+}  # fmt: skip
+
+Arguments = ParamSpec("Arguments")
+
+
+def defaults():
+    """A context in which matplotlib has this style's defaults."""
+    return rc_context(DEFAULTS)
+
+
+def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
+    """A function that draws a figure, with the defaults of this style whatever matplotlib's own are."""
+
+    @functools.wraps(draw)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
+        with defaults():
+            return draw(*args, **kwargs)
+
+    return call
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of a size in inches."""
+    return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+
+
+def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
+    """Writes NAME.png and NAME.svg into a folder: the same bytes for the same numbers. Returns the paths."""
+    paths = []
+    with defaults():
+        for form in formats:
+            path = folder / f"{name}.{form}"
+            with atomic_path(path) as temporary:
+                figure.savefig(
+                    temporary, format=form, dpi=DPI, metadata={"Date": None} if form == "svg" else {}
+                )
+            figure.set_layout_engine("none")  # laid out once
+            paths.append(path)
+    return paths
+
+
+def percents(axis: Axis) -> None:
+    """Writes an axis of shares in per cent."""
+    axis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
+
+
+def plain_log(axes: Axes, which: str) -> None:
+    """Makes an axis ("x" or "y") logarithmic, with ticks 1, 2, 5, 10 ... as plain numbers."""
+    axes.set(**{f"{which}scale": "log"})
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def bare(axes: Axes) -> None:
+    """Takes ticks and frame away."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+
+
+def cells(axes: Axes) -> None:
+    """A grid of cells has labels, but no ticks and no frame."""
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def colour_bar(figure: Figure, drawn: ScalarMappable, axes: Axes, label: str = "", shrink: float = 1.0):
+    """A colour bar without a frame."""
+    bar = figure.colorbar(drawn, ax=axes, label=label, shrink=shrink, pad=0.015)
+    bar.outline.set_visible(False)
+    return bar
+
+
+def ink_on(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever stands out more from a colour: 4.5 to 1 at least."""
+    red, green, blue = (x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in colour[:3])
+    return "#000000" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "#ffffff"
+
+
+def cell_ink(scale: Colormap, share: float) -> str:
+    """Black or white for text on a cell whose place on a scale is `share`."""
+    return ink_on(scale(share))
