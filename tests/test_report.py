@@ -49,8 +49,8 @@ class Pictures(Images):
         self.pictures, self.labels, self.preprocess = pictures, labels, preprocess
         self.names = [f"{index}<i onmouseover=alert(2)>.png" for index in range(len(pictures))]
 
-    def picture(self, index):
-        return self.pictures[index], int(self.labels[index])
+    def _open(self, index):
+        return self.pictures[index]
 
 
 class World:

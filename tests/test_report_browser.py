@@ -31,8 +31,8 @@ class Pictures(Images):
         self.pictures, self.labels = pictures, labels
         self.names = [OWNED] * len(pictures)
 
-    def picture(self, index):
-        return self.pictures[index], int(self.labels[index])
+    def _open(self, index):
+        return self.pictures[index]
 
 
 @pytest.fixture(scope="module")

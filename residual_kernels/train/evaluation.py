@@ -110,8 +110,8 @@ class Heads:
         return logits.masked_fill(self.padding[which], float("-inf"))
 
     def one(self, y: Tensor) -> Tensor:
-        """[n, K] of y [n, D], by the first head."""
-        return self.logits(y[None], torch.zeros(1, dtype=torch.int64, device=y.device))[0]
+        """[n, K] of one task's y, [n, D] or [1, n, D], by the first head."""
+        return self.logits(y, torch.zeros(1, dtype=torch.int64, device=y.device)).view(-1, self.classes)
 
 
 def balanced(hits: Tensor, seen: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
     heads, tally = Heads([head], source.device), _Tally(classes, source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
     for batch in source.in_order():
-        tally.add(heads.one(adapter.from_features(batch.features, weights)[0]), batch.labels)
+        tally.add(heads.one(adapter.from_features(batch.features, weights)), batch.labels)
     return tally.evaluation()
 
 
@@ -147,7 +147,7 @@ def compare(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterabl
     for batch in source.source.batches():
         truth = batch.labels.to(source.device)
         was = before.add(heads.one(batch.terms.output.to(source.device)), truth)
-        now = after.add(heads.one(adapter.from_features(source.features(batch), weights)[0]), truth)
+        now = after.add(heads.one(adapter.from_features(source.features(batch), weights)), truth)
         mended += int((now & ~was).sum())
         broken += int((was & ~now).sum())
     return Comparison(before.evaluation(), after.evaluation(), mended, broken)
@@ -183,8 +183,6 @@ def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache 
     source = AdapterRows(adapter, source_of(adapter, data))
     heads = Heads([head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
-    logits = [
-        heads.one(adapter.from_features(batch.features, weights)[0]).cpu() for batch in source.in_order()
-    ]
+    logits = [heads.one(adapter.from_features(batch.features, weights)).cpu() for batch in source.in_order()]
     logits = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
     return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)
