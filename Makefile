@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 RESULTS ?= build/gpu
 PART ?= tests
 
-.PHONY: demo test lint gpu sanitize clean
+.PHONY: demo test lint docs gpu sanitize clean
 
 demo: $(INSTALLED)  ## the main job on real handwritten digits, offline
 	$(BIN)/residual-kernels demo
@@ -21,6 +21,9 @@ lint: $(INSTALLED)
 
 gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|core|wide
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)
+
+docs: $(INSTALLED)  ## the documentation site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 sanitize: $(INSTALLED)  ## the operator tests on every instruction set, emulated, under ASan and UBSan (about 2 minutes)
 	RESIDUAL_KERNELS_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
