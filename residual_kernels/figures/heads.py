@@ -223,5 +223,5 @@ def selection(curves: Sequence[Curve], heads: int, whole: float) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("share of the heads kept")
     axes.set_ylabel("accuracy")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     return figure
