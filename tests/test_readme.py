@@ -53,8 +53,8 @@ def test_paths_exist():
 
 
 def test_the_sweep_plan_is_one(tmp_path):
-    from residual_kernels.experiments.sweep import Plan
+    from residual_kernels.experiments.sweep import SweepPlan
 
     (plan,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), flags=re.DOTALL)
     (tmp_path / "plan.yaml").write_text(plan)
-    assert len(Plan.read(tmp_path / "plan.yaml").towers) == 2
+    assert len(SweepPlan.read(tmp_path / "plan.yaml").towers) == 2

@@ -18,7 +18,7 @@ from residual_kernels.adapters.methods import identity
 from residual_kernels.data import models as sources
 from residual_kernels.demo import story as demo
 from residual_kernels.experiments import sweep
-from residual_kernels.experiments.sweep import Plan, Sweep, Table
+from residual_kernels.experiments.sweep import Sweep, SweepPlan, SweepTable
 
 TINY = {
     "embed_dim": 16,
@@ -81,10 +81,10 @@ def written(data, tiny):
     }
 
 
-def read(plan, tmp_path) -> Plan:
+def read(plan, tmp_path) -> SweepPlan:
     path = tmp_path / "plan.yaml"
     path.write_text(yaml.safe_dump(plan))
-    return Plan.read(path)
+    return SweepPlan.read(path)
 
 
 def test_two_towers_two_data_sets(written, tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_two_towers_two_data_sets(written, tmp_path, monkeypatch):
     assert {row["data"] for row in rows} == {"digits", "colours"}
     assert {row["images"] for row in rows} == {60, 15}
 
-    table = Table.of(rows)
+    table = SweepTable.of(rows)
     assert table.columns == ("digits", "colours", "average")
     assert [line[:2] for line in table.lines[:3]] == [("bundled", m) for m in plan.methods]
     fine = [row["accuracy"] for row in rows if (row["tower"], row["method"]) == ("bundled", "fine")]
@@ -190,7 +190,7 @@ def test_plans_that_cannot_be_run(written, tmp_path, change, message):
 def test_a_plan_that_is_no_plan(tmp_path):
     (tmp_path / "plan.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match=r"plan\.yaml is not readable YAML"):
-        Plan.read(tmp_path / "plan.yaml")
+        SweepPlan.read(tmp_path / "plan.yaml")
     (tmp_path / "plan.yaml").write_text("just words")
     with pytest.raises(ValueError, match="must hold the keys towers, data and methods"):
-        Plan.read(tmp_path / "plan.yaml")
+        SweepPlan.read(tmp_path / "plan.yaml")

@@ -56,19 +56,19 @@ class _Shared(nn.Module):
             for key, value in theirs.items()
         )
 
-    def forward(self, batch: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
         if self.stream:  # which changed the tower's output itself
-            return batch.output
+            return terms.output
         if hasattr(self, "spectral"):
-            return self.spectral(batch.output[:, None, :], None, None, weight, index)
-        y = self.change(batch, weight, index)
-        rest = self.rest(batch)
+            return self.spectral(terms.output[:, None, :], None, None, weight, index)
+        y = self.change(terms, weight, index)
+        rest = self.rest(terms)
         return y if rest is None else y + rest
 
-    def change(self, batch: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
+    def change(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
         """The reweighted units alone, [N, D]."""
         factors = self.rest.factors(self.spread(weight))
-        return reweighted_sum(self.units, self.sizes, batch, factors, index)
+        return reweighted_sum(self.units, self.sizes, terms, factors, index)
 
     def leaves_the_tower(self, weight: Tensor) -> bool:
         return not self.stream and hasattr(self, "rest") and self.rest.leaves_the_tower(weight)
@@ -282,33 +282,33 @@ class AdapterSet(TowerAdapter):
         y = self._read(batch, chosen, keys)
         return y if batch.tokens is None else (y, batch.tokens)
 
-    def from_units(self, batch: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
+    def from_units(self, terms: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
         """y [N, D] from terms collected before, by the active adapter or by `names`."""
-        chosen, keys = self._chosen(names, len(batch.output))
-        self._check_terms(batch, keys if keys is not None else () if chosen is None else (chosen.key,))
-        return batch.output if chosen is None else self._read(batch, chosen, keys)
+        chosen, keys = self._chosen(names, len(terms.output))
+        self._check_terms(terms, keys if keys is not None else () if chosen is None else (chosen.key,))
+        return terms.output if chosen is None else self._read(terms, chosen, keys)
 
-    def _check_terms(self, batch: Terms, touched: Sequence[str]) -> None:
+    def _check_terms(self, terms: Terms, touched: Sequence[str]) -> None:
         """Raises ValueError unless these terms are all that the groups `touched` read."""
         if any(self.shared[key].stream for key in touched):
             raise ValueError(
                 "an adapter of these works inside the tower, so units kept before cannot tell its output; give images"
             )
-        missing = [kind for key in touched for kind in self.shared[key].reads if kind not in batch.z]
+        missing = [kind for key in touched for kind in self.shared[key].reads if kind not in terms.z]
         if missing:
             raise ValueError(
                 f"this batch holds no terms of kind {', '.join(dict.fromkeys(missing))}; "
                 "encode with kinds that include it"
             )
 
-    def _embed(self, batch: Terms) -> Tensor:
-        return self.from_units(batch)
+    def _embed(self, terms: Terms) -> Tensor:
+        return self.from_units(terms)
 
-    def features(self, batch: Terms) -> dict[str, Tensor]:
+    def features(self, terms: Terms) -> dict[str, Tensor]:
         """The terms that the active adapter reads: what they become depends on which one that is."""
-        self._check_terms(batch, () if self._active is None else (self._member(self._active).key,))
-        kept = {f"z.{kind}": batch.z[kind] for kind in self.adapted}
-        return {"scale": batch.scale, "mean": batch.mean, "output": batch.output, **kept}
+        self._check_terms(terms, () if self._active is None else (self._member(self._active).key,))
+        kept = {f"z.{kind}": terms.z[kind] for kind in self.adapted}
+        return {"scale": terms.scale, "mean": terms.mean, "output": terms.output, **kept}
 
     def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
         if self._active is not None and self._shared_by(self._active).stream:
@@ -349,21 +349,21 @@ class AdapterSet(TowerAdapter):
         index = torch.where(local < 0, len(weights), local)
         return heads.edit(torch.cat([weights, torch.ones_like(weights[:1])]), index)
 
-    def _read(self, batch: Terms, chosen: "_Member | Tensor", keys: tuple[str, ...] | None) -> Tensor:
+    def _read(self, terms: Terms, chosen: "_Member | Tensor", keys: tuple[str, ...] | None) -> Tensor:
         """y [N, D] by one adapter, or by each row's own."""
         if keys is None:
-            return self.shared[chosen.key](batch, chosen.weight).to(batch.output.dtype)
-        y = batch.output
+            return self.shared[chosen.key](terms, chosen.weight).to(terms.output.dtype)
+        y = terms.output
         keys = [key for key in keys if not self.shared[key].stream]
         for key in keys:
             local = self._local(key, chosen)
             if len(keys) == 1:  # no look at the values: what a graph can hold
-                ours = self.shared[key](batch, self._weights(key), local.clamp_min(0))
+                ours = self.shared[key](terms, self._weights(key), local.clamp_min(0))
                 y = torch.where(local[:, None] < 0, y, ours.to(y.dtype))
                 continue
             rows = (local >= 0).nonzero().flatten()
             if len(rows):
-                ours = self.shared[key](_rows(batch, rows), self._weights(key), local[rows])
+                ours = self.shared[key](_rows(terms, rows), self._weights(key), local[rows])
                 y = y.index_copy(0, rows, ours.to(y.dtype))
         return y
 
@@ -414,8 +414,8 @@ def _one_after_another(edits: list[Edit], layer: int, z: Tensor, attended: Tenso
     return attended
 
 
-def _rows(batch: Terms, rows: Tensor) -> Terms:
+def _rows(terms: Terms, rows: Tensor) -> Terms:
     return Terms(
-        z={kind: value[rows] for kind, value in batch.z.items()},
-        scale=batch.scale[rows], mean=batch.mean[rows], output=batch.output[rows],
+        z={kind: value[rows] for kind, value in terms.z.items()},
+        scale=terms.scale[rows], mean=terms.mean[rows], output=terms.output[rows],
     )  # fmt: skip

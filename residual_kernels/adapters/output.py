@@ -49,11 +49,11 @@ class OutputSpectral(TowerAdapter):
     def _centred(self) -> list[Tensor]:
         return [self.bases.parts[OUTPUT].mean[0]]
 
-    def _embed(self, batch: Terms) -> Tensor:
-        return self.spectral(batch.output[:, None, :], None, None, self.weight)
+    def _embed(self, terms: Terms) -> Tensor:
+        return self.spectral(terms.output[:, None, :], None, None, self.weight)
 
-    def features(self, batch: Terms) -> dict[str, Tensor]:
-        return self.spectral.features(batch.output[:, None, :], None, None)
+    def features(self, terms: Terms) -> dict[str, Tensor]:
+        return self.spectral.features(terms.output[:, None, :], None, None)
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
         return self.spectral.from_features(features, weights[0])
@@ -80,11 +80,11 @@ class OutputIdentity(TowerAdapter):
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return tower_itself(self._view, images, self.collect, None)
 
-    def _embed(self, batch: Terms) -> Tensor:
-        return batch.output
+    def _embed(self, terms: Terms) -> Tensor:
+        return terms.output
 
-    def features(self, batch: Terms) -> dict[str, Tensor]:
-        return {"output": batch.output.to(wide(batch.output.dtype))}
+    def features(self, terms: Terms) -> dict[str, Tensor]:
+        return {"output": terms.output.to(wide(terms.output.dtype))}
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor] = ()) -> Tensor:
         return features["output"]
@@ -114,11 +114,11 @@ class OutputLinear(TowerAdapter):
         self.linear._apply(at_least_float32(fn))
         return self
 
-    def _embed(self, batch: Terms) -> Tensor:
-        return self.linear(batch.output.to(self.linear.weight.dtype))
+    def _embed(self, terms: Terms) -> Tensor:
+        return self.linear(terms.output.to(self.linear.weight.dtype))
 
-    def features(self, batch: Terms) -> dict[str, Tensor]:
-        return {"output": batch.output.to(self.linear.weight.dtype)}
+    def features(self, terms: Terms) -> dict[str, Tensor]:
+        return {"output": terms.output.to(self.linear.weight.dtype)}
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
         weight, bias = weights

@@ -135,8 +135,8 @@ class StreamResiDual(WeightedUnits):
     def collect(self, images: Tensor) -> Terms:
         return self._view.terms(images, (), None if self.merged else self.units["head"].edit(self.weight))
 
-    def _embed(self, batch: Terms) -> Tensor:
-        return batch.output
+    def _embed(self, terms: Terms) -> Tensor:
+        return terms.output
 
     def _refuse_units(self) -> NoReturn:
         raise ValueError(
@@ -144,10 +144,10 @@ class StreamResiDual(WeightedUnits):
             "loader of (images, labels) instead of a cache"
         )
 
-    def from_units(self, batch: Terms) -> Tensor:
+    def from_units(self, terms: Terms) -> Tensor:
         self._refuse_units()
 
-    def features(self, batch: Terms) -> dict[str, Tensor]:
+    def features(self, terms: Terms) -> dict[str, Tensor]:
         self._refuse_units()
 
     def features_of_images(self, images: Tensor) -> dict[str, Tensor]:

@@ -220,25 +220,25 @@ class TowerAdapter(AroundTower, abc.ABC):
         """Runs the tower and returns what :meth:`from_units` needs of it."""
         return self._view.terms(images, self.kinds)
 
-    def from_units(self, batch: Terms) -> Tensor:
+    def from_units(self, terms: Terms) -> Tensor:
         """y [N, D] from terms collected before (a batch of a UnitCache, or :meth:`collect`)."""
-        missing = [kind for kind in self._reads() if kind not in batch.z]
+        missing = [kind for kind in self._reads() if kind not in terms.z]
         if missing:
             raise ValueError(
                 f"this batch holds no terms of kind {', '.join(missing)}; encode with kinds that include it"
             )
-        return self._embed(batch).to(batch.output.dtype)
+        return self._embed(terms).to(terms.output.dtype)
 
     def _reads(self) -> tuple[str, ...]:
         """Kinds that from_units cannot do without."""
         return self.kinds
 
     @abc.abstractmethod
-    def _embed(self, batch: Terms) -> Tensor:
-        """y [N, D] from a batch's terms."""
+    def _embed(self, terms: Terms) -> Tensor:
+        """y [N, D] from the terms of a batch."""
 
     @abc.abstractmethod
-    def features(self, batch: Terms) -> dict[str, Tensor]:
+    def features(self, terms: Terms) -> dict[str, Tensor]:
         """What of y does not depend on the weights, a row per image: a fit on cached units computes it once."""
 
     @torch.no_grad()

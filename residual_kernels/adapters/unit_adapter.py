@@ -122,22 +122,22 @@ class UnitAdapter(WeightedUnits):
     def _reads(self) -> tuple[str, ...]:
         return self.adapted
 
-    def adapted_sum(self, batch: Terms) -> Tensor:
+    def adapted_sum(self, terms: Terms) -> Tensor:
         """The reweighted units alone, [N, D], without the rest; with rest="all" what they add to the output."""
-        return reweighted_sum(self.units, self._sizes, batch, self.rest.factors(self.component_weight()))
+        return reweighted_sum(self.units, self._sizes, terms, self.rest.factors(self.component_weight()))
 
-    def _embed(self, batch: Terms) -> Tensor:
-        y = self.adapted_sum(batch)
-        rest = self.rest(batch)
+    def _embed(self, terms: Terms) -> Tensor:
+        y = self.adapted_sum(terms)
+        rest = self.rest(terms)
         return y if rest is None else y + rest
 
-    def features(self, batch: Terms) -> dict[str, Tensor]:
+    def features(self, terms: Terms) -> dict[str, Tensor]:
         found = {}
         for kind in self.adapted:
-            one = self.units[kind].features(batch.z[kind], batch.scale, batch.mean)
+            one = self.units[kind].features(terms.z[kind], terms.scale, terms.mean)
             found |= {f"{kind}.{name}": value for name, value in one.items()}
         if self.rest.varies:
-            rest = self.rest(batch)
+            rest = self.rest(terms)
             found["rest"] = rest.to(wide(rest.dtype))
         return found
 

@@ -144,21 +144,21 @@ class Rest(nn.Module):
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_adapted_sums": {}}
 
-    def forward(self, batch: Terms) -> Tensor | None:
+    def forward(self, terms: Terms) -> Tensor | None:
         """[N, D] or [D] to add to the adapted units' sum; None for nothing."""
         if self.rest == "zero":
             return None
         if self.rest == "mean":
             return self.mean
         if self.rest == "all":
-            return batch.output
-        if all(kind in batch.z for kind in self.others):
-            return sum(self.sums[kind](batch.z[kind], batch.scale, batch.mean) for kind in self.others)
-        kept = batch.output.to(batch.scale.dtype)
+            return terms.output
+        if all(kind in terms.z for kind in self.others):
+            return sum(self.sums[kind](terms.z[kind], terms.scale, terms.mean) for kind in self.others)
+        kept = terms.output.to(terms.scale.dtype)
         for kind in self.adapted:
             if kind not in self._adapted_sums:
                 self._adapted_sums[kind] = UnitSum(self._view.maps(kind), kept.dtype)
-            kept = kept - self._adapted_sums[kind](batch.z[kind], batch.scale, batch.mean)
+            kept = kept - self._adapted_sums[kind](terms.z[kind], terms.scale, terms.mean)
         return kept
 
 
@@ -189,11 +189,11 @@ def tower_itself(
 
 
 def reweighted_sum(
-    units: nn.ModuleDict, sizes: list[int], batch: Terms, weight: Tensor, weight_index: Tensor | None = None
+    units: nn.ModuleDict, sizes: list[int], terms: Terms, weight: Tensor, weight_index: Tensor | None = None
 ) -> Tensor:
     """The reweighted units of all kinds, [N, D]; `weight` [J], or [T, J] with an index [N], runs through them."""
     return sum(
-        unit(batch.z[kind], batch.scale, batch.mean, part, weight_index)
+        unit(terms.z[kind], terms.scale, terms.mean, part, weight_index)
         for (kind, unit), part in zip(units.items(), weight.split(sizes, dim=-1), strict=True)
     )
 

@@ -58,9 +58,9 @@ def cross_moments(
     chosen = units_of(view, kind, units)
     width = width_of(view, kind)
     first = view.layout.span(kind).start
-    parts = list(groups(chosen, 16 * width * (width + 2 * view.dim)))
-    source = (cached_source if len(parts) > 1 else unit_source)(data, view.module, (kind,))
-    for group in parts:
+    grouped = list(groups(chosen, 16 * width * (width + 2 * view.dim)))
+    source = (cached_source if len(grouped) > 1 else unit_source)(data, view.module, (kind,))
+    for group in grouped:
         count, shift = 0, None
         for batch in source.batches():
             terms = batch.terms
@@ -264,11 +264,11 @@ def own_accuracy(
     chosen = units_of(view, kind, units)
     classes = len(head.class_names)
     first = view.layout.span(kind).start
-    parts = list(groups(chosen, 8 * width_of(view, kind) * (view.dim + classes)))
-    make = cached_source if len(parts) > 1 else unit_source
+    grouped = list(groups(chosen, 8 * width_of(view, kind) * (view.dim + classes)))
+    make = cached_source if len(grouped) > 1 else unit_source
     source = make(data, view.module, (kind,), labelled=True, classes=classes)
     found = []
-    for group in parts:
+    for group in grouped:
         maps, constant = class_maps(view, group, head)
         hits, count = torch.zeros(len(group), dtype=torch.float64), 0
         for batch in source.batches():

@@ -32,6 +32,17 @@ BATCH_BYTES = 128 * 2**20  # of units' dot products with the class vectors at a 
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Accuracy when only some units are kept; `low` and `high` are the range over seeds, where there are several."""
+
+    name: str
+    kept: tuple[int, ...]
+    accuracy: tuple[float, ...]
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
 class SelectionCurves:
     """Accuracy against how much is kept.
 
@@ -49,6 +60,20 @@ class SelectionCurves:
     random: tuple[tuple[float, ...], ...]
     seeds: tuple[int, ...]
     base: float
+
+    def curves(self, names: Mapping[str, str] | None = None) -> tuple[Curve, ...]:
+        """A curve for each score, and one for the random orders; `names` chooses scores and names their curves."""
+        kept = tuple(dict.fromkeys(self.kept))  # small shares of few units are the same number of them
+        first = [self.kept.index(count) for count in kept]
+        names = {score: score for score in self.accuracy} if names is None else names
+        found = [
+            Curve(name, kept, tuple(self.accuracy[score][i] for i in first)) for score, name in names.items()
+        ]
+        if not self.random:
+            return tuple(found)
+        random = torch.tensor(self.random, dtype=torch.float64)[:, first]
+        low, mean, high = (tuple(x.tolist()) for x in (random.amin(0), random.mean(0), random.amax(0)))
+        return (*found, Curve(f"at random ({len(random)} times)", kept, mean, low, high))
 
 
 def ablate(
@@ -77,20 +102,20 @@ def ablate(
     offset = torch.zeros(view.dim, dtype=torch.float64)
     if rest == "mean":
         offset = bases.parts[OUTPUT].mean[0].clone()
-    parts = []
+    chosen_maps = []
     for kind in kinds:
         units = [unit for unit in chosen if unit.kind == kind]
         if rest == "mean":
             for unit in units:
                 offset -= bases.mean(unit)
-        parts.append((units, view.layout.span(kind).start, map_rows(view, units)))
+        chosen_maps.append((units, view.layout.span(kind).start, map_rows(view, units)))
         offset += len(units) * constants(view, kind).cpu()
     found = []
     for batch in unit_source(data, view.module, kinds).batches():
         terms = batch.terms
         dtype = terms.output.dtype
         y = offset.to(terms.output).expand(len(terms.output), -1)
-        for units, first, rows in parts:
+        for units, first, rows in chosen_maps:
             local = short(terms, units, first).to(dtype)
             flat = local.sum(1) if len(rows) == 1 else local.flatten(1)
             y = y + flat @ rows.flatten(0, 1).to(dtype)
@@ -109,7 +134,7 @@ def _check_rest(view: Tower, rest: str, bases: SpectralBases | None, kinds: Iter
         output_bases(view, bases, kinds)
 
 
-class _Units:
+class _UnitProducts:
     """Every unit's dot products with the class vectors, batch by batch."""
 
     def __init__(self, view: Tower, kind: str, head: ZeroShotHead, bases: SpectralBases | None):
@@ -135,7 +160,7 @@ class _Units:
         return self.products[items].sum(0)
 
 
-class _Components:
+class _ComponentProducts:
     """Every kept component's coefficient, and its direction's dot products with the class vectors."""
 
     def __init__(self, view: Tower, kind: str, head: ZeroShotHead, bases: SpectralBases, rest: str):
@@ -201,40 +226,40 @@ def selection_curves(
     ):
         raise ValueError(f"fractions must rise within (0, 1]; got {fractions}")
     source = cached_source(data, view.module, (kind,), labelled=True, classes=len(head.class_names))
-    parts = (
-        _Components(view, kind, head, bases, rest)
+    candidates = (
+        _ComponentProducts(view, kind, head, bases, rest)
         if of == "components"
-        else _Units(view, kind, head, bases if rest == "mean" else None)
+        else _UnitProducts(view, kind, head, bases if rest == "mean" else None)
     )
     orders = {}
     for name, score in scores.items():
-        if score.shape != (parts.total,) or score.isnan().any():
+        if score.shape != (candidates.total,) or score.isnan().any():
             raise ValueError(
-                f"score {name!r} must be {parts.total} numbers, one per {of[:-1]}, without NaN; "
+                f"score {name!r} must be {candidates.total} numbers, one per {of[:-1]}, without NaN; "
                 f"got {tuple(score.shape)}"
             )
         orders[name] = score.argsort(descending=True, stable=True)
     seeds = list(seeds)
     for seed in seeds:
-        orders[seed] = torch.randperm(parts.total, generator=torch.Generator().manual_seed(seed))
-    kept = tuple(max(1, round(fraction * parts.total)) for fraction in fractions)
+        orders[seed] = torch.randperm(candidates.total, generator=torch.Generator().manual_seed(seed))
+    kept = tuple(max(1, round(fraction * candidates.total)) for fraction in fractions)
     hits = {name: torch.zeros(len(kept), dtype=torch.float64) for name in orders}
     right = 0
     bounds = list(zip((0, *kept[:-1]), kept, strict=True))
-    for batch in source.batches(rows_within(parts.bytes_a_row, BATCH_BYTES)):
+    for batch in source.batches(rows_within(candidates.bytes_a_row, BATCH_BYTES)):
         terms, labels = batch.terms, batch.labels
         named = head(terms.output.to(head.class_vectors.device)).argmax(1)
         right += int((named.cpu() == labels).sum())
-        parts.load(terms)
+        candidates.load(terms)
         for name, order in orders.items():
-            products = parts.base.to(terms.output).expand(len(labels), -1)
+            products = candidates.base.to(terms.output).expand(len(labels), -1)
             for place, (low, high) in enumerate(bounds):
                 if high > low:
-                    products = products + parts.add(order[low:high].to(source.device))
+                    products = products + candidates.add(order[low:high].to(source.device))
                 hits[name][place] += (products.argmax(1).cpu() == labels).sum()
     share = {name: tuple((count / source.count).tolist()) for name, count in hits.items()}
     return SelectionCurves(
-        of=of, kind=kind, rest=rest, total=parts.total, fractions=fractions, kept=kept,
+        of=of, kind=kind, rest=rest, total=candidates.total, fractions=fractions, kept=kept,
         accuracy={name: share[name] for name in scores}, random=tuple(share[seed] for seed in seeds),
         seeds=tuple(seeds),
         base=right / source.count,

@@ -27,8 +27,8 @@ def _weights(part: KindBases, unit: int, weights: str, count: int) -> Tensor:
 
 
 def _components(part: KindBases, unit: int, count: int) -> Tensor:
-    held = part.components[part.run(unit)][:count]
-    return torch.cat([held, held.new_zeros(count - len(held), held.shape[1])])
+    kept = part.components[part.run(unit)][:count]
+    return torch.cat([kept, kept.new_zeros(count - len(kept), kept.shape[1])])
 
 
 def _greedy(cosines: Tensor) -> Tensor:
@@ -108,19 +108,19 @@ def similarity_matrix(
     """
     other = bases_a if bases_b is None else bases_b
     _same_space(bases_a, other)
-    parts = []
+    compared = []
     for bases in (bases_a, other):
         if kind not in bases.parts:
             raise ValueError(f"these bases hold {', '.join(bases.parts)}, not {kind}")
-        parts.append(bases.parts[kind])
-    sizes = [_count(part, range(len(part.mean)), components) for part in parts]
+        compared.append(bases.parts[kind])
+    sizes = [_count(part, range(len(part.mean)), components) for part in compared]
     phis = [
         torch.stack([_components(part, unit, size) for unit in range(len(part.mean))])
-        for part, size in zip(parts, sizes, strict=True)
+        for part, size in zip(compared, sizes, strict=True)
     ]
     scales = [
         torch.stack([_weights(part, unit, weights, size) for unit in range(len(part.mean))])
-        for part, size in zip(parts, sizes, strict=True)
+        for part, size in zip(compared, sizes, strict=True)
     ]
     result = torch.zeros(len(phis[0]), len(phis[1]), dtype=torch.float64)
     block = max(1, PAIR_BYTES // (8 * sizes[0] * sizes[1]))

@@ -259,8 +259,8 @@ def _owners(residual: ResiDual) -> tuple[Tensor, Tensor, Tensor]:
         owner = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
         unit.append(first + owner)
         place.append(torch.arange(len(owner)) - part.offsets[owner])
-        held = part.total_variance[owner]
-        explained.append(torch.where(held > 0, part.variance / held, 0.0))
+        total = part.total_variance[owner]
+        explained.append(torch.where(total > 0, part.variance / total, 0.0))
     return torch.cat(unit), torch.cat(place), torch.cat(explained)
 
 

@@ -109,12 +109,12 @@ class StreamMoments:
         return self.sums[0].count
 
     def moments(self) -> Moments:
-        parts = [held.moments() for held in self.sums]
-        width = parts[0].rows.shape[1]  # C
+        layers = [one.moments() for one in self.sums]
+        width = layers[0].rows.shape[1]  # C
         return Moments(
-            count=parts[0].count,
-            mean=torch.cat([part.mean[:, :width] for part in parts]),
-            scatter=torch.cat([part.scatter[:, :width, :width] for part in parts]),
-            rows=torch.cat([part.rows for part in parts]),
-            constant=torch.cat([part.constant for part in parts]),
+            count=layers[0].count,
+            mean=torch.cat([layer.mean[:, :width] for layer in layers]),
+            scatter=torch.cat([layer.scatter[:, :width, :width] for layer in layers]),
+            rows=torch.cat([layer.rows for layer in layers]),
+            constant=torch.cat([layer.constant for layer in layers]),
         )

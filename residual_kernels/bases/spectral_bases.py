@@ -152,9 +152,9 @@ class SpectralBases:
         if missing:
             raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {', '.join(missing)}")
 
-        def pick(held: dict) -> dict:
+        def pick(by_kind: dict) -> dict:
             wanted = (*towers.check_kinds(kinds, self.layout), OUTPUT)
-            return {kind: held[kind] for kind in wanted if kind in held}
+            return {kind: by_kind[kind] for kind in wanted if kind in by_kind}
 
         return replace(
             self, parts=pick(self.parts), moments=None if self.moments is None else pick(self.moments)
@@ -190,17 +190,17 @@ class SpectralBases:
             part = self.parts[kind]
             sizes = []
             for unit in range(len(part.mean)):
-                held = part.run(unit).stop - part.run(unit).start
-                keep = held
+                size = part.run(unit).stop - part.run(unit).start
+                keep = size
                 if energy is not None:
                     ratio = part.ratio(unit)
                     keep = int((ratio.cumsum(0) <= energy).sum()) + 1 if ratio.any() else 1
                 elif components is not None:
                     keep = components
-                    clamped += components > held
+                    clamped += components > size
                 if max_components is not None:
                     keep = min(keep, max_components)
-                sizes.append(min(keep, held))
+                sizes.append(min(keep, size))
             parts[kind] = _take(part, sizes)
         if clamped:
             warnings.warn(
@@ -212,16 +212,16 @@ class SpectralBases:
     def keep(self, sizes: Mapping[str, Sequence[int]]) -> "SpectralBases":
         """New bases of these kinds alone, with the first sizes[kind][u] components of unit u (0: its mean only).
 
-        Raises ValueError when a kind is not held, or a unit holds fewer.
+        Raises ValueError when a kind is not there, or a unit has fewer.
         """
         parts = {}
         for kind, wanted in sizes.items():
             if kind not in self.parts:
                 raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {kind}")
-            held = self.parts[kind].offsets.diff().tolist()
-            if len(wanted) != len(held) or any(not 0 <= k <= h for k, h in zip(wanted, held, strict=True)):
+            there = self.parts[kind].offsets.diff().tolist()
+            if len(wanted) != len(there) or any(not 0 <= k <= n for k, n in zip(wanted, there, strict=True)):
                 raise ValueError(
-                    f"these bases hold up to {max(held)} components for {len(held)} units of kind {kind!r}; "
+                    f"these bases hold up to {max(there)} components for {len(there)} units of kind {kind!r}; "
                     f"asked for were up to {max(wanted, default=0)} for {len(wanted)}"
                 )
             parts[kind] = _take(self.parts[kind], list(wanted))
@@ -285,8 +285,8 @@ class SpectralBases:
                 raise ValueError(
                     "these bases hold no moments to save (they were truncated or loaded without)"
                 )
-            for kind, held in self.moments.items():
-                tensors |= {f"{kind}.moments.{name}": getattr(held, name) for name in _MOMENT_TENSORS}
+            for kind, sums in self.moments.items():
+                tensors |= {f"{kind}.moments.{name}": getattr(sums, name) for name in _MOMENT_TENSORS}
         header = {
             "layers": self.layout.layers, "heads": self.layout.heads, "pool": self.layout.pool,
             "dim": self.dim, "width": self.width,
@@ -360,7 +360,7 @@ def _take(part: KindBases, sizes: list[int]) -> KindBases:
 
 def from_moments(like: SpectralBases, moments: dict[str, Moments]) -> SpectralBases:
     """Bases like these (tower, placement) from the moments of every kind."""
-    parts = {kind: principal(held) for kind, held in moments.items()}
+    parts = {kind: principal(one) for kind, one in moments.items()}
     return replace(like, count=next(iter(moments.values())).count, parts=parts, moments=moments)
 
 

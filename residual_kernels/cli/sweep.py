@@ -9,7 +9,7 @@ from rich.markdown import Markdown
 from residual_kernels.cli.inputs import device_of
 from residual_kernels.cli.options import DataRoot, Device, Download, Json, Workers
 from residual_kernels.cli.printing import err, out, write_numbers
-from residual_kernels.experiments.sweep import Plan, Sweep, Table
+from residual_kernels.experiments.sweep import Sweep, SweepPlan, SweepTable
 
 
 def sweep(
@@ -25,13 +25,13 @@ def sweep(
     json_file: Json = None,
 ) -> None:
     """Fit every method on every data set with every tower, and lay the accuracies out as the paper's main table."""
-    chosen = Plan.read(plan)
+    chosen = SweepPlan.read(plan)
     with err.status("starting") as status:
         rows = Sweep(
             chosen, out_folder, say=status.update, workers=workers, device=device_of(device),
             root=data_root, download=download,
         ).run()  # fmt: skip
-    table = Table.of(rows)
+    table = SweepTable.of(rows)
     paths = table.write(out_folder)
     out.print(Markdown(table.markdown()))
     for path in paths:

@@ -64,7 +64,7 @@ class DataSpec:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SweepPlan:
     """What a sweep runs. `bases` names images for the bases of every tower; without, each data set's training images.
 
     `rates` are learning rates tried for a method, in units of its default; the best on validation is kept.
@@ -83,7 +83,7 @@ class Plan:
     dtype: str = "float32"
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> "Plan":
+    def read(cls, path: str | os.PathLike) -> "SweepPlan":
         """The plan in a YAML file; a ValueError names what is wrong with it and what is allowed."""
         yaml = extras.need("yaml", "sweep", "reading a plan")
         try:
@@ -105,7 +105,7 @@ class Plan:
         rest = {key: value for key, value in found.items() if key not in ("towers", "data", "methods")}
         return cls(towers, data, methods, **rest)._checked(path)
 
-    def _checked(self, path: str | os.PathLike) -> "Plan":
+    def _checked(self, path: str | os.PathLike) -> "SweepPlan":
         for name in ("seeds", "epochs", "batch_size", "shots"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0) and not (name == "shots" and value is None):
@@ -148,7 +148,7 @@ def _made(made: type, row: Any, where: str) -> Any:
 class Sweep:
     """A plan and the folder its results, caches and bases are kept in."""
 
-    plan: Plan
+    plan: SweepPlan
     folder: Path
     say: Callable[[str], None] = field(default=lambda text: None, repr=False)
     workers: int = 0
@@ -317,7 +317,7 @@ def _kept(file: Path, recipe: str) -> dict | None:
 
 
 @dataclass(frozen=True)
-class Table:
+class SweepTable:
     """Accuracies as the paper lays them out: a line for every tower and method, a column for every data set, and the
     average; each the mean over seeds, with the standard deviation where there are several."""
 
@@ -327,7 +327,7 @@ class Table:
     ]  # tower, method, numbers learned, cells
 
     @classmethod
-    def of(cls, rows: list[dict]) -> "Table":
+    def of(cls, rows: list[dict]) -> "SweepTable":
         columns = tuple(dict.fromkeys(row["data"] for row in rows))
         lines = []
         for tower, method in dict.fromkeys((row["tower"], row["method"]) for row in rows):

@@ -1,7 +1,6 @@
 """What are the heads like? Values by layer and head, spectra, dimensions, what heads share and what they are worth."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from matplotlib.colors import CenteredNorm, Normalize
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from residual_kernels.analysis.selection import Curve
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.figures.style import (
     BLUE,
@@ -33,16 +33,6 @@ from residual_kernels.figures.style import (
 from residual_kernels.towers import UnitLayout
 
 WRITTEN = 220  # cells of a map that hold numbers at most
-
-
-class Curve(Protocol):
-    """Accuracy when `kept` [F] heads are kept; `low` and `high` are a range over seeds, where there are several."""
-
-    name: str
-    kept: Sequence[int]
-    accuracy: Sequence[float]
-    low: Sequence[float] | None
-    high: Sequence[float] | None
 
 
 @styled

@@ -12,6 +12,7 @@ from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.analysis.findings import Analysis
 from residual_kernels.analysis.overview import analyze
+from residual_kernels.analysis.selection import Curve
 from residual_kernels.analysis.weights import (
     Component,
     Ends,
@@ -41,17 +42,6 @@ SCORES = {  # of heads, as a reader knows them
     "pearson_classes": "correlation along the class vectors",
     "accuracy": "their own accuracy",
 }
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Accuracy when only some heads are kept; `low` and `high` are the range over seeds, where there are several."""
-
-    name: str
-    kept: tuple[int, ...]
-    accuracy: tuple[float, ...]
-    low: tuple[float, ...] | None = None
-    high: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,18 +110,7 @@ class Facts:
     @cached_property
     def curves(self) -> tuple[Curve, ...]:
         """What the best heads by every score are worth alone, all else dropped, and as many random ones."""
-        if not self.analysis.selections:
-            return ()
-        found = self.analysis.selections[0]
-        kept = tuple(dict.fromkeys(found.kept))  # small shares of few heads are the same number of them
-        first = [found.kept.index(count) for count in kept]
-        curves = [
-            Curve(name, kept, tuple(found.accuracy[score][i] for i in first))
-            for score, name in SCORES.items()
-        ]
-        random = torch.tensor(found.random, dtype=torch.float64)[:, first]
-        low, mean, high = (tuple(x.tolist()) for x in (random.amin(0), random.mean(0), random.amax(0)))
-        return (*curves, Curve(f"at random ({len(random)} times)", kept, mean, low, high))
+        return self.analysis.selections[0].curves(SCORES) if self.analysis.selections else ()
 
     @property
     def heads(self) -> tuple[Unit, ...]:

@@ -72,7 +72,7 @@ def _render(
     ids: list[int],
     pictures: Images | None,
     shown: dict[str, str],
-    found: list[tables.Table],
+    found: list[tables.CsvTable],
     folder: str,
 ) -> str:
     from jinja2 import Environment, StrictUndefined
@@ -80,12 +80,12 @@ def _render(
     from residual_kernels import __version__
 
     here = resources.files(__package__)
-    parts = {name: (here / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    files = {name: (here / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
-    template = environment.from_string(parts["html"])
+    template = environment.from_string(files["html"])
     return template.render(
         **_context(facts),
         data=_data(facts, ids, pictures),
@@ -94,9 +94,9 @@ def _render(
         folder=folder,
         version=__version__,
         figures=shown,
-        style=parts["css"],
-        script=parts["js"],
-        policy=_policy(parts["js"]),
+        style=files["css"],
+        script=files["js"],
+        policy=_policy(files["js"]),
     )
 
 
@@ -109,7 +109,7 @@ def _policy(script: str) -> str:
     )
 
 
-def _linked(table: tables.Table) -> dict[str, Any]:
+def _linked(table: tables.CsvTable) -> dict[str, Any]:
     """A table as a link that carries it."""
     content = base64.b64encode(tables.as_text(table).encode()).decode("ascii")
     return {"name": table.name, "rows": len(table.rows), "uri": f"data:text/csv;base64,{content}"}
@@ -253,11 +253,11 @@ def _strips(
             for rows, values in sides
         ]
     wanted = [[image for side in strip for image, _ in side] for strip in strips.values()]
-    held, kept = thumbnails(pictures, wanted)
+    shown, kept = thumbnails(pictures, wanted)
     labels = dict(zip(ids, facts.labels, strict=True))
-    images = {image: [pictures.names[image], facts.class_names[labels[image]]] for image in held}
-    small = min(min(pictures.picture(image)[0].size) for image in list(held)[:1]) < SIDE // 2
-    return dict(list(strips.items())[:kept]), {"images": images, "thumbnails": held, "small": small}
+    images = {image: [pictures.names[image], facts.class_names[labels[image]]] for image in shown}
+    small = min(min(pictures.picture(image)[0].size) for image in list(shown)[:1]) < SIDE // 2
+    return dict(list(strips.items())[:kept]), {"images": images, "thumbnails": shown, "small": small}
 
 
 def _unit(facts: Facts, unit: Unit, strips: dict[int, list]) -> dict[str, Any]:
@@ -274,7 +274,7 @@ def _unit(facts: Facts, unit: Unit, strips: dict[int, list]) -> dict[str, Any]:
     return {
         "name": unit_name(unit),
         "kind": "MLP" if unit.kind == "mlp" else unit.kind if unit.kind == "head" else "unit",
-        "values": {key: round(held[unit.index], 6) for key, held in values.items() if unit.index in held},
+        "values": {key: round(of[unit.index], 6) for key, of in values.items() if unit.index in of},
         "dimension": dimension,
         "total": len(own),
         "components": [_component(facts, component, strips) for component in listed],

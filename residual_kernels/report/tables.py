@@ -12,7 +12,7 @@ from residual_kernels.report.names import unit_code
 
 
 @dataclass(frozen=True)
-class Table:
+class CsvTable:
     """Rows of one CSV file; None is an empty cell."""
 
     name: str
@@ -26,7 +26,7 @@ def _number(value: object) -> object:
     return "" if value is None else value
 
 
-def as_text(table: Table) -> str:
+def as_text(table: CsvTable) -> str:
     """The table as CSV."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
@@ -35,7 +35,7 @@ def as_text(table: Table) -> str:
     return text.getvalue()
 
 
-def write(tables: Iterable[Table], folder: Path) -> list[Path]:
+def write(tables: Iterable[CsvTable], folder: Path) -> list[Path]:
     """Writes NAME.csv for every table, and returns the paths."""
     paths = []
     for table in tables:
@@ -46,7 +46,7 @@ def write(tables: Iterable[Table], folder: Path) -> list[Path]:
     return paths
 
 
-def tables(facts: Facts) -> list[Table]:
+def tables(facts: Facts) -> list[CsvTable]:
     """All tables that these facts have."""
     found = [
         _classes(facts),
@@ -65,26 +65,26 @@ def tables(facts: Facts) -> list[Table]:
     return found
 
 
-def _classes(facts: Facts) -> Table:
+def _classes(facts: Facts) -> CsvTable:
     before, after = facts.before.class_accuracy.tolist(), facts.after.class_accuracy.tolist()
     counts = [int(count) for count in facts.counts]
     rows = list(zip(facts.class_names, counts, before, after, strict=True))
     rows.append(("(all)", facts.images, facts.before.accuracy, facts.after.accuracy))
-    return Table("classes", ("class", "images", "accuracy_without", "accuracy_with"), rows)
+    return CsvTable("classes", ("class", "images", "accuracy_without", "accuracy_with"), rows)
 
 
-def _confusion(facts: Facts, after: bool) -> Table:
+def _confusion(facts: Facts, after: bool) -> CsvTable:
     outcome = facts.after if after else facts.before
     rows = [
         (name, *(int(count) for count in row))
         for name, row in zip(facts.class_names, outcome.confusion.tolist(), strict=True)
     ]
-    return Table(
+    return CsvTable(
         f"confusion-{'with' if after else 'without'}", ("true class \\ label given", *facts.class_names), rows
     )
 
 
-def _heads(facts: Facts) -> Table:
+def _heads(facts: Facts) -> CsvTable:
     rows = [
         (unit.layer, unit.head, int(linear), float(ratio), float(nonlinear))
         for unit, linear, ratio, nonlinear in zip(
@@ -92,25 +92,25 @@ def _heads(facts: Facts) -> Table:
         )
     ]
     header = ("layer", "head", f"components_for_{ENERGY}_of_variance", "participation_ratio", "twonn")
-    return Table("dimension", header, rows)
+    return CsvTable("dimension", header, rows)
 
 
-def _spectra(facts: Facts) -> Table:
+def _spectra(facts: Facts) -> CsvTable:
     rows = [
         (unit.layer, unit.head, place, share)
         for unit in facts.heads
         for place, share in enumerate(facts.bases.explained_variance_ratio(unit).tolist())
     ]
-    return Table("spectra", ("layer", "head", "component", "explained_variance_ratio"), rows)
+    return CsvTable("spectra", ("layer", "head", "component", "explained_variance_ratio"), rows)
 
 
-def _similarity(facts: Facts) -> Table:
+def _similarity(facts: Facts) -> CsvTable:
     codes = [unit_code(unit) for unit in facts.heads[-len(facts.similarity) :]]
     rows = [(code, *row) for code, row in zip(codes, facts.similarity.tolist(), strict=True)]
-    return Table("similarity", ("head", *codes), rows)
+    return CsvTable("similarity", ("head", *codes), rows)
 
 
-def _selection(facts: Facts) -> Table:
+def _selection(facts: Facts) -> CsvTable:
     rows = [
         (
             curve.name,
@@ -122,20 +122,20 @@ def _selection(facts: Facts) -> Table:
         for curve in facts.curves
         for i, kept in enumerate(curve.kept)
     ]
-    return Table("selection", ("heads_kept_by", "heads", "accuracy", "lowest", "highest"), rows)
+    return CsvTable("selection", ("heads_kept_by", "heads", "accuracy", "lowest", "highest"), rows)
 
 
-def _units(facts: Facts) -> Table:
+def _units(facts: Facts) -> CsvTable:
     rows = [
         (unit.kind, unit.layer, unit.head, facts.unit_weight[unit.index], facts.unit_effect.get(unit.index),
          facts.unit_lost.get(unit.index))
         for unit in facts.layout
         if unit.index in facts.unit_weight
     ]  # fmt: skip
-    return Table("weights", ("kind", "layer", "head", "mean_weight", "reach", "accuracy_lost_at_1"), rows)
+    return CsvTable("weights", ("kind", "layer", "head", "mean_weight", "reach", "accuracy_lost_at_1"), rows)
 
 
-def _components(facts: Facts) -> Table:
+def _components(facts: Facts) -> CsvTable:
     reading, rows = facts.reading, []
     for index in range(len(reading)):
         c = reading[index]
@@ -148,13 +148,13 @@ def _components(facts: Facts) -> Table:
         "kind", "layer", "head", "component", "weight", "explained_variance_ratio", "std", "effect",
         "between_class_share", "words_high", "words_low",
     )  # fmt: skip
-    return Table("components", header, rows)
+    return CsvTable("components", header, rows)
 
 
-def _class_scores(facts: Facts) -> Table:
+def _class_scores(facts: Facts) -> CsvTable:
     """Of the components shown: every class's mean coefficient, in standard deviations from the mean of all images."""
     reading, rows = facts.reading, []
     for index in sorted(facts.ends.indices):
         c = reading[index]
         rows.append((c.unit.kind, c.unit.layer, c.unit.head, c.place, *reading.class_scores(index).tolist()))
-    return Table("component-classes", ("kind", "layer", "head", "component", *facts.class_names), rows)
+    return CsvTable("component-classes", ("kind", "layer", "head", "component", *facts.class_names), rows)

@@ -40,12 +40,12 @@ class Decomposition:
         Raises ValueError when no unit matches, or when the kind was not collected.
         """
         chosen = self.layout.select(kind, layer, head)
-        parts = []
+        found = []
         for name in self.layout.kinds:
             rows = [unit for unit in chosen if unit.kind == name]
             if rows:
-                parts.append(self._expand(name, rows))
-        return torch.cat(parts, dim=1)
+                found.append(self._expand(name, rows))
+        return torch.cat(found, dim=1)
 
     def _expand(self, kind: str, rows: list[Unit]) -> Tensor:
         if kind not in self.terms.z:

@@ -150,14 +150,14 @@ def _columns(batch: UnitBatch, kinds: Iterable[str], dtype: torch.dtype) -> dict
 
 
 def _in_memory(source: LoadedUnits, dtype: torch.dtype, progress: Callable[[int], None] | None) -> UnitCache:
-    parts = []
+    kept = []
     for batch in source.batches():
-        parts.append(_columns(batch, source.kinds, dtype))
+        kept.append(_columns(batch, source.kinds, dtype))
         if progress is not None:
             progress(len(batch))
-    if not parts:
+    if not kept:
         raise ValueError("the loader gave no images to encode")
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    joined = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
     return UnitCache(
         {kind: joined[f"z.{kind}"] for kind in source.kinds},
         *(joined.get(name) for name in ("scale", "mean", "output", "labels", "ids")),
@@ -174,8 +174,8 @@ def _on_disk(
     timeout: float,
 ) -> UnitCache:
     rank, world = distributed.rank(), distributed.world()
-    with contextlib.ExitStack() as held:
-        run, finished = distributed.from_first(lambda: _begin(held, source, path, run, shard_images))
+    with contextlib.ExitStack() as stack:
+        run, finished = distributed.from_first(lambda: _begin(stack, source, path, run, shard_images))
         if finished:
             return UnitCache.load(path, verify="size")
         size = run["shard_images"]
@@ -200,7 +200,7 @@ def _on_disk(
             turn = shard - bisect_left(before, shard)  # its number among those to make
             return ALL if turn % world == rank else NONE
 
-        writer = held.enter_context(_Writer(path, size, run["columns"], mark))
+        writer = stack.enter_context(_Writer(path, size, run["columns"], mark))
         dtype = DTYPES[run["dtype"]]
         for batch in source.pieces(size, need):
             first = int(batch.rows[0])
@@ -224,7 +224,7 @@ def _rows(found: dict[int, tuple[dict, dict]]) -> dict[int, dict]:
 
 
 def _begin(
-    held: contextlib.ExitStack,
+    stack: contextlib.ExitStack,
     source: LoadedUnits,
     path: Path,
     run: dict[str, Any],
@@ -233,7 +233,7 @@ def _begin(
     """Takes the folder for this run: (the run as it is written there, whether it is finished already)."""
     for locked in (False, True):  # looked at again under the lock: another process may just have ended
         if locked:
-            lock(held, path)
+            lock(stack, path)
         manifest = manifest_of(path, run, shard_images)
         if manifest is not None and is_whole(path, manifest):
             _check_first(path, source)

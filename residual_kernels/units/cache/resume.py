@@ -89,7 +89,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def lock(held: contextlib.ExitStack, path: Path) -> None:
+def lock(stack: contextlib.ExitStack, path: Path) -> None:
     """Holds the folder until the stack closes; it is as before then, where no shard was finished in it."""
     made = not path.exists()
     try:
@@ -102,7 +102,7 @@ def lock(held: contextlib.ExitStack, path: Path) -> None:
         ) from error
     except OSError as error:
         raise type(error)(f"cannot write to {path}: {error.strerror or error}") from error
-    held.callback(_leave, path, holder, made)
+    stack.callback(_leave, path, holder, made)
 
 
 def _leave(path: Path, holder: filelock.FileLock, made: bool) -> None:

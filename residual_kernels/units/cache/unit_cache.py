@@ -124,13 +124,13 @@ class UnitCache:
 
         Raises ValueError when either would be empty.
         """
-        held = round(part * len(self))
-        if not 0 < held < len(self):
+        count = round(part * len(self))
+        if not 0 < count < len(self):
             raise ValueError(
                 f"{part} of {len(self)} images leaves nothing on one side; give validation images"
             )
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        return self.subset(order[held:].sort().values), self.subset(order[:held].sort().values)
+        return self.subset(order[count:].sort().values), self.subset(order[:count].sort().values)
 
     def check(self, tower: nn.Module, kinds: Iterable[str]) -> None:
         """Raises ValueError unless this cache was made by this very tower and holds these kinds."""
@@ -186,7 +186,7 @@ class MappedCache(UnitCache):
         if small is None:
             names = [name for name in ("labels", "ids") if name in shards.columns]
             small = shards.run(names, 0, len(shards))
-            if len(shards.rows) == 1:  # a view of the mapping; these two are held
+            if len(shards.rows) == 1:  # a view of the mapping; these two are kept in memory
                 small = {name: value.clone() for name, value in small.items()}
         self._describe(small.get("labels"), small["ids"], checksum, class_names)
 
@@ -196,7 +196,7 @@ class MappedCache(UnitCache):
 
     @property
     def z(self) -> Mapping[str, Tensor]:
-        return _Units(self)
+        return _MappedZ(self)
 
     @property
     def scale(self) -> Tensor:
@@ -273,7 +273,7 @@ class MappedCache(UnitCache):
         return MappedCache(self._shards, chosen, self.kinds, self.checksum, self.class_names, small=small)
 
 
-class _Units(Mapping):
+class _MappedZ(Mapping):
     """z of a mapped cache: reading an entry reads all its rows."""
 
     def __init__(self, cache: MappedCache):
