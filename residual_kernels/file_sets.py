@@ -24,7 +24,7 @@ from residual_kernels.files import (
     lock,
     made_folders,
     naming,
-    partial_files,
+    partials,
     remove_empty,
     remove_partials,
     write_tensors,
@@ -181,7 +181,7 @@ class FileSet(contextlib.AbstractContextManager):
 
     def _recover(self) -> None:
         """Removes what writers that were killed have left: unfinished files, and files that none but they name."""
-        for note in partial_files(self.folder, [self.index]):
+        for note in partials(self.folder, [self.index]):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 held = json.loads(note.read_bytes())["files"]
                 listed = {name: checked_entry(name, held[name]) for name in self.members if name in held}

@@ -1,8 +1,10 @@
 """How are files written and read? Atomically and durably, as safetensors or JSON, with a checksum verified on load."""
 
 import contextlib
+import csv
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -11,18 +13,22 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from residual_kernels import schema
 
 try:
     import fcntl
 except ImportError:  # Windows: writers of one file are not told apart there
     fcntl = None
 
+_GROUP: ContextVar[list | None] = ContextVar("files of `together`", default=None)
 SCHEMA = 1  # of every file this library writes; a reader refuses a newer one
 PARTIAL = ".part"  # the ending of a file that is being written
 METADATA = "residual_kernels"  # the key of our header in a safetensors file
@@ -37,27 +43,31 @@ _DTYPES = {  # as safetensors names them, in the order in which it lays tensors 
 
 
 class Partial:
-    """A file that is being written beside its place, under a name of ours.
+    """A file (or a folder of files) that is being written beside its place, under a name of ours.
 
     Its writer holds a lock on it, which ends with the process, so an unlocked one was left by a process that was killed
     and the next writer of the same place removes it. It has the mode of the file `like` (by default the one that it
     will replace), or, where there is none, what the umask gives a new file.
     """
 
-    def __init__(self, place: Path, like: Path | None = None):
-        self.place = place
+    def __init__(self, place: Path, like: Path | None = None, *, folder: bool = False):
+        self.place, self.old = place, None
         like = place if like is None else like
         made = made_folders(place.parent)
         try:
             remove_partials(place.parent, [place.name])
             while True:
-                self.path = place.with_name(f".{_short(place.name)}.{secrets.token_hex(4)}{PARTIAL}")
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-                self._handle = os.open(self.path, flags, 0o666)
-                if lock(self._handle) is None or os.fstat(self._handle).st_nlink:
+                self.path = self._free()
+                if folder:
+                    self.path.mkdir()
+                    self._handle = os.open(self.path, os.O_RDONLY)
+                else:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+                    self._handle = os.open(self.path, flags, 0o666)
+                if lock(self._handle) is None or self.path.exists():
                     break
                 os.close(self._handle)  # removed by another writer, before it was locked
-            self._mode = stat.S_IMODE(like.stat().st_mode) if like.is_file() else None
+            self._mode = stat.S_IMODE(like.stat().st_mode) if like.is_file() and not folder else None
             if self._mode is not None:
                 os.chmod(self.path, self._mode | stat.S_IWUSR)
         except BaseException:
@@ -65,22 +75,44 @@ class Partial:
             raise
         self._made = made
 
+    def _free(self) -> Path:
+        return self.place.with_name(f".{_short(self.place.name)}.{secrets.token_hex(4)}{PARTIAL}")
+
     def flush(self) -> None:
-        """Puts what was written on the disk itself, not only in the system's memory."""
+        """Gives the file its mode, and puts it on the disk itself, not only in the system's memory."""
+        if self._mode is not None:
+            os.chmod(self.path, self._mode)
         flush(self.path)
 
     def publish(self) -> None:
-        """Gives the file its place, from one instant to the next."""
-        if self._mode is not None:
-            os.chmod(self.path, self._mode)
-        self.flush()
+        """Gives the file, flushed before, its place from one instant to the next."""
         os.replace(self.path, self.place)
         self._made = []
         flush(self.place.parent)
 
+    def keep_old(self) -> None:
+        """Keeps what is in the place under a second name, for :meth:`restore`."""
+        if os.path.lexists(self.place):
+            self.old = self._free()
+            try:
+                os.link(self.place, self.old)
+            except OSError:  # a file system without hard links
+                shutil.copy2(self.place, self.old)
+
+    def restore(self) -> None:
+        """Undoes :meth:`publish`."""
+        if self.old is not None:
+            os.replace(self.old, self.place)
+        else:
+            self.place.unlink()
+
     def close(self) -> None:
         """Ends the writing; what was not published is removed, and so are folders that were made for it."""
-        self.path.unlink(missing_ok=True)
+        if self.path.is_dir():
+            shutil.rmtree(self.path)
+        for path in (self.path, self.old):
+            if path is not None:
+                path.unlink(missing_ok=True)
         os.close(self._handle)
         remove_empty(self._made)
 
@@ -89,26 +121,67 @@ class Partial:
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it when the block ends well and is removed when it does not.
 
-    After the block the file is on the disk itself. A link is followed; a device or a pipe is written into. An OSError
-    names `path`.
+    After the block the file is on the disk itself (inside :func:`together`: after that block). A link is followed; a
+    device or a pipe is written into. An OSError names `path`.
     """
     path = Path(path)
     with naming(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if path.exists() and (not path.is_file() or Path(os.path.abspath(path)).parts[1:2] == ("dev",)):
+        if path.exists() and (
+            not path.is_file() or Path(os.path.abspath(path)).parts[1:2] in (("dev",), ("proc",))
+        ):
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder) / "written"
                 yield temporary
                 with temporary.open("rb") as source, path.open("wb") as target:
                     shutil.copyfileobj(source, target)
             return
-        part = Partial(Path(os.path.realpath(path)))
+        part, group = Partial(Path(os.path.realpath(path))), _GROUP.get()
         try:
             yield part.path
-            part.publish()
+            part.flush()
+            if group is None:
+                part.publish()
+            else:
+                group.append(part)
         finally:
-            part.close()
+            if group is None or part not in group:
+                part.close()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Files written in the block take their places at its end, in the order in which they were written.
+
+    When the block fails, or one of them cannot take its place, all is as it was. A kill in the short time between the
+    first and the last leaves each file whole, some of them new: what the others follow from is written last.
+    """
+    if _GROUP.get() is not None:
+        yield
+        return
+    group: list[Partial] = []
+    token = _GROUP.set(group)
+    try:
+        yield
+        done = []
+        try:
+            for part in group:
+                with naming(part.place):
+                    part.keep_old()
+                    done.append(part)
+                    part.publish()
+        except BaseException:
+            for part in reversed(done):
+                if part.place.exists() and not part.path.exists():
+                    with contextlib.suppress(OSError):
+                        part.restore()
+            raise
+    finally:
+        _GROUP.reset(token)
+        for part in group:
+            with contextlib.suppress(OSError):
+                part.close()
 
 
 @contextlib.contextmanager
@@ -122,23 +195,27 @@ def naming(path: Path) -> Iterator[None]:
         raise told from error
 
 
-def partial_files(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Unfinished files of these names in a folder; a name may end with `*`."""
+def partials(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Unfinished files of these names in a folder, and unfinished folders; a name may end with `*`."""
     stems = [re.escape(_short(name)) if name[-1] != "*" else f"{re.escape(name[:-1])}.*" for name in names]
     ours = re.compile(rf"\.({'|'.join(stems)})\.[0-9a-z_]{{8}}{re.escape(PARTIAL)}")
     with os.scandir(folder) as entries:
-        found = [entry.name for entry in entries if ours.fullmatch(entry.name)]
-    return [folder / name for name in sorted(found) if stat.S_ISREG((folder / name).lstat().st_mode)]
+        return sorted(
+            Path(entry.path) for entry in entries if ours.fullmatch(entry.name) and not entry.is_symlink()
+        )
 
 
 def remove_partials(folder: Path, names: Iterable[str]) -> None:
     """Removes the unfinished files of these names that no living process writes."""
-    for path in partial_files(folder, names):
+    for path in partials(folder, names):
         with contextlib.suppress(OSError):  # another writer's, or gone by now
-            handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+            whole = path.is_dir()
+            if not whole and not path.is_file():
+                continue
+            handle = os.open(path, (os.O_RDONLY if whole else os.O_RDWR) | getattr(os, "O_NOFOLLOW", 0))
             try:
                 if lock(handle, wait=False):
-                    path.unlink()
+                    shutil.rmtree(path) if whole else path.unlink()
             finally:
                 os.close(handle)
 
@@ -196,6 +273,40 @@ def _short(name: str) -> str:
     return os.fsencode(name)[:200].decode(errors="ignore")
 
 
+# --- text and tables ------------------------------------------------------------------------------------------
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes text as UTF-8, atomically; what no UTF-8 has, of a file name for example, is written as \\udc80."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(text.encode(errors="backslashreplace"))
+
+
+def write_csv(path: str | os.PathLike, rows: Iterable[Iterable[Any]]) -> None:
+    """Writes rows as CSV, atomically; a spreadsheet takes no cell of it for a formula."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, temporary.open("w", **text) as file:
+        csv.writer(file).writerows(map(_harmless, row) for row in rows)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """What :func:`write_csv` writes."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(map(_harmless, row) for row in rows)
+    return text.getvalue()
+
+
+def _harmless(cell: Any) -> Any:
+    """The cell with an apostrophe before it where a spreadsheet would take its text for a formula."""
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in tuple("=+-@\uff1d\uff0b\uff0d\uff20"):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
+
+
 # --- JSON -----------------------------------------------------------------------------------------------------
 
 
@@ -210,23 +321,33 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def read_json(path: str | os.PathLike, what: str, required: Iterable[str] = ()) -> dict:
-    """The JSON object in `path`; a ValueError names the file when it is another, of a newer schema, or lacks a key."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a readable {what}: {error}") from error
-    if not isinstance(value, dict) or not isinstance(value.get("schema"), int):
-        raise ValueError(f"{path} is not a {what} written by residual_kernels (no schema number)")
+class Head(TypedDict):
+    """What every file of this library begins with."""
+
+    schema: int
+    what: str
+
+
+def read_json(path: str | os.PathLike, what: str, form: type = Head) -> Any:
+    """What the JSON file at `path` holds, as `form` says (:mod:`residual_kernels.schema`).
+
+    Raises FileNotFoundError when there is none, and ValueError naming the file when it is damaged, of another kind, of
+    a newer schema, or of another form.
+    """
+    value = schema.read(Path(path), f"{path} is not a readable {what}")
+    return _checked(value, what, form, f"{path}")
+
+
+def _checked(value: Any, what: str, form: type, where: str) -> Any:
+    if not isinstance(value, dict) or type(value.get("schema")) is not int:
+        raise ValueError(f"{where} is not a {what} written by residual_kernels (no schema number)")
     if value["schema"] > SCHEMA:
         raise ValueError(
-            f"{path} has schema {value['schema']}; this version reads up to {SCHEMA}, so upgrade it"
+            f"{where} has schema {value['schema']}; this version reads up to {SCHEMA}, so upgrade it"
         )
-    lacking = [key for key in required if key not in value]
-    if value.get("what") != what or lacking:
-        reason = f"lacks {', '.join(lacking)}" if lacking else f"is a {value.get('what')}, not a {what}"
-        raise ValueError(f"{path} {reason}; make it again")
-    return value
+    if value.get("what") != what:
+        raise ValueError(f"{where} holds a {str(value.get('what'))[:60]}, not a {what}")
+    return schema.typed(value, form, where)
 
 
 def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
@@ -250,16 +371,25 @@ def save_tensors(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str, header: Mapping[str, Any]) -> dict:
-    """:func:`save_tensors` in place: for a path that is not yet the file's own.
-
-    The bytes are those of safetensors' own writer, which makes a temporary file of its own that nothing removes after a
-    kill. One tensor at a time is copied, where it is not contiguous on the CPU.
-    """
+    """:func:`save_tensors` in place: for a path that is not yet the file's own."""
     header = {"schema": SCHEMA, "what": what, **header}
     header["sha256"] = digest(tensors, header)
+    write_safetensors(path, tensors, {METADATA: json.dumps(header)})
+    return header
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a safetensors file in place, byte for byte as its library does.
+
+    That one makes a temporary file of its own, which nothing removes after a kill, and wants all tensors on the CPU at
+    once. Here one at a time is copied, where it does not lie there already.
+    """
     rank = list(_DTYPES)
     order = sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name))
-    described, end = {"__metadata__": {METADATA: json.dumps(header)}}, 0
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name in order:
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -273,14 +403,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], what: str, header: 
         for name in order:
             tensor = tensors[name].detach().cpu().contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return header
 
 
-def map_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def map_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple[dict[str, Tensor], Any]:
     """Tensors and header of a file written by :func:`save_tensors`, mapped: bytes are read where they are touched.
 
-    Raises FileNotFoundError when there is none, ValueError when it is another kind of file, of a newer schema, or
-    truncated. The checksum is not verified.
+    Raises FileNotFoundError when there is none, ValueError when it is another kind of file, of a newer schema, of
+    another form, or truncated. The checksum is not verified.
     """
     path = Path(path)
     if not path.is_file():
@@ -289,25 +418,38 @@ def map_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor], 
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); make it again") from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({reason}); make it again"
+        ) from error
     if METADATA not in metadata:
         raise ValueError(f"{path} holds tensors but no {what} of residual_kernels")
-    try:
-        header = json.loads(metadata[METADATA])
-        schema, found = header["schema"], header["what"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is corrupted: its header cannot be read; make it again") from error
-    if schema > SCHEMA:
-        raise ValueError(f"{path} has schema {schema}; this version reads up to {SCHEMA}, so upgrade it")
-    if found != what:
-        raise ValueError(f"{path} holds a {found}, not a {what}")
-    return tensors, header
+    header = schema.parse(metadata[METADATA], f"{path} is corrupted: its header cannot be read")
+    if not isinstance(header, dict) or not isinstance(header.get("sha256"), str):
+        raise ValueError(f"{path} is corrupted: its header names no checksum; make it again")
+    return tensors, _checked(header, what, form, f"{path}")
 
 
-def load_tensors(path: str | os.PathLike, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple[dict[str, Tensor], Any]:
     """:func:`map_tensors`, verified: a ValueError too when the bytes do not match their checksum."""
     tensors, header = map_tensors(path, what)
-    if digest(tensors, header) != header.get("sha256"):
+    if digest(tensors, header) != header["sha256"]:
         raise ValueError(f"{path} is corrupted: its bytes do not match their checksum; make it again")
-    return tensors, header
+    return tensors, schema.typed(header, form, f"{path}")
+
+
+def check_shapes(path: str | os.PathLike, tensors: Mapping[str, Tensor], forms: Mapping[str, tuple]) -> None:
+    """Raises ValueError unless there are tensors of these names with these (dtypes, *sizes); None is any size."""
+    for name, (dtypes, *sizes) in forms.items():
+        found = tensors.get(name)
+        if found is None:
+            raise ValueError(f"{path} lacks the tensor {name}; make it again")
+        fits = found.ndim == len(sizes) and all(
+            want is None or want == have for want, have in zip(sizes, found.shape, strict=True)
+        )
+        if not fits or found.dtype not in dtypes:
+            raise ValueError(
+                f"{path} holds {name} as {tuple(found.shape)} {found.dtype}, where {tuple(sizes)} of "
+                f"{' or '.join(map(str, dtypes))} belongs; make it again"
+            )

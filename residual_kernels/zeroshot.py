@@ -7,12 +7,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.files import load_tensors, save_tensors
+from residual_kernels.files import Head, check_shapes, load_tensors, save_tensors
 from residual_kernels.towers.hugging_face.text import TextSide, has_text_side
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.checks import checked_labels
 
 WHAT = "zero-shot head"
+
+
+class Header(Head):
+    """What a head's file says beside its tensors."""
+
+    class_names: list[str]
 
 
 class ZeroShotHead(nn.Module):
@@ -149,7 +155,15 @@ class ZeroShotHead(nn.Module):
         return tensors, WHAT, {"class_names": list(self.class_names)}
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "ZeroShotHead":
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or damaged."""
-        tensors, header = load_tensors(path, WHAT)
+    def load(cls, path: str | os.PathLike, *, sha256: str | None = None) -> "ZeroShotHead":
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or damaged.
+
+        With `sha256`, its checksum, it must be that very file.
+        """
+        tensors, header = load_tensors(path, WHAT, Header)
+        if sha256 is not None and header["sha256"] != sha256:
+            raise ValueError(f"{path} is another head than the one asked for (another checksum)")
+        wide = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+        forms = {"class_vectors": (wide, None, len(header["class_names"])), "logit_scale": (wide,)}
+        check_shapes(path, tensors, forms)
         return cls(tensors["class_vectors"], header["class_names"], float(tensors["logit_scale"]))

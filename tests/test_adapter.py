@@ -174,11 +174,15 @@ def test_what_is_wrong_is_named_before_the_tower_is_touched(tower, tmp_path):
         ("adapter.json", edit(options={"rest": "zero", "colour": 1}), "unknown options"),
         ("adapter.json", edit(options={"rest": "zero", "seed": 3}), "other options or shapes"),
         ("adapter.json", edit(options={"rest": "none"}), "rest must be one of"),
-        ("adapter.json", edit(options=5), "unknown options"),
+        ("adapter.json", edit(options=5), "options must be a mapping"),
         ("adapter.json", edit(bases_sha256=None), "rests on bases"),
-        ("adapter.json", edit(bases_reference={}), "damaged reference"),
-        ("adapter.json", lambda b: b'{"schema": 1, "what": "adapter"}', "lacks class"),
-        ("adapter.json", lambda b: b'{"schema": 1, "what": "unit cache", "class": 1}', "lacks options"),
+        ("adapter.json", edit(bases_reference={}), "lacks .*fingerprint"),
+        ("adapter.json", lambda b: b'{"schema": 1, "what": "adapter"}', "lacks (class|options)"),
+        (
+            "adapter.json",
+            lambda b: b'{"schema": 1, "what": "unit cache", "class": 1}',
+            "holds a unit cache, not a adapter",
+        ),
     ]
     for file, change, message in cases:
         restore = spoil(file, change)

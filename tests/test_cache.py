@@ -227,12 +227,12 @@ def test_a_shard_exchanged_after_loading_is_refused_when_it_is_read(copy):
 def test_manifests_that_cannot_be_used(copy, tmp_path):
     cases = [
         ("{", "not a readable unit cache"),
-        ('{"schema": 1, "what": "unit cache"}', "lacks complete, run"),
+        ('{"schema": 1, "what": "unit cache"}', "lacks complete"),
         (
             '{"schema": 1, "what": "unit cache", "complete": true, "run": {}}',
-            "lacks tower, checksum, .*columns, file, images, bytes, sha256",
+            "lacks run.tower",
         ),
-        ('{"schema": 1, "what": "adapter"}', "lacks|is a adapter"),
+        ('{"schema": 1, "what": "adapter"}', "holds a adapter, not a unit cache"),
         ('{"schema": 99}', "schema 99; this version reads up to"),
     ]
     for text, message in cases:

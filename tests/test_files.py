@@ -114,7 +114,7 @@ def test_a_config_names_only_files_of_ours(adapters, tmp_path, name):
     config = json.loads(file.read_text())
     config["files"]["weights.safetensors"]["name"] = name
     file.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the file that it names"):
+    with pytest.raises(ValueError, match="the file that it names|must be a text"):
         rk.load_adapter(build(), tmp_path / "a")
 
 

@@ -3,16 +3,18 @@
 Every file is run before it is put in place, and its numbers are compared with the module's.
 """
 
+import contextlib
 import os
-import tempfile
+import re
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from residual_kernels import extras
+from residual_kernels.files import Partial, digest, flush, naming
 
 ENDINGS = (".onnx", ".pt2")
 AGREEMENT = 1e-4  # relative error beyond which a written file is not kept (8 roundings in half precision)
@@ -48,28 +50,56 @@ def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify:
         images = torch.cat([images, images])
     with _evaluating(module), torch.no_grad():
         expected = _first(module(images))
-        with tempfile.TemporaryDirectory(
-            dir=_made(path.parent), prefix=f".{path.name}.", ignore_cleanup_errors=True
-        ) as folder:
-            file = Path(folder) / path.name
-            shapes = ({0: torch.export.Dim("batch")},)
-            if path.suffix == ".onnx":
-                _need("onnxscript")
-                program = torch.onnx.export(
-                    module, (images,), dynamo=True, dynamic_shapes=shapes, input_names=["images"],
-                    output_names=["embedding"], verbose=False,
-                )  # fmt: skip
-                program.save(file)
-            else:
-                torch.export.save(torch.export.export(module, (images,), dynamic_shapes=shapes), file)
-            error = None
-            if verify:  # one image too: another batch size than it was traced with
-                errors = [_compared(run(file, images[:n]), expected[:n], path) for n in (1, len(images))]
-                error = max(errors)
-            for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name):
-                os.chmod(part, 0o644)
-                os.replace(part, path.parent / part.name)
+        with naming(path):
+            return _write(module, path, images, expected, verify)
+
+
+def _write(module: nn.Module, path: Path, images: Tensor, expected: Tensor, verify: bool) -> float | None:
+    with contextlib.closing(Partial(path.resolve(), folder=True)) as part:
+        shapes = ({0: torch.export.Dim("batch")},)
+        if path.suffix == ".onnx":
+            _need("onnxscript")
+            program = torch.onnx.export(
+                module, (images,), dynamo=True, dynamic_shapes=shapes, input_names=["images"],
+                output_names=["embedding"], verbose=False,
+            )  # fmt: skip
+            # the data file of a large model has this name and ".data": not that of another model's data
+            file = part.path / f"{path.stem}-{digest(module.state_dict(), {})[:16]}.onnx"
+            program.save(file)
+        else:
+            file = part.path / path.name
+            torch.export.save(torch.export.export(module, (images,), dynamic_shapes=shapes), file)
+        error = None
+        if verify:  # one image too: another batch size than it was traced with
+            errors = [_compared(run(file, images[:n]), expected[:n], path) for n in (1, len(images))]
+            error = max(errors)
+        if path.is_file():
+            file.chmod(stat.S_IMODE(path.stat().st_mode))
+        for one in part.path.iterdir():
+            flush(one)
+        old = _data_file(path)
+        data = [one for one in part.path.iterdir() if one != file]
+        for one in data:
+            os.replace(one, path.parent / one.name)
+        os.replace(file, part.place)
+        flush(part.place.parent)
+        if old is not None and old.name not in [one.name for one in data]:
+            old.unlink(missing_ok=True)
     return error
+
+
+def _data_file(path: Path) -> Path | None:
+    """The file beside an ONNX file that holds its weights, where :func:`write` made one."""
+    if path.suffix != ".onnx" or not path.is_file():
+        return None
+    named = re.search(rb"%s-[0-9a-f]{16}\.onnx\.data" % re.escape(os.fsencode(path.stem)), _read_start(path))
+    return None if named is None else path.parent / os.fsdecode(named[0])
+
+
+def _read_start(path: Path) -> bytes:
+    """A model with its weights beside it is small; of another the beginning is enough to see that."""
+    with path.open("rb") as file:
+        return file.read(2**26)
 
 
 def run(path: str | os.PathLike, images: Tensor) -> Tensor:
@@ -93,11 +123,6 @@ def _need(name: str):
     return extras.need(name, "export", "writing ONNX files")
 
 
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
 def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
@@ -114,7 +139,7 @@ def _compared(got: Tensor, expected: Tensor, path: Path) -> float:
     return error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
     """The module in evaluation mode, every part put back as it was afterwards."""
     modes = {part: part.training for part in module.modules()}

@@ -5,11 +5,12 @@ fingerprint and how many components of each unit were kept. Loading checks that 
 fitted on before anything is touched.
 """
 
+import hashlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,9 @@ from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import WHAT as BASES_WHAT
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.file_sets import FileSet, checked_entry, is_member
-from residual_kernels.files import SCHEMA, load_tensors, read_json
+from residual_kernels.files import SCHEMA, Head, load_tensors, read_json
 from residual_kernels.ops.packing import wide
+from residual_kernels.schema import Count
 from residual_kernels.zeroshot import ZeroShotHead
 
 CONFIG, WEIGHTS, BASES = "adapter.json", "weights.safetensors", "bases.safetensors"
@@ -31,6 +33,37 @@ MEMBERS = (WEIGHTS, BASES, HEAD, CLASSES)
 CLASSES_WHAT = "list of class folders"
 WHAT = "adapter"
 KEPT = "kept."  # tensors of the weights file that say how many components of each unit a reference takes
+Option = str | int | float | bool | None | list[int] | list[str]
+
+
+class Classes(Head):
+    """What `classes.json` holds."""
+
+    folders: list[str]
+
+
+class Reference(TypedDict):
+    """Bases that lie elsewhere."""
+
+    fingerprint: str
+    count: Count
+    where: str | None
+
+
+class _Config(TypedDict):
+    options: dict[str, Option]
+    checksum: str
+    weights_sha256: str
+    bases_sha256: str | None
+
+
+class Config(Head, _Config, TypedDict("_Class", {"class": str}), total=False):
+    """What `adapter.json` holds; the first version did not name its files."""
+
+    files: dict[str, dict[str, str]]
+    bases_reference: Reference | None
+
+
 _CLASSES = {method.adapter.__name__: method.adapter for method in METHODS.values()}
 
 
@@ -106,25 +139,43 @@ def save_adapter(
 
 def _read_files(index: Path) -> dict[str, dict[str, str]]:
     """The files that a config names, by plain name; those of the first version had plain names alone."""
-    config = read_json(index, WHAT, ("weights_sha256", "bases_sha256"))
+    config = read_json(index, WHAT, Config)
     files = config.get("files")
     if files is None:
         held = {WEIGHTS: config["weights_sha256"], BASES: config["bases_sha256"]}
         files = {name: {"name": name, "sha256": sha} for name, sha in held.items() if sha is not None}
-    if not isinstance(files, dict) or WEIGHTS not in files or set(files) - set(MEMBERS):
-        raise ValueError(f"{index} names the files {str(files)[:100]}; save the adapter again")
+    if WEIGHTS not in files or set(files) - set(MEMBERS):
+        raise ValueError(f"{index} names the files {str(list(files))[:100]}; save the adapter again")
     return {name: checked_entry(name, entry) for name, entry in files.items()}
 
 
-def member(path: str | os.PathLike, name: str) -> Path | None:
-    """Where the adapter in the folder `path` keeps one of its MEMBERS; None where it has none."""
-    index = Path(path) / CONFIG
-    files = _read_files(index)
+def member(path: str | os.PathLike, name: str) -> tuple[Path, str | None] | None:
+    """(file, its checksum) of one of the MEMBERS of the adapter in the folder `path`; None where it has none."""
+    path = Path(path)
+    files = _read_files(path / CONFIG)
     if name in files:
-        return Path(path) / files[name]["name"]
-    if "files" in read_json(index, WHAT):
+        return path / files[name]["name"], files[name]["sha256"]
+    if "files" in read_json(path / CONFIG, WHAT):
         return None
-    return Path(path) / name if (Path(path) / name).is_file() else None  # the first version did not name them
+    return (path / name, None) if (path / name).is_file() else None  # the first version did not name them
+
+
+def load_head(path: str | os.PathLike) -> ZeroShotHead | None:
+    """The classifier that the adapter in the folder `path` is kept with, or None."""
+    found = member(path, HEAD)
+    return None if found is None else ZeroShotHead.load(found[0], sha256=found[1])
+
+
+def load_class_folders(path: str | os.PathLike) -> tuple[str, ...] | None:
+    """The folders of images that the adapter in `path` was fitted on, in the order of their labels, or None."""
+    found = member(path, CLASSES)
+    if found is None:
+        return None
+    file, sha256 = found
+    folders = tuple(read_json(file, CLASSES_WHAT, Classes)["folders"])
+    if sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        raise ValueError(f"{file} is not the file that {CONFIG} names; save the adapter again")
+    return folders
 
 
 def _reference(
@@ -183,15 +234,19 @@ def load_adapter(
             f"(checksum {config['checksum'][:12]}, this tower has {found[:12]})"
         )
     sizes = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
+    if any(size.ndim != 1 or size.dtype != torch.int32 for size in sizes.values()):
+        raise ValueError(f"{path} is damaged: its numbers of components are none; save the adapter again")
     found_bases = own if own is not None and bases is None else _bases_for(path, config, sizes, bases)
-    if found_bases is not None:
-        adapter = cls(tower, **options, bases=found_bases)
-    elif "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty:
+    needs_bases = "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty
+    if found_bases is None and needs_bases:
         raise ValueError(
             f"a {cls.__name__} rests on bases, but {path / CONFIG} names none; save the adapter again"
         )
-    else:
-        adapter = cls(tower, **options)
+    given = {} if found_bases is None else {"bases": found_bases}
+    try:
+        adapter = cls(tower, **options, **given)
+    except TypeError as error:  # an option of another type, or bases where none belong
+        raise ValueError(f"{path / CONFIG} has options that do not fit {cls.__name__}: {error}") from error
     expected = {
         name: list(p.shape) for name, p in adapter.named_parameters() if not name.startswith("tower.")
     }
@@ -242,23 +297,19 @@ def _config(path: Path) -> dict[str, Any]:
     index = path / CONFIG
     if not index.is_file():
         raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
-    config = read_json(index, WHAT, ("class", "options", "checksum", "weights_sha256", "bases_sha256"))
-    if config["class"] == "ResiDual" and isinstance(
-        config["options"], dict
-    ):  # of 0.1, which had one class for both
-        if config["options"].get("placement") == "stream":
-            options = {name: value for name, value in config["options"].items() if name != "placement"}
-            config |= {"class": StreamResiDual.__name__, "options": options}
+    config = read_json(index, WHAT, Config)
+    if config["class"] == "ResiDual" and config["options"].get("placement") == "stream":
+        # of 0.1, which had one class for both
+        options = {name: value for name, value in config["options"].items() if name != "placement"}
+        config |= {"class": StreamResiDual.__name__, "options": options}
     cls = _CLASSES.get(config["class"])
     if cls is None:
         raise ValueError(f"{index} names the class {config['class']!r}; known are {', '.join(_CLASSES)}")
     options, arguments = config["options"], _arguments(cls)
-    if not isinstance(options, dict) or set(options) - (set(arguments) - {"tower", "bases"}):
+    if set(options) - (set(arguments) - {"tower", "bases"}):
         raise ValueError(f"{index} has unknown options {options!r}; save the adapter again")
-    reference = config.get("bases_reference")
-    whole = isinstance(reference, dict) and {"fingerprint", "count", "where"} <= set(reference)
-    if reference is not None and (config["bases_sha256"] is not None or not whole):
-        raise ValueError(f"{index} has a damaged reference to its bases; save the adapter again")
+    if config.get("bases_reference") is not None and config["bases_sha256"] is not None:
+        raise ValueError(f"{index} has both bases and a reference to bases; save the adapter again")
     return config
 
 

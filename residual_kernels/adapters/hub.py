@@ -10,7 +10,15 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import nn
 
-from residual_kernels.adapters.folder import BASES, CONFIG, HEAD, WEIGHTS, load_adapter, member, save_adapter
+from residual_kernels.adapters.folder import (
+    BASES,
+    CONFIG,
+    HEAD,
+    WEIGHTS,
+    load_adapter,
+    load_head,
+    save_adapter,
+)
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.files import atomic_path, write_json
@@ -93,8 +101,7 @@ class HubAdapter(ModelHubMixin):
                 )
             )  # fmt: skip
         adapter = load_adapter(tower, folder, bases=bases)
-        kept = member(folder, HEAD)
-        return cls(adapter, None if kept is None else ZeroShotHead.load(kept))
+        return cls(adapter, load_head(folder))
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         data = ModelCardData(

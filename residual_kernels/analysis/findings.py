@@ -1,6 +1,5 @@
 """What was found of a tower on a data set? One record, kept as JSON and CSV; analyses fill it and reports read it."""
 
-import csv
 import math
 import os
 from collections.abc import Iterator
@@ -9,7 +8,8 @@ from pathlib import Path
 
 from residual_kernels.analysis.selection import SelectionCurves
 from residual_kernels.analysis.words import Description
-from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
+from residual_kernels.files import SCHEMA, read_json, together, write_csv, write_json
+from residual_kernels.schema import typed
 
 WHAT, FILE = "analysis", "analysis.json"
 
@@ -83,8 +83,6 @@ class Analysis:
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Writes analysis.json, units.csv, components.csv, similarity-*.csv and selection.csv; returns their paths."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / FILE, {"schema": SCHEMA, "what": WHAT, **self.to_dict()})
         tables = {"units.csv": self._unit_table(), "components.csv": self._component_table()}
         names = [
             f"{row.kind} {row.index}" if row.head is None else f"L{row.layer}H{row.head}"
@@ -95,12 +93,10 @@ class Analysis:
             tables[f"similarity-{weights}.csv"] = rows
         if self.selections:
             tables["selection.csv"] = self._selection_table()
-        for name, rows in tables.items():
-            with (
-                atomic_path(folder / name) as temporary,
-                temporary.open("w", newline="", encoding="utf-8") as file,
-            ):
-                csv.writer(file).writerows([_cell(value) for value in row] for row in rows)
+        with together():
+            for name, rows in tables.items():
+                write_csv(folder / name, ([_cell(value) for value in row] for row in rows))
+            write_json(folder / FILE, {"schema": SCHEMA, "what": WHAT, **self.to_dict()})
         return [folder / FILE, *(folder / name for name in tables)]
 
     @classmethod
@@ -109,20 +105,7 @@ class Analysis:
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"no {WHAT} at {folder} ({FILE} is missing)")
-        kept = read_json(path, WHAT, cls.__dataclass_fields__)
-        fields = {name: kept[name] for name in cls.__dataclass_fields__}
-        fields["units"] = tuple(_unit_row(row) for row in fields["units"])
-        fields["components"] = tuple(
-            ComponentRow(**{**row, "words": _description(row["words"])}) for row in fields["components"]
-        )
-        fields["output"] = _unit_row(fields["output"])
-        fields["selections"] = tuple(_curves(row) for row in fields["selections"])
-        fields["similarity"] = {
-            name: tuple(tuple(line) for line in matrix) for name, matrix in fields["similarity"].items()
-        }
-        for name in ("energies", "class_names"):
-            fields[name] = None if fields[name] is None else tuple(fields[name])
-        return cls(**fields)
+        return typed(read_json(path, WHAT), cls, f"{path}")
 
     def _unit_table(self) -> Iterator[list]:
         plain = ["index", "kind", "layer", "head", "variance", "share"]
@@ -175,21 +158,3 @@ def _cell(value) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _description(row: dict | None) -> Description | None:
-    return None if row is None else Description(**{name: tuple(values) for name, values in row.items()})
-
-
-def _unit_row(row: dict) -> UnitRow:
-    two = float("nan") if row["two_nn"] is None else row["two_nn"]
-    words = _description(row["words"])
-    return UnitRow(**{**row, "linear": tuple(row["linear"]), "two_nn": two, "words": words})
-
-
-def _curves(row: dict) -> SelectionCurves:
-    tuples = {name: tuple(row[name]) for name in ("fractions", "kept", "seeds")}
-    accuracy = {name: tuple(values) for name, values in row["accuracy"].items()}
-    return SelectionCurves(
-        **{**row, **tuples, "accuracy": accuracy, "random": tuple(tuple(curve) for curve in row["random"])}
-    )

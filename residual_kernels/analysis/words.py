@@ -16,7 +16,8 @@ from residual_kernels.analysis.reading import coordinates
 from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.bundled.captions import prompt
 from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
-from residual_kernels.data.text import decoded, user_path
+from residual_kernels.data.text import LONGEST, decoded, user_path
+from residual_kernels.schema import read_bytes
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of
 from residual_kernels.zeroshot import ZeroShotHead
@@ -67,7 +68,7 @@ class TextDictionary:
         cls, model: nn.Module, tokenizer: Callable, path: str | os.PathLike, templates=("{}",)
     ) -> "TextDictionary":
         """A text file with a word or phrase a line; blank lines and lines that begin with # are skipped."""
-        text = decoded(user_path(path).read_bytes(), str(path))
+        text = decoded(read_bytes(user_path(path), LONGEST), str(path))
         lines = [line.strip() for line in text.splitlines()]
         words = [line for line in lines if line and not line.startswith("#")]
         if not words:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from residual_kernels import towers
 from residual_kernels.bases.moments import Moments
-from residual_kernels.files import digest, load_tensors, save_tensors
+from residual_kernels.files import Head, check_shapes, digest, load_tensors, save_tensors
+from residual_kernels.schema import Count
 from residual_kernels.towers import Tower, UnitLayout
 
 OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
@@ -23,6 +24,26 @@ PLACEMENTS = ("output", "stream")
 WHAT = "spectral bases file"
 # A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
 CONSTANT = 1e-24
+
+
+class _Header(Head):
+    layers: Count
+    heads: Count
+    dim: Count
+    width: Count
+    tower: str
+    checksum: str
+    count: Count
+    kinds: list[str]
+    moments: bool
+
+
+class Header(_Header, total=False):
+    """What a bases file says beside its tensors."""
+
+    pool: bool
+    placement: str
+    tokens: str | None
 
 
 @dataclass(frozen=True)
@@ -301,9 +322,10 @@ class SpectralBases:
 
         With `sha256`, what :meth:`save` returned, it must be that very file.
         """
-        tensors, header = load_tensors(path, WHAT)
+        tensors, header = load_tensors(path, WHAT, Header)
         if sha256 is not None and header["sha256"] != sha256:
             raise ValueError(f"{path} holds other bases than those asked for (another checksum)")
+        layout = _checked_contents(path, tensors, header)
         parts = {
             kind: KindBases(
                 **{
@@ -323,7 +345,7 @@ class SpectralBases:
                 for kind in header["kinds"]
             }
         return cls(
-            layout=UnitLayout(header["layers"], header["heads"], header.get("pool", False)),
+            layout=layout,
             parts=parts,
             moments=moments,
             placement=header.get("placement", "output"),
@@ -346,6 +368,43 @@ class SpectralBases:
                 f"these bases were fitted on a tower with other weights (checksum {self.checksum[:12]}, this tower has "
                 f"{found[:12]}); fit bases for this tower"
             )
+
+
+def _checked_contents(path: str | os.PathLike, tensors: dict[str, Tensor], header: dict) -> UnitLayout:
+    """The layout; a ValueError unless the tensors are those that :meth:`SpectralBases.save` writes for this header."""
+    layers, heads, dim, width = (header[name] for name in ("layers", "heads", "dim", "width"))
+    if not (0 < layers <= 10_000 and 0 < heads <= 10_000 and layers * heads <= 10**6):
+        raise ValueError(f"{path} claims {layers} layers of {heads} heads; make it again")
+    layout = UnitLayout(layers, heads, header.get("pool", False))
+    stream = header.get("placement", "output") == "stream"
+    check_placement(header.get("placement", "output"), header.get("tokens"))
+    kinds = header["kinds"]
+    if len(set(kinds)) < len(kinds) or set(kinds) - {*layout.kinds, OUTPUT} or not kinds:
+        raise ValueError(f"{path} holds bases of {', '.join(kinds)[:60]}; make it again")
+    exact, any_width = (torch.float64,), (torch.float32, torch.float64)
+    for kind in kinds:
+        span = layout.span(kind) if kind != OUTPUT else slice(0, 1)
+        units, space = span.stop - span.start, width if stream and kind != OUTPUT else dim
+        forms = {
+            "mean": (exact, units, space), "components": (any_width, None, space), "variance": (exact, None),
+            "total_variance": (exact, units), "offsets": ((torch.int64,), units + 1),
+        }  # fmt: skip
+        check_shapes(path, tensors, {f"{kind}.{name}": form for name, form in forms.items()})
+        offsets, count = tensors[f"{kind}.offsets"], len(tensors[f"{kind}.components"])
+        falls = int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any())
+        if falls or len(tensors[f"{kind}.variance"]) != count:
+            raise ValueError(f"{path} counts its components of kind {kind} wrongly; make it again")
+        if header["moments"]:
+            check_shapes(path, tensors, {f"{kind}.moments.mean": (exact, units, None)})
+            size = tensors[f"{kind}.moments.mean"].shape[1]
+            rows = tensors.get(f"{kind}.moments.rows")
+            shared = units if rows is None or len(rows) != 1 else 1
+            constant = (exact, units, space) if stream and kind != OUTPUT else (exact, space)
+            forms = {
+                "scatter": (exact, units, size, size), "rows": (exact, shared, size, space), "constant": constant,
+            }  # fmt: skip
+            check_shapes(path, tensors, {f"{kind}.moments.{name}": form for name, form in forms.items()})
+    return layout
 
 
 _MOMENT_TENSORS = ("mean", "scatter", "rows", "constant")

@@ -1,5 +1,7 @@
 """The command line: one program whose commands are the library's main steps, each usable on its own."""
 
+import os
+import signal
 import sys
 
 import typer
@@ -13,7 +15,7 @@ from residual_kernels.cli import merge as merging
 from residual_kernels.cli import report as reporting
 from residual_kernels.cli import sweep as sweeping
 from residual_kernels.cli import use as using
-from residual_kernels.cli.printing import err
+from residual_kernels.cli.printing import err, out
 
 app = typer.Typer(
     help=__doc__,
@@ -36,8 +38,27 @@ app.command()(benching.bench)
 app.command("analyze")(analyzing.analyze_command)
 
 
+class _Stopped(BaseException):
+    """SIGINT or SIGTERM has come."""
+
+
+def _stop(number: int, main_process: int) -> None:
+    if os.getpid() != main_process:  # a process that reads images
+        os._exit(128 + number)
+    for one in _SIGNALS:  # a second one ends the process at once
+        signal.signal(one, signal.SIG_DFL)
+    raise _Stopped(number)
+
+
+# A process of several may wait for the others in a call that no handler interrupts: there SIGTERM ends it at once.
+_SIGNALS = (signal.SIGINT,) if "WORLD_SIZE" in os.environ else (signal.SIGINT, signal.SIGTERM)
+
+
 def main() -> None:
-    """Entry point: bad input ends with exit code 2 and one clear line."""
+    """Entry point: bad input ends with exit code 2 and one clear line, a signal with 128 and its number."""
+    process = os.getpid()
+    for one in _SIGNALS:
+        signal.signal(one, lambda number, frame: _stop(number, process))
     try:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
@@ -49,3 +70,12 @@ def main() -> None:
         text = " ".join(text.split())
         err.print(f"error: {text}", style="red", soft_wrap=True)
         sys.exit(2)
+    except _Stopped as stopped:
+        number = stopped.args[0]
+        err.print(f"stopped by {signal.Signals(number).name}; what was finished is kept", style="red")
+        sys.exit(128 + number)
+    except SystemExit as end:
+        if not end.code and out.reader_gone:
+            err.print("error: the reader of the output has gone; the files are written", style="red")
+            sys.exit(2)
+        raise

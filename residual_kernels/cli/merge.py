@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 import typer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from residual_kernels.adapters import export
@@ -16,7 +16,7 @@ from residual_kernels.cli.inputs import prepare
 from residual_kernels.cli.options import Adapter, Json, Model, Pretrained
 from residual_kernels.cli.printing import out, write_numbers
 from residual_kernels.data import models as sources
-from residual_kernels.files import atomic_path
+from residual_kernels.files import atomic_path, write_safetensors
 
 WEIGHTS = ".safetensors"
 PICTURES = 8  # that the file is checked with
@@ -73,7 +73,7 @@ def _write_weights(
 ) -> float:
     """Writes the model's state_dict; the relative error of a model that has loaded it, without the adapter."""
     with atomic_path(path) as temporary:
-        save_file({name: value.contiguous().clone() for name, value in clip.state_dict().items()}, temporary)
+        write_safetensors(temporary, clip.state_dict())
         untouched.load_state_dict(load_file(temporary))
         with torch.no_grad():
             found = _embedding(sources.image_tower(untouched)(images))

@@ -1,8 +1,8 @@
 """eval and predict: what a kept adapter is for."""
 
-import csv
+import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from residual_kernels import train
-from residual_kernels.adapters.folder import CLASSES, CLASSES_WHAT, HEAD, load_adapter, member
+from residual_kernels.adapters.folder import CLASSES, HEAD, load_adapter, load_class_folders, load_head
 from residual_kernels.adapters.methods import identity
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.cli.inputs import Reader, prepare
@@ -31,7 +31,7 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.printing import bar, out, write_numbers
 from residual_kernels.data import models as sources
-from residual_kernels.files import atomic_path, read_json
+from residual_kernels.files import write_csv
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -45,12 +45,11 @@ def _fitted(model, pretrained, device, adapter_folder: Path):
 def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead]:
     """What `fit` wrote, on the model's tower."""
     adapter = load_adapter(sources.image_tower(clip), adapter_folder)
-    return adapter, ZeroShotHead.load(_written_by_fit(adapter_folder, HEAD))
+    return adapter, _written_by_fit(load_head(adapter_folder), adapter_folder, HEAD)
 
 
-def _written_by_fit(adapter_folder: Path, name: str) -> Path:
-    found = member(adapter_folder, name)
-    if found is None or not found.is_file():
+def _written_by_fit(found: Any, adapter_folder: Path, name: str) -> Any:
+    if found is None:
         raise FileNotFoundError(
             f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
         )
@@ -59,8 +58,7 @@ def _written_by_fit(adapter_folder: Path, name: str) -> Path:
 
 def class_folders(adapter_folder: Path) -> tuple[str, ...]:
     """The folders of images that an adapter was fitted on, in the order of their labels."""
-    file = _written_by_fit(adapter_folder, CLASSES)
-    return tuple(read_json(file, CLASSES_WHAT, ("folders",))["folders"])
+    return _written_by_fit(load_class_folders(adapter_folder), adapter_folder, CLASSES)
 
 
 def aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
@@ -139,11 +137,8 @@ def eval_command(
     table.add_row("balanced", "", f"{before.balanced_accuracy:.3f}", f"{after.balanced_accuracy:.3f}")
     out.print(table)
     if confusion is not None:
-        with atomic_path(confusion) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["true class", *head.class_names])
-            for name, row in zip(head.class_names, after.confusion.tolist(), strict=True):
-                writer.writerow([name, *row])
+        counted = zip(head.class_names, after.confusion.tolist(), strict=True)
+        write_csv(confusion, [["true class", *head.class_names], *([name, *row] for name, row in counted)])
     write_numbers(
         json_file,
         {
@@ -187,11 +182,9 @@ def predict(
                 step(len(batch))
 
         found = train.predict(module, head, batches())
-    with atomic_path(out_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label", "probability"])
-        for name, label, row in zip(images.names, found.labels.tolist(), found.probabilities, strict=True):
-            writer.writerow([name, found.class_names[label], f"{row[label]:.6f}"])
+    rows = zip(images.names, found.labels.tolist(), found.probabilities, strict=True)
+    labelled = ([name, found.class_names[label], f"{row[label]:.6f}"] for name, label, row in rows)
+    write_csv(out_file, itertools.chain([["image", "label", "probability"]], labelled))
     counts = torch.bincount(found.labels, minlength=len(head.class_names)).tolist()
     common = ", ".join(
         f"{n} {name}" for n, name in sorted(zip(counts, head.class_names, strict=True), reverse=True)[:5]

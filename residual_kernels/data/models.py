@@ -1,6 +1,7 @@
 """What does a model's name mean? The bundled model, or one of open_clip's or transformers' with its weights."""
 
 import difflib
+import inspect
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from residual_kernels.towers.hugging_face.text import has_text_side
 
 BUNDLED = "bundled"
 TRANSFORMERS = "hf:"
+_OWN_CODE = {
+    "trust_remote_code": False
+}  # no code of a model's folder runs, and nobody is asked whether it may
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -59,10 +63,19 @@ def load_model(name: str, pretrained: str | None = None) -> tuple[nn.Module, Cal
     weights = None if pretrained == "none" else pretrained
     try:
         model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{pretrained} does not hold weights of {name}: {reason}") from error
+    except (
+        pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError, TypeError, AttributeError,
+        StopIteration, OSError, ValueError, IndexError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{pretrained} does not hold weights of {name}: {_reason(error)}") from error
     return model.eval(), preprocess, open_clip.get_tokenizer(name)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error; without torch's advice to load a file that can run code."""
+    if "weights_only" in str(error):
+        return "it holds more than tensors, and loading that could run code; save it as .safetensors"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def image_tower(model: nn.Module) -> nn.Module:
@@ -88,18 +101,24 @@ def _load_transformers(source: str) -> tuple[nn.Module, Callable, Callable | Non
             "hf: models are loaded by the library `transformers`; install it with pip install 'residual-kernels[hf]'"
         ) from error
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-        kind = getattr(transformers, (config.architectures or ["none"])[0], None)
-        if kind is None:
+        config = transformers.AutoConfig.from_pretrained(source, **_OWN_CODE)
+        kind = getattr(transformers, str((config.architectures or ["none"])[0]), None)
+        if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
             raise ValueError(
                 f"{config.architectures} is no class of this transformers ({transformers.__version__})"
             )
-        model = kind.from_pretrained(source, use_safetensors=True).eval()
+        model = kind.from_pretrained(source, use_safetensors=True, **_OWN_CODE).eval()
         hugging_face.image_tower(model)  # says at once what it is not
-        preprocess = _Processed(transformers.AutoImageProcessor.from_pretrained(source))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source) if has_text_side(model) else None
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(
-            f"{TRANSFORMERS}{source} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+        preprocess = _Processed(transformers.AutoImageProcessor.from_pretrained(source, **_OWN_CODE))
+        tokenizer = None
+        if has_text_side(model):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source, **_OWN_CODE)
+    except (OSError, ValueError, SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it brings code of its own, and this library runs none; use a model that transformers knows"
+            )
+        else:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{TRANSFORMERS}{source} cannot be loaded: {reason}") from error
     return model, preprocess, tokenizer

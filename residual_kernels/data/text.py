@@ -5,6 +5,10 @@ import os
 import unicodedata
 from pathlib import Path
 
+from residual_kernels.schema import read_bytes
+
+LONGEST = 2**26  # bytes of a text
+
 _MARKS = (  # longest first: UTF-32's mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -51,7 +55,7 @@ def read_lines(source: str | os.PathLike, what: str) -> list[str]:
     path = user_path(source)
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of {what} at {path}")
-    text = decoded(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n")
+    text = decoded(read_bytes(path, LONGEST), str(path)).replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.strip(" \f\v") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty; it should hold one of the {what} a line")

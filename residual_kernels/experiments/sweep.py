@@ -4,16 +4,17 @@ Every tower encodes a data set once; every fit leaves one small JSON file. A swe
 was: finished shards and finished fits are not made again, and a fit whose recipe has changed is.
 """
 
-import csv
 import functools
 import hashlib
 import json
 import os
+import reprlib
 import statistics
+import typing
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -28,10 +29,12 @@ from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.images import open_images
-from residual_kernels.files import SCHEMA, atomic_path, read_json, write_json
+from residual_kernels.files import SCHEMA, Head, read_json, together, write_csv, write_json, write_text
+from residual_kernels.schema import Count, read_bytes, typed
 from residual_kernels.towers import KINDS
 from residual_kernels.units.cache import DTYPES, HELD_OUT, UnitCache, encode
 from residual_kernels.units.cache.shards import STORED
+from residual_kernels.visible import visible
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, AVERAGE = "base", "average"
@@ -87,8 +90,11 @@ class SweepPlan:
         """The plan in a YAML file; a ValueError names what is wrong with it and what is allowed."""
         yaml = extras.need("yaml", "sweep", "reading a plan")
         try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            text = read_bytes(Path(path), LONGEST_PLAN).decode()
+            if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MOST_ALIASES:
+                raise ValueError(f"{path} refers more than {MOST_ALIASES} times to parts of itself (*name)")
+            found = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
             raise ValueError(f"{path} must hold the keys towers, data and methods; see README")
@@ -109,21 +115,27 @@ class SweepPlan:
         for name in ("seeds", "epochs", "batch_size", "shots"):
             value = getattr(self, name)
             if not (isinstance(value, int) and value > 0) and not (name == "shots" and value is None):
-                raise ValueError(f"{path}: {name} must be a whole number above 0; got {value!r}")
+                raise ValueError(f"{path}: {name} must be a whole number above 0; got {reprlib.repr(value)}")
         rates = self.rates if isinstance(self.rates, list | tuple) else ()
         if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
-            raise ValueError(f"{path}: rates must be numbers above 0; got {self.rates!r}")
+            raise ValueError(f"{path}: rates must be numbers above 0; got {reprlib.repr(self.rates)}")
         if not (isinstance(self.energy, int | float) and 0 < self.energy <= 1):
-            raise ValueError(f"{path}: energy must lie in (0, 1]; got {self.energy!r}")
+            raise ValueError(f"{path}: energy must lie in (0, 1]; got {reprlib.repr(self.energy)}")
         if self.dtype not in STORED:
-            raise ValueError(f"{path}: dtype must be one of {', '.join(STORED)}; got {self.dtype!r}")
+            raise ValueError(
+                f"{path}: dtype must be one of {', '.join(STORED)}; got {reprlib.repr(self.dtype)}"
+            )
         return replace(self, rates=tuple(rates))
+
+
+LONGEST_PLAN = 2**20  # bytes
+MOST_ALIASES = 32  # a few more could stand for more than fits into memory
 
 
 def _list(found: dict, key: str, path: str | os.PathLike) -> list:
     value = found.get(key)
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} must hold a list of {key}; got {value!r}")
+        raise ValueError(f"{path} must hold a list of {key}; got {reprlib.repr(value)}")
     return value
 
 
@@ -136,12 +148,14 @@ def _only_known(found: dict, made: type, where: str) -> None:
 
 def _made(made: type, row: Any, where: str) -> Any:
     if not isinstance(row, dict):
-        raise ValueError(f"{where} must be a mapping; got {row!r}")
+        raise ValueError(f"{where} must be a mapping; got {reprlib.repr(row)}")
     _only_known(row, made, where)
-    try:
-        return made(**row)
-    except TypeError as error:
-        raise ValueError(f"{where} lacks a key: {str(error).partition(') ')[2]}") from error
+    needed = [name for name, one in made.__dataclass_fields__.items() if one.default is MISSING]
+    lacking = [name for name in needed if name not in row]
+    if lacking:
+        raise ValueError(f"{where} lacks a key: {', '.join(map(repr, lacking))}")
+    forms = typing.get_type_hints(made)
+    return made(**{name: typed(value, forms[name], where, name) for name, value in row.items()})
 
 
 @dataclass
@@ -228,6 +242,24 @@ class _TowerWork:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+class Row(TypedDict):
+    """What is known of one fit; there may be more."""
+
+    tower: str
+    data: str
+    method: str
+    seed: int
+    accuracy: float
+    parameters: Count
+
+
+class Result(Head):
+    """The file of one fit."""
+
+    recipe: str
+    row: Row
+
+
 _NOT_OF_ONE_FIT = ("towers", "data", "methods", "seeds")
 
 
@@ -309,7 +341,7 @@ def _kept(file: Path, recipe: str) -> dict | None:
     """The row in `file`, when it is there and was made by this recipe."""
     if not file.is_file():
         return None
-    found = read_json(file, WHAT, ("recipe", "row"))
+    found = read_json(file, WHAT, Result)
     return found["row"] if found["recipe"] == recipe else None
 
 
@@ -346,20 +378,18 @@ class SweepTable:
     def write(self, folder: Path) -> list[Path]:
         """table.csv, table.md and table.png."""
         paths = [folder / "table.csv", folder / "table.md", folder / "table.png"]
-        with atomic_path(paths[0]) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            deviations = [f"{name} (deviation)" for name in self.columns]
-            writer.writerow(["tower", "method", "learned numbers", *self.columns, *deviations])
-            for tower, method, numbers, cells in self.lines:
-                means, spread = zip(*cells, strict=True)
-                texts = [f"{value:.6f}" for value in (*means, *spread)]
-                writer.writerow([tower, method, numbers, *texts])
-        with atomic_path(paths[1]) as temporary:
-            temporary.write_text(self.markdown(), encoding="utf-8")
         extras.need("matplotlib", "sweep", "drawing a sweep's table")
         from residual_kernels import figures
 
-        figures.save(figures.accuracy_table(self.columns, self.lines), folder, "table", ("png",))
+        deviations = [f"{name} (deviation)" for name in self.columns]
+        rows = [["tower", "method", "learned numbers", *self.columns, *deviations]]
+        for tower, method, numbers, cells in self.lines:
+            means, spread = zip(*cells, strict=True)
+            rows.append([tower, method, numbers, *(f"{value:.6f}" for value in (*means, *spread))])
+        with together():
+            figures.save(figures.accuracy_table(self.columns, self.lines), folder, "table", ("png",))
+            write_text(paths[1], self.markdown())
+            write_csv(paths[0], rows)
         return paths
 
     def markdown(self) -> str:
@@ -378,7 +408,7 @@ class SweepTable:
 
 
 def _markdown_row(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(visible(" ".join(cell.split())).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _mean_and_deviation(values: list[float]) -> tuple[float, float]:

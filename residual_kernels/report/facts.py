@@ -26,6 +26,7 @@ from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Unit, UnitLayout
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.visible import visible
 from residual_kernels.zeroshot import ZeroShotHead
 
 ENERGY = 0.99  # explained variance of the linear dimension, the paper's
@@ -240,7 +241,7 @@ def gather(
         adapted=adapted,
         rest=adapter.rest.rest if adapted else None,
         learned=sum(p.numel() for p in adapter.trainable()),
-        class_names=head.class_names,
+        class_names=tuple(map(visible, head.class_names)),
         labels=tuple(cache.labels.tolist()),
         before=change.before,
         after=change.after,

@@ -10,7 +10,7 @@ from typing import Any
 from residual_kernels import extras
 from residual_kernels.analysis.weights import Component
 from residual_kernels.data.images import Images
-from residual_kernels.files import atomic_path
+from residual_kernels.files import together, write_text
 from residual_kernels.report import tables
 from residual_kernels.report.facts import CLASSES_SHOWN, ENERGY, Facts
 from residual_kernels.report.names import percent, points, unit_name
@@ -18,6 +18,7 @@ from residual_kernels.report.sentences import captions, class_ends, findings
 from residual_kernels.report.thumbnails import SIDE, thumbnails
 from residual_kernels.towers import Unit
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.visible import visible
 
 COMPONENTS_LISTED = 12  # of a unit, in its panel
 
@@ -46,11 +47,11 @@ def write_report(
     shown = {name: drawings.inline(figure, name) for name, figure in drawn.items()}
     text = _render(facts, ids, pictures, shown, found, folder.name)
     files = []
-    for name, figure in (*drawn.items(), *drawings.in_folder(facts, ids, pictures)):
-        files += figures.save(figure, folder, name)
-    files += tables.write(found, folder)
-    with atomic_path(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with together():
+        for name, figure in (*drawn.items(), *drawings.in_folder(facts, ids, pictures)):
+            files += figures.save(figure, folder, name)
+        files += tables.write(found, folder)
+        write_text(page, text)
     return page, files
 
 
@@ -82,7 +83,11 @@ def _render(
     here = resources.files(__package__)
     files = {name: (here / f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     template = environment.from_string(files["html"])

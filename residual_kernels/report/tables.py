@@ -1,12 +1,10 @@
 """Every number of a report as tables: a header and rows, written as CSV."""
 
-import csv
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from residual_kernels.files import atomic_path
+from residual_kernels.files import csv_text, write_text
 from residual_kernels.report.facts import ENERGY, Facts
 from residual_kernels.report.names import unit_code
 
@@ -28,11 +26,7 @@ def _number(value: object) -> object:
 
 def as_text(table: CsvTable) -> str:
     """The table as CSV."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(table.header)
-    writer.writerows([_number(value) for value in row] for row in table.rows)
-    return text.getvalue()
+    return csv_text([table.header, *([_number(value) for value in row] for row in table.rows)])
 
 
 def write(tables: Iterable[CsvTable], folder: Path) -> list[Path]:
@@ -40,8 +34,7 @@ def write(tables: Iterable[CsvTable], folder: Path) -> list[Path]:
     paths = []
     for table in tables:
         path = folder / f"{table.name}.csv"
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(as_text(table).encode())
+        write_text(path, as_text(table))
         paths.append(path)
     return paths
 

@@ -2,18 +2,44 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.files import digest, load_tensors, save_tensors
+from residual_kernels.files import Head, digest, load_tensors, save_tensors
+from residual_kernels.schema import Count
 from residual_kernels.train.evaluation import Heads
 from residual_kernels.units.cache import UnitCache
 
 WHAT = "fit checkpoint"
 SAMPLE = 64  # rows of a cache that are looked at to know it again
+
+
+class _Task(TypedDict):
+    best_epoch: Count
+    best_score: float | None
+    stopped: bool
+    diverged: bool
+    history: list[list[float | None]]
+
+
+class State(TypedDict):
+    """A fit between two epochs."""
+
+    epoch: Count
+    active: list[Count]
+    groups: list[dict[str, float]]
+    tasks: list[_Task]
+    seconds: float
+
+
+class Header(Head):
+    """What a checkpoint says beside its tensors."""
+
+    identity: dict[str, Any]
+    state: State
 
 
 def save(path: str | os.PathLike, identity: dict[str, Any], state: dict, tensors: dict[str, Tensor]) -> None:
@@ -31,7 +57,7 @@ def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[
         raise ValueError(f"{path} is a folder; a checkpoint is one file, such as {path / 'fit.safetensors'}")
     if not path.exists():
         return None
-    tensors, header = load_tensors(path, WHAT)
+    tensors, header = load_tensors(path, WHAT, Header)
     held = header["identity"]
     different = [name for name in identity if held.get(name) != identity[name]]
     if different:

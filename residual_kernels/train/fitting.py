@@ -253,7 +253,13 @@ class Run:
                 f"the processes do not see the same checkpoint at {self.checkpoint}; put it where all can read it"
             )
         if found is not None:
-            epoch = self._restore(*found)
+            try:
+                epoch = self._restore(*found)
+            except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{self.checkpoint} is damaged: it does not hold what this fit keeps ({error}); remove it to "
+                    "start anew"
+                ) from error
         else:
             self._record(0, None)
         self._set_step()

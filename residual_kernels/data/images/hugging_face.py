@@ -187,6 +187,7 @@ def _load(name: str, part: str | None, root: Path | None, download: bool):
                 str(kept) if kept.exists() else name,
                 cache_dir=None if root is None else str(user_path(root)),
                 download_config=datasets.DownloadConfig(local_files_only=not download),
+                **({"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}),
             )
     except (OSError, ValueError, RuntimeError) as error:
         missing = "" if download else "; fetch it with --download"

@@ -21,6 +21,10 @@ def is_pattern(text: str) -> bool:
 def expand(text: str) -> list[str]:
     """The names that a pattern stands for, as webdataset expands it; a ValueError when they are too many."""
     counts = [abs(int(b) - int(a)) // max(1, abs(int(step or 1))) + 1 for a, b, step in _RANGE.findall(text)]
+    if re.search(r"\{-?\d{19}|\.\.-?\d{19}", text):
+        raise ValueError(
+            f"{text} has a range of numbers that no shards have; the most is {MAX_SHARDS:,} shards"
+        )
     counts += [found.count(",") + 1 for found in _CHOICE.findall(text)]
     if math.prod(counts) > MAX_SHARDS:
         raise ValueError(f"{text} stands for {math.prod(counts):,} shards; the most is {MAX_SHARDS:,}")

@@ -1,8 +1,6 @@
 """How is a cache made? In one pass of the tower over the data, which can be interrupted, and shared by processes."""
 
 import contextlib
-import hashlib
-import json
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +21,9 @@ from residual_kernels.units.cache.shards import (
     SHARD_BYTES,
     STORED,
     WHAT,
+    ShardHeader,
     finished_shard,
+    mark_of,
     shard_files,
     shard_name,
     write_shard,
@@ -179,7 +179,7 @@ def _on_disk(
         if finished:
             return UnitCache.load(path, verify="size")
         size = run["shard_images"]
-        mark = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        mark = mark_of(run)
         source.labelled = "labels" in run["columns"]
 
         mine = {}  # what each process has verified of the finished shards
@@ -251,7 +251,7 @@ def _begin(
 def _check_first(path: Path, source: LoadedUnits) -> None:
     """Raises ValueError unless a finished cache begins with the image that the data begin with."""
     first = source.sample()
-    _, header = map_tensors(path / shard_name(0), SHARD)
+    _, header = map_tensors(path / shard_name(0), SHARD, ShardHeader)
     if first is None or header["first_image"] != image_digest(first[0].images):
         raise _changed(path / shard_name(0), 0)
 

@@ -8,7 +8,7 @@ from typing import Any
 import filelock
 
 from residual_kernels import distributed
-from residual_kernels.files import SCHEMA, partial_files, write_json
+from residual_kernels.files import SCHEMA, partials, write_json
 from residual_kernels.units.cache.shards import LOCK, MANIFEST, WHAT, Shards, read_manifest, shard_files
 
 COMPARED = {  # key of a run -> what it is called; of descriptions that one side lacks nothing is said
@@ -40,7 +40,7 @@ def manifest_of(path: Path, run: dict[str, Any], shard_images: int | None) -> di
     if not (path / MANIFEST).is_file():
         others = {p for p in path.iterdir() if p.name != LOCK} if path.exists() else set()
         if others:
-            others -= set(partial_files(path, UNFINISHED))
+            others -= set(partials(path, UNFINISHED))
         if others:
             raise FileExistsError(
                 f"{path} is not empty and holds no cache ({min(others).name} is there); name a new folder"
@@ -61,7 +61,7 @@ def is_whole(path: Path, manifest: dict) -> bool:
     if not manifest["complete"]:
         return False
     try:
-        Shards(path, manifest["shards"], manifest["run"]["columns"]).verify("full")
+        Shards(path, manifest["shards"], manifest["run"]).verify("full")
     except (ValueError, FileNotFoundError):  # what is wrong with it is made again
         return False
     return True

@@ -7,18 +7,23 @@ names, sizes and checksums and `"complete": true`. Nothing in either depends on 
 they were made.
 """
 
+import hashlib
+import json
+import math
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from residual_kernels.files import load_tensors, map_tensors, read_json, save_tensors
+from residual_kernels.files import Head, load_tensors, map_tensors, read_json, save_tensors
+from residual_kernels.schema import Count
+from residual_kernels.towers import KINDS
 
 MANIFEST, LOCK = "manifest.json", ".lock"
 WHAT, SHARD = "unit cache", "unit cache shard"
@@ -33,10 +38,65 @@ DTYPES = {
 }
 STORED = tuple(name for name in DTYPES if name != "int64")
 
-RUN = (  # what tells one run from another, and what its first image told
-    "tower", "checksum", "tower_dtype", "preprocessing", "data", "kinds", "dtype", "class_names", "shard_images",
-    "columns",
-)  # fmt: skip
+LARGEST = 2**40  # bytes of a row that a manifest may claim
+
+
+class Column(TypedDict):
+    """One tensor of every shard, without its rows."""
+
+    dtype: str
+    shape: list[Count]
+
+
+class Run(TypedDict):
+    """What tells one run from another, and what its first image told."""
+
+    tower: str
+    checksum: str
+    tower_dtype: str
+    preprocessing: str | None
+    data: str | None
+    kinds: list[str]
+    dtype: str
+    class_names: list[str] | None
+    shard_images: Count
+    columns: dict[str, Column]
+
+
+class ShardRow(TypedDict):
+    """A finished shard."""
+
+    file: str
+    images: Count
+    bytes: Count
+    sha256: str
+
+
+class Manifest(Head):
+    """What every manifest holds."""
+
+    complete: bool
+    run: Run
+
+
+class Finished(Manifest):
+    """What the manifest of a finished cache holds."""
+
+    images: Count
+    shards: list[ShardRow]
+
+
+class ShardHeader(Head):
+    """What a shard says of itself."""
+
+    index: Count
+    run: str
+    first_image: str
+
+
+def mark_of(run: dict[str, Any]) -> str:
+    """What the shards of a run call it: a checksum of all that tells it from others."""
+    return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
 def shard_name(index: int) -> str:
@@ -73,27 +133,58 @@ def _row(path: Path, tensors: dict[str, Tensor], header: dict[str, Any]) -> dict
 def finished_shard(path: Path, index: int, run: str) -> tuple[dict, dict] | None:
     """(row of the manifest, header) of a shard of this run that is whole, or None."""
     try:
-        tensors, header = load_tensors(path, SHARD)
+        tensors, header = load_tensors(path, SHARD, ShardHeader)
     except ValueError:
         return None
-    if (header.get("index"), header.get("run")) != (index, run):
+    if (header["index"], header["run"]) != (index, run) or "ids" not in tensors:
         return None
     return _row(path, tensors, header), header
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a folder, finished or not; a ValueError when something that is read of it is not there."""
+    """The manifest of a folder, finished or not; a ValueError names what in it cannot be right."""
     path = folder / MANIFEST
-    manifest = read_json(path, WHAT, ("complete", "run"))
-    lacking = [key for key in RUN if key not in manifest["run"]]
+    manifest = read_json(path, WHAT, Manifest)
     if manifest["complete"]:
-        rows = manifest.get("shards") or [{}]
-        lacking += [
-            key for key in ("file", "images", "bytes", "sha256") if any(key not in row for row in rows)
-        ]
-    if lacking:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}; make it again")
+        manifest = read_json(path, WHAT, Finished)
+    wrong = _wrong(manifest)
+    if wrong is not None:
+        raise ValueError(f"{path}: {wrong}; make it again")
     return manifest
+
+
+def _wrong(manifest: dict) -> str | None:
+    """What in a manifest of the right form cannot be; None where all can."""
+    run = manifest["run"]
+    columns, kinds = run["columns"], run["kinds"]
+    needed = {"scale", "mean", "output", "ids", *(f"z.{kind}" for kind in kinds)}
+    if set(kinds) - set(KINDS) or len(set(kinds)) < len(kinds):
+        return f"kinds are {', '.join(KINDS)}, not {', '.join(kinds)[:60]}"
+    if set(columns) - {"labels"} != needed:
+        return f"its columns are {', '.join(columns)[:100]}, where {', '.join(sorted(needed))} belong"
+    for name, column in columns.items():
+        if column["dtype"] not in DTYPES or math.prod(column["shape"], start=8) > LARGEST:
+            return f"the column {name} cannot be {str(column)[:60]}"
+        small = name in ("ids", "labels")
+        if small != (column["dtype"] == "int64") or (small and column["shape"]):
+            return f"the column {name} cannot be {str(column)[:60]}"
+    if run["dtype"] not in STORED or run["shard_images"] < 1:
+        return f"units cannot be {run['dtype'][:20]}, {run['shard_images']} in a shard"
+    if not manifest["complete"]:
+        return None
+    rows = manifest["shards"]
+    for index, row in enumerate(rows):
+        if row["file"] != shard_name(index):
+            return f"shard {index} is called {row['file'][:60]!r}, where {shard_name(index)} belongs"
+    images = [row["images"] for row in rows]
+    if not rows or sum(images) != manifest["images"]:
+        return f"it counts {manifest['images']} images, and its shards {sum(images)}"
+    if (
+        any(count != run["shard_images"] for count in images[:-1])
+        or not 0 < images[-1] <= run["shard_images"]
+    ):
+        return f"a shard does not hold {run['shard_images']} images"
+    return None
 
 
 class Shards:
@@ -102,9 +193,9 @@ class Shards:
     At most MAPPED_BYTES of shards are mapped at a time, the most recently used ones; what was handed out stays valid.
     """
 
-    def __init__(self, folder: Path, rows: Sequence[dict], columns: dict[str, dict]):
+    def __init__(self, folder: Path, rows: Sequence[dict], run: dict[str, Any]):
         self.folder, self.rows = folder, list(rows)
-        self.columns = columns
+        self.columns, self.mark = run["columns"], mark_of(run)
         counts = torch.tensor([row["images"] for row in self.rows])
         self._ends = counts.cumsum(0)
         self._starts = self._ends - counts
@@ -155,13 +246,16 @@ class Shards:
                 list(threads.map(self._verify, range(len(self.rows))))
 
     def _verify(self, shard: int) -> None:
-        tensors, header = load_tensors(self.path(shard), SHARD)
+        tensors, header = load_tensors(self.path(shard), SHARD, ShardHeader)
         self._check(shard, tensors, header)
 
     def _check(self, shard: int, tensors: dict[str, Tensor], header: dict) -> None:
         row, path = self.rows[shard], self.path(shard)
-        if header.get("sha256") != row["sha256"]:
+        if (header["sha256"], header["index"], header["run"]) != (row["sha256"], shard, self.mark):
             raise ValueError(f"{path} is not the shard its manifest names; encode again")
+        if set(tensors) != set(self.columns):
+            odd = sorted(set(tensors) ^ set(self.columns))[0]
+            raise ValueError(f"{path} and its manifest do not hold the same columns ({odd}); encode again")
         for name in self.columns:
             expected = self.empty(name, 0)
             found = tensors.get(name)
@@ -177,7 +271,7 @@ class Shards:
             if shard in self._mapped:
                 self._mapped.move_to_end(shard)
                 return self._mapped[shard]
-            tensors, header = map_tensors(self.path(shard), SHARD)
+            tensors, header = map_tensors(self.path(shard), SHARD, ShardHeader)
             self._check(shard, tensors, header)
             self._mapped[shard] = tensors
             self._bytes += self.rows[shard]["bytes"]

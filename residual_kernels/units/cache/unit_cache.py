@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from residual_kernels import towers
 from residual_kernels.towers import Terms
-from residual_kernels.units.cache.shards import MANIFEST, Shards, read_manifest
+from residual_kernels.units.cache.shards import MANIFEST, Shards, read_manifest, shard_files
 
 SMALL = ("scale", "mean", "output")
 
@@ -172,7 +172,10 @@ class UnitCache:
                 "where it stopped"
             )
         run = manifest["run"]
-        shards = Shards(path, manifest["shards"], run["columns"])
+        beyond = [file.name for index, file in shard_files(path).items() if index >= len(manifest["shards"])]
+        if beyond:
+            raise ValueError(f"{path} holds {beyond[0]}, which its manifest does not name; encode again")
+        shards = Shards(path, manifest["shards"], run)
         shards.verify(verify)
         return MappedCache(shards, None, run["kinds"], run["checksum"], run["class_names"])
 
@@ -188,6 +191,7 @@ class MappedCache(UnitCache):
             small = shards.run(names, 0, len(shards))
             if len(shards.rows) == 1:  # a view of the mapping; these two are kept in memory
                 small = {name: value.clone() for name, value in small.items()}
+            _check_small(shards, small, class_names)
         self._describe(small.get("labels"), small["ids"], checksum, class_names)
 
     @property
@@ -271,6 +275,19 @@ class MappedCache(UnitCache):
         if self.labels is not None:
             small["labels"] = self.labels[rows]
         return MappedCache(self._shards, chosen, self.kinds, self.checksum, self.class_names, small=small)
+
+
+def _check_small(shards: Shards, small: dict[str, Tensor], class_names: Sequence[str] | None) -> None:
+    """Raises ValueError for labels without a class, and for images that are not there."""
+    labels = small.get("labels")
+    known = None if class_names is None else len(class_names)
+    if labels is not None and known is not None and not 0 <= int(labels.min()) <= int(labels.max()) < known:
+        raise ValueError(
+            f"{shards.folder} has labels from {int(labels.min())} to {int(labels.max())} for {known} classes; "
+            "encode again"
+        )
+    if int(small["ids"].min()) < 0:
+        raise ValueError(f"{shards.folder} has an image number below 0; encode again")
 
 
 class _MappedZ(Mapping):
