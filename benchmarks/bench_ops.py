@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels import ops
-from residual_kernels.experiments.shapes import SHAPES, Problem, Shape, problem
+from residual_kernels.experiments.shapes import SHAPES, Operands, Shape, problem
 from residual_kernels.ops import backends, reference, torch_backend
 
 GEMM_SIZE = 2048
@@ -35,7 +35,7 @@ Forward = Callable[[Tensor, Tensor], Tensor]  # (z or units, weight) -> y
 # --- providers: spectral_reweight -------------------------------------------------------------------------------------
 
 
-def padded(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+def padded(p: Operands) -> tuple[Tensor, Tensor, Tensor]:
     """proj [R, K, C] and basis [R, K, D] with K the largest K_u, zeros behind, and the slots [J] of real components."""
     (proj, slots, *_), (units, longest) = torch_backend.pack(
         p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets
@@ -44,7 +44,7 @@ def padded(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return proj, basis.view(units, longest, -1), slots
 
 
-def textbook(p: Problem) -> Forward:
+def textbook(p: Operands) -> Forward:
     """From z: every head to its D outputs, centred, onto its components, reweighted, back."""
     proj, basis, slots = padded(p)
     units, longest, _ = proj.shape
@@ -61,7 +61,7 @@ def textbook(p: Problem) -> Forward:
     return forward
 
 
-def encodings(p: Problem) -> Forward:
+def encodings(p: Operands) -> Forward:
     """On units [R, N, D] that somebody else has made: centred, onto components, reweighted, back."""
     _, basis, slots = padded(p)
     units, longest, dim = basis.shape
@@ -75,7 +75,7 @@ def encodings(p: Problem) -> Forward:
     return forward
 
 
-def lowrank(p: Problem) -> Forward:
+def lowrank(p: Operands) -> Forward:
     """The low-rank form: one batched product reads all coefficients, one product writes all components."""
     proj, _, slots = padded(p)
     ragged = slots.numel() != proj.shape[0] * proj.shape[1]
@@ -90,7 +90,7 @@ def lowrank(p: Problem) -> Forward:
     return forward
 
 
-def folded(p: Problem) -> Forward:
+def folded(p: Operands) -> Forward:
     """The constants folded first: y = (scale * z) F + affine, one large product."""
     proj, basis, slots = padded(p)
     units, longest, _ = proj.shape
@@ -110,8 +110,8 @@ def folded(p: Problem) -> Forward:
     return forward
 
 
-def of_backend(name: str) -> Callable[[Problem], Forward]:
-    def provider(p: Problem) -> Forward:
+def of_backend(name: str) -> Callable[[Operands], Forward]:
+    def provider(p: Operands) -> Forward:
         pack = ops.pack_units(p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets, backend=name)
         return lambda z, weight: ops.spectral_reweight_packed(z, p.scale, p.mean, weight, pack)
 
@@ -119,7 +119,7 @@ def of_backend(name: str) -> Callable[[Problem], Forward]:
 
 
 PLAIN = {"textbook": textbook, "encodings": encodings, "lowrank": lowrank, "folded": folded}
-PROVIDERS: dict[str, Callable[[Problem], Forward]] = {
+PROVIDERS: dict[str, Callable[[Operands], Forward]] = {
     **PLAIN,
     **{
         f"{name} compiled": lambda p, make=make: torch.compile(make(p), dynamic=True)
@@ -131,7 +131,7 @@ SMALL_SET = ("lowrank", "lowrank compiled", "folded", "folded compiled", "torch"
 EVERYTHING = tuple(name for name in PROVIDERS if name != "triton")
 
 
-def inputs_of(name: str, p: Problem, copies: int) -> list[Tensor]:
+def inputs_of(name: str, p: Operands, copies: int) -> list[Tensor]:
     """`copies` different first arguments of a provider, so that the cache does not hold the next one."""
     if name.startswith("encodings"):
         generator = torch.Generator().manual_seed(1)
@@ -148,7 +148,7 @@ def flop(shape: Shape, components: int, rows: int, mode: str) -> float:
     return forward if mode == "fwd" else forward + 2.0 * rows * components * shape.dim
 
 
-def runner(name: str, forward: Forward, p: Problem, mode: str) -> Callable[[], Tensor]:
+def runner(name: str, forward: Forward, p: Operands, mode: str) -> Callable[[], Tensor]:
     inputs = inputs_of(name, p, copies=3)
     weight = p.weight.clone().requires_grad_(mode == "step")
     turn = iter(range(10**9))

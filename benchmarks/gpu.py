@@ -43,7 +43,7 @@ from benchmarks import counts  # noqa: E402
 from benchmarks.bench_ops import PLAIN  # noqa: E402
 from benchmarks.gpu_clock import Bench, Call  # noqa: E402
 from residual_kernels import ops  # noqa: E402
-from residual_kernels.experiments.shapes import SHAPES, Problem, Shape, problem  # noqa: E402
+from residual_kernels.experiments.shapes import SHAPES, Operands, Shape, problem  # noqa: E402
 from residual_kernels.ops.triton import backend as triton_backend  # noqa: E402
 from residual_kernels.ops.triton import routes as triton_routes  # noqa: E402
 
@@ -90,7 +90,7 @@ def roof(bench: Bench, found: list[counts.Count], kind: str) -> float | None:
 
 def input_sets(
     shape: Shape, rows: int, components: list[int], dtype: torch.dtype, device: torch.device
-) -> list[Problem]:
+) -> list[Operands]:
     """Problems of one shape with different data, enough of them to leave the cache between two uses of one."""
     first = problem(shape, rows, components, dtype, device)
     weight = sum(x.numel() * x.element_size() for x in vars(first).values())
@@ -113,7 +113,7 @@ def input_sets(
 
 
 def calls_of(
-    make: Callable[[Problem], Callable], sets: list[Problem], mode: str, first: str = "z"
+    make: Callable[[Operands], Callable], sets: list[Operands], mode: str, first: str = "z"
 ) -> list[Call]:
     """One call per input set: the forward pass, or forward and the gradient of weight."""
     calls = []
@@ -136,14 +136,14 @@ def calls_of(
     return calls
 
 
-def packed(p: Problem) -> ops.PackedUnits:
+def packed(p: Operands) -> ops.PackedUnits:
     return ops.pack_units(p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets, backend="triton")
 
 
-def ours(route: str | None = None) -> Callable[[Problem], Callable]:
+def ours(route: str | None = None) -> Callable[[Operands], Callable]:
     """This library's kernels, with the planned route or one of our choosing (forward only)."""
 
-    def make(p: Problem) -> Callable:
+    def make(p: Operands) -> Callable:
         pack = packed(p)
         if route is None:
             return lambda z, weight: ops.spectral_reweight_packed(z, p.scale, p.mean, weight, pack)
@@ -155,7 +155,7 @@ def ours(route: str | None = None) -> Callable[[Problem], Callable]:
     return make
 
 
-def compiled(make: Callable[[Problem], Callable]) -> Callable[[Problem], Callable]:
+def compiled(make: Callable[[Operands], Callable]) -> Callable[[Operands], Callable]:
     return lambda p: torch.compile(make(p), dynamic=True)
 
 

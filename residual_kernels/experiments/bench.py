@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from residual_kernels import ops
-from residual_kernels.experiments.shapes import Problem, Shape, problem
+from residual_kernels.experiments.shapes import Operands, Shape, problem
 from residual_kernels.ops import backends
 
 MODES = ("forward", "step")  # step: forward and backward for weight, what a fit does
@@ -32,7 +32,7 @@ class Speed:
     share: float
 
 
-def _calls(p: Problem, backend: str) -> dict[str, Callable[[], object]]:
+def _calls(p: Operands, backend: str) -> dict[str, Callable[[], object]]:
     pack = ops.pack_units(p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets, backend=backend)
     weight = p.weight.clone().requires_grad_()
 

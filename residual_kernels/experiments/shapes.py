@@ -47,7 +47,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Problem:
+class Operands:
     """Inputs of the operators for one shape, in the order `spectral_reweight` takes them."""
 
     z: Tensor  # [N, R, C]
@@ -70,7 +70,7 @@ def problem(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> Problem:
+) -> Operands:
     """Inputs of realistic sizes: z and coefficients of about unit variance, basis rows of about unit length."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -80,7 +80,7 @@ def problem(
     total, width, dim = sum(components), shape.coordinates, shape.dim
     wide = torch.promote_types(dtype, torch.float32)
     offsets = torch.tensor([0, *components]).cumsum(0)
-    return Problem(
+    return Operands(
         z=normal(rows, shape.units, width).to(device, dtype),
         scale=(1 + 0.1 * normal(rows)).to(device, wide),
         mean=(0.1 * normal(rows)).to(device, wide),

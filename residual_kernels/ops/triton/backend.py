@@ -19,7 +19,6 @@ from residual_kernels.ops.triton.tiles import INTERPRETED
 
 FORWARD = (forward.ROUTE, two_pass.FORWARD, fold.FORWARD, matmul.FORWARD)
 BACKWARD = (backward.ROUTE, two_pass.BACKWARD, fold.BACKWARD, matmul.BACKWARD)
-ROUTES = tuple(dict.fromkeys(route.name for route in (*FORWARD, *BACKWARD)))
 
 
 def pack(
