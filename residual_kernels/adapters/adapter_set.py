@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from residual_kernels import distributed
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.adapters.unit_sum import at_least_float32, reweighted_sum, tower_itself
 from residual_kernels.towers import Terms
@@ -99,8 +100,9 @@ class AdapterSet(TowerAdapter):
     `names` is one name, a sequence with a name (or None) for every row, or an int64 tensor [N] of positions in
     :attr:`names`, -1 for None (see :meth:`index`): the form for a compiled graph, which needs all adapters to share.
 
-    `trainable` is the active adapter's weight, so :func:`fit` trains that one. state_dict holds the shared constants
-    once, ``members.<name>.weight`` and ``tower.*``.
+    `trainable` is the active adapter's weight, so :func:`fit` trains that one. In a process group (DDP) adapters that
+    no row of a batch uses get gradients of zero. state_dict holds the shared constants once, ``members.<name>.weight``
+    and ``tower.*``.
     """
 
     def __init__(
@@ -267,6 +269,16 @@ class AdapterSet(TowerAdapter):
         chosen, keys = self._chosen(names, len(images))
         if chosen is None:
             return self.tower(images)
+        found = self._forward(images, chosen, keys)
+        if torch.is_grad_enabled() and distributed.world() > 1:
+            # data parallelism waits for a gradient of every parameter: those that no row used get zeros
+            y, *tokens = found if isinstance(found, tuple) else (found,)
+            for member in self.members.values():
+                y = y + member.weight[:0].sum().to(y.dtype)
+            return (y, *tokens) if tokens else y
+        return found
+
+    def _forward(self, images: Tensor, chosen: "_Member | Tensor", keys: tuple[str, ...] | None):
         if keys is None and self.shared[chosen.key].leaves_the_tower(chosen.weight):
             shared = self.shared[chosen.key]
             return tower_itself(
@@ -281,6 +293,10 @@ class AdapterSet(TowerAdapter):
         batch = self._view.terms(images, self._kinds(touched), edit)
         y = self._read(batch, chosen, keys)
         return y if batch.tokens is None else (y, batch.tokens)
+
+    @property
+    def changes_tokens(self) -> bool:
+        return self._active is not None and self._shared_by(self._active).stream
 
     def from_units(self, terms: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
         """y [N, D] from terms collected before, by the active adapter or by `names`."""

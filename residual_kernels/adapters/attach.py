@@ -9,25 +9,28 @@ from residual_kernels.adapters.tower_adapter import AroundTower, TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers.hugging_face import stand_in as standing_in
 from residual_kernels.towers.hugging_face.tower import image_tower
+from residual_kernels.towers.wrappers import inner
 
 
 class Attachment:
     """An adapter standing where the model's image tower stood. A context manager; ends with :meth:`detach`."""
 
-    def __init__(self, model: nn.Module, adapter: TowerAdapter, places: dict[str, nn.Module]):
+    def __init__(
+        self, model: nn.Module, adapter: TowerAdapter, owner: nn.Module, places: dict[str, nn.Module]
+    ):
         self.model, self.residual = model, adapter
-        self._places = places
-        self._originals = {name: getattr(model, name) for name in places}
+        self._owner, self._places = owner, places
+        self._originals = {name: getattr(owner, name) for name in places}
         self._attached = True
         adapter.freeze()  # it may have been detached before
         for name, module in places.items():
-            setattr(model, name, module)
+            setattr(owner, name, module)
 
     def detach(self) -> nn.Module:
         """Puts back the same objects, their flags restored, and returns the tower. Again does nothing."""
         if self._attached:
             swapped = [
-                name for name, module in self._places.items() if getattr(self.model, name) is not module
+                name for name, module in self._places.items() if getattr(self._owner, name) is not module
             ]
             if swapped:
                 raise RuntimeError(
@@ -38,7 +41,7 @@ class Attachment:
             for name, module in self._places.items():
                 if isinstance(module, standing_in.StandIn):
                     module.release()
-                setattr(self.model, name, self._originals[name])
+                setattr(self._owner, name, self._originals[name])
             self._attached = False
         return self.residual.tower
 
@@ -60,7 +63,8 @@ def attach(
     """Puts an adapter where a model's image tower stands, for a while or for good.
 
     In an open_clip model that is `model.visual`. In a transformers CLIP or image classifier it is the vision model (and
-    CLIP's projection, which is part of the tower): get_image_features, image_embeds and logits then come from y.
+    CLIP's projection, which is part of the tower): get_image_features, image_embeds and logits then come from y. Where
+    the model is wrapped (PeftModel, torch.compile, data parallel), the tower is swapped inside the wrapper.
 
     Args:
         model: a CLIP-like model with the image tower at `.visual`, or a transformers model around a vision model.
@@ -73,31 +77,49 @@ def attach(
     Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of another tower;
     the model is then unchanged.
     """
-    tower = _tower_of(model)
+    whole = inner(model)
+    owner, name, tower = _place_of(whole)
     if (bases is None) == (adapter is None):
         raise ValueError("give either bases (for a new ResiDual) or adapter (a module made before)")
     if adapter is not None and (rest != "zero" or options):
         raise ValueError("rest and options are for a new ResiDual; this adapter was made with its own")
     if adapter is None:
         adapter = ResiDual(tower, bases, rest, **options)
-    elif adapter.tower is not tower:
+    elif adapter.tower is not inner(tower):
         raise ValueError("this adapter wraps another tower than this model's")
-    if getattr(model, "visual", None) is tower:
-        return Attachment(model, adapter, {"visual": adapter})
-    return Attachment(model, adapter, standing_in.places(model, adapter))
+    if name is not None:
+        return Attachment(model, adapter, owner, {name: adapter})
+    return Attachment(model, adapter, owner, standing_in.places(whole, adapter))
 
 
-def _tower_of(model: nn.Module) -> nn.Module:
-    """The image tower of a model that has a place for one."""
+def _place_of(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module]:
+    """(the module that holds the tower, the attribute there, the tower); no attribute in a transformers model."""
     visual, kind = getattr(model, "visual", None), type(model).__name__
-    if isinstance(visual, AroundTower):
-        raise ValueError(f"a {type(visual).__name__} is attached to this model already; detach it first")
     if isinstance(visual, nn.Module):
-        return visual
+        if isinstance(inner(visual), AroundTower):
+            raise ValueError(
+                f"a {type(inner(visual)).__name__} is attached to this model already; detach it first"
+            )
+        return *_owner_of(visual, model), visual
     if not standing_in.has_place(model):
         raise ValueError(
             f"{kind} has no image tower at .visual and is no transformers model around one; wrap its tower with "
             "ResiDual instead"
         )
     standing_in.check_place(model)
-    return image_tower(model)
+    return model, None, image_tower(model)
+
+
+def _owner_of(tower: nn.Module, model: nn.Module) -> tuple[nn.Module, str]:
+    """The module in which `tower` is registered, and its name there: `model.visual` may only be passed on."""
+    if model._modules.get("visual") is tower:
+        return model, "visual"
+    found = [
+        (part, name) for part in model.modules() for name, child in part._modules.items() if child is tower
+    ]
+    if len(found) != 1:
+        raise ValueError(
+            f"the tower at {type(model).__name__}.visual is registered in {len(found)} places of this model, so there "
+            "is no one place to swap it; attach to the module that holds it"
+        )
+    return found[0]

@@ -102,11 +102,12 @@ def save_adapter(
         raise ValueError(
             "this adapter is merged into its tower; unmerge it first, and merge it again when it is kept"
         )
-    checksum = towers.checksum(adapter.tower)
+    checksum = adapter.tower_checksum()
     if adapter.bases is not None and adapter.bases.checksum != checksum:
         raise ValueError(
-            "the tower has been trained since its bases were fitted, and an adapter does not hold the tower; "
-            "keep the whole module's state_dict instead"
+            "the tower has been trained since its bases were fitted (or a weight average moved it beyond rounding), "
+            "and an adapter does not hold the tower; keep the whole module's state_dict instead, or average "
+            "adapter.trainable() alone"
         )
     path = Path(path)
     if path.exists() and not path.is_dir():

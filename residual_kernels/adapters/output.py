@@ -21,6 +21,7 @@ class OutputSpectral(TowerAdapter):
     `weight` [D]. Arguments as in :class:`ResiDual`.
     """
 
+    folds_tower = False
     default_lr = 1e-3
 
     def __init__(
@@ -71,6 +72,7 @@ class OutputIdentity(TowerAdapter):
     """
 
     weights_on = "nothing"
+    folds_tower = False
 
     def __init__(self, tower: nn.Module):
         check_arguments(tower, None)
@@ -97,6 +99,7 @@ class OutputIdentity(TowerAdapter):
 class OutputLinear(TowerAdapter):
     """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed` (a baseline)."""
 
+    folds_tower = False
     default_lr = 1e-3
 
     def __init__(self, tower: nn.Module, *, seed: int = 0):

@@ -56,6 +56,7 @@ class ResiDual(UnitAdapter):
         train_tower: leave the tower's requires_grad flags as they are, to train it end to end; parameters folded into
             the constants (out_proj, ls_1, ln_post, proj) must not train.
         backend: who computes the operator; see :mod:`residual_kernels.ops.backends`.
+        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose` does.
 
     `weight` [J], at least float32, is the only trainable tensor; its order is the layout's (heads layer-major, then
     MLPs), components by falling variance. `state_dict` holds `weight`, the constants and `tower.*`;
@@ -79,6 +80,7 @@ class ResiDual(UnitAdapter):
         layers: Iterable[int] | None = None,
         train_tower: bool = False,
         backend: str = "auto",
+        check: bool = True,
     ):
         check_placement(placement, tokens)
         if placement == "stream":
@@ -102,12 +104,13 @@ class ResiDual(UnitAdapter):
                 layers=layers,
                 train_tower=train_tower,
                 backend=backend,
+                check=check,
             )
             return
         if layers is not None:
             raise ValueError('layers belongs to placement="stream"; choose kinds of units with bases.of(...)')
         check_arguments(tower, bases, rest, backend)
-        super().__init__(tower)
+        super().__init__(tower, check)
         like = next(self.tower.parameters())
         units: dict[str, nn.Module] = {
             kind: SpectralConstants(self._view.maps(kind), bases.parts[kind], like, backend)

@@ -88,7 +88,7 @@ class StreamResiDual(WeightedUnits):
         tokens: "all", "class" or "patches" (without class token and registers); those that the bases were fitted over
             by default.
         layers: whose heads are adapted; all by default.
-        init, seed, train_tower, backend: as in :class:`ResiDual`.
+        init, seed, train_tower, backend, check: as in :class:`ResiDual`.
 
     Every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is honoured): `fit`
     takes loaders, not caches. `weight` [J] runs through the adapted layers' heads, layer-major.
@@ -98,6 +98,7 @@ class StreamResiDual(WeightedUnits):
     """
 
     placement = "stream"
+    changes_tokens = True
     weights_on = "components"
     default_lr = STREAM_LR
     _originals: dict[str, Tensor] | None = None  # of a tower that the weight is merged into
@@ -113,10 +114,11 @@ class StreamResiDual(WeightedUnits):
         layers: Iterable[int] | None = None,
         train_tower: bool = False,
         backend: str = "auto",
+        check: bool = True,
     ):
         check_arguments(tower, bases, backend=backend, placement="stream")
         check_placement("stream", tokens)
-        super().__init__(tower)
+        super().__init__(tower, check)
         like = next(self.tower.parameters())
         heads = StreamHeads(self._view, bases, layers, tokens, like, backend)
         self._assemble("all", bases, {"head": heads}, [sum(heads.sizes)], init, seed)
@@ -176,6 +178,7 @@ class StreamResiDual(WeightedUnits):
         changed = fold_into_tower(self._view, self.units["head"], self.weight.detach())
         names = {p: name for name, p in self.tower.named_parameters()}
         self._originals = {names[p]: value for p, value in changed}
+        self._view.guard.accept()
         return self.tower
 
     @property
@@ -191,6 +194,7 @@ class StreamResiDual(WeightedUnits):
             for name, value in self._originals.items():
                 self.tower.get_parameter(name).copy_(value)
         self._originals = None
+        self._view.guard.accept()
 
     def detach(self) -> nn.Module:
         if self.merged:
@@ -223,12 +227,22 @@ def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tup
                 f"the output projection of layer {layer} has no bias to fold the means into; export the attached "
                 "module instead (torch.export)"
             )
+        if not all(isinstance(p, nn.Parameter) for p in (out.weight, out.bias)):
+            raise ValueError(
+                f"the output projection of layer {layer} is parametrised, so its weight cannot be written; export the "
+                "attached module instead (torch.export)"
+            )
         gain, fold = out.gain(), Fold(len(out.weight), out.weight.device)
         fold.add_spectral(held, run - 1)
         changes.append((out.weight, out.weight.double() * gain[:, None] + fold.rows[0].T))
         changes.append((out.bias, out.bias.double() * gain + fold.b + fold.e))
         if out.gamma is not None:
             changes.append((out.gamma, torch.ones_like(out.gamma)))
+    if len({id(parameter) for parameter, _ in changes}) < len(changes):
+        raise ValueError(
+            "layers of this tower share (tie) their output projections, so each cannot hold a change of its own; "
+            "export the attached module instead (torch.export)"
+        )
     check_finite({f"parameter {index}": value for index, (_, value) in enumerate(changes)})
     originals = [(parameter, parameter.detach().clone()) for parameter, _ in changes]
     for parameter, value in changes:

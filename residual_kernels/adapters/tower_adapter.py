@@ -7,12 +7,14 @@ follows casts and checkpoints.
 import abc
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
+from residual_kernels.adapters.frozen import FrozenTower
 from residual_kernels.adapters.unit_sum import at_least_float32
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Terms
@@ -24,10 +26,17 @@ _frozen: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, bool], weakref.We
 )
 
 
+# Other ways to ask a tower for features: those that end in an embedding, which would be the plain tower's, and those
+# that give tokens, which are the plain tower's unless the adapter works inside.
+_EMBEDS = ("forward_head",)
+_TOKENS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
+
+
 class AroundTower(nn.Module):
     """A module around an image tower at `tower`: attributes it lacks come from there."""
 
     wraps_tower = True  # what towers.unwrap looks for
+    changes_tokens = False  # whether tokens inside the tower are others than the plain tower's
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -36,7 +45,32 @@ class AroundTower(nn.Module):
             tower = self.__dict__.get("_modules", {}).get("tower")
             if tower is None or name.startswith("__"):
                 raise
-            return getattr(tower, name)
+            found = getattr(tower, name)
+        return partial(_features, self, name) if name in _EMBEDS + _TOKENS else found
+
+    @property
+    def checks_tower(self) -> bool:
+        """Whether images that run through the tower are compared with its own forward."""
+        view = self.__dict__.get("_view")
+        return view is None or view.check
+
+
+def _features(adapter: AroundTower, name: str, *args: Any, **kwargs: Any) -> Any:
+    """What the tower's method `name` gives, where that is true of the adapter too.
+
+    "image_features", which open_clip's forward_intermediates gives beside the tokens, are the adapter's embedding.
+    """
+    if name in _EMBEDS or adapter.changes_tokens:
+        what = "its embedding" if name in _EMBEDS else "the tokens inside it"
+        raise ValueError(
+            f"{name} is the plain tower's, and {what} is changed by this {type(adapter).__name__}; call the adapter "
+            "for its embedding, detach it, or ask adapter.tower for what the tower itself gives"
+        )
+    found = getattr(adapter.tower, name)(*args, **kwargs)
+    if isinstance(found, dict) and "image_features" in found:
+        y = adapter(args[0] if args else next(iter(kwargs.values())))
+        found["image_features"] = y[0] if isinstance(y, tuple) else y
+    return found
 
 
 class TowerAdapter(AroundTower, abc.ABC):
@@ -47,6 +81,7 @@ class TowerAdapter(AroundTower, abc.ABC):
     :meth:`detach` gives the tower back with its flags restored.
     """
 
+    folds_tower = True  # whether weights of the tower are in the constants
     default_lr = 0.8  # of the paper, for weights on components and heads
     placement = (
         "output"  # "stream": what the tower computes depends on the weights, so that nothing can be cached
@@ -61,9 +96,10 @@ class TowerAdapter(AroundTower, abc.ABC):
         None  # the tower's requires_grad flags before it was frozen; None: left trainable
     )
 
-    def __init__(self, tower: nn.Module):
+    def __init__(self, tower: nn.Module, check: bool = True):
         super().__init__()
         self._view = towers.view(tower)
+        self._view.check = check  # whether the first image is compared with the tower's own forward
         self.tower = self._view.module  # of a whole transformers model, its image side
 
     def freeze(self) -> None:
@@ -76,6 +112,22 @@ class TowerAdapter(AroundTower, abc.ABC):
         _frozen[self.tower] = flags, adapters
         self._flags = flags
         self.tower.requires_grad_(False)
+        self._watch_tower()
+
+    def _watch_tower(self) -> None:
+        """From now on the tower's weights are to stay what the constants were made of."""
+        if self._view.guard is None:
+            self._view.guard = FrozenTower(self._view, self.folds_tower)
+
+    def tower_checksum(self) -> str:
+        """The checksum of the tower that this adapter is for.
+
+        A weight average (EMA) of the whole module rounds frozen weights too: to that rounding they are the same tower.
+        """
+        checksum = towers.checksum(self.tower)
+        if self.bases is None or checksum == self.bases.checksum or not self._view.guard.rounded():
+            return checksum
+        return self.bases.checksum
 
     def _leave_trainable(self) -> None:
         """Instead of freezing: the tower trains along, but for what is folded into the constants."""
@@ -90,6 +142,7 @@ class TowerAdapter(AroundTower, abc.ABC):
                 "train_tower=True, but nothing in this tower would train; set requires_grad_(True) where it should, "
                 "and detach other adapters on it first"
             )
+        self._watch_tower()
 
     def _folded_and_trainable(self) -> list[str]:
         return [name for name, p in self._view.constant_parameters().items() if p.requires_grad]
@@ -136,6 +189,10 @@ class TowerAdapter(AroundTower, abc.ABC):
                 state_dict[f"{prefix}tower.{name}"] = state_dict.pop(prefix + name)
             state_dict.update({prefix + name: value for name, value in own.items()})
             self._check_constants(state_dict, prefix)
+        elif self._view.guard is not None and any(
+            prefix + name in state_dict for name in own if name != "weight"
+        ):
+            self._view.guard.forget()  # tower and constants come together
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:

@@ -86,7 +86,7 @@ def analyze(
     if unknown:
         raise ValueError(f"tables must be of {', '.join(TABLES)}; got {', '.join(unknown)}")
     labelled = wanted if head is not None else wanted - {"accuracy", "selection", "components"}
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     towers.check_kinds((kind,), view.layout)
     seconds: dict[str, float] = {}
 

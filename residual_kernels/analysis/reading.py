@@ -113,7 +113,7 @@ def coordinates(
     rows: Tensor | None = None,
 ) -> Iterator[Coordinates]:
     """The units of a cache in their own coordinates, in groups of bounded memory; `rows` picks some of the images."""
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     chosen = units_of(view, kind, units)
     source = unit_source(cache, view.module, (kind,))
     rows = torch.arange(len(cache)) if rows is None else rows

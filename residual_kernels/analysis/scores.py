@@ -54,7 +54,7 @@ def cross_moments(
 
     Sums run about the first batch's means; batches are multiplied in the outputs' dtype and added in float64.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     chosen = units_of(view, kind, units)
     width = width_of(view, kind)
     first = view.layout.span(kind).start
@@ -260,7 +260,7 @@ def own_accuracy(
 
     A constant unit always names one class and scores that class's share.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     chosen = units_of(view, kind, units)
     classes = len(head.class_names)
     first = view.layout.span(kind).start
@@ -294,7 +294,7 @@ def component_correlations(
 
     Streamed, no labels needed; 0 for a component without variance.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     output_bases(view, bases, (kind,))
     found = [component_pearson(moments, bases) for moments in cross_moments(tower, data, kind)]
     return torch.cat(found).cpu()
@@ -328,7 +328,7 @@ def variance_between_classes(
 
     A class counts in proportion to its images. Needs labels; streamed.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     read = ComponentReader(view, bases, kind)
     sums = counts = None
     for batch in unit_source(data, view.module, (kind,), labelled=True, classes=classes).batches():

@@ -93,7 +93,7 @@ def ablate(
 
     One image's result never depends on the others.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     chosen = [view.layout[view.layout.index(unit)] for unit in keep]
     if len({unit.index for unit in chosen}) < len(chosen):
         raise ValueError("a unit is named twice among those to keep")
@@ -211,7 +211,7 @@ def selection_curves(
         fractions: of the total, in (0, 1], rising; at least one is kept.
         seeds: of the random orders that serve as control.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower)
     towers.check_kinds((kind,), view.layout)
     _check_rest(view, rest, bases, (kind,))
     if of not in ("units", "components"):

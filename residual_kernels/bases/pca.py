@@ -23,6 +23,7 @@ def fit_bases(
     placement: str = "output",
     tokens: str | None = None,
     progress: Callable[[int], None] | None = None,
+    check: bool = True,
 ) -> SpectralBases:
     """Fits the mean and principal components of every unit in one streaming pass; memory does not grow with the data.
 
@@ -36,6 +37,7 @@ def fit_bases(
             in model width, over tokens (a row is an image's token), from a loader alone.
         tokens: of the stream: "all" (the default), "class" or "patches" (without class token and registers).
         progress: called with the number of images after every batch.
+        check: compare the first image with the model's own forward, as :func:`residual_kernels.decompose` does.
 
     Returns:
         :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank; C in the stream), in
@@ -51,11 +53,11 @@ def fit_bases(
     share; all get the bases of all images. From one cache these do not depend on the number of processes (but for the
     last digits of float64).
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower, check)
     kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
     check_placement(placement, tokens)
     view.check_mode()
-    source = unit_source(loader, view.module, kinds)
+    source = unit_source(loader, tower, kinds, check=check)
     if placement == "stream":
         return _fit_in_stream(view, source, kinds, tokens or "all", progress)
     sums = {}

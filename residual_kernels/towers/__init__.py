@@ -29,7 +29,7 @@ The test is one line for every variant: with random norms, biases and LayerScale
 
 from residual_kernels.towers.base import Terms, Tower, UnitMaps, UnsupportedTowerError
 from residual_kernels.towers.checksum import checksum
-from residual_kernels.towers.families import unwrap, view
+from residual_kernels.towers.families import unwrap, view, view_inside
 from residual_kernels.towers.layout import KINDS, Unit, UnitLayout, check_kinds
 
 __all__ = [
@@ -44,4 +44,5 @@ __all__ = [
     "checksum",
     "unwrap",
     "view",
+    "view_inside",
 ]

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.towers.blocks import whole
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
 
@@ -62,7 +63,7 @@ class OutProjection:
     def gain(self) -> Tensor:
         """gamma in float64; ones where there is none."""
         if self.gamma is not None:
-            return self.gamma.double()
+            return whole(self.gamma).double()
         return torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
 
 
@@ -78,6 +79,8 @@ class Tower(Protocol):
     class_token: bool  # whether the first token is one
     prefix: int  # tokens before the patches: the class token, registers
     returns_tokens: bool  # whether the call also returns tokens
+    check: bool  # whether the first image is compared with the model's own forward
+    guard: Callable[[], None] | None  # asked before each run
 
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps: ...
 

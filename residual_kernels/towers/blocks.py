@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 _STEP = "_residual_kernels_step"
@@ -33,3 +33,9 @@ def run_block(block: nn.Module, step: Callable, *args: Any, recompute: bool = Fa
         return getattr(block, _STEP)(*args)
     finally:
         delattr(block, _STEP)
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of a parameter, gathered from the processes where FSDP2 has sharded it (which all of them must then ask)."""
+    gather = getattr(value, "full_tensor", None)
+    return value if gather is None else gather()

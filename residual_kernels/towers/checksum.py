@@ -6,12 +6,15 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.towers.wrappers import inner
+
 
 def checksum(tower: nn.Module) -> str:
     """SHA-256 of a tower's weights: names, shapes and values rounded to bfloat16.
 
     A cast to bfloat16 or float64 keeps it; float16 rounds differently, so fit and use in float16 alike, or in neither.
     """
+    tower = inner(tower)  # a wrapper may give every name a prefix
     state = sorted(tower.state_dict().items())
     stamp = _stamp(state)
     known = _checksums.get(tower)

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from residual_kernels.towers.base import Edit, OutProjection, Tower, UnitMaps
+from residual_kernels.towers.blocks import whole
 
 __all__ = ["TOKENS", "Edit", "OutProjection", "check_layers", "stream_maps", "token_run"]
 
@@ -21,8 +22,8 @@ def stream_maps(view: Tower, layer: int) -> UnitMaps:
     """A [H, C, width] and b [H, width] of one layer's heads in float64: h = z A + b at every token."""
     out, heads = view.out_projection(layer), view.layout.heads
     gain = out.gain()
-    A = out.weight.double().unflatten(1, (heads, -1)).permute(1, 2, 0) * gain
-    b = torch.zeros_like(gain) if out.bias is None else gain * out.bias.double() / heads
+    A = whole(out.weight).double().unflatten(1, (heads, -1)).permute(1, 2, 0) * gain
+    b = torch.zeros_like(gain) if out.bias is None else gain * whole(out.bias).double() / heads
     if out.norm is not None:
         A = torch.cat([A, b.expand(heads, 1, -1)], dim=1)
         A = A - A.mean(2, keepdim=True) if out.norm.kind == "layer" else A

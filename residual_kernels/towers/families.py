@@ -5,11 +5,29 @@ from torch import nn
 from residual_kernels.towers import open_clip, timm
 from residual_kernels.towers.base import Tower, UnsupportedTowerError
 from residual_kernels.towers.hugging_face import tower as hugging_face
+from residual_kernels.towers.wrappers import inner
 
 
 def unwrap(tower: nn.Module) -> nn.Module:
-    """The tower inside an adapter of this library, or the module itself."""
-    return tower.tower if getattr(tower, "wraps_tower", False) is True else tower
+    """The tower inside an adapter of this library, or inside a wrapper such as torch.compile; or the module itself."""
+    tower = inner(tower)
+    return inner(tower.get_submodule("tower")) if _is_adapter(tower) else tower
+
+
+def _is_adapter(tower: nn.Module) -> bool:
+    return getattr(tower, "wraps_tower", False) is True
+
+
+def view_inside(tower: nn.Module, check: bool = True) -> Tower:
+    """The view of a tower, or of the one inside an adapter or a wrapper.
+
+    With `check` the first image that it runs is compared with the model's own forward, unless the adapter was made with
+    check=False.
+    """
+    outer = inner(tower)
+    found = view(unwrap(outer))
+    found.check = check and (not _is_adapter(outer) or outer.checks_tower)
+    return found
 
 
 def view(tower: nn.Module) -> Tower:
@@ -18,7 +36,10 @@ def view(tower: nn.Module) -> Tower:
     Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
     what was looked for when it is of no known family.
     """
+    tower = inner(tower)
     kind = type(tower).__name__
+    if _is_adapter(tower):
+        raise ValueError(f"this tower is wrapped in a {kind} already; use its .tower, or detach it first")
     if isinstance(getattr(tower, "visual", None), nn.Module):
         raise UnsupportedTowerError(
             f"{kind} is a whole CLIP model; pass its image tower, model.visual, or use attach(model, ...)"

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.towers.blocks import whole
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -20,8 +22,8 @@ class Norm:
         """gamma and beta [width], float64 on the device of `like`."""
         weight, bias = getattr(self.module, "weight", None), getattr(self.module, "bias", None)
         blank = torch.zeros(width, dtype=torch.float64, device=like.device)
-        gamma = blank + 1 if weight is None else weight.to(blank)
-        return gamma, blank if bias is None else bias.to(blank)
+        gamma = blank + 1 if weight is None else whole(weight).to(blank)
+        return gamma, blank if bias is None else whole(bias).to(blank)
 
     def statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """s and m of the last dimension of `x`, float32 or better."""

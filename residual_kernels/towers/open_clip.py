@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
 from residual_kernels.towers.layout import UnitLayout
+from residual_kernels.towers.linear import not_numbers, objection
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import (
@@ -19,6 +20,7 @@ from residual_kernels.towers.transformer import (
     BlockEdit,
     TransformerTower,
 )
+from residual_kernels.towers.wrappers import around
 
 LOOKED_FOR = "conv1 and transformer.resblocks (open_clip's own VisionTransformer)"
 SUPPORTED = (
@@ -64,6 +66,8 @@ def _check_structure(tower: nn.Module) -> None:
         raise _refuse(f"it pools by attention and then by {tower.pool_type!r} over the pooler's queries")
     if tower.pool_type not in ("tok", "avg"):
         raise _refuse(f"pool_type is {tower.pool_type!r}: there is no pooled embedding to decompose")
+    if tower.proj is not None and (why := not_numbers(tower.proj)) is not None:
+        raise _refuse(f"proj {why}")
     if not isinstance(tower.ln_post, nn.LayerNorm):
         raise _refuse(f"the final norm ln_post is {type(tower.ln_post).__name__}, not LayerNorm")
     for index, block in enumerate(tower.transformer.resblocks):
@@ -71,6 +75,8 @@ def _check_structure(tower: nn.Module) -> None:
 
 
 def _check_block(index: int, block: nn.Module) -> None:
+    if (wrapped := around(block) or around(getattr(block, "attn", block))) is not None:
+        raise _refuse(f"block {index} is wrapped by {wrapped}")
     extra = {name for name, _ in block.named_children()} - _BLOCK_PARTS
     lacking = {"ln_1", "attn", "ln_2", "mlp"} - {name for name, _ in block.named_children()}
     if extra or lacking:
@@ -85,10 +91,10 @@ def _check_block(index: int, block: nn.Module) -> None:
     out = attn.out_proj
     if getattr(attn, "in_proj_weight", None) is None:
         raise _refuse(f"attention of block {index} has no in_proj_weight")
-    if not isinstance(out, nn.Linear) or not out.weight.is_floating_point():
-        raise _refuse(
-            f"out_proj of block {index} is {type(out).__name__} of {out.weight.dtype}, not a floating-point nn.Linear"
-        )
+    if (why := objection(out)) is not None:
+        raise _refuse(f"out_proj of block {index} {why}")
+    if (why := not_numbers(attn.in_proj_weight)) is not None:
+        raise _refuse(f"in_proj_weight of block {index} {why}")
     if getattr(attn, "bias_k", None) is not None or getattr(attn, "add_zero_attn", False):
         raise _refuse(f"attention of block {index} adds keys of its own (bias_k or add_zero_attn)")
     if getattr(attn, "logit_scale", None) is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers.base import Tower
+from residual_kernels.towers.blocks import whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.norm import Norm
 
@@ -106,7 +107,7 @@ def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dic
     mlp = view.pool_mlp(total.to(x.dtype)).to(wide) if view.layout.pool else torch.zeros_like(total)
     outer_scale, outer_mean = view.outer_norm.statistics(total + mlp)
     outer_gamma, outer_beta = (t.to(wide) for t in view.outer_norm.constants(total.shape[1], x))
-    P, p = (None if t is None else t.to(wide) for t in view.projection())
+    P, p = (None if t is None else whole(t).to(wide) for t in view.projection())
 
     def out(v: Tensor) -> Tensor:
         """What the norm behind the pooler and the projection make of a part of the pooled vector."""

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
 from residual_kernels.towers.layout import UnitLayout
+from residual_kernels.towers.linear import objection
 from residual_kernels.towers.norm import Norm, norm_of
 from residual_kernels.towers.pooling import AttentionPooler
 from residual_kernels.towers.transformer import (
@@ -24,6 +25,7 @@ from residual_kernels.towers.transformer import (
     BlockEdit,
     TransformerTower,
 )
+from residual_kernels.towers.wrappers import around
 
 LOOKED_FOR = (
     "forward_features and forward_head, or a trunk that has them (timm's towers, open_clip's TimmModel)"
@@ -95,6 +97,8 @@ def _check_trunk(trunk: nn.Module) -> None:
 
 
 def _check_block(index: int, block: nn.Module) -> None:
+    if (wrapped := around(block) or around(getattr(block, "attn", block))) is not None:
+        raise _refuse(f"block {index} is wrapped by {wrapped}")
     parts = _parts(block)
     if lacking := {"norm1", "attn", "norm2", "mlp"} - {name for name, _ in block.named_children()}:
         raise _refuse(
@@ -110,11 +114,10 @@ def _check_block(index: int, block: nn.Module) -> None:
         )
     if getattr(attn, "qkv", None) is None and getattr(attn, "q_proj", None) is None:
         raise _refuse(f"attention of block {index} has neither qkv nor q_proj")
-    if not isinstance(attn.proj, nn.Linear) or not attn.proj.weight.is_floating_point():
-        raise _refuse(
-            f"proj of attention in block {index} is {type(attn.proj).__name__} of {attn.proj.weight.dtype}, not a "
-            "floating-point nn.Linear"
-        )
+    if (why := objection(attn.proj)) is not None:
+        raise _refuse(f"proj of attention in block {index} {why}")
+    if _reads_qkv(attn) and (why := objection(attn.qkv)) is not None:
+        raise _refuse(f"qkv of attention in block {index} {why}")
     if _is_post_norm(block) and norm_of(block.norm1) is None:
         raise _refuse(f"the norm behind attention of block {index} is {type(block.norm1).__name__}")
 
@@ -132,6 +135,9 @@ def _check_pooling(trunk: nn.Module) -> None:
             raise _refuse(
                 f"its attention pooling ({type(pooler).__name__}) has or lacks {', '.join(sorted(unknown))}"
             )
+        read = [pooler.kv, *([] if isinstance(pooler.proj, nn.Identity) else [pooler.proj])]
+        if whys := [why for why in map(objection, read) if why is not None]:
+            raise _refuse(f"a layer of its attention pooling {whys[0]}")
         if pooler.latent_len != 1 or pooler.pool not in ("token", "avg"):
             raise _refuse(f"its attention pooling has {pooler.latent_len} latents, pooled by {pooler.pool!r}")
     elif pool not in ("token", "avg"):
@@ -148,8 +154,8 @@ def _check_pooling(trunk: nn.Module) -> None:
 
 
 def _check_head(tower: nn.Module, trunk: nn.Module) -> None:
-    if not isinstance(trunk.head, nn.Linear | nn.Identity):
-        raise _refuse(f"its head is {type(trunk.head).__name__}, not linear")
+    if not isinstance(trunk.head, nn.Identity) and (why := objection(trunk.head)) is not None:
+        raise _refuse(f"its head {why}")
     if hasattr(trunk, "head_dist") and not (
         isinstance(trunk.head, nn.Identity) and isinstance(trunk.head_dist, nn.Identity)
     ):
@@ -158,9 +164,11 @@ def _check_head(tower: nn.Module, trunk: nn.Module) -> None:
         )
     if tower is not trunk:
         outer = {name: part for name, part in tower.head.named_children() if not isinstance(part, nn.Dropout)}
-        if set(outer) - {"proj"} or not all(isinstance(part, nn.Linear) for part in outer.values()):
+        if set(outer) - {"proj"}:
             found = ", ".join(f"{name} ({type(part).__name__})" for name, part in outer.items())
             raise _refuse(f"its head is not linear: {found}")
+        if outer and (why := objection(outer["proj"])) is not None:
+            raise _refuse(f"proj of its head {why}")
 
 
 def _rotate(attn: nn.Module, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
@@ -174,16 +182,23 @@ def _rotate(attn: nn.Module, x: Tensor, rope: Tensor | None, like: Tensor) -> Te
     return torch.cat([x[:, :, :prefix], turned], dim=2).type_as(like)
 
 
+def _reads_qkv(attn: nn.Module) -> bool:
+    """Whether the attention reads the weight of `qkv` instead of calling it: EVA and BEiT, whose biases are apart."""
+    return getattr(attn, "q_bias", None) is not None and not getattr(attn, "qkv_bias_separate", False)
+
+
 def _queries_keys_values(attn: nn.Module, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [N, tokens, ...] before they are split into heads; with `first_only` q of the first token alone."""
     first = x[:, :1] if first_only else x
     if getattr(attn, "qkv", None) is None:
         return attn.q_proj(first), attn.k_proj(x), attn.v_proj(x)
     bias = getattr(attn.qkv, "bias", None)
-    if getattr(attn, "q_bias", None) is not None:  # EVA and BEiT keep the biases apart; keys have none
+    apart = getattr(attn, "q_bias", None) is not None
+    if apart:  # EVA and BEiT keep the biases apart; keys have none
         bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-    elif not first_only or type(attn.qkv) is not nn.Linear:
-        q, k, v = attn.qkv(x).chunk(3, dim=-1)
+    if not _reads_qkv(attn) and not (first_only and type(attn.qkv) is nn.Linear):
+        called = attn.qkv(x) + bias if apart else attn.qkv(x)
+        q, k, v = called.chunk(3, dim=-1)
         return (q[:, :1] if first_only else q), k, v
     weight = attn.qkv.weight
     if not first_only:

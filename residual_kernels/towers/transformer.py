@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.towers import agreement
 from residual_kernels.towers.base import Edit, OutProjection, Terms, UnitMaps
-from residual_kernels.towers.blocks import run_block
+from residual_kernels.towers.blocks import run_block, whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.layout import UnitLayout, check_kinds
 from residual_kernels.towers.norm import Norm
@@ -61,6 +62,16 @@ class TransformerTower(abc.ABC):
     pooling: str = FIRST
     span: slice = slice(1, None)
     returns_tokens: bool = False
+    check: bool = True  # whether one image is compared with the model's own forward
+    guard: Callable[[], None] | None = (
+        None  # asked before each run, in plain calls: an adapter's view of its weights
+    )
+    _watch: agreement.Watch | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in vars(self).items() if name != "_watch"
+        }  # of these very modules
 
     # Where the parts are.
 
@@ -153,7 +164,17 @@ class TransformerTower(abc.ABC):
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The tower's own output [N, D] from the stream after the last block, and its tokens where it returns them."""
 
+    def own(self, images: Tensor) -> Tensor:
+        """The model's own embedding [N, D], by its own forward."""
+        output = self.module(images)
+        return output[0] if isinstance(output, tuple) else output
+
     # What is made of them.
+
+    @property
+    def sums_units(self) -> bool:
+        """Whether heads are summed in the stream; with attention pooling z is x_u itself."""
+        return self.pooling != ATTENTION
 
     @torch.no_grad()
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps:
@@ -166,7 +187,7 @@ class TransformerTower(abc.ABC):
             eye = torch.eye(self.dim, dtype=torch.float64, device=like.device)
             A, none = eye.expand(len(units), -1, -1), torch.zeros_like(eye[0])
             return UnitMaps(A=A, b=none.expand(len(units), -1), g=none, e=none, share=1)
-        P, p = self.projection()
+        P, p = (None if t is None else whole(t) for t in self.projection())
         P = torch.eye(self.width, dtype=torch.float64, device=like.device) if P is None else P.double()
         gamma, beta = self.norm.constants(self.width, like)
         folded = gamma[:, None] * P  # [width, D]
@@ -224,7 +245,8 @@ class TransformerTower(abc.ABC):
 
         `edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last block
         computes all tokens even where the output depends on one. Gradients flow to images and parameters as in the
-        tower itself; gradient checkpointing is honoured.
+        tower itself; gradient checkpointing is honoured. With `check` the first image is compared with the model's own
+        forward (:mod:`residual_kernels.towers.agreement`), and again after the tower's modules or hooks have changed.
         """
         kinds = check_kinds(kinds, self.layout) if kinds else ()
         self.check_images(images)
@@ -233,15 +255,23 @@ class TransformerTower(abc.ABC):
                 f"this tower is in training mode and has {', '.join(found)}, with which its output is no sum of units; "
                 "call .eval() on it"
             )
+        if self.guard is not None and agreement.eager(images):
+            self.guard()
+        if self.check and not torch.compiler.is_compiling():
+            if self._watch is None or not self._watch.unchanged():
+                self._watch = agreement.agreed(self, images)
         if not self._keeps_tokens or _exporting():  # a graph for any batch size takes the batch whole
-            return self._terms(images, kinds, edit, every_token)
+            return self.run(images, kinds, edit, every_token)
         units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}
         held = sum(units.get(kind, 0) for kind in kinds)
         per_image = self.token_count(images) * self.width * (held + 1) * images.element_size()
         groups = images.split(max(1, TOKEN_BYTES // per_image))
-        return _joined([self._terms(part, kinds, edit, every_token) for part in groups])
+        return _joined([self.run(part, kinds, edit, every_token) for part in groups])
 
-    def _terms(self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None, every_token: bool) -> Terms:
+    def run(
+        self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None = None, every_token: bool = False
+    ) -> Terms:
+        """:meth:`terms` of images that have been checked, all at once."""
         x, context = self.embed(images)
         held = {kind: [] for kind in kinds}
         if "emb" in kinds:

@@ -55,24 +55,28 @@ class Decomposition:
         return expand(maps, self.terms.z[kind][:, index], self.terms.scale, self.terms.mean)
 
 
-def decompose(tower: nn.Module, images: Tensor, kinds: Iterable[str] | None = None) -> Decomposition:
+def decompose(
+    tower: nn.Module, images: Tensor, kinds: Iterable[str] | None = None, *, check: bool = True
+) -> Decomposition:
     """Runs an image tower and keeps what its output is the sum of.
 
     Args:
         tower: a supported image tower, or a ResiDual (its tower is decomposed).
         images: [N, 3, H, W], preprocessed, in the tower's dtype and on its device.
         kinds: which units to collect; the default is all, and only then does their sum equal the output.
+        check: compare the first image with the model's own forward, the first time and after the tower has changed.
 
     Returns:
         A :class:`Decomposition`. Sums are exact to rounding (about 1e-6 relative in float32).
 
     Raises:
-        UnsupportedTowerError: the tower has no exact units; the message says why.
+        UnsupportedTowerError: the tower has no exact units, or computes something else than its parts say (a hook, a
+            subclass, a LoRA ...); the message says why, and where.
         ValueError: images of another shape, dtype or device, or with NaN or Inf (named by index).
 
     The tower is left bitwise as it was. Gradients flow as through the tower itself.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower, check)
     kinds = view.layout.kinds if kinds is None else towers.check_kinds(kinds, view.layout)
     view.check_images(images)
     check_finite(images)

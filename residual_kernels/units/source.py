@@ -121,6 +121,7 @@ def unit_source(
     labelled: bool = False,
     classes: int | None = None,
     device: torch.device | None = None,
+    check: bool = True,
 ) -> UnitSource:
     """The units of some data: the one place that knows what data may be.
 
@@ -133,12 +134,13 @@ def unit_source(
         labelled: labels are needed.
         classes: labels must lie in [0, classes).
         device: where terms of a cache are to be; the tower's by default. Images always go to the tower.
+        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose` does.
 
     Raises:
         ValueError: a cache of another tower, or without the kinds or labels that are needed, or with labels out of
             range. A loader raises when a batch is read.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower, check)
     kinds = tuple(kinds)
     more = tuple(kind for kind in also if kind not in kinds)
     if not isinstance(data, UnitCache):
@@ -162,7 +164,7 @@ def cache_of(data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Ite
     if source.indexed:
         return data
     loader = data.split(IMAGES) if isinstance(data, Tensor) else data
-    return encode(towers.view(towers.unwrap(tower)).module, loader, kinds=kinds)
+    return encode(tower, loader, kinds=kinds)
 
 
 def cached_source(

@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
 from residual_kernels.towers.layout import UnitLayout
+from residual_kernels.towers.linear import objection
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import ATTENTION, BlockEdit, TransformerTower
+from residual_kernels.towers.wrappers import around
+from residual_kernels.towers.wrappers import inner as inside
 
 LOOKED_FOR = "vision_model or embeddings (transformers' CLIP, SigLIP, BLIP, ViT, DINOv2)"
 SUPPORTED = (
@@ -124,6 +127,8 @@ class ImageTower(nn.Module):
 
 
 _towers: "weakref.WeakKeyDictionary[nn.Module, ImageTower]" = weakref.WeakKeyDictionary()
+# The vision model that a tower's parts are of, for the check against its own forward. A copy of a tower has none.
+_sources: "weakref.WeakKeyDictionary[ImageTower, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
 
 
 def image_tower(model: nn.Module) -> ImageTower:
@@ -133,12 +138,14 @@ def image_tower(model: nn.Module) -> ImageTower:
     (CLIPVisionModelWithProjection, ViTModel, Dinov2Model), or an image classifier around one. Raises
     UnsupportedTowerError with the reason where its embedding is not the normed class token.
     """
+    model = inside(model)
     if isinstance(model, ImageTower):
         return model
     parts = _parts(model)
     held = _towers.get(model)
     if held is None or any(getattr(held, name) is not part for name, part in parts.items()):
         held = _towers[model] = ImageTower(**parts)
+    _sources[held] = weakref.ref(vision_model(model))
     return held
 
 
@@ -172,6 +179,10 @@ def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
         "layers": _first(inner, _LAYERS), "norm": _first(inner, _FINAL_NORM), "pooler": _first(inner, ("head",)),
         "projection": _first(model, _PROJECTIONS),
     }  # fmt: skip
+    if isinstance(found["projection"], nn.Identity):  # taken off
+        found["projection"] = None
+    if found["projection"] is not None and (why := objection(found["projection"])) is not None:
+        raise _refuse(f"the projection of {kind} {why}")
     lacking = [name for name in ("embeddings", "layers", "norm") if found[name] is None]
     extra = _children(inner) - {"embeddings", "encoder", "layers", "pooler", "head", *_PRE_NORM, *_FINAL_NORM}
     if lacking or extra:
@@ -214,6 +225,8 @@ def _check_embeddings(kind: str, embeddings: nn.Module) -> None:
 
 
 def _check_layer(index: int, layer: nn.Module) -> None:
+    if (wrapped := around(layer)) is not None:
+        raise _refuse(f"block {index} is wrapped by {wrapped}")
     extra = _children(layer) - _BLOCK_PARTS
     extra |= {name for name, _ in layer.named_parameters(recurse=False)}
     if extra:
@@ -230,14 +243,10 @@ def _check_layer(index: int, layer: nn.Module) -> None:
     if extra:
         raise _refuse(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
     out = _first(attn, _OUT)
-    if isinstance(out, nn.Linear) and not out.weight.is_floating_point():
-        raise _refuse(
-            f"block {index} is quantised ({out.weight.dtype}): units are made of its output projection's numbers"
-        )
-    if not isinstance(out, nn.Linear) or not (hasattr(attn, "qkv") or _first(attn, _QKV[0])):
-        raise _refuse(
-            f"attention of block {index} has no q_proj or qkv, or an output projection that is not nn.Linear"
-        )
+    if out is None or not (hasattr(attn, "qkv") or _first(attn, _QKV[0])):
+        raise _refuse(f"attention of block {index} has no output projection, or no q_proj or qkv")
+    if (why := objection(out)) is not None:
+        raise _refuse(f"the output projection of block {index} {why}")
 
 
 def recognises(tower: nn.Module) -> bool:
@@ -261,7 +270,10 @@ def _heads(attn: nn.Module) -> int:
 def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
     """What attention feeds to its output projection: [N, tokens or 1, H, C]."""
     asking, heads = x[:, :1] if first_only else x, _heads(attn)
-    if hasattr(attn, "qkv"):
+    if hasattr(attn, "qkv") and not (first_only and type(attn.qkv) is nn.Linear):
+        q, k, v = attn.qkv(x).chunk(3, dim=-1)
+        q = q[:, :1] if first_only else q
+    elif hasattr(attn, "qkv"):
         weights = attn.qkv.weight.chunk(3)
         biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
         rows = zip((asking, x, x), weights, biases, strict=True)
@@ -386,6 +398,18 @@ class HuggingFaceTower(TransformerTower):
             if _rate(getattr(layer, "drop_path", None)):
                 found.append("drop path")
         return list(dict.fromkeys(found))
+
+    def own(self, images: Tensor) -> Tensor:
+        tower = self.module
+        source = _sources.get(tower, lambda: None)()
+        if source is None or _first(source, _LAYERS) is not tower.layers:
+            return super().own(images)
+        output = source(pixel_values=images)
+        normed = (
+            tower.pre_norm is None and tower.pooler is None
+        )  # then its tokens are, and the first is the embedding
+        pooled = output.last_hidden_state[:, 0] if normed else output.pooler_output
+        return pooled if tower.projection is None else tower.projection(pooled)
 
     def token_count(self, images: Tensor) -> int:
         stem = self._stem

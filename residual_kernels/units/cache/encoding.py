@@ -57,6 +57,7 @@ def encode(
     data: str | None = None,
     shard_images: int | None = None,
     timeout: float = distributed.TIMEOUT,
+    check: bool = True,
 ) -> UnitCache:
     """Runs a tower over a data set once and keeps the units' coordinates.
 
@@ -72,6 +73,7 @@ def encode(
             `preprocess` or `transform`, and its `fingerprint()`, where the loader is a DataLoader over one with them.
         shard_images: images in a shard; by default as many batches as make about 64 MiB.
         timeout: seconds that one of several processes waits at the end for another that is at work or hangs.
+        check: compare the first image with the model's own forward, as :func:`residual_kernels.decompose` does.
 
     Returns:
         The :class:`UnitCache`; with a path, mapped from there.
@@ -98,7 +100,7 @@ def encode(
     Memory, besides the tower, its batch and the loader: two shards, one being filled and one being written, and 16
     bytes an image for labels and ids when the cache is opened at the end.
     """
-    view = towers.view(towers.unwrap(tower))
+    view = towers.view_inside(tower, check)
     view.check_mode()
     kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
     weight = next(view.module.parameters())

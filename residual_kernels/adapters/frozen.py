@@ -1,0 +1,144 @@
+"""Are the tower's weights still those that an adapter was made of? Asked before every run of the tower.
+
+Output projections, LayerScale, the final norm and the projection are folded into an adapter's constants. Were they to
+train (thawed, held by an older optimiser, loaded over, edited in place), the adapter would no longer be what it says.
+Version counters notice that for a twentieth of a microsecond a parameter; only where one has risen are values compared.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels.towers import Tower
+
+_SAMPLE = 256  # values of a parameter that are kept
+# What is called rounding: an average of equal weights (d a + (1 - d) a) is off by this much after a few steps.
+_ROUNDINGS, _AT_MOST = 32, 0.01
+_CASTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is kept of a parameter: some of its values, the sum of all, and of their sizes."""
+
+    sample: Tensor
+    total: Tensor
+    size: Tensor
+
+    @classmethod
+    def of(cls, value: Tensor) -> "_Seen":
+        flat = value.detach().reshape(-1)
+        step = max(1, len(flat) // _SAMPLE) | 1  # odd, so that it does not stay in one column
+        wide = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+        total, size = wide.sum(dtype=torch.float64), wide.abs().sum(dtype=torch.float64)
+        return cls(flat[::step].double().cpu(), total.cpu(), size.cpu())
+
+    def moved(self, value: Tensor) -> float:
+        """How far `value` is from what was seen, relative to its size."""
+        now = _Seen.of(value)
+        if now.sample.shape != self.sample.shape:
+            return float("inf")
+        casts = [self.sample.to(dtype).double() for dtype in _CASTS]
+        if any(torch.equal(now.sample, cast) and not torch.equal(cast, self.sample) for cast in casts):
+            return 0.0  # the same numbers after a cast, perhaps to and fro, of whoever holds the tower
+        tiny = torch.finfo(torch.float32).tiny
+        by_sample = (now.sample - self.sample).abs().max() / self.sample.abs().max().clamp_min(tiny)
+        by_sum = torch.stack([now.total - self.total, now.size - self.size]).abs().max()
+        moved = torch.maximum(by_sample, by_sum / self.size.clamp_min(tiny))
+        return float(moved.nan_to_num(nan=float("inf")))
+
+
+class FrozenTower:
+    """Watches the weights of a tower that an adapter stands on; called before each run of the tower.
+
+    Args:
+        view: the tower.
+        folded: whether the adapter has folded weights of the tower into its constants.
+    """
+
+    def __init__(self, view: Tower, folded: bool):
+        self._view = view
+        self._folded = tuple(view.constant_parameters()) if folded else ()
+        self._places: list[tuple[dict[str, Any], str]] | None = None
+        self.accept()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_places": None}  # of this very tower
+
+    def accept(self) -> None:
+        """Takes the tower's weights as they are now for those that the constants are of."""
+        self._seen = {name: _Seen.of(p) for name, p in self._numbers(self._view.module.named_parameters())}
+        self._versions = [_version(held[name]) for held, name in self._held()]
+        self._pending = False
+
+    def forget(self) -> None:
+        """The same at the next call: the constants and the tower are being loaded together."""
+        self._pending = True
+
+    def _numbers(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+        return [
+            (name, p)
+            for name, p in parameters
+            if not p.is_meta and not hasattr(p, "full_tensor") and p.numel()
+        ]
+
+    def _held(self) -> list[tuple[dict[str, Any], str]]:
+        """Where each folded parameter is registered: it may be replaced there."""
+        if self._places is None:
+            places = [name.rpartition(".") for name in self._folded]
+            self._places = [(self._view.module.get_submodule(at)._parameters, leaf) for at, _, leaf in places]
+        return self._places
+
+    def __call__(self) -> None:
+        """Raises ValueError where folded parameters have changed by more than rounding, or would train."""
+        thawed = torch.is_grad_enabled()
+        for (held, name), version in zip(self._held(), self._versions, strict=True):
+            p = held[name]
+            if _version(p) != version or (thawed and p.requires_grad):
+                return self._look()
+
+    def _look(self) -> None:
+        if self._pending:
+            self.accept()
+        current = {name: held[leaf] for name, (held, leaf) in zip(self._folded, self._held(), strict=True)}
+        training = [name for name, p in current.items() if p.requires_grad]
+        if training and torch.is_grad_enabled():
+            raise ValueError(
+                f"{len(training)} parameters that are folded into this adapter's constants would train "
+                f"({_some(training)}); set requires_grad_(False) on them, which freeze() does for the whole tower"
+            )
+        moved = self._moved(current)
+        if moved:
+            name, far = max(moved.items(), key=lambda item: item[1])
+            raise ValueError(
+                f"{len(moved)} parameters that are folded into this adapter's constants have changed since it was made "
+                f"({_some(list(moved))}; {name} by {far:.1e}, relative), so it no longer is what they say. Put the "
+                "tower's weights back, or detach, fit bases of this tower and make the adapter anew. A weight average "
+                "(EMA) should leave frozen parameters out: averaging adds rounding to them"
+            )
+        self._versions = [_version(p) for p in current.values()]
+
+    def _moved(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
+        """Of those that changed by more than rounding, how far."""
+        found = {}
+        for name, p in self._numbers(parameters.items()):
+            if name in self._seen:
+                far = self._seen[name].moved(p)
+                if far > min(_ROUNDINGS * torch.finfo(p.dtype).eps, _AT_MOST):
+                    found[name] = far
+        return found
+
+    def rounded(self) -> bool:
+        """Whether all of the tower's weights are still those it was frozen with, up to rounding."""
+        return not self._moved(dict(self._view.module.named_parameters()))
+
+
+def _version(p: Tensor) -> int | None:
+    return None if p.is_inference() else p._version
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")

@@ -1,0 +1,305 @@
+"""Is what is decomposed what the model computes? One image goes through the tower's own forward and through ours.
+
+A view reads a tower: it calls its norms and MLPs and writes out its attention. Whatever changes what a block's own call
+computes (a hook, a subclass, a patched method) would be passed over. So the first image that a view sees goes both
+ways, and again after any module, hook, forward or parametrisation of the tower has changed:
+
+* the output must agree, and so must the sum of the units;
+* to the rounding of the tower's dtype. A difference above a first, tight bound is looked at block by block, each from
+  the model's own stream, so that rounding that merely piles up over many layers is told from a block that computes
+  something else. The first such block is named, with what stands there.
+
+The check costs three forward passes of one image. It changes nothing in the tower, draws no random numbers, and does
+not run in code that is compiled, exported, traced, transformed or captured in a CUDA graph.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from residual_kernels.towers import suspects
+from residual_kernels.towers.base import Edit, Terms, Tower, UnsupportedTowerError
+from residual_kernels.towers.blocks import whole
+from residual_kernels.towers.edit import stream_maps
+from residual_kernels.towers.norm import Norm
+
+# Relative differences of output and sum that need no second look: this many roundings, at most one part in 50.
+ROUNDINGS, AT_MOST = 64, 0.02
+# Of one block, the mean over coordinates of |difference| / (eps (|stream| + rms of what the block adds)). Seen: below
+# 1.2 in float32, and below 0.15 in bfloat16 and float16, whose products are summed in float32.
+BLOCK, HALF_BLOCK = 6.0, 1.0
+
+
+class Runnable(Tower, Protocol):
+    """A view as far as the check runs it; :class:`~residual_kernels.towers.transformer.TransformerTower` is one."""
+
+    span: slice
+
+    @property
+    def blocks(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def stem_weight(self) -> Tensor: ...
+
+    @property
+    def sums_units(self) -> bool: ...
+
+    @property
+    def norm(self) -> Norm: ...
+
+    def projection(self) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def unsteady(self) -> list[str]: ...
+
+    def own(self, images: Tensor) -> Tensor: ...
+
+    def run(
+        self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None = None, every_token: bool = False
+    ) -> Terms: ...
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Any]: ...
+
+    def block(
+        self, index: int, x: Tensor, context: Any, first_only: bool, edit: Any
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]: ...
+
+
+class Watch:
+    """Notices that a module's parts, forwards, hooks or parametrisations are no longer those it had."""
+
+    def __init__(self, module: nn.Module):
+        self._seen = [(part, *_state(part)) for part in module.modules()]
+        self.mark = hash(tuple(_mark(entry) for entry in self._seen))
+
+    def unchanged(self) -> bool:
+        """Whether all is as it was; about a third of a microsecond a module."""
+        for part, kind, forward, own, size, hooks, before, children in self._seen:
+            held = part.__dict__
+            if (
+                part.__class__ is not kind
+                or kind.forward is not forward
+                or len(held) != size
+                or held.get("forward") is not own
+                or tuple(held["_forward_hooks"]) != hooks
+                or tuple(held["_forward_pre_hooks"]) != before
+                or tuple(held["_modules"].values()) != children
+            ):
+                return False
+        return True
+
+
+def _state(part: nn.Module) -> tuple:
+    held, kind = part.__dict__, part.__class__
+    hooks, before = tuple(held["_forward_hooks"]), tuple(held["_forward_pre_hooks"])
+    return kind, kind.forward, held.get("forward"), len(held), hooks, before, tuple(held["_modules"].values())
+
+
+def _mark(entry: tuple) -> tuple:
+    part, kind, forward, own, size, hooks, before, children = entry
+    return id(part), id(kind), id(forward), id(own), size, hooks, before, tuple(map(id, children))
+
+
+# What was found in agreement: of each tower the mark of its structure and the versions of its parameters. A LoRA that
+# was all zeros when it was checked is checked again after it has trained.
+_agreed: "WeakKeyDictionary[nn.Module, tuple[int, int]]" = WeakKeyDictionary()
+
+
+def agreed(view: Runnable, images: Tensor) -> Watch | None:
+    """Checks a view on the first of `images` unless that was done; a Watch of the tower it holds for.
+
+    None where no check can be made in this call (compiled, traced or transformed code, training mode with parts that
+    are dropped at random): then the next call asks again. Raises UnsupportedTowerError where the model computes
+    something else than the view.
+    """
+    if not eager(images) or (view.module.training and view.unsteady()):
+        return None
+    watch = Watch(view.module)
+    parameters = [p for p in view.module.parameters() if not p.is_inference()]
+    found = watch.mark, sum(p._version for p in parameters)
+    if _agreed.get(view.module) != found:
+        _check(view, images[:1].detach())
+        _agreed[view.module] = found
+    return watch
+
+
+def eager(images: Tensor) -> bool:
+    """Whether this is a plain call on real numbers: nothing that compiles, traces, transforms or captures it."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or type(images) not in (Tensor, nn.Parameter)
+        or images.is_meta
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_current_dispatch_mode() is not None
+        or (images.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+@torch.no_grad()
+def _check(view: Runnable, image: Tensor) -> None:
+    with _one_dtype(view, image) as image:
+        own, terms = view.own(image), view.run(image, view.layout.kinds)
+        total, size = _sum_of_units(view, terms)
+        allowed = min(ROUNDINGS * _eps(own), AT_MOST)
+        apart = _relative(terms.output, own) if terms.output.shape == own.shape else float("inf")
+        short = _relative(total, own) if total.shape == own.shape else float("inf")
+        if (
+            max(apart, short) <= allowed or not own.isfinite().all()
+        ):  # NaN and Inf are named where they are read
+            return
+        place = _where_streams_part(view, image, own) if apart > allowed else None
+        if place is None and short > allowed:
+            place = _where_sums_part(view, image, terms, total, size)
+    if place is None:
+        return
+    raise UnsupportedTowerError(
+        f"this tower does not compute what its parts say, so its units would not sum to its output (they are "
+        f"{max(apart, short):.1e} apart, relative, on one image): {place}. Undo that change, or merge it into the "
+        "weights (a LoRA with merge_and_unload()); check=False goes on all the same, with units of the tower as its "
+        "parts say"
+    )
+
+
+@contextlib.contextmanager
+def _one_dtype(view: Runnable, image: Tensor) -> Iterator[Tensor]:
+    """The image in the tower's dtype and no autocast, where the tower has one dtype: rounding is smallest there."""
+    dtypes = {p.dtype for p in view.module.parameters() if p.is_floating_point()}
+    if len(dtypes) == 1 and torch.is_autocast_enabled(image.device.type):
+        with torch.autocast(image.device.type, enabled=False):
+            yield image.to(view.stem_weight.dtype)
+    else:
+        yield image
+
+
+def _eps(value: Tensor) -> float:
+    """One rounding; a float64 tower may have float32 inside, such as transformers' eager softmax."""
+    return max(torch.finfo(value.dtype).eps, torch.finfo(torch.float32).eps)
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float((a - b).abs().max() / b.abs().max().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _sum_of_units(view: Runnable, terms: Terms) -> tuple[Tensor, Tensor]:
+    """The sum of all units [1, D], and the sum of the sizes of what it is made of, both float32 or better.
+
+    It is what ``Decomposition.units().sum(1)`` gives: summed in model width first, which needs one map of each layer.
+    """
+    if not view.sums_units:  # z is x_u itself
+        units = torch.cat([terms.z[kind] for kind in view.layout.kinds], dim=1)
+        wide = units.to(terms.scale.dtype)
+        return wide.sum(1), wide.abs().sum(1)
+    wide, like = terms.scale.dtype, view.stem_weight
+    parts = [terms.z["emb"].to(wide), terms.z["mlp"].to(wide)]
+    heads = terms.z["head"].to(wide).unflatten(1, (view.layout.layers, view.layout.heads))
+    for layer in range(view.layout.layers):
+        maps = stream_maps(view, layer)
+        added = torch.einsum("nhc,hcw->nw", heads[:, layer], maps.A.to(wide)) + maps.b.sum(0).to(wide)
+        parts.append(added[:, None])
+    stream = torch.cat(parts, dim=1)
+    gamma, beta = (t.to(wide) for t in view.norm.constants(view.width, like))
+    P, p = (None if t is None else whole(t).to(wide) for t in view.projection())
+
+    def out(x: Tensor, m: Tensor, size: bool) -> Tensor:
+        g, b, M, c = (t if t is None or not size else t.abs() for t in (gamma, beta, P, p))
+        x = terms.scale[:, None] * (x + m[:, None]) * g + b
+        return (x if M is None else x @ M) + (0 if c is None else c)
+
+    total = out(stream.sum(1), -terms.mean, False)
+    return total, out(stream.abs().sum(1), terms.mean.abs(), True)
+
+
+def _roundings(ours: Tensor, own: Tensor, added: Tensor) -> float:
+    """The mean over coordinates of |ours - own|, in roundings of |own| + rms(added)."""
+    eps = _eps(own)
+    ours, own, added = ours.double(), own.double(), added.double()
+    size = own.abs() + added.square().mean().sqrt()
+    return float(((ours - own).abs() / (eps * size).clamp_min(1e-300)).mean())
+
+
+def _part(ours: Tensor, own: Tensor, added: Tensor) -> bool:
+    """Whether two streams of the same tokens, in any order of dimensions of size one, are more than roundings apart."""
+    if ours.numel() != own.numel():
+        return True
+    limit = HALF_BLOCK if torch.finfo(own.dtype).bits == 16 else BLOCK
+    return not _roundings(ours, own.reshape(ours.shape), added) <= limit  # NaN parts too
+
+
+def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | None:
+    """Where the model's own stream first differs from ours, and what stands there; None where it nowhere does."""
+    entered, left = _own_streams(view, image)
+    blocks = list(view.blocks)
+    x, context = view.embed(image)
+    silent = [index for index in range(len(blocks)) if index not in left]
+    if silent:
+        return f"its own forward does not run block {silent[0]} ({suspects.kind(blocks[silent[0]])})"
+    if _part(x, entered, x):
+        return f"the streams part before the first block{suspects.outside(view.module, blocks)}"
+    x = entered.reshape(x.shape)
+    for index, block in enumerate(blocks):
+        ours, _, _ = view.block(index, x, context, False, None)
+        theirs = left[index]
+        if theirs.numel() != x.numel() or _part(ours, theirs, theirs.reshape(x.shape) - x):
+            return f"the streams part at block {index}{suspects.inside(block, blocks)}"
+        x = theirs.reshape(x.shape)
+    ours = view.finish(x)[0]
+    if _part(ours, own, own):
+        return f"the streams part behind the last block{suspects.outside(view.module, blocks)}"
+    return None
+
+
+def _own_streams(view: Runnable, image: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+    """What enters the first block in the model's own forward, and what leaves each block. The hooks do not stay."""
+    entered: list[Tensor] = []
+    left: dict[int, Tensor] = {}
+
+    def before(_, args: tuple, kwargs: dict) -> None:
+        entered.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+
+    def behind(index: int):
+        def keep(_, __, output: Any) -> None:
+            left[index] = output[0] if isinstance(output, tuple) else output
+
+        return keep
+
+    with contextlib.ExitStack() as hooks:
+        for index, block in enumerate(view.blocks):
+            if index == 0:
+                handle = block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+                hooks.callback(handle.remove)
+            hooks.callback(block.register_forward_hook(behind(index)).remove)
+        view.own(image)
+    return entered[0] if entered else image, left
+
+
+def _where_sums_part(view: Runnable, image: Tensor, terms: Terms, total: Tensor, size: Tensor) -> str | None:
+    """The first layer whose heads do not sum to what its attention adds; or what stands behind the last block."""
+    if view.sums_units:
+        found: list[int] = []
+
+        def compare(layer: int, z: Tensor, attended: Tensor) -> Tensor:
+            maps = stream_maps(view, layer)
+            ours = torch.einsum("nthc,hcw->ntw", z.double(), maps.A) + maps.b.sum(0)
+            if _part(ours, attended, attended):
+                found.append(layer)
+            return attended
+
+        view.run(image, (), compare)
+        if found:
+            block = view.blocks[found[0]]
+            return (
+                f"the heads of layer {found[0]} do not sum to what its attention adds"
+                f"{suspects.inside(block, view.blocks)}"
+            )
+    eps = _eps(terms.output)
+    if ((total - terms.output.to(total.dtype)).abs() > 4 * eps * size).any():
+        return f"the final norm or projection is not what its weights say{suspects.outside(view.module, view.blocks)}"
+    return None

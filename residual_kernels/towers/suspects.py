@@ -1,0 +1,79 @@
+"""What stands there? Whatever about a module is not as its library made it: hooks, patches, subclasses, tuners."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+_HOMES = ("torch", "open_clip", "timm", "transformers", "residual_kernels")
+_MOST = 3  # findings that a message names
+
+
+def kind(module: nn.Module) -> str:
+    """The class of a module, and where it is from when that is not one of the known libraries."""
+    found = type(module)
+    home = found.__module__.partition(".")[0]
+    return found.__name__ if home in _HOMES else f"{found.__name__} of {found.__module__}"
+
+
+def inside(block: nn.Module, blocks: Sequence[nn.Module]) -> str:
+    """ ", where ..." with what is unusual in one of a tower's blocks."""
+    usual = Counter((name, type(part)) for other in blocks for name, part in other.named_modules())
+    found = []
+    for name, part in block.named_modules():
+        others = {k: n for (at, k), n in usual.items() if at == name and k is not type(part)}
+        common = max(others, key=lambda k: others[k], default=None)
+        if common is not None and others[common] > usual[name, type(part)]:
+            found.append(f"{_called(name)} is {kind(part)}, where other blocks have {common.__name__}")
+    found += [each for each in _unusual(block.named_modules()) if not any(each in other for other in found)]
+    return _sentence(found, kind(block))
+
+
+def outside(tower: nn.Module, blocks: Iterable[nn.Module]) -> str:
+    """ ", where ..." with what is unusual in a tower outside its blocks."""
+    inner = {part for block in blocks for part in block.modules()}
+    found = _unusual((name, part) for name, part in tower.named_modules() if part not in inner)
+    return _sentence(found, kind(tower))
+
+
+def _sentence(found: list[str], known: str) -> str:
+    found = list(dict.fromkeys(found))
+    if not found:
+        return f", where nothing unusual is seen: {known} computes something that is not known here"
+    more = f" (and {len(found) - _MOST} more)" if len(found) > _MOST else ""
+    return f", where {'; '.join(found[:_MOST])}{more}"
+
+
+def _called(name: str) -> str:
+    return name or "the module itself"
+
+
+def _unusual(parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
+    found = []
+    for name, part in parts:
+        held, home = vars(part), type(part).__module__.partition(".")[0]
+        if hasattr(part, "base_layer"):
+            found.append(
+                f"{_called(name)} is a tuner's layer ({type(part).__module__}.{type(part).__name__})"
+            )
+        elif home not in _HOMES and home != "peft":
+            found.append(f"{_called(name)} is {kind(part)}")
+        elif getattr(type(part).forward, "__module__", "").partition(".")[0] not in (*_HOMES, "peft"):
+            found.append(f"{type(part).__name__}.forward was replaced by {_function(type(part).forward)}")
+        if "_hf_hook" in held:
+            found.append(f"accelerate has put a hook on {_called(name)} ({type(held['_hf_hook']).__name__})")
+        else:
+            patched = [key for key, value in held.items() if callable(value) and hasattr(type(part), key)]
+            found += [f"{key} of {_called(name)} was replaced by {_function(held[key])}" for key in patched]
+        hooks = [*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values()]
+        found += [f"a hook stands on {_called(name)} ({_function(hook)})" for hook in hooks]
+        if parametrize.is_parametrized(part):
+            found.append(f"{_called(name)} is parametrised ({', '.join(part.parametrizations)})")
+    return found
+
+
+def _function(value: Any) -> str:
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    return f"{name} of {getattr(value, '__module__', type(value).__module__)}"

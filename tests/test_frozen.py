@@ -1,0 +1,222 @@
+"""What is folded into constants may not train by any door; what an adapter stands in tells the truth about it."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_hugging_face import clip
+from test_hugging_face import images_for as pictures_for
+from test_inject import TinyClip
+from test_timm_towers import small
+from test_towers import build, images_for, relative
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+
+import residual_kernels as rk
+
+FOLDED = "transformer.resblocks.0.attn.out_proj.weight"
+
+
+def made(**options):
+    tower = build()
+    images = images_for(tower, 8)
+    bases = rk.fit_bases(tower, [images]).truncate(energy=0.9)
+    return rk.ResiDual(tower, bases, **options), images
+
+
+def step(residual, images, optimizer):
+    optimizer.zero_grad()
+    residual(images).square().mean().backward()
+    optimizer.step()
+
+
+def test_thawed_parameters_are_refused_when_they_would_train():
+    residual, images = made()
+    residual.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"parameters that are folded .* would train \(.*proj"):
+        residual(images)
+    with torch.no_grad():
+        residual(images)  # nothing trains here
+    residual.freeze()
+    residual(images)
+
+
+def test_an_optimizer_that_was_given_the_parameters_before():
+    tower = build()
+    images = images_for(tower, 8)
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=1e-3)
+    tower(images).square().mean().backward()
+    residual = rk.ResiDual(tower, rk.fit_bases(tower, [images]).truncate(energy=0.9))
+    residual(images)
+    optimizer.step()  # gradients of before
+    with pytest.raises(ValueError, match="have changed since it was made .*fit bases of this tower"):
+        residual(images)
+
+
+@pytest.mark.parametrize("tokens", ["output", "stream"])
+def test_in_place_edits_and_loads(tokens):
+    tower = build()
+    images = images_for(tower, 8)
+    bases = rk.fit_bases(tower, [images], placement=tokens).truncate(energy=0.9)
+    residual = rk.ResiDual(tower, bases, placement=tokens)
+    expected, state = residual(images), copy.deepcopy(tower.state_dict())
+    with torch.no_grad():
+        tower.get_parameter(FOLDED).mul_(1.001)
+    with pytest.raises(ValueError, match=f"1 parameters .*{FOLDED} by 1.0e-03"):
+        residual(images)
+    tower.load_state_dict(state)  # versions rise, values are the old ones
+    assert torch.equal(residual(images), expected)
+    tower.load_state_dict(build(seed=1).state_dict())
+    with pytest.raises(ValueError, match="have changed since"):
+        residual(images)
+    with torch.no_grad():
+        tower.load_state_dict(state)
+        tower.get_parameter("proj").copy_(tower.get_parameter("proj"))
+        tower.transformer.resblocks[0].attn.out_proj.weight = nn.Parameter(
+            2 * tower.transformer.resblocks[0].attn.out_proj.weight
+        )
+    with pytest.raises(ValueError, match="have changed since|would train"):
+        residual(images)
+
+
+def test_what_may_change():
+    """Casts, copies, the whole module's own state, merging and unmerging, and what is not folded."""
+    residual, images = made(train_tower=False)
+    expected = residual(images)
+    assert torch.equal(copy.deepcopy(residual)(images), expected)
+    other, _ = made()
+    other.load_state_dict(residual.state_dict())
+    assert torch.equal(other(images), expected)
+    assert relative(residual.double()(images.double()).float(), expected) < 1e-5
+    residual.float()
+    with torch.no_grad():
+        residual.tower.transformer.resblocks[1].mlp.c_fc.weight.mul_(1.1)
+        residual.weight.mul_(1.1)
+    residual(images)
+    tower = build()
+    stream = rk.ResiDual(
+        tower, rk.fit_bases(tower, [images], placement="stream"), placement="stream", init="normal"
+    )
+    expected = stream(images)
+    stream.merge()
+    assert relative(stream(images), expected) < 1e-5
+    stream.unmerge()
+    assert torch.equal(stream(images), expected)
+
+
+def test_a_tower_that_trains_may_train_what_is_not_folded():
+    tower = build()
+    images = images_for(tower, 8)
+    for name, p in tower.named_parameters():
+        p.requires_grad_("mlp" in name)
+    residual = rk.ResiDual(tower, rk.fit_bases(tower, [images]).truncate(energy=0.9), train_tower=True)
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.1)
+    for _ in range(3):
+        step(residual, images, optimizer)
+    tower.proj.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"would train \(proj\)"):
+        residual(images)
+
+
+@pytest.mark.parametrize("average", ["swa_utils", "timm"])
+def test_the_rounding_of_a_weight_average_is_not_training(average, tmp_path):
+    residual, images = made()
+    if average == "timm":
+        ema, update = ModelEmaV3(residual, decay=0.9, foreach=False), lambda: ema.update(residual)
+    else:
+        ema = AveragedModel(residual, avg_fn=get_ema_avg_fn(0.9))
+        update = lambda: ema.update_parameters(residual)  # noqa: E731
+    for _ in range(50):
+        with torch.no_grad():
+            residual.weight.add_(0.01)
+        update()
+    ours, theirs = ema.module.tower.state_dict(), residual.tower.state_dict()
+    if average == "swa_utils":
+        assert any(not torch.equal(ours[name], value) for name, value in theirs.items())
+    rk.save_adapter(ema.module, tmp_path / "a")
+    loaded = rk.load_adapter(residual.detach(), tmp_path / "a")
+    assert relative(loaded(images), ema.module(images)) < 1e-5
+    with torch.no_grad():
+        ema.module.tower.transformer.resblocks[0].mlp.c_fc.weight.mul_(1.0001)
+    with pytest.raises(ValueError, match="a weight average moved it beyond rounding"):
+        rk.save_adapter(ema.module, tmp_path / "b")
+
+
+def test_attach_inside_wrappers_leaves_no_key():
+    images = images_for(build(), 8)
+
+    def lora(model):
+        return get_peft_model(model, LoraConfig(r=2, target_modules=["c_fc"])).eval()
+
+    def compiled(model):
+        return torch.compile(model, backend="eager")
+
+    class PassesOn(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.clip = model
+
+        @property
+        def visual(self):
+            return self.clip.visual
+
+        def encode_image(self, images):
+            return self.clip.encode_image(images)
+
+    for wrap in (lora, compiled, PassesOn, nn.DataParallel):
+        model = wrap(TinyClip())
+        inside = model.module if wrap is nn.DataParallel else model
+        bases = rk.fit_bases(inside.visual, [images]).truncate(energy=0.9)
+        keys, before = list(model.state_dict()), inside.encode_image(images)
+        with rk.attach(model, bases) as handle:
+            assert torch.equal(inside.encode_image(images), handle.residual(images))
+            assert relative(inside.encode_image(images), before) > 1e-2
+            with pytest.raises(ValueError, match="attached to this model already"):
+                rk.attach(model, bases)
+        assert list(model.state_dict()) == keys
+        assert torch.equal(inside.encode_image(images), before)
+    twice = TinyClip()
+    outer = PassesOn(twice)
+    outer.also = twice.visual
+    with pytest.raises(ValueError, match="registered in 2 places"):
+        rk.attach(outer, bases)
+
+
+def test_attach_to_a_transformers_model_with_a_lora():
+    model = clip()
+    images = pictures_for(model, 8)
+    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    bases = rk.fit_bases(wrapped, [images]).truncate(energy=0.9)
+    keys = list(wrapped.state_dict())
+    with torch.no_grad():
+        before = model.get_image_features(images).pooler_output
+        with rk.attach(wrapped, bases) as handle:
+            assert torch.equal(wrapped.get_image_features(images).pooler_output, handle.residual(images)[0])
+        assert torch.equal(model.get_image_features(images).pooler_output, before)
+    assert list(wrapped.state_dict()) == keys
+
+
+def test_other_doors_to_features_tell_the_truth():
+    residual, images = made(init="normal")
+    found = residual.forward_intermediates(images, indices=1)
+    assert torch.equal(found["image_features"], residual(images))
+    plain = residual.tower.forward_intermediates(images, indices=1)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(found["image_intermediates"], plain["image_intermediates"], strict=True)
+    )
+    tower = build()
+    stream = rk.ResiDual(tower, rk.fit_bases(tower, [images], placement="stream"), placement="stream")
+    with pytest.raises(ValueError, match="tokens inside it is changed by this StreamResiDual"):
+        stream.forward_intermediates(images, indices=1)
+    timm = small(VisionTransformer).float()
+    pictures = torch.randn(4, 3, 32, 48)
+    standing = rk.ResiDual(timm, rk.fit_bases(timm, [pictures]))
+    assert torch.equal(standing.forward_features(pictures), timm.forward_features(pictures))
+    with pytest.raises(ValueError, match="forward_head is the plain tower's"):
+        standing.forward_head(timm.forward_features(pictures))
+    assert hasattr(standing, "forward_head")
+    assert not hasattr(residual, "forward_head")
