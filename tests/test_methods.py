@@ -3,12 +3,14 @@
 import copy
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from test_towers import build, images_for, relative
 
 import residual_kernels as rk
+from residual_kernels.adapters import method_names, methods
 from residual_kernels.adapters.methods import Method, identity
 
 NAMES = ("base", "fine", "full", "coarse", "output", "linear", "anchored", "shared", "stream")
@@ -177,3 +179,8 @@ def test_a_folder_of_version_0_1_that_holds_a_stream(tower, bases, tmp_path):
     with torch.no_grad():
         images = images_for(tower, 2, torch.float64)
         assert torch.equal(again(images), adapter(images))
+
+
+def test_every_file_of_the_room_is_in_the_table():
+    files = {path.stem for path in Path(methods.__file__).parent.glob("*.py")} - {"__init__", "record"}
+    assert files == set(method_names.NAMES)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from residual_kernels.adapters.methods import METHODS
+from residual_kernels.adapters.method_names import BASE, NAMES
 
 Model = Annotated[
     str,
@@ -80,8 +80,7 @@ class Rest(str, Enum):
     all = "all"
 
 
-# the methods that learn something, by their own names
-MethodName = Enum("MethodName", {method.name: method.name for method in METHODS.values() if method.learns})
+MethodName = Enum("MethodName", {name: name for name in NAMES if name != BASE})  # those that learn something
 
 
 class DType(str, Enum):

@@ -5,34 +5,26 @@ Where weights start. A class starts at ones whatever its form: `rk.ResiDual(towe
 stream) at ones, which are the tower. `init=` overrides either.
 
 How to add a method: a file here that ends in `METHOD = Method(...)` (with its adapter's class, where that is new), a
-test, and its name in the table below. Commands, sweeps, files on disk and reports then know it.
+test, and its name in the table `adapters/method_names.py`. Commands, sweeps, files on disk and reports then know it.
 """
 
+import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from residual_kernels.adapters.methods import (
-    anchored,
-    base,
-    coarse,
-    fine,
-    full,
-    linear,
-    output,
-    shared,
-    stream,
-)
+from residual_kernels.adapters.method_names import NAMES
 from residual_kernels.adapters.methods.record import ENERGY, Method
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
 
 __all__ = ["ENERGY", "METHODS", "Method", "build", "identity", "method_named"]
 
-_TABLE = (base, fine, full, coarse, output, linear, anchored, shared, stream)
-METHODS: Mapping[str, Method] = MappingProxyType({module.METHOD.name: module.METHOD for module in _TABLE})
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {name: importlib.import_module(f"{__name__}.{name}").METHOD for name in NAMES}
+)
 
 
 def method_named(name: str) -> Method:
