@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from residual_kernels.bases.spectral_bases import SpectralBases
     from residual_kernels.bundled import load_bundled
     from residual_kernels.towers import UnitLayout, UnsupportedTowerError
-    from residual_kernels.train import evaluate, fit, fit_many, predict
+    from residual_kernels.train import evaluate, fit, fit_many, predict, tune
     from residual_kernels.units.cache import UnitCache, encode
     from residual_kernels.units.decomposition import Decomposition, decompose
     from residual_kernels.zeroshot import ZeroShotHead
@@ -65,6 +65,7 @@ _HOMES = {  # public name -> the module that defines it
     "pull_adapter": "adapters.hub",
     "push_adapter": "adapters.hub",
     "save_adapter": "adapters.folder",
+    "tune": "train",
 }
 _ROOMS = {"analysis": "analysis", "export": "adapters.export", "ops": "ops"}
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "pull_adapter",
     "push_adapter",
     "save_adapter",
+    "tune",
 ]
 
 

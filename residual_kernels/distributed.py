@@ -4,6 +4,7 @@ Without torchrun (no WORLD_SIZE in the environment) every function here answers 
 """
 
 import contextlib
+import contextvars
 import datetime
 import functools
 import os
@@ -39,18 +40,31 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+_apart: contextvars.ContextVar[bool] = contextvars.ContextVar("apart", default=False)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Within, this process works by itself: it is the only one that the functions here know of."""
+    token = _apart.set(True)
+    try:
+        yield
+    finally:
+        _apart.reset(token)
+
+
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if is_distributed() else 0
+    return dist.get_rank() if is_distributed() and not _apart.get() else 0
 
 
 def world() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if is_distributed() else 1
+    return dist.get_world_size() if is_distributed() and not _apart.get() else 1
 
 
 def gather(value: Any, timeout: float = TIMEOUT) -> list[Any]:

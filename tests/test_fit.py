@@ -176,7 +176,7 @@ def test_tasks_in_blocks_and_compiled(tower, cache, bases, head, monkeypatch):
     )  # inductor takes a minute
     monkeypatch.setattr("residual_kernels.train.steps.torch.compile", whole_graph)
     compiled = rk.fit_many(residual, head, train, val, step="compiled", **options)
-    monkeypatch.setattr("residual_kernels.train.steps.BLOCK_BYTES", 25 * 8 * len(residual.weight) * 4)
+    monkeypatch.setattr("residual_kernels.train.batches.BLOCK_BYTES", 25 * 8 * len(residual.weight) * 4)
     found = rk.fit_many(residual, head, train, val, **options)
     for one in (compiled, found):
         assert (one.weight - expected.weight).abs().max() < 1e-9

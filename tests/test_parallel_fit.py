@@ -198,3 +198,42 @@ def _differ(cache):
 def test_processes_that_differ_are_told_so():
     cache = a_cache(a_tower(torch.float64), torch.float64)
     assert processes.exit_codes(processes.start_ranks(2, _differ, cache)) == [0, 0]
+
+
+def a_convex_fit(cache, **options):
+    """Weights and the accuracies seen of two convex fits at once, by folds, and of one by validation."""
+    dtype = cache.output.dtype
+    tower, head = a_tower(dtype), a_head(dtype)
+    train, val = cache.subset(torch.arange(49)), cache.subset(torch.arange(49, 70))
+    anchored = rk.ResiDual(tower, rk.fit_bases(tower, cache, kinds=("head", "mlp")), "all")
+    folds = rk.fit_many(anchored, head, train, seeds=(0, 1), shots=12, **options)
+    one = rk.fit(anchored, head, train, val, class_weight="balanced", **options)
+    seen = [result.fold_accuracy for result in folds.results] + [one.val_accuracy, one.base_accuracy]
+    return folds.weight, anchored.weight.detach(), torch.tensor(seen), one.certificate.objective
+
+
+def _convex(folder, cache, options):
+    distributed.initialise()
+    torch.save(a_convex_fit(cache, **options), folder / str(distributed.rank()))
+    with distributed.apart():
+        assert (distributed.rank(), distributed.world()) == (0, 1)
+    distributed.finish()
+
+
+@pytest.mark.parametrize(
+    "world, options", [(2, {}), (3, {"memory": 0, "freedoms": (10.0, 100.0)}), (2, {"alone": True})]
+)
+def test_the_convex_fit_of_several_processes(tmp_path, world, options):
+    cache = a_cache(a_tower(torch.float64), torch.float64)
+    expected = a_convex_fit(cache, **options)
+    assert (
+        processes.exit_codes(processes.start_ranks(world, _convex, tmp_path, cache, options)) == [0] * world
+    )
+    first = torch.load(tmp_path / "0", weights_only=True)
+    for rank in range(world):
+        found = torch.load(tmp_path / str(rank), weights_only=True)
+        for a, b, c in zip(found[:3], first[:3], expected[:3], strict=True):
+            assert torch.equal(a, b)  # the same bits in all processes
+            assert (a - c).norm() <= 1e-3 * c.norm()
+        assert found[3] == pytest.approx(expected[3], rel=1e-5)
+    assert (expected[1] - 1).abs().max() > 0.1

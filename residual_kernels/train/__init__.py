@@ -1,8 +1,9 @@
-"""How are weights fitted? Schedule-free AdamW on cross-entropy, the paper's protocol by default, many fits at once.
+"""How are weights fitted? By a convex problem where logits are linear in them, by schedule-free AdamW elsewhere.
 
-`fitting.py` is how a fit goes, `steps.py` what one step is, `batches.py` how rows reach it, `labels.py` what a row is
-labelled and how much it counts, `evaluation.py` how good the outcome is, `results.py` what is reported and
-`checkpoints.py` how a fit goes on after it was killed.
+`config.py` is what a fit may be told, `batches.py` how rows reach it, `labels.py` what a row is labelled and how much
+it counts, `evaluation.py` how good the outcome is, `results.py` what is reported. AdamW: `plan.py` is what is about to
+be done, `fitting.py` the loop, `progress.py` where a task stands, `steps.py` one step, `checkpoints.py` how a fit
+resumes. The convex fit: see `convex.py`.
 """
 
 import math
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.train.config import ConvexConfig, FitConfig
+from residual_kernels.train.convex import chosen_solver, fit_convex
 from residual_kernels.train.evaluation import (
     Comparison,
     Evaluation,
@@ -20,24 +23,33 @@ from residual_kernels.train.evaluation import (
     evaluate,
     predict,
 )
-from residual_kernels.train.fitting import Run
-from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
+from residual_kernels.train.fitting import Loop
+from residual_kernels.train.folds import FOLDS
+from residual_kernels.train.path import FREEDOMS
+from residual_kernels.train.plan import Plan
+from residual_kernels.train.results import Certificate, Epoch, FitResult, ManyFits, Strength, Task
+from residual_kernels.train.tuning import Candidate, TuneResult, tune
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 __all__ = [
+    "Candidate",
+    "Certificate",
     "Comparison",
     "Epoch",
     "Evaluation",
     "FitResult",
     "ManyFits",
     "Prediction",
+    "Strength",
     "Task",
+    "TuneResult",
     "compare",
     "evaluate",
     "fit",
     "fit_many",
     "predict",
+    "tune",
 ]
 
 
@@ -47,6 +59,7 @@ def fit(
     train: UnitCache | Iterable,
     val: UnitCache | Iterable | None = None,
     *,
+    solver: str = "auto",
     lr: float | None = None,
     epochs: int = 30,
     batch_size: int = 64,
@@ -56,6 +69,11 @@ def fit(
     class_weight: str | Tensor | None = None,
     shots: int | None = None,
     seed: int = 0,
+    labels: Tensor | None = None,
+    val_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    folds: int = FOLDS,
+    freedoms: Sequence[float] = FREEDOMS,
     checkpoint: str | os.PathLike | None = None,
     every: int = 1,
     step: str = "auto",
@@ -63,28 +81,42 @@ def fit(
     alone: bool = False,
     progress: Callable[[Epoch], None] | None = None,
 ) -> FitResult:
-    """Fits an adapter's own weights by cross-entropy of head(y) with schedule-free AdamW; the tower never trains here.
+    """Fits an adapter's own weights by cross-entropy of head(y); the tower never trains here.
+
+    solver="convex" holds |y| at the length it has at weight 1, which moves no label; then the problem is convex. It has
+    one solution, whatever the adapter's weights were, and no learning rate. How strongly weights are held at 1 is
+    chosen by `val`, or by folds of the training images without it. Where no strength is better than the weights of 1 by
+    one standard error, they stay at 1: of an anchored adapter that is the model itself. solver="adamw" is the paper's
+    schedule-free AdamW from the adapter's present weights.
 
     Args:
-        adapter: ResiDual, CoarseHeads, OutputSpectral or OutputLinear. Its weights are the starting point.
+        adapter: any adapter of this library; "convex" takes a ResiDual at the output.
         head: the classifier, which stays as it is.
-        train, val: UnitCaches (seconds) or loaders of (images, labels) (the tower runs every epoch). Without `val`
-            there is no early stopping and the last epoch is kept.
-        lr: the adapter's own default, the paper's: 0.8 for weights on components and heads, 1e-3 for `output` and
-            `linear`.
-        epochs, batch_size, patience: at most this many epochs; stop after `patience` without a better accuracy on val.
-        weight_decay: decoupled (AdamW's), towards 0.
-        shrink: the same towards 1, the tower's own output: every step takes lr * shrink * (weight - 1) off.
+        train, val: UnitCaches (seconds) or loaders of (images, labels). AdamW runs the tower on a loader every epoch,
+            the convex solver once. Without `val` AdamW does not stop early and keeps the last epoch.
+        solver: "convex", "adamw", or "auto": convex for an anchored ResiDual (rest="all") unless an option of AdamW
+            alone is given, AdamW otherwise.
+        lr: AdamW. The adapter's own default, the paper's: 0.8 for weights on components and heads, 1e-3 for `output`
+            and `linear`.
+        epochs, batch_size, patience: AdamW. At most this many epochs; stop after `patience` without a better accuracy
+            on val.
+        weight_decay: AdamW. Decoupled, towards 0.
+        shrink: AdamW. The same towards 1, the tower's own output: every step takes lr * shrink * (weight - 1) off.
         class_weight: [K] above zero, or "balanced": every class counts alike, a row for N / (K n_k), and the best epoch
             is the one of best balanced accuracy.
         shots: fit on this many images of each class, chosen by `seed`.
-        seed: of the shuffling and of the shots.
-        checkpoint: a file; the state is written there every `every` epochs, and a fit that finds it goes on from there,
-            to the same result, bit for bit on a CPU. Needs caches.
-        step: "eager", "compiled" (torch.compile of features, head and loss), "graph" (one CUDA graph), or "auto": a
-            graph for a cache in a GPU's memory, eager otherwise.
-        memory: bytes that may hold what a step reads of a cache besides the weights; 2 GiB on a CPU, half of a GPU's
-            memory by default. Beyond that, batches are read from the cache by another thread, ahead of the step.
+        seed: of the shuffling, the shots and the folds.
+        labels, val_labels: in place of the caches' own, [N]. For the convex solver also [N, K], not below zero: shares
+            of the classes, or ones at several labels of an image, which share it evenly.
+        label_smoothing: convex. This share of every label goes to all classes alike.
+        folds: convex, without `val`: in how many parts the training images are split.
+        freedoms: convex. The strengths tried, as numbers of weights that they leave about free.
+        checkpoint: AdamW. A file; the state is written there every `every` epochs, and a fit that finds it resumes, to
+            the same result, bit for bit on a CPU. Needs caches.
+        step: AdamW. "eager", "compiled" (torch.compile of features, head and loss), "graph" (one CUDA graph), or
+            "auto": a graph for a cache in a GPU's memory, eager otherwise.
+        memory: bytes that may hold what is read of a cache besides the weights; 2 GiB on a CPU, half of a GPU's memory
+            by default. Beyond that, batches are read from the cache by another thread.
         alone: do not share the work in a process group.
         progress: called with every :class:`Epoch`.
 
@@ -95,19 +127,40 @@ def fit(
     Raises:
         ValueError: no labels, labels out of range, a class with fewer images than `shots`, NaN in cached units (named
             by row), a cache of another tower or without the kinds needed, a loader that can be read only once, a
-            checkpoint of another fit.
+            checkpoint of another fit, an option that the solver does not have.
         FloatingPointError: the loss is not finite.
 
     Whatever is raised, the weights are those it started from. Deterministic for the same inputs, seed and number of
-    threads. In a process group all processes call it with the same arguments; each takes its share of every batch, and
+    threads. In a process group all processes call it with the same arguments; each takes its share of the work, and
     all end with the same weights.
     """
-    fits = Run(
-        adapter, [head], train, val, [Task(_rate(adapter, lr), seed, 0)], starts=None, epochs=epochs,
-        batch_size=batch_size, patience=patience, weight_decay=weight_decay, shrink=shrink,
-        class_weight=class_weight, shots=shots, checkpoint=checkpoint, every=every, step=step, memory=memory,
-        alone=alone, progress=None if progress is None else lambda _, row: progress(row),
-    ).run()  # fmt: skip
+    fits = fit_many(
+        adapter,
+        head,
+        train,
+        val,
+        solver=solver,
+        lrs=None if lr is None else [lr],
+        seeds=(seed,),
+        labels=None if labels is None else [labels],
+        val_labels=None if val_labels is None else [val_labels],
+        epochs=epochs,
+        batch_size=batch_size,
+        patience=patience,
+        weight_decay=weight_decay,
+        shrink=shrink,
+        class_weight=class_weight,
+        shots=shots,
+        label_smoothing=label_smoothing,
+        folds=folds,
+        freedoms=freedoms,
+        checkpoint=checkpoint,
+        every=every,
+        step=step,
+        memory=memory,
+        alone=alone,
+        progress=None if progress is None else lambda _, row: progress(row),
+    )
     return fits.put(adapter, 0)
 
 
@@ -117,6 +170,7 @@ def fit_many(
     train: UnitCache | Iterable,
     val: UnitCache | Iterable | None = None,
     *,
+    solver: str = "auto",
     lrs: Sequence[float] | None = None,
     seeds: Sequence[int] = (0,),
     labels: Sequence[Tensor] | None = None,
@@ -129,6 +183,9 @@ def fit_many(
     shrink: float = 0.0,
     class_weight: str | Tensor | None = None,
     shots: int | None = None,
+    label_smoothing: float = 0.0,
+    folds: int = FOLDS,
+    freedoms: Sequence[float] = FREEDOMS,
     checkpoint: str | os.PathLike | None = None,
     every: int = 1,
     step: str = "auto",
@@ -142,12 +199,13 @@ def fit_many(
     stops early, or diverges, leaves the others alone.
 
     Args:
-        adapter: its weights are the starting point of every fit; it is left as it is (see :meth:`ManyFits.put`).
+        adapter: its weights are the starting point of every fit by AdamW; it is left as it is (see
+            :meth:`ManyFits.put`).
         heads: one head, or one for each label set.
-        lrs: learning rates; the adapter's default alone by default.
-        seeds: of the shuffling and of the shots.
+        lrs: learning rates of AdamW; the adapter's default alone by default.
+        seeds: of the shuffling, the shots and the folds.
         labels, val_labels: label sets, each [N] for the rows of the cache; the caches' own labels by default.
-        starts: for each seed the starting weights, in the order of `adapter.trainable()`.
+        starts: of AdamW: for each seed the starting weights, in the order of `adapter.trainable()`.
         progress: called with the number of the fit and its :class:`Epoch`.
 
     Returns:
@@ -157,6 +215,17 @@ def fit_many(
         As :func:`fit`; FloatingPointError only when every fit diverges.
     """
     heads = [heads] if isinstance(heads, ZeroShotHead) else list(heads)
+    if not isinstance(adapter, TowerAdapter):
+        raise ValueError(
+            f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
+        )
+    config = FitConfig(
+        epochs, batch_size, patience, weight_decay, shrink, class_weight, shots, checkpoint, every, step, memory,
+        alone,
+    )  # fmt: skip
+    convex = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory, alone)
+    if chosen_solver(solver, adapter, config.of_adamw(lr=lrs, starts=starts), convex.of_convex()) == "convex":
+        return _convex(adapter, heads, train, val, convex, seeds, labels, val_labels, progress)
     rates = [_rate(adapter, lr) for lr in ([None] if lrs is None else lrs)]
     sets = 1 if labels is None else len(labels)
     tasks = [Task(lr, seed, number) for number in range(sets) for seed in seeds for lr in rates]
@@ -166,19 +235,32 @@ def fit_many(
         if len(starts) != len(seeds):
             raise ValueError(f"starts must hold one entry for each of {len(seeds)} seeds; got {len(starts)}")
         starts = [start for _ in range(sets) for start in starts for _ in rates]
-    return Run(
-        adapter, heads, train, val, tasks, starts=starts, labels=labels, val_labels=val_labels, epochs=epochs,
-        batch_size=batch_size, patience=patience, weight_decay=weight_decay, shrink=shrink,
-        class_weight=class_weight, shots=shots, checkpoint=checkpoint, every=every, step=step, memory=memory,
-        alone=alone, progress=progress,
-    ).run()  # fmt: skip
+    plan = Plan(
+        adapter, heads, train, val, tasks, config, starts=starts, labels=labels, val_labels=val_labels
+    )
+    return Loop(plan, progress).run()
+
+
+def _convex(
+    adapter: TowerAdapter,
+    heads: list[ZeroShotHead],
+    train: UnitCache | Iterable,
+    val: UnitCache | Iterable | None,
+    config: ConvexConfig,
+    seeds: Sequence[int],
+    labels: Sequence[Tensor] | None,
+    val_labels: Sequence[Tensor] | None,
+    progress: Callable[[int, Epoch], None] | None,
+) -> ManyFits:
+    fits = fit_convex(adapter, heads, train, val, config, seeds, labels, val_labels)
+    if progress is not None:
+        for number, result in enumerate(fits.results):
+            for row in result.history:
+                progress(number, row)
+    return fits
 
 
 def _rate(adapter: TowerAdapter, lr: float | None) -> float:
-    if not isinstance(adapter, TowerAdapter):
-        raise ValueError(
-            f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
-        )
     lr = adapter.default_lr if lr is None else float(lr)
     if not 0 < lr < math.inf:
         raise ValueError(f"a learning rate must be above 0; got {lr}")

@@ -16,6 +16,7 @@ from residual_kernels.units.source import ROWS, UnitBatch, UnitSource, unit_sour
 
 CPU_MEMORY = 2 * 2**30  # bytes of features kept in memory at most
 GPU_SHARE = 0.5  # of a device's memory, likewise
+BLOCK_BYTES = 32 * 2**20  # of reweighted features that the tasks of one product may take
 
 
 @dataclass
@@ -67,6 +68,17 @@ def runs(count: int, size: int) -> list[slice]:
 def whole(count: int) -> slice:
     """All of `count` rows: for a process that works alone."""
     return slice(0, count)
+
+
+def blocks(tasks: int, row_bytes: int, rows: int) -> list[slice]:
+    """Tasks in groups, so that no product makes reweighted features of more than BLOCK_BYTES."""
+    most = max(1, BLOCK_BYTES // max(1, row_bytes * rows))
+    return [slice(start, min(start + most, tasks)) for start in range(0, tasks, most)]
+
+
+def bytes_of_a_row(features: dict[str, Tensor], rows: int) -> int:
+    """Of features [n, ...] or [T, n, ...], with n * T = `rows`."""
+    return sum(value.nbytes for value in features.values()) // max(1, rows)
 
 
 class AdapterRows:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from residual_kernels import distributed
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.train.batches import AdapterRows, source_of, widest
+from residual_kernels.train.batches import AdapterRows, blocks, bytes_of_a_row, source_of, whole, widest
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -121,6 +122,65 @@ def balanced(hits: Tensor, seen: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def measure(
+    adapter: TowerAdapter,
+    rows: AdapterRows,
+    heads: Heads,
+    which: Tensor,
+    weights: Sequence[Tensor],
+    labels: Tensor | None,
+) -> list[tuple[float, float, float]]:
+    """Loss, accuracy and balanced accuracy of T tasks on all processes' rows.
+
+    `which` [T] are their label sets, `weights` their stacks [T, ...], in the order of `adapter.trainable()`; `labels`
+    [L, N] of the rows, or None where a loader brings them.
+    """
+    tasks, classes = len(which), heads.classes
+    loss = torch.zeros(tasks, dtype=widest(rows.device), device=rows.device)
+    counts = loss.new_zeros(2, tasks, classes)  # hits, images
+    for batch in rows.in_order():
+        count = len(next(iter(batch.features.values())))
+        for part in blocks(tasks, bytes_of_a_row(batch.features, count), count):
+            y = adapter.from_features(batch.features, [stack[part] for stack in weights])
+            logits = heads.logits(y, which[part])
+            if labels is None:
+                truth = batch.labels.expand(len(y), -1)
+            else:
+                truth = labels[which[part, None], batch.rows]
+            losses = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
+            loss[part] += losses.view(truth.shape).to(loss).sum(1)
+            place = truth + classes * torch.arange(len(y), device=rows.device)[:, None]
+            right = logits.argmax(-1) == truth
+            for into, chosen in zip(counts, (place[right], place.flatten()), strict=True):
+                into[part] += torch.bincount(chosen, minlength=len(y) * classes).view(len(y), classes)
+    if rows.part is not whole:
+        loss, counts = distributed.total(loss), distributed.total(counts)
+    hits, images = counts
+    if not images.sum():
+        raise ValueError("there are no images to evaluate on")
+    number = images.sum(1)
+    found = torch.stack([loss / number, hits.sum(1) / number, balanced(hits, images)], 1)
+    return [tuple(row) for row in found.tolist()]
+
+
+@torch.no_grad()
+def tower_accuracy(rows: AdapterRows, heads: Heads, labels: Tensor | None) -> list[float]:
+    """Accuracy of the untouched tower's output under each head or label set; rows and labels as in :func:`measure`."""
+    sets = max(len(heads.vectors), 1 if labels is None else len(labels))
+    which = torch.arange(sets, device=rows.device)
+    hits, count = torch.zeros(sets, dtype=torch.float64), 0
+    for batch in rows.source.batches():
+        output = batch.terms.output.to(rows.device)
+        logits = heads.logits(output.expand(sets, *output.shape), which)
+        truth = batch.labels[None] if labels is None else labels[:, batch.rows.to(labels.device)]
+        hits += (logits.argmax(-1) == truth.to(rows.device)).sum(1).cpu().double()
+        count += len(output)
+    if not count:
+        raise ValueError("there are no images to evaluate on")
+    return (hits / count).tolist()
+
+
+@torch.no_grad()
 def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Evaluation:
     """Accuracies, loss and confusions of an adapter on a UnitCache or a loader of (images, labels).
 
@@ -179,10 +239,24 @@ def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache 
 
     No images give an empty prediction. Raises ValueError for images the tower cannot take, NaN and Inf named by index.
     """
-    classes = len(head.class_names)
-    source = AdapterRows(adapter, source_of(adapter, data))
-    heads = Heads([head], source.device)
-    weights = [p.detach()[None] for p in adapter.trainable()]
-    logits = [heads.one(adapter.from_features(batch.features, weights)).cpu() for batch in source.in_order()]
-    logits = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
+    logits, _ = logits_of(adapter, head, data)
     return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)
+
+
+@torch.no_grad()
+def logits_of(
+    adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache | Iterable, labelled: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Logits [N, K] on the CPU, and the labels [N] that a labelled source brings."""
+    classes = len(head.class_names)
+    options = {"labelled": True, "classes": classes} if labelled else {}
+    rows = AdapterRows(adapter, source_of(adapter, data, **options))
+    heads = Heads([head], rows.device)
+    weights = [p.detach()[None] for p in adapter.trainable()]
+    logits, labels = [], []
+    for batch in rows.in_order():
+        logits.append(heads.one(adapter.from_features(batch.features, weights)).cpu())
+        if labelled:
+            labels.append(batch.labels.cpu())
+    found = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
+    return found, torch.cat(labels) if labels else None

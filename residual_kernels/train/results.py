@@ -20,12 +20,45 @@ class Epoch:
     val_balanced_accuracy: float | None = None
 
 
+@dataclass(frozen=True)
+class Strength:
+    """One strength of a convex fit's penalty, judged on images that it was not fitted to.
+
+    `freedom`: about how many numbers the penalty leaves free; 0 is the model as it was. `loss` (nats, at its best
+    temperature) and `accuracy` are means over these images; `error` is the standard error of its loss's difference
+    from the untouched model's.
+    """
+
+    freedom: float
+    loss: float
+    accuracy: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How near its optimum a convex fit is: its objective is at most `gap` above the least one (both in nats, summed
+    over images). `gradient` is the gradient's norm in whitened coordinates, `alpha` the penalty's factor there."""
+
+    objective: float
+    gap: float
+    gradient: float
+    alpha: float
+    evaluations: int
+
+
 @dataclass
 class FitResult:
     """What :func:`fit` did. `best_epoch` is the epoch whose weights the adapter now holds.
 
     `seconds` counts all sessions of a resumed fit; of fits at once it is the time until this one ended. `diverged`: the
-    training loss became infinite or NaN (only in :func:`fit_many`; :func:`fit` raises).
+    training loss became infinite or NaN (only in :func:`fit_many`; :func:`fit` raises). `base_accuracy` is the
+    untouched model's, on val.
+
+    A convex fit (`solver`) has no epochs: its history holds the model (0) and the fit (1), and best_epoch is 0 where
+    the model stays. `freedom` is the chosen strength and `path` all that were tried, the model first. Without val they
+    are judged by folds of the training images: `base_accuracy` is then the model's on these, and `fold_accuracy` that
+    of the fits on what they held out. `certificate` is None where the model stays.
     """
 
     best_epoch: int
@@ -35,13 +68,20 @@ class FitResult:
     stopped_early: bool
     history: list[Epoch] = field(repr=False)
     diverged: bool = False
+    solver: str = "adamw"
+    base_accuracy: float | None = None
+    fold_accuracy: float | None = None
+    freedom: float | None = None
+    path: list[Strength] = field(default_factory=list, repr=False)
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True)
 class Task:
-    """One of many fits: its learning rate, the seed of its order (and shots), and the number of its label set."""
+    """One of many fits: its learning rate (None of a convex fit), the seed of its order, shots or folds, and the number
+    of its label set."""
 
-    lr: float
+    lr: float | None
     seed: int
     labels: int
 

@@ -12,11 +12,8 @@ from torch.nn import functional as F
 
 from residual_kernels import distributed
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.train.batches import AdapterRows, Batch
+from residual_kernels.train.batches import AdapterRows, Batch, blocks, bytes_of_a_row
 from residual_kernels.train.evaluation import Heads
-
-STEPS = ("auto", "eager", "compiled", "graph")
-BLOCK_BYTES = 32 * 2**20  # of reweighted features that the tasks of one product may take
 
 
 class TaskWeights:
@@ -97,7 +94,7 @@ class TaskWeights:
 class Step:
     """Cross-entropy of T tasks on a batch and its gradients.
 
-    `labels` [L, N] of the cache (None for a loader), `class_weight` [L, K] or None; `mode` is one of STEPS.
+    `labels` [L, N] of the cache (None for a loader), `class_weight` [L, K] or None; `mode` is one of config.STEPS.
     """
 
     def __init__(
@@ -188,17 +185,6 @@ class Step:
         flat = distributed.total(torch.cat([loss, *(grad.flatten() for grad in grads)]))
         loss, *flat = flat.split([loss.numel(), *(grad.numel() for grad in grads)])
         return loss, [part.view(grad.shape) for part, grad in zip(flat, grads, strict=True)]
-
-
-def blocks(tasks: int, row_bytes: int, rows: int) -> list[slice]:
-    """Tasks in groups, so that no product makes reweighted features of more than BLOCK_BYTES."""
-    most = max(1, BLOCK_BYTES // max(1, row_bytes * rows))
-    return [slice(start, min(start + most, tasks)) for start in range(0, tasks, most)]
-
-
-def bytes_of_a_row(features: dict[str, Tensor], rows: int) -> int:
-    """Of features [n, ...] or [T, n, ...], with n * T = `rows`."""
-    return sum(value.nbytes for value in features.values()) // max(1, rows)
 
 
 class _Captured:

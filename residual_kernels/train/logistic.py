@@ -1,0 +1,390 @@
+"""What does the convex fit minimise? Multinomial logistic regression in delta = weight - 1, for T tasks at once.
+
+    l[t,n,k] = (1 + s_t) base[n,k] + r[n] sum_j delta[t,j] c[n,j] (basis_j . v_k)  [+ r[n] f[n] . dV[t,:,k]]
+
+base are the tower's own logits, f its embeddings, r[n] = exp(logit_scale) / |f[n]|, c cached coefficients. The length
+of y only sets each image's temperature, never its label, so it is held at |f[n]|: logits are linear in everything
+learned, and
+
+    F_t = sum_n w[t,n] H(target[t,n], softmax l[t,n]) + alpha_t/2 |theta_t|^2 + kappa (s_t - log(1 + s_t))
+
+has one minimum. theta are the learned numbers in whitened coordinates: delta_j = theta_j / sd_j, where sd_j^2 is the
+variance of r c_j over the rows, so that alpha asks of a component in its own units. kappa counts pseudo-images that
+hold the scale of the tower's logits at one: a Gamma prior on 1 + s, which keeps it above zero.
+
+One evaluation is two products with the coefficients, [N,J] x [J,T*M] and [J,N] x [N,T*M], M = min(K, D) columns a task.
+Nothing of size [N,J] is made, and rows come block by block, so they need not fit in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from residual_kernels import distributed
+
+BLOCK_BYTES = 32 * 2**20  # of logits, and of reweighted class scores, that one product may make
+VECTOR_PENALTY = 10.0
+KAPPA = 1.0  # pseudo-images that hold the scale of the tower's logits
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows: their place among this process's rows, coefficients [n, J_i] (one tensor for each kind of units), and
+    the tower's output [n, D]."""
+
+    place: slice
+    coefficients: tuple[Tensor, ...]
+    output: Tensor
+
+
+class RowSource(Protocol):
+    """Rows of this process in order, as often as asked: from memory, or read again each time."""
+
+    def __len__(self) -> int: ...
+
+    def blocks(self) -> Iterator[Rows]: ...
+
+
+class ResidentRows:
+    """Rows in memory, given to the products `size` at a time."""
+
+    def __init__(self, coefficients: Sequence[Tensor], output: Tensor, size: int = 4096):
+        self.coefficients, self.output, self.size = tuple(coefficients), output, size
+
+    def __len__(self) -> int:
+        return len(self.output)
+
+    def blocks(self) -> Iterator[Rows]:
+        for start in range(0, len(self), self.size):
+            place = slice(start, min(start + self.size, len(self)))
+            yield Rows(place, tuple(c[place] for c in self.coefficients), self.output[place])
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How embeddings become logits: basis [J, D], class vectors [D, K] and exp(logit_scale)."""
+
+    basis: Tensor
+    vectors: Tensor
+    scale: float
+
+    @property
+    def classes(self) -> int:
+        return self.vectors.shape[1]
+
+    def base(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """(base [n, K], r [n]) of the tower's outputs [n, D]."""
+        r = self.scale / output.norm(dim=1).clamp_min(torch.finfo(output.dtype).tiny)
+        return r[:, None] * (output @ self.vectors), r
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What each row should be: `labels` [L, N] int64, or shares of every class `soft` [L, N, K], whose rows add to one.
+
+    `smoothing` moves that much of every target to all classes alike. `weight` [L, N] counts rows, or None.
+    """
+
+    labels: Tensor | None = None
+    soft: Tensor | None = None
+    smoothing: float = 0.0
+    weight: Tensor | None = None
+
+    def losses(self, log_p: Tensor, which: Tensor, place: slice) -> Tensor:
+        """Cross-entropies [n, T] of log-probabilities [n, T, K]; task t has label set which[t]."""
+        if self.soft is not None:
+            loss = -(self.soft[which, place].transpose(0, 1) * log_p).sum(-1)
+        else:
+            loss = -log_p.gather(-1, self.labels[which, place].T[..., None])[..., 0]
+        return loss if not self.smoothing else (1 - self.smoothing) * loss - self.smoothing * log_p.mean(-1)
+
+    def hits(self, chosen: Tensor, which: int, place: slice) -> Tensor:
+        """Whether a chosen class [n] is one that a row has a share in."""
+        if self.soft is not None:
+            return self.soft[which, place].gather(-1, chosen[:, None])[:, 0] > 0
+        return chosen == self.labels[which, place]
+
+    def subtract(self, p: Tensor, which: Tensor, place: slice) -> None:
+        """p [n, T, K] less the targets, in place."""
+        keep = 1 - self.smoothing
+        if self.soft is not None:
+            p -= keep * self.soft[which, place].transpose(0, 1)
+        else:
+            index = self.labels[which, place].T[..., None]
+            p.scatter_add_(-1, index, p.new_full((), -keep).expand(index.shape))
+        if self.smoothing:
+            p -= self.smoothing / p.shape[-1]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """T fits side by side: label set, split and fold of each, and its penalty.
+
+    `fold` [S, N] int16 numbers the folds of each of S splits; -1 is a row that this split leaves out altogether. A task
+    fits the rows whose fold is not `held`; held = -1 fits all.
+    """
+
+    which: Tensor
+    split: Tensor
+    held: Tensor
+    alpha: Tensor
+    fold: Tensor
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def pick(self, index: Tensor) -> "Tasks":
+        return Tasks(self.which[index], self.split[index], self.held[index], self.alpha[index], self.fold)
+
+    def counted(self, targets: Targets, place: slice) -> Tensor:
+        """Weights [n, T] of rows in each task's loss."""
+        return self._weighed(targets, place, lambda fold: (fold >= 0) & (fold != self.held[:, None]))
+
+    def kept_back(self, targets: Targets, place: slice) -> Tensor:
+        """Weights [n, T] of the rows that each task holds out."""
+        return self._weighed(targets, place, lambda fold: (fold >= 0) & (fold == self.held[:, None]))
+
+    def _weighed(self, targets: Targets, place: slice, chosen) -> Tensor:
+        mask = chosen(self.fold[self.split, place]).T
+        if targets.weight is None:
+            return mask.to(self.alpha.dtype)
+        return mask * targets.weight[self.which, place].T
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is learned, in the order of theta [T, P]: J component weights; D*K of class vectors; the scale s."""
+
+    components: int
+    dim: int
+    classes: int
+    class_vectors: bool = False
+    scale: bool = True
+
+    @property
+    def vectors(self) -> int:
+        return self.dim * self.classes if self.class_vectors else 0
+
+    @property
+    def size(self) -> int:
+        return self.components + self.vectors + self.scale
+
+
+class Objective:
+    """F_t and its gradient for T tasks; see the module's first lines.
+
+    Args:
+        rows: coefficients and outputs.
+        readout: how embeddings become logits.
+        targets: what each row should be.
+        sd: [J] above zero, the unit in which alpha asks of each component.
+        vector_variance: learn dV too, where f has this variance a coordinate; None does not. alpha asks VECTOR_PENALTY
+            times as much of its entries, in units of that variance: they are many, and tell nothing of other classes.
+        kappa: pseudo-images that hold the scale of the tower's logits; None does not learn it.
+    """
+
+    def __init__(
+        self,
+        rows: RowSource,
+        readout: Readout,
+        targets: Targets,
+        sd: Tensor,
+        *,
+        vector_variance: float | None = None,
+        kappa: float | None = KAPPA,
+    ):
+        self.rows, self.readout, self.targets, self.sd, self.kappa = rows, readout, targets, sd, kappa
+        components, dim = readout.basis.shape
+        learns_vectors = vector_variance is not None
+        self.shape = Shape(components, dim, readout.classes, learns_vectors, kappa is not None)
+        self.inner = readout.vectors if readout.classes > dim else None
+        right = readout.basis if self.inner is not None else readout.basis @ readout.vectors
+        self.right = right / sd[:, None]  # [J, M]
+        scores = right if self.inner is None else readout.basis @ readout.vectors
+        centred = scores - scores.mean(1, keepdim=True)
+        self.spread = centred.square().mean(1)  # [J]: how differently a component speaks to the classes
+        self._bases: dict[int, tuple[Tensor, Tensor]] = {}
+        self.vector_unit = (VECTOR_PENALTY * vector_variance) ** -0.5 if learns_vectors else 0.0
+
+    # --- one theta ---------------------------------------------------------------------------------------------
+
+    def delta(self, theta: Tensor) -> Tensor:
+        """weight - 1 [T, J] at the tower's own scale: what is learned, over 1 + s."""
+        delta = theta[:, : self.shape.components] / self.sd
+        return delta / (1 + theta[:, -1:]) if self.shape.scale else delta
+
+    def vectors(self, theta: Tensor) -> Tensor | None:
+        """dV [T, D, K] at the tower's own scale, or None."""
+        if not self.shape.class_vectors:
+            return None
+        moved = self._moved(theta)
+        return moved / (1 + theta[:, -1])[:, None, None] if self.shape.scale else moved
+
+    def _moved(self, theta: Tensor) -> Tensor:
+        start = self.shape.components
+        flat = theta[:, start : start + self.shape.vectors]
+        return self.vector_unit * flat.reshape(len(theta), self.shape.dim, self.shape.classes)
+
+    # --- products ----------------------------------------------------------------------------------------------
+
+    def _blocks(self, tasks: int, rows: int) -> list[slice]:
+        width = self.right.shape[1] if self.inner is None else max(self.right.shape[1], self.shape.classes)
+        one = width * self.right.element_size() * max(rows, self.shape.components)
+        most = max(1, BLOCK_BYTES // max(1, one))
+        return [slice(start, min(start + most, tasks)) for start in range(0, tasks, most)]
+
+    def _base(self, block: Rows) -> tuple[Tensor, Tensor]:
+        """(base, r) of a block of the rows that are fitted, computed once where they stay in memory."""
+        if not isinstance(self.rows, ResidentRows):
+            return self.readout.base(block.output)
+        if block.place.start not in self._bases:
+            self._bases[block.place.start] = self.readout.base(block.output)
+        return self._bases[block.place.start]
+
+    def _right(self, theta: Tensor) -> Tensor:
+        """[J, T*M]: class scores of components, times what is learned of them."""
+        delta = theta[:, : self.shape.components]
+        return (delta.T[:, :, None] * self.right[:, None, :]).flatten(1)
+
+    def logits(
+        self,
+        block: Rows,
+        theta: Tensor,
+        right: Tensor,
+        moved: Tensor | None,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(l [n, T, K], base [n, K], r [n]) of a block; `read` are base and r where they are known."""
+        base, r = self.readout.base(block.output) if read is None else read
+        found, start = right.new_zeros(len(base), right.shape[1]), 0
+        for c in block.coefficients:
+            found.addmm_(c.to(right.dtype), right[start : start + c.shape[1]])
+            start += c.shape[1]
+        found = found.view(len(base), len(theta), self.right.shape[1])
+        if self.inner is not None:
+            found = found @ self.inner
+        if moved is not None:
+            found += (block.output @ moved.permute(1, 0, 2).flatten(1)).view_as(found)
+        found *= r[:, None, None]
+        if self.shape.scale:
+            found += base[:, None, :] * (1 + theta[:, -1])[None, :, None]
+        else:
+            found += base[:, None, :]
+        return found, base, r
+
+    def used(self, block: Rows, theta: Tensor) -> Tensor:
+        """Logits [n, T, K] as the fitted adapter and head give them, at the length of the tower's output.
+
+        With class vectors moved, the change of y meets the change of V too: a product that the fit leaves out, since it
+        is not linear. What is judged has it.
+        """
+        moved = self._moved(theta) if self.shape.class_vectors else None
+        if moved is None or not self.shape.components:
+            return self.logits(block, theta, self._right(theta), moved)[0]
+        base, r = self.readout.base(block.output)
+        scale = 1 + theta[:, -1] if self.shape.scale else theta.new_ones(len(theta))
+        found = base.new_empty(len(base), len(theta), self.shape.classes)
+        for t in range(len(theta)):
+            vectors = self.readout.vectors + moved[t] / scale[t]
+            delta = theta[t, : self.shape.components] / self.sd
+            y, start = scale[t] * block.output, 0
+            for c in block.coefficients:
+                stop = start + c.shape[1]
+                y = y + c.to(y.dtype) @ (delta[start:stop, None] * self.readout.basis[start:stop])
+                start = stop
+            found[:, t] = r[:, None] * (y @ vectors)
+        return found
+
+    def evaluate(self, theta: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
+        """F [T] float64 and its gradient [T, P], summed over processes."""
+        value = torch.zeros(len(theta), dtype=torch.float64, device=theta.device)
+        grad = torch.zeros_like(theta)
+        parts = self._blocks(len(theta), min(len(self.rows), 4096))
+        ready = [(part, self._right(theta[part])) for part in parts] if len(parts) == 1 else None
+        for block in self.rows.blocks():
+            for part, right in ready or ((part, self._right(theta[part])) for part in parts):
+                self._add(block, theta[part], right, tasks, part, value, grad)
+        if distributed.world() > 1:
+            value, grad = distributed.total(value), distributed.add_up(grad)
+        value += tasks.alpha.double() / 2 * self.penalised(theta).double().square().sum(1)
+        self.penalised(grad).add_(tasks.alpha[:, None] * self.penalised(theta))
+        if self.shape.scale:
+            s = theta[:, -1]
+            value += self.kappa * (s.double() - torch.log1p(s.double()))
+            grad[:, -1] += self.kappa * s / (1 + s)
+        return value, grad
+
+    def penalised(self, theta: Tensor) -> Tensor:
+        """The part of theta that alpha asks of."""
+        return theta[:, :-1] if self.shape.scale else theta
+
+    def _add(self, block, theta, right, tasks, part, value, grad) -> None:
+        sub = tasks if part == slice(0, len(tasks)) else tasks.pick(torch.arange(part.start, part.stop))
+        moved = self._moved(theta) if self.shape.class_vectors else None
+        found, base, r = self.logits(block, theta, right, moved, self._base(block))
+        weight = sub.counted(self.targets, block.place)
+        log_p = found.log_softmax(-1)
+        losses = self.targets.losses(log_p, sub.which, block.place)
+        value[part] += (losses * weight).double().sum(0)
+        p = log_p.exp_()
+        self.targets.subtract(p, sub.which, block.place)
+        p *= weight[..., None]
+        if self.shape.scale:
+            grad[part, -1] += (p * base[:, None, :]).sum((0, 2))
+        p *= r[:, None, None]
+        if moved is not None:
+            back = (block.output.T @ p.flatten(1)).view(self.shape.dim, len(theta), self.shape.classes)
+            start = self.shape.components
+            grad[part, start : start + self.shape.vectors] += self.vector_unit * back.permute(
+                1, 0, 2
+            ).flatten(1)
+        if self.inner is not None:
+            p = p @ self.inner.T
+        p = p.flatten(1)
+        start = 0
+        for c in block.coefficients:
+            back = (c.to(p.dtype).T @ p).view(c.shape[1], len(theta), self.right.shape[1])
+            stop = start + c.shape[1]
+            grad[part, start:stop] += (back * self.right[start:stop, None, :]).sum(-1).T
+            start = stop
+
+    def feasible(self, theta: Tensor) -> Tensor:
+        """Whether 1 + s stays above zero, [T]."""
+        if not self.shape.scale:
+            return torch.ones(len(theta), dtype=torch.bool, device=theta.device)
+        return theta[:, -1] > -1
+
+    # --- certificate and scale ---------------------------------------------------------------------------------
+
+    def gap(self, theta: Tensor, grad: Tensor, tasks: Tasks) -> Tensor:
+        """The duality gap [T] at theta, an upper bound on F(theta) - min F.
+
+        The dual point is softmax - target at theta itself. There the loss's own Fenchel inequality is tight, so that
+        what is left is |grad|^2 / (2 alpha) for the penalised numbers, and for s, with q minus the loss's derivative,
+        h(s) + h*(q) - s q with h = kappa (s - log(1 + s)), h*(q) = -q - kappa log(1 - q/kappa).
+        """
+        found = self.penalised(grad).double().square().sum(1) / (2 * tasks.alpha.double())
+        if self.shape.scale:
+            s, slope = theta[:, -1].double(), grad[:, -1].double()
+            u = slope * (1 + s) / self.kappa  # (kappa - q)(1 + s) / kappa = 1 + u
+            found += torch.where(u > -1, self.kappa * (u - torch.log1p(u.clamp_min(-1))), torch.inf)
+        return found
+
+    def trace(self) -> float:
+        """The trace of the loss's Hessian for one image at equal probabilities: over components and class vectors."""
+        vectors = self.shape.dim / VECTOR_PENALTY if self.shape.class_vectors else 0.0
+        return float(self.spread.double().sum()) + vectors
+
+    def curvature(self, tasks: Tasks, mass: Tensor) -> Tensor:
+        """A diagonal [T, P] like the Hessian's at uniform probabilities; `mass` [T] weights of rows in each task."""
+        found = self.right.new_empty(len(tasks), self.shape.size)
+        vectors = (self.vector_unit * self.readout.scale) ** 2 / (self.shape.dim * self.shape.classes)
+        found[:] = (mass * vectors + tasks.alpha)[:, None]
+        j = self.shape.components
+        found[:, :j] = mass[:, None] * self.spread + tasks.alpha[:, None]
+        if self.shape.scale:
+            found[:, -1] = self.kappa + mass
+        return found

@@ -1,0 +1,250 @@
+"""What is the convex problem of an adapter? Its coefficients and output as rows, labels, splits, and who judges."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from residual_kernels import distributed
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.train.batches import AdapterRows
+from residual_kernels.train.config import ConvexConfig
+from residual_kernels.train.folds import folds_of
+from residual_kernels.train.labels import label_table, shots_of, weights_of_classes
+from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Rows, RowSource, Targets
+from residual_kernels.train.path import Group, Outside, Path
+from residual_kernels.units.source import UnitSource
+from residual_kernels.zeroshot import ZeroShotHead
+
+FLOOR = 1e-3  # of the mean variance: components that never move are not blown up
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels [L, N] int64 of L sets, or shares of every class [L, N, K]."""
+
+    hard: Tensor | None
+    soft: Tensor | None
+
+    @property
+    def numbers(self) -> Tensor:
+        """[L, N]: the label, or the class of the largest share; what shots and folds go by."""
+        return self.hard if self.soft is None else self.soft.argmax(-1)
+
+    def of(self, sets: slice) -> "Labels":
+        """Those of some label sets."""
+        return Labels(
+            None if self.hard is None else self.hard[sets], None if self.soft is None else self.soft[sets]
+        )
+
+    def at(self, rows: slice, device: torch.device, dtype: torch.dtype) -> "Labels":
+        if self.soft is None:
+            return Labels(self.hard[:, rows].to(device), None)
+        return Labels(None, self.soft[:, rows].to(device, dtype))
+
+
+def labels_of(source: UnitSource, given: Sequence[Tensor] | None, sizes: Sequence[int], name: str) -> Labels:
+    """The label sets of a source: those given, [N] or shares [N, K] each, or its own; each checked against its head."""
+    soft = [one for one in given or () if torch.as_tensor(one).ndim == 2]
+    if not soft:
+        sets = 1 if given is None else len(given)
+        return Labels(label_table(source, given, sets, sizes, name), None)
+    if len(soft) < len(given):
+        raise ValueError(f"{name} must all be [N] or all be [N, K]; got both")
+    found = []
+    for number, one in enumerate(given):
+        one = torch.as_tensor(one).detach().cpu().double()
+        wanted = (source.count, sizes[number if len(sizes) > 1 else 0])
+        if one.shape != wanted:
+            raise ValueError(f"{name} must be shares [N, K] = {wanted}; got {tuple(one.shape)}")
+        if not (one.isfinite().all() and (one >= 0).all() and (one.sum(1) > 0).all()):
+            raise ValueError(
+                f"{name} must be finite, not below zero, and above zero for at least one class of every image"
+            )
+        found.append(one / one.sum(1, keepdim=True))
+    if len({one.shape for one in found}) > 1:
+        raise ValueError(f"{name} of heads with different numbers of classes cannot be fitted at once")
+    return Labels(None, torch.stack(found))
+
+
+def is_linear(adapter: TowerAdapter) -> bool:
+    """Whether the logits are linear in the adapter's weight, one number a component, so that the convex solver fits."""
+    if not isinstance(adapter, ResiDual) or adapter.placement != "output":
+        return False
+    return len(adapter.weight) == sum(len(adapter.units[kind].basis) for kind in adapter.adapted)
+
+
+class _Streamed:
+    """Rows that are read from the cache again at every evaluation."""
+
+    def __init__(self, form: "Form", rows: AdapterRows):
+        self.form, self.rows = form, rows
+        self.part = rows.part(rows.count)
+
+    def __len__(self) -> int:
+        return self.part.stop - self.part.start
+
+    def blocks(self) -> Iterator[Rows]:
+        start = 0
+        for batch in self.rows.in_order():
+            found = self.form.rows(batch.features)
+            count = len(found[1])
+            yield Rows(slice(start, start + count), *found)
+            start += count
+
+
+class Form:
+    """An adapter as the problem reads it: y = output + sum_j (weight_j - 1) c_j basis_j."""
+
+    def __init__(self, adapter: ResiDual, with_components: bool = True):
+        self.adapter, self.with_components = adapter, with_components
+        self.ones = torch.ones_like(adapter.weight)[None].detach()
+        kinds = adapter.adapted if with_components else ()
+        self.kinds = kinds
+        like = adapter.weight.detach()
+        parts = [adapter.units[kind].basis.to(like) for kind in kinds]
+        self.basis = torch.cat(parts) if parts else like.new_zeros(0, adapter.dim)
+
+    def readout(self, head: ZeroShotHead) -> Readout:
+        vectors = head.class_vectors.to(self.basis)
+        if vectors.shape[0] != self.basis.shape[1]:
+            raise ValueError(
+                f"embeddings have {self.basis.shape[1]} numbers but the class vectors {vectors.shape[0]}: they come "
+                "from two different models"
+            )
+        return Readout(self.basis, vectors, float(head.logit_scale.exp()))
+
+    @torch.no_grad()
+    def rows(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+        """(coefficients of each kind, output at weight 1)."""
+        if self.adapter.rest.rest == "all":
+            output = features["rest"]
+        else:
+            output = self.adapter.from_features(features, [self.ones])[0]
+        return tuple(features[f"{kind}.c"] for kind in self.kinds), output
+
+    def source(self, rows: AdapterRows) -> RowSource:
+        if rows.resident is None:
+            return _Streamed(self, rows)
+        mine = rows.part(rows.count)
+        return ResidentRows(*self.rows({name: value[mine] for name, value in rows.resident.items()}))
+
+
+def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
+    """Variances [J] of r c_j, and the mean variance of r f, over all processes' rows, labelled for a fit or not."""
+
+    def scaled(block: Rows) -> Tensor:
+        r = readout.base(block.output)[1]
+        return torch.cat([*(c.to(r.dtype) for c in block.coefficients), block.output], 1) * r[:, None]
+
+    components, dim = readout.basis.shape
+    first = next(iter(rows.blocks()), None)
+    centre = readout.basis.new_zeros(components + dim) if first is None else scaled(first).mean(0)
+    centre = distributed.total(centre) / distributed.world()  # provisional, so that squares keep their digits
+    sums = torch.zeros(2, components + dim, dtype=torch.float64, device=centre.device)
+    for block in rows.blocks():
+        values = scaled(block) - centre
+        sums += torch.stack([one.sum(0, dtype=torch.float64) for one in (values, values.square())])
+    sums = distributed.total(sums)
+    count = float(distributed.total(torch.tensor([float(len(rows))], dtype=torch.float64)))
+    variance = ((sums[1] - sums[0].square() / count) / max(1.0, count - 1)).clamp_min(0)
+    return variance[:components].to(centre.dtype), float(variance[components:].mean())
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is fitted, before anybody says which numbers are learned: rows, labels, splits and who judges.
+
+    `rows_of` opens the rows of an adapter; everything else is the same for all candidates, so that they are judged on
+    the same images in the same folds.
+    """
+
+    config: ConvexConfig
+    labels: Labels
+    groups: Sequence[Group]
+    fold: Tensor
+    folds: int
+    row_weight: Tensor | None
+    outside: Labels | None
+    outside_weight: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        config: ConvexConfig,
+        labels: Labels,
+        classes: Sequence[str],
+        seeds: Sequence[int],
+        outside: Labels | None,
+    ) -> "Problem":
+        """Groups run over label sets, then seeds."""
+        numbers = labels.numbers
+        sets, count = numbers.shape
+        groups, fold = [], []
+        folds = min(config.folds, count)
+        for which in range(sets):
+            for seed in seeds:
+                chosen = torch.arange(count)
+                if config.shots is not None:
+                    chosen = shots_of(numbers[which], config.shots, seed, classes)
+                own = torch.full((count,), -1, dtype=torch.int16)
+                own[chosen] = folds_of(numbers[which][chosen], folds, seed)
+                idle = len(numbers[which][chosen].unique()) < 2
+                groups.append(Group(which, len(fold), idle))
+                fold.append(own)
+        even = config.shots is not None and isinstance(config.class_weight, str)
+        given = None if even else config.class_weight
+        sizes = [len(classes)]
+        weight = outside_weight = None
+        if given is not None:
+            by_class = weights_of_classes(given, numbers, sizes)
+            weight = by_class.gather(1, numbers)
+            weight = weight / weight.mean(1, keepdim=True)
+            if outside is not None:
+                by_class = weights_of_classes(given, outside.numbers, sizes)
+                outside_weight = by_class.gather(1, outside.numbers)
+        return cls(config, labels, groups, torch.stack(fold), folds, weight, outside, outside_weight)
+
+    def path(
+        self,
+        form: "Form",
+        head: ZeroShotHead,
+        rows: AdapterRows,
+        outside_rows: AdapterRows | None,
+        *,
+        class_vectors: bool = False,
+    ) -> Path:
+        """The path of every group for one choice of what is learned."""
+        readout = form.readout(head)
+        like = readout.basis
+        mine = rows.part(rows.count)
+        source = form.source(rows)
+        fold = self.fold[:, mine].to(like.device)
+        weight = None if self.row_weight is None else self.row_weight[:, mine].to(like)
+        own = self.labels.at(mine, like.device, like.dtype)
+        targets = Targets(own.hard, own.soft, self.config.label_smoothing, weight)
+        variance, of_outputs = moments(source, readout)
+        if len(variance):
+            variance = variance.clamp_min(max(FLOOR * float(variance.mean()), torch.finfo(like.dtype).tiny))
+        objective = Objective(
+            source, readout, targets, variance.sqrt(), vector_variance=of_outputs if class_vectors else None
+        )
+        outside = None
+        if outside_rows is not None:
+            there = outside_rows.part(outside_rows.count)
+            held = self.outside.at(there, like.device, like.dtype)
+            counts = like.new_ones(held.numbers.shape)
+            if self.outside_weight is not None:
+                counts = self.outside_weight[:, there].to(like)
+            outside = Outside(form.source(outside_rows), Targets(held.hard, held.soft), counts)
+        return Path(
+            objective,
+            self.groups,
+            fold,
+            self.folds,
+            outside,
+            freedoms=self.config.freedoms,
+            side_by_side=isinstance(source, _Streamed),
+        )

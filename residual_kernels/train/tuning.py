@@ -1,0 +1,360 @@
+"""Which adapter suits these labels? Candidates, the tower among them, compete on images they were not fitted to.
+
+All are convex fits of the same images in the same folds (or judged by the same validation images), so that they are
+compared image by image. The least loss wins, unless a simpler candidate is within one standard error of it.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from residual_kernels.adapters.methods import METHODS, build
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.train.choice import Judge, Judged, accuracy_error, standard_error
+from residual_kernels.train.config import ConvexConfig
+from residual_kernels.train.convex import indexed, opened
+from residual_kernels.train.evaluation import logits_of
+from residual_kernels.train.folds import FOLDS
+from residual_kernels.train.logistic import Objective, Targets
+from residual_kernels.train.path import FREEDOMS, Found
+from residual_kernels.train.problem import Form, Labels, Problem, labels_of
+from residual_kernels.units.cache import UnitCache
+from residual_kernels.zeroshot import ZeroShotHead
+
+BASE, VECTORS, PROBE, STREAM = "base", "anchored + class vectors", "probe", "stream"
+# Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is told of, not
+# chosen.
+CANDIDATES = (BASE, "anchored", "fine", "full", VECTORS, PROBE)
+FEW = 50  # validation images below which an accuracy says little
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one candidate reached on images that it was not fitted to.
+
+    `loss` in nats at its best temperature; `error` the standard error of its loss's difference from the untouched
+    model's; `freedom` the strength chosen for it, 0 where it stays as it is; `note` says what became of it.
+    """
+
+    name: str
+    numbers: int
+    accuracy: float
+    loss: float
+    error: float
+    freedom: float
+    seconds: float
+    note: str = ""
+
+
+@dataclass
+class TuneResult:
+    """What :func:`tune` found: `adapter` and `head` are the winner's, ready for use; `why` is one sentence.
+
+    `table` has a row for each candidate. `judged_by` is "validation" or "folds", on `images` images. `probe` says in
+    plain words when a linear probe is better by more than one standard error, and is None otherwise.
+    """
+
+    winner: str
+    why: str
+    table: list[Candidate]
+    adapter: TowerAdapter = field(repr=False)
+    head: ZeroShotHead = field(repr=False)
+    judged_by: str
+    images: int
+    base_accuracy: float
+    accuracy: float
+    seconds: float
+    probe: str | None = None
+    warning: str | None = None
+
+    def __str__(self) -> str:
+        rows = [("candidate", "numbers", "accuracy", "loss", "note")] + [
+            (one.name, f"{one.numbers:,}", f"{one.accuracy:.4f}", f"{one.loss:.4f}", one.note)
+            for one in self.table
+        ]
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = [
+            "  ".join(text.ljust(w) for text, w in zip(row, widths, strict=True)).rstrip() for row in rows
+        ]
+        said = [one for one in (self.why, self.probe, self.warning) if one]
+        return "\n".join([*lines, *said])
+
+
+@dataclass
+class _Entry:
+    """One candidate while it is decided: what was judged of it, and how it is made."""
+
+    name: str
+    numbers: int
+    judged: Judged
+    freedom: float
+    seconds: float
+    adapter: TowerAdapter | None = None
+    objective: Objective | None = None
+    found: Found | None = None
+
+
+def tune(
+    tower: nn.Module,
+    bases: SpectralBases,
+    head: ZeroShotHead,
+    train: UnitCache | Iterable,
+    val: UnitCache | Iterable | None = None,
+    *,
+    candidates: Sequence[str] | None = None,
+    stream_bases: SpectralBases | None = None,
+    class_weight: str | Tensor | None = None,
+    shots: int | None = None,
+    seed: int = 0,
+    labels: Tensor | None = None,
+    val_labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    folds: int = FOLDS,
+    freedoms: Sequence[float] = FREEDOMS,
+    memory: int | None = None,
+) -> TuneResult:
+    """Fits every candidate, judges them on images they were not fitted to, and returns the one to use.
+
+    Args:
+        tower: an image tower, not wrapped.
+        bases: of heads and MLPs ("anchored", "full") or of heads alone: then `anchored` changes the heads.
+        head: the classifier. A winner that moves class vectors brings its own.
+        train: a UnitCache or a loader of (images, labels).
+        val: the same; without it, folds of the training images judge.
+        candidates: of :data:`CANDIDATES`; all that the bases allow by default. The model itself always competes. The
+            probe is only told of, unless it is named here.
+        stream_bases: bases with placement="stream": the stream form competes too. It runs the tower at every step, so
+            train and val must then be loaders.
+        class_weight, shots, seed, labels, val_labels, label_smoothing, folds, freedoms, memory: as in :func:`fit`.
+
+    Returns:
+        A :class:`TuneResult`. Where nothing is better than the model by one standard error, or everything labels fewer
+        images right, the winner is "base" and the adapter is the model.
+
+    Raises:
+        ValueError: as :func:`fit`, and for a candidate that is unknown or that these bases cannot make.
+    """
+    start = time.perf_counter()
+    config = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory)
+    names = _names(candidates, bases)
+    if stream_bases is not None and (
+        val is None or isinstance(train, UnitCache) or isinstance(val, UnitCache)
+    ):
+        raise ValueError(
+            "the stream form runs the tower at every step: give train and val as loaders of images"
+        )
+    base = build(BASE, tower)
+    contest = _Contest(base.tower, bases, head, train, val, config, seed, labels, val_labels)
+    contest.probe_competes = candidates is not None
+    for name in names:
+        contest.add(name)
+    if stream_bases is not None:
+        contest.add_stream(stream_bases, train, val, seed)
+    winner, why = contest.winner()
+    adapter, own_head = contest.made(winner, base)
+    probe = contest.about_probe(winner)
+    warning = None
+    if contest.images < FEW:
+        what = "validation" if val is not None else "training"
+        warning = f"only {contest.images} {what} images judged this; a few more may turn it round"
+    return TuneResult(
+        winner=winner.name,
+        why=why,
+        table=contest.table(winner),
+        adapter=adapter,
+        head=own_head,
+        judged_by="folds" if val is None else "validation",
+        images=contest.images,
+        base_accuracy=contest.entries[0].judged.accuracy,
+        accuracy=winner.judged.accuracy,
+        seconds=time.perf_counter() - start,
+        probe=probe,
+        warning=warning,
+    )
+
+
+def _names(candidates: Sequence[str] | None, bases: SpectralBases) -> list[str]:
+    """The candidates that compete, simpler first, after the base."""
+    given = CANDIDATES if candidates is None else tuple(candidates)
+    unknown = [name for name in given if name not in CANDIDATES]
+    if unknown:
+        raise ValueError(f"unknown candidate {unknown[0]!r}; choose from {', '.join(CANDIDATES)}")
+    cannot = [name for name in given if name == "full" and "mlp" not in bases.kinds]
+    if cannot and candidates is not None:
+        raise ValueError(f"full needs bases of MLPs too; these hold {', '.join(bases.kinds)}")
+    return [name for name in CANDIDATES[1:] if name in given and name not in cannot]
+
+
+class _Contest:
+    """The images, the folds and everything that was judged on them."""
+
+    def __init__(
+        self,
+        tower: nn.Module,
+        bases: SpectralBases,
+        head: ZeroShotHead,
+        train: UnitCache | Iterable,
+        val: UnitCache | Iterable | None,
+        config: ConvexConfig,
+        seed: int,
+        labels: Tensor | None,
+        val_labels: Tensor | None,
+    ):
+        self.tower, self.bases, self.head, self.config, self.seed = tower, bases, head, config, seed
+        self.probe_competes = False
+        kinds = [kind for kind in METHODS["anchored"].kinds if kind in bases.kinds]
+        first = ResiDual(tower, bases.of(*kinds), "all")
+        self.adapters: dict[str, TowerAdapter] = {"anchored": first}
+        self.train = indexed(first, train, labels is None)
+        self.val = None if val is None else indexed(first, val, val_labels is None)
+        sizes = [len(head.class_names)]
+        own = labels_of(self.train, None if labels is None else [labels], sizes, "labels")
+        self.outside: Labels | None = None
+        if val is not None:
+            given = None if val_labels is None else [val_labels]
+            self.outside = labels_of(self.val, given, sizes, "val_labels")
+        self.problem = Problem.of(config, own, head.class_names, [seed], self.outside)
+        self.rows = opened(first, self.train, self.val, config)  # of the anchored forms, which share them
+        of_tower = self.problem.path(Form(first, with_components=False), head, *self.rows).base()
+        self.entries = [_Entry(BASE, 0, of_tower, 0.0, 0.0)]
+        fitted = int((self.problem.fold[0] >= 0).sum())
+        self.images = fitted if self.val is None else self.val.count
+
+    def add(self, name: str) -> None:
+        """Fits and judges one candidate."""
+        start = time.perf_counter()
+        form_name = "anchored" if name in (VECTORS, PROBE) else name
+        if form_name not in self.adapters:
+            self.adapters[form_name] = build(form_name, self.tower, self.bases, init="ones")
+        adapter = self.adapters[form_name]
+        rows = self.rows if form_name == "anchored" else opened(adapter, self.train, self.val, self.config)
+        path = self.problem.path(
+            Form(adapter, with_components=name != PROBE),
+            self.head,
+            *rows,
+            class_vectors=name in (VECTORS, PROBE),
+        )
+        objective, (found,) = path.objective, path.run()
+        judged, freedom = found.base, 0.0
+        if found.chosen is not None:
+            freedom, judged = found.candidates[found.chosen]
+        seconds = time.perf_counter() - start
+        numbers = objective.shape.components + objective.shape.vectors
+        self.entries.append(_Entry(name, numbers, judged, freedom, seconds, adapter, objective, found))
+
+    def add_stream(self, bases: SpectralBases, train: Iterable, val: Iterable, seed: int) -> None:
+        """The stream form by AdamW, judged on the same validation images."""
+        from residual_kernels.train import fit
+
+        start = time.perf_counter()
+        adapter = build(STREAM, self.tower, bases)
+        fit(adapter, self.head, train, val, seed=seed)
+        logits, labels = logits_of(adapter, self.head, val, labelled=True)
+        if not torch.equal(labels.cpu(), self.outside.numbers[0]):
+            raise ValueError("val must give the same images in the same order every time it is read")
+        targets = Targets(labels[None])
+        judge = Judge(1, len(logits), targets, logits)
+        judge.add(0, logits, logits.new_ones(len(logits)), 0, slice(0, len(logits)))
+        seconds = time.perf_counter() - start
+        self.entries.append(_Entry(STREAM, adapter.weight.numel(), judge.judged(0), 1.0, seconds, adapter))
+
+    def winner(self) -> tuple[_Entry, str]:
+        """The simplest candidate within one standard error of the best, and why."""
+        base, *others = self.entries
+        rivals = [
+            base,
+            *(one for one in others if one.freedom and (one.name != PROBE or self.probe_competes)),
+        ]
+        best = min(rivals, key=lambda one: one.judged.loss)
+        chosen = next(
+            one
+            for one in rivals
+            if one is best or one.judged.loss - best.judged.loss <= standard_error(one.judged, best.judged)
+        )
+        if chosen.judged.accuracy < base.judged.accuracy:
+            chosen = base
+        where = f"{self.images} {'held-out training' if self.val is None else 'validation'} images"
+        if chosen is base:
+            return base, (
+                f"Nothing is better than the model by one standard error on {where}, so the model stays as it is."
+            )
+        gain = f"{base.judged.accuracy:.4f} -> {chosen.judged.accuracy:.4f} on {where}"
+        if chosen is best:
+            return chosen, f"{chosen.name} is best, and by more than one standard error: {gain}."
+        return (
+            chosen,
+            f"{chosen.name} is the simplest within one standard error of the best, {best.name}: {gain}.",
+        )
+
+    def about_probe(self, winner: _Entry) -> str | None:
+        probe = next((one for one in self.entries if one.name == PROBE), None)
+        if probe is None or probe is winner or probe.freedom == 0:
+            return None
+        gain = probe.judged.accuracy - winner.judged.accuracy
+        error = accuracy_error(probe.judged, winner.judged)
+        if gain <= error:
+            return None
+        return (
+            f"A linear probe labels more images right: {probe.judged.accuracy:.4f} against "
+            f"{winner.judged.accuracy:.4f}, with {probe.numbers:,} numbers that know these classes alone; to have it, "
+            'ask for the method "probe".'
+        )
+
+    def made(self, winner: _Entry, base: TowerAdapter) -> tuple[TowerAdapter, ZeroShotHead]:
+        """The winner as an adapter with its weights, and its head; every other adapter leaves the tower."""
+        adapter, head = base, self.head
+        if winner.name != BASE and winner.found is not None and winner.found.theta is not None:
+            theta = winner.found.theta[None]
+            if winner.objective.shape.class_vectors:
+                moved = winner.objective.vectors(theta)[0].to(self.head.class_vectors)
+                head = ZeroShotHead(
+                    self.head.class_vectors + moved, self.head.class_names, float(self.head.logit_scale)
+                )
+            if winner.objective.shape.components:
+                adapter = winner.adapter
+                with torch.no_grad():
+                    adapter.weight.copy_(1 + winner.objective.delta(theta)[0])
+        elif winner.name == STREAM:
+            adapter = winner.adapter
+        for one in {
+            id(a): a for a in (base, *self.adapters.values(), *(e.adapter for e in self.entries))
+        }.values():
+            if one is not None and one is not adapter:
+                one.detach()
+        return adapter, head
+
+    def table(self, winner: _Entry) -> list[Candidate]:
+        base = self.entries[0]
+        rows = []
+        for one in self.entries:
+            if one is winner:
+                note = "the winner"
+            elif one is base:
+                note = ""
+            elif one.freedom == 0:
+                note = "not better than where it starts by one standard error"
+            elif one.name == PROBE and not self.probe_competes:
+                note = "told of, not chosen: it reads these classes alone"
+            elif one.judged.loss < winner.judged.loss:
+                note = "better by less than one standard error, and less simple"
+            else:
+                note = "not better than the winner"
+            error = standard_error(base.judged, one.judged)
+            rows.append(
+                Candidate(
+                    one.name,
+                    one.numbers,
+                    one.judged.accuracy,
+                    one.judged.loss,
+                    error,
+                    one.freedom,
+                    one.seconds,
+                    note,
+                )
+            )
+        return rows

@@ -1,0 +1,159 @@
+"""tune: which candidate wins and why, what it hands out, and that it never goes below the model."""
+
+import math
+
+import pytest
+import torch
+from test_towers import build, images_for
+
+import residual_kernels as rk
+from residual_kernels.train import tuning
+
+CLASSES = "abc"
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def images(tower):
+    labels = torch.tensor([0] * 60 + [1] * 36 + [2] * 24)
+    return images_for(tower, 120) * 0.5 + (labels - 1.0)[:, None, None, None], labels
+
+
+@pytest.fixture(scope="module")
+def cache(tower, images):
+    return rk.encode(tower, [images], kinds=("head", "mlp"), class_names=CLASSES)
+
+
+@pytest.fixture(scope="module")
+def bases(tower, cache):
+    return rk.fit_bases(tower, cache, kinds=("head", "mlp"))
+
+
+@pytest.fixture
+def head():
+    vectors = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
+    return rk.ZeroShotHead(vectors, CLASSES, math.log(10.0))
+
+
+def parts_of(cache, count=80):
+    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))
+    return cache.subset(order[:count]), cache.subset(order[count:])
+
+
+@pytest.mark.parametrize("with_val", [True, False])
+def test_the_winner_is_what_the_table_says(tower, cache, bases, head, with_val):
+    train, test = parts_of(cache)
+    found = rk.tune(tower, bases, head, train, test if with_val else None)
+    assert [one.name for one in found.table] == list(tuning.CANDIDATES)
+    rows = {one.name: one for one in found.table}
+    assert rows["base"].accuracy == found.base_accuracy
+    assert found.winner not in ("base", "probe")
+    won = rows[found.winner]
+    assert won.accuracy == found.accuracy > found.base_accuracy
+    assert won.note == "the winner"
+    best = min((one for one in found.table if one.name != "probe"), key=lambda one: one.loss)
+    assert best is won or best.loss <= won.loss
+    # what is handed out is what was judged, and the tower carries nothing else
+    shipped = rk.evaluate(found.adapter, found.head, test).accuracy
+    assert shipped > rk.evaluate(rk.build("base", tower), head, test).accuracy
+    if with_val:
+        assert shipped == pytest.approx(found.accuracy, abs=0.03)
+        assert (found.judged_by, found.images) == ("validation", 40)
+        assert "only 40 validation images judged this" in found.warning
+    else:
+        assert (found.judged_by, found.images) == ("folds", 80)
+        assert found.warning is None
+    assert rows["base"].numbers == 0
+    assert rows["anchored"].numbers == len(rk.build("anchored", tower, bases).weight)
+    assert rows["probe"].numbers == 32 * 3
+    assert rows[tuning.VECTORS].numbers == rows["anchored"].numbers + 32 * 3
+    text = str(found)
+    assert found.why in text
+    assert all(one.name in text for one in found.table)
+
+
+def test_nothing_to_learn_gives_the_model(tower, cache, bases, head):
+    train, test = parts_of(cache)
+    train.labels = torch.randint(3, (len(train),), generator=torch.Generator().manual_seed(3))
+    found = rk.tune(tower, bases, head, train)
+    assert found.winner == "base"
+    assert found.accuracy == found.base_accuracy
+    assert found.why.startswith(
+        "Nothing is better than the model by one standard error on 80 held-out training images"
+    )
+    assert torch.equal(found.adapter.from_units(test.terms(slice(0, 7))), test.output[:7])
+    assert torch.equal(found.head.class_vectors, head.class_vectors)
+
+
+def test_the_probe_is_told_of_and_can_be_had(tower, cache, bases, head):
+    train, test = parts_of(cache)
+    found = rk.tune(tower, bases, head, train, candidates=("anchored", "probe"))
+    probe = next(one for one in found.table if one.name == "probe")
+    asked = rk.tune(tower, bases, head, train, test, candidates=("probe",))
+    assert asked.winner == "probe"
+    assert asked.probe is None
+    assert not torch.equal(asked.head.class_vectors, head.class_vectors)
+    assert rk.evaluate(asked.adapter, asked.head, test).accuracy == pytest.approx(asked.accuracy, abs=1e-9)
+    assert torch.equal(asked.adapter.from_units(test.terms(slice(0, 7))), test.output[:7])  # the tower itself
+    assert probe.accuracy > found.base_accuracy
+
+
+def test_a_much_better_probe_is_said_in_words(tower, cache, bases, head):
+    """One component can hardly move: the probe is far ahead, and the user hears of it."""
+    train, _ = parts_of(cache)
+    small = bases.truncate(components=1)
+    found = rk.tune(tower, small, head, train, candidates=None)
+    rows = {one.name: one for one in found.table}
+    if rows["probe"].accuracy - found.accuracy > 0.1:
+        assert found.probe.startswith("A linear probe labels more images right")
+        assert 'ask for the method "probe"' in found.probe
+    else:
+        assert found.probe is None
+
+
+def test_bases_of_heads_alone_and_loaders(tower, images, bases, head):
+    pixels, labels = images
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    loader = [(pixels[rows], labels[rows]) for rows in order[:80].split(30)]
+    found = rk.tune(tower, bases.of("head"), head, loader, shots=12)
+    names = [one.name for one in found.table]
+    assert "full" not in names
+    assert "fine" in names
+    assert found.images == 36
+
+
+def test_the_stream_form_when_asked(tower, images, bases, head):
+    pixels, labels = images
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    train, val = ([(pixels[rows], labels[rows])] for rows in (order[:80], order[80:]))
+    inside = rk.fit_bases(tower, [pixels], placement="stream").truncate(components=4)
+    found = rk.tune(tower, bases, head, train, val, candidates=("base",), stream_bases=inside)
+    assert [one.name for one in found.table] == ["base", "stream"]
+    stream = found.table[1]
+    assert 6 <= stream.numbers <= 6 * 4
+    if found.winner == "stream":
+        assert rk.evaluate(found.adapter, head, val).accuracy == pytest.approx(stream.accuracy, abs=1e-9)
+    with pytest.raises(ValueError, match="give train and val as loaders"):
+        rk.tune(tower, bases, head, train, stream_bases=inside)
+
+
+def test_refusals_leave_the_tower_free(tower, cache, bases, head):
+    train, _ = parts_of(cache)
+    flags = {name: p.requires_grad for name, p in tower.named_parameters()}
+    for options, message in (
+        ({"candidates": ("finest",)}, "unknown candidate 'finest'; choose from base, anchored, fine"),
+        ({"folds": 1}, "folds must be at least 2"),
+        ({"shots": 99}, "fewer than shots=99"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rk.tune(tower, bases, head, train, **options)
+        assert {name: p.requires_grad for name, p in tower.named_parameters()} == flags
+    with pytest.raises(ValueError, match="full needs bases of MLPs too; these hold head"):
+        rk.tune(tower, bases.of("head"), head, train, candidates=("full",))
+    found = rk.tune(tower, bases, head, train)
+    found.adapter.detach()
+    assert {name: p.requires_grad for name, p in tower.named_parameters()} == flags
