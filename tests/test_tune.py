@@ -141,7 +141,8 @@ def test_the_stream_form_when_asked(tower, images, bases, head):
         rk.tune(tower, bases, head, train, stream_bases=inside)
 
 
-def test_refusals_leave_the_tower_free(tower, cache, bases, head):
+def test_refusals_leave_the_tower_free(cache, bases, head):
+    tower = build()
     train, _ = parts_of(cache)
     flags = {name: p.requires_grad for name, p in tower.named_parameters()}
     for options, message in (

@@ -57,8 +57,8 @@ class Loop:
                 epoch = self._restore(*found)
             except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"{self.config.checkpoint} is damaged: it does not hold what this fit keeps ({error}); remove it to "
-                    "start anew"
+                    f"{self.config.checkpoint} is damaged: it does not hold what this fit keeps ({error}); remove "
+                    "it to start anew"
                 ) from error
         else:
             self._record(0, None)

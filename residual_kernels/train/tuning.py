@@ -148,16 +148,23 @@ def tune(
         raise ValueError(
             "the stream form runs the tower at every step: give train and val as loaders of images"
         )
-    base = build(BASE, tower)
-    contest = _Contest(base.tower, bases, head, train, val, config, seed, labels, val_labels)
-    contest.probe_competes = candidates is not None
-    for name in names:
-        contest.add(name)
-    if stream_bases is not None:
-        contest.add_stream(stream_bases, train, val, seed)
-    winner, why = contest.winner()
-    adapter, own_head = contest.made(winner, base)
-    probe = contest.about_probe(winner)
+    built: list[TowerAdapter] = []
+    kept = None
+    try:
+        base = build(BASE, tower)
+        built.append(base)
+        contest = _Contest(base.tower, bases, head, train, val, config, seed, labels, val_labels, built)
+        contest.probe_competes = candidates is not None
+        for name in names:
+            contest.add(name)
+        if stream_bases is not None:
+            contest.add_stream(stream_bases, train, val, seed)
+        winner, why = contest.winner()
+        kept, own_head = contest.made(winner, base)
+    finally:  # the tower carries the winner alone, and nothing when this fails
+        for adapter in built:
+            if adapter is not kept:
+                adapter.detach()
     warning = None
     if contest.images < FEW:
         what = "validation" if val is not None else "training"
@@ -166,14 +173,14 @@ def tune(
         winner=winner.name,
         why=why,
         table=contest.table(winner),
-        adapter=adapter,
+        adapter=kept,
         head=own_head,
         judged_by="folds" if val is None else "validation",
         images=contest.images,
         base_accuracy=contest.entries[0].judged.accuracy,
         accuracy=winner.judged.accuracy,
         seconds=time.perf_counter() - start,
-        probe=probe,
+        probe=contest.about_probe(winner),
         warning=warning,
     )
 
@@ -204,11 +211,14 @@ class _Contest:
         seed: int,
         labels: Tensor | None,
         val_labels: Tensor | None,
+        built: list[TowerAdapter],
     ):
+        self.built = built
         self.tower, self.bases, self.head, self.config, self.seed = tower, bases, head, config, seed
         self.probe_competes = False
         kinds = [kind for kind in METHODS["anchored"].kinds if kind in bases.kinds]
         first = ResiDual(tower, bases.of(*kinds), "all")
+        built.append(first)
         self.adapters: dict[str, TowerAdapter] = {"anchored": first}
         self.train = indexed(first, train, labels is None)
         self.val = None if val is None else indexed(first, val, val_labels is None)
@@ -231,6 +241,7 @@ class _Contest:
         form_name = "anchored" if name in (VECTORS, PROBE) else name
         if form_name not in self.adapters:
             self.adapters[form_name] = build(form_name, self.tower, self.bases, init="ones")
+            self.built.append(self.adapters[form_name])
         adapter = self.adapters[form_name]
         rows = self.rows if form_name == "anchored" else opened(adapter, self.train, self.val, self.config)
         path = self.problem.path(
@@ -253,6 +264,7 @@ class _Contest:
 
         start = time.perf_counter()
         adapter = build(STREAM, self.tower, bases)
+        self.built.append(adapter)
         fit(adapter, self.head, train, val, seed=seed)
         logits, labels = logits_of(adapter, self.head, val, labelled=True)
         if not torch.equal(labels.cpu(), self.outside.numbers[0]):
@@ -306,7 +318,7 @@ class _Contest:
         )
 
     def made(self, winner: _Entry, base: TowerAdapter) -> tuple[TowerAdapter, ZeroShotHead]:
-        """The winner as an adapter with its weights, and its head; every other adapter leaves the tower."""
+        """The winner as an adapter with its weights, and its head."""
         adapter, head = base, self.head
         if winner.name != BASE and winner.found is not None and winner.found.theta is not None:
             theta = winner.found.theta[None]
@@ -321,11 +333,6 @@ class _Contest:
                     adapter.weight.copy_(1 + winner.objective.delta(theta)[0])
         elif winner.name == STREAM:
             adapter = winner.adapter
-        for one in {
-            id(a): a for a in (base, *self.adapters.values(), *(e.adapter for e in self.entries))
-        }.values():
-            if one is not None and one is not adapter:
-                one.detach()
         return adapter, head
 
     def table(self, winner: _Entry) -> list[Candidate]:
