@@ -81,11 +81,16 @@ def siglip(**more):
     return make("SiglipModel", SiglipConfig(vision_config=vision(**more), text_config=text))
 
 
+def pooled(features):
+    """The tensor in what get_image_features and get_text_features return: a record since transformers 5."""
+    return getattr(features, "pooler_output", features)
+
+
 def embedding_of(model, images):
     """The image embedding by transformers' own means."""
     with torch.no_grad():
         if hasattr(model, "get_image_features"):
-            return model.get_image_features(images).pooler_output
+            return pooled(model.get_image_features(images))
         if hasattr(model, "vision_proj"):
             return model.vision_proj(model.vision_model(images).last_hidden_state[:, 0])
         if hasattr(model, "visual_projection"):
@@ -161,7 +166,10 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 def test_float64(name):
     model = TINY[name]().double()
-    assert_exact(model, 1e-12, torch.float64)
+    in_float32 = (
+        model.config._attn_implementation == "eager"
+    )  # its softmax; ChineseCLIP had no other in version 4
+    assert_exact(model, 1e-6 if in_float32 else 1e-12, torch.float64)
     view = towers.view(model)
     with torch.no_grad():
         assert view.embed(images_for(model, 1, torch.float64))[0].shape[1] - view.prefix == 4  # patches
@@ -182,6 +190,8 @@ def test_names_of_older_versions():
     expected = embedding_of(model, images)
     for layer in model.encoder.layer:
         new = layer.attention
+        if hasattr(new, "attention"):
+            continue  # this is such a version
         held = module(
             query=new.q_proj,
             key=new.k_proj,
@@ -281,10 +291,10 @@ def test_dropout_and_checkpointing():
     model = TINY["ViTModel"]().train()
     residual = rk.ResiDual(model, rk.fit_bases(model, [images_for(model, 8)]))
     calls, grads = [], []
-    model.layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
+    image_tower(model).layers[0].layernorm_before.register_forward_hook(lambda *_: calls.append(1))
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         residual(images_for(model))  # the check of a tower that has changed
         images = images_for(model).requires_grad_()
         calls.clear()
@@ -301,14 +311,19 @@ def refused() -> dict:
             CLIPConfig(vision_config=vision(), text_config=TEXT),
             "more than an embedding",
         ),
-        "CLIPTextModel": (transformers.CLIPTextConfig(**TEXT), "lacks norm"),
+        "CLIPTextModel": (transformers.CLIPTextConfig(**TEXT), "lacks norm|is no image tower"),
         "ViTMAEModel": (transformers.ViTMAEConfig(**vision()), "drops patches at random"),
         "Siglip2Model": (
             transformers.Siglip2Config(vision_config=vision(num_patches=4), text_config=SIGLIP_TEXT),
             "embeds more than",
         ),
         "ASTModel": (transformers.ASTConfig(**vision()), "no patches of colour images"),
-        "PixioModel": (transformers.PixioConfig(**vision()), "several class tokens"),
+        # since transformers 5
+        **(
+            {"PixioModel": (transformers.PixioConfig(**vision()), "several class tokens")}
+            if hasattr(transformers, "PixioConfig")
+            else {}
+        ),
         "DPTModel": (transformers.DPTConfig(**vision()), "instead of the stream"),
         "BeitModel": (transformers.BeitConfig(**vision()), "is Identity, not LayerNorm"),
         "BertModel": (transformers.BertConfig(**TEXT), "lacks norm"),
@@ -401,8 +416,16 @@ def everything(output) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.fixture
+def float64_by_default():
+    """transformers 4 cannot make a text mask in float64 otherwise."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @torch.no_grad()
-def test_attached_to_a_clip_and_restored_exactly():
+def test_attached_to_a_clip_and_restored_exactly(float64_by_default):
     model = clip().double()
     images = images_for(model, 4, torch.float64)
     text = {
@@ -418,7 +441,7 @@ def test_attached_to_a_clip_and_restored_exactly():
         y, tokens = residual(images)
         inside = model(**inputs)
         normed = y / y.norm(dim=-1, keepdim=True)
-        assert relative(model.get_image_features(images).pooler_output, y) < 1e-12
+        assert relative(pooled(model.get_image_features(images)), y) < 1e-12
         assert relative(inside.image_embeds, normed) < 1e-12
         logits = model.logit_scale.exp() * normed @ inside.text_embeds.T
         assert relative(inside.logits_per_image, logits) < 1e-12
@@ -432,9 +455,7 @@ def test_attached_to_a_clip_and_restored_exactly():
         )
         assert torch.equal(tokens, inside.vision_model_output.last_hidden_state)
         assert model(**inputs, return_dict=False)[0].shape == (4, 2)
-        assert (
-            model.get_image_features(images.float()).pooler_output.dtype == torch.float64
-        )  # cast, as without us
+        assert pooled(model.get_image_features(images.float())).dtype == torch.float64  # cast, as without us
         twin = copy.deepcopy(model)
         assert torch.equal(twin(**inputs).logits_per_image, inside.logits_per_image)
         for name in ("output_hidden_states", "interpolate_pos_encoding"):
@@ -478,7 +499,7 @@ def test_stream_inside_a_clip():
     residual = rk.ResiDual(model, bases, placement="stream", init="normal")
     y = residual(images)
     with rk.attach(model, adapter=residual):
-        assert relative(model.get_image_features(images).pooler_output, y) < 1e-12
+        assert relative(pooled(model.get_image_features(images)), y) < 1e-12
     residual.merge()
     assert set(model.state_dict()) == names
     assert relative(embedding_of(model, images), y) < 1e-10
@@ -553,7 +574,7 @@ def test_class_vectors_from_text(make_model):
                 inputs = tokenizer()([text], return_tensors="pt", **padding)  # one by one: no other padding
                 inputs.pop("token_type_ids", None)
                 if make_model is not blip:
-                    vectors.append(model.get_text_features(**inputs).pooler_output[0])
+                    vectors.append(pooled(model.get_text_features(**inputs))[0])
                 else:
                     hidden = model.text_encoder(
                         inputs["input_ids"], inputs["attention_mask"]
