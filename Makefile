@@ -2,18 +2,25 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
 INSTALLED := $(VENV)/.installed
 
 RESULTS ?= build/gpu
 PART ?= tests
 
-.PHONY: demo test lint docs gpu sanitize clean
+.PHONY: demo test test-oldest lint docs gpu sanitize clean
 
 demo: $(INSTALLED)  ## the main job on real handwritten digits, offline
 	$(BIN)/residual-kernels demo
 
 test: $(INSTALLED) lint  ## everything that guards main
 	$(BIN)/python -m pytest --durations=15
+
+test-oldest:  ## the tests with the oldest release of every dependency that pyproject.toml allows; best with PYTHON=python3.10
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[test]"
+	$(OLDEST)/bin/python -m pytest --durations=15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -36,4 +43,4 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info residual_kernels/*.so
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info residual_kernels/*.so

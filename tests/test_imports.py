@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 
 import residual_kernels as rk
 from residual_kernels import extras
