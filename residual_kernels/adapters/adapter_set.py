@@ -253,7 +253,7 @@ class AdapterSet(TowerAdapter):
                     raise ValueError(
                         f"names runs from {low} to {high}, but there are {len(self.members)} adapters"
                     )
-            return names, tuple(self.shared)
+            return names, tuple(self.shared.keys())
         names = list(names)
         if len(names) != rows:
             raise ValueError(

@@ -61,10 +61,17 @@ def pick(options, rng: np.random.Generator, odds: tuple[float, ...] | None = Non
     return options[int(np.searchsorted(np.cumsum(odds), rng.random() * sum(odds)))]
 
 
+STAND_INS = {
+    "cmti10.ttf": "STIXGeneralItalic.ttf"
+}  # matplotlib has had the first since 3.11, the second always
+
+
 def font_path(name: str) -> Path:
-    """Where matplotlib keeps the font file `name`."""
+    """Where matplotlib keeps the font file `name`, or the one that stands in for it in older releases."""
     matplotlib = extras.need("matplotlib", "plot", "drawing letters and digits")
-    return Path(matplotlib.get_data_path(), "fonts", "ttf", name)
+    folder = Path(matplotlib.get_data_path(), "fonts", "ttf")
+    path = folder / name
+    return path if path.is_file() else folder / STAND_INS.get(name, name)
 
 
 @functools.cache
