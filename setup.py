@@ -25,10 +25,19 @@ AVX512 = [
 X86_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }
 X86 = platform.machine().lower() in ("x86_64", "amd64")
-FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi", "-pthread"]
+FLAGS = [
+    "-O3",
+    "-g0",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+    "-pthread",
+]
 SANITIZE = os.environ.get("RESIDUAL_KERNELS_SANITIZE")  # what -fsanitize= takes; see `make sanitize`
 if SANITIZE:
     # Every set's loops then run on any processor, with the vectors the compiler makes of them.

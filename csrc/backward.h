@@ -81,9 +81,9 @@ void backward_task(const void* context, int64_t index) {
     rows.mean = arena.take<T>(most_rows);
     scale_sum = arena.take<T>(most_rows);
     mean_sum = arena.take<T>(most_rows);
-    packed_z = arena.take<T>(most_rows * units.C);
-    c = arena.take<T>(want_c ? most_rows * largest : 0);
-    inner = arena.take<T>(want_inner ? most_rows * largest : 0);
+    packed_z = arena.take<T>(P::z_size(most_rows, units.C));
+    c = arena.take<T>(want_c ? most_rows * (largest + P::component_room) : 0);
+    inner = arena.take<T>(want_inner ? most_rows * (largest + P::component_room) : 0);
     t = arena.take<T>(most_rows * largest);
     q = arena.take<T>(want_q ? most_rows * largest : 0);
     by_row = arena.take<T>(want_q && x.weight_index ? most_rows * largest : 0);
@@ -128,7 +128,7 @@ void backward_task(const void* context, int64_t index) {
       if (x.c) {
         if (want_c) take_components<T>(x, rows, block, nullptr, c);
       } else if (want_inner || want_c) {
-        read_components<T, Data>(x, rows, block, packed_z, raw);
+        P::template read_components<Data>(x, rows, block, packed_z, raw);
       }
       if (want_inner) {
         if (want_c) memcpy(c, inner, size * sizeof(T));

@@ -35,7 +35,7 @@ void check(bool fine, const char* message) {
 }
 
 // What the loops read lies inside the tensors they are given: counts of elements, the table of blocks, the offsets.
-void check_units(const Kernels& set, bool tiled, int dtype, const Units& u, const std::array<int64_t, 7>& elements) {
+void check_units(const Kernels& set, bool tiled, int dtype, const Units& u, const std::array<int64_t, 8>& elements) {
   using Wide = __int128;  // products of sizes that a caller made up
   const int64_t lanes = set.vector_bytes / (dtype == FLOAT64 ? 8 : 4);
   const auto up = [](int64_t count, int64_t step) { return (Wide(count) + step - 1) / step * step; };
@@ -61,12 +61,14 @@ void check_units(const Kernels& set, bool tiled, int dtype, const Units& u, cons
     unit = block[LAST_UNIT];
   }
   check(next == u.J && unit == u.R, "the packed blocks do not hold every component");
+  check(!tiled || Wide(elements[7]) == (u.J + 16 * (Wide(u.blocks) + u.R)) * up(u.C, 32),
+        "the packed tiles of proj do not have the stated size");
   check(Wide(elements[3]) == (tiled ? 2 * padded * up(u.D, 32) : padded * up(u.D, lanes)),
         "packed basis does not have the stated J and D");
 }
 
 Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const std::array<int64_t, 7>& sizes,
-                   const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
+                   const std::array<uintptr_t, 8>& units, const std::array<int64_t, 8>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
                    uintptr_t weight_index) {
   const auto [N, R, C, D, J, T, blocks] = sizes;
   check(N >= 0 && R >= 1 && C >= 0 && D >= 0 && J >= 0 && T >= 0 && blocks >= 1, "a size is negative");
@@ -75,7 +77,8 @@ Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const
   for (int i = 2; i < 7; ++i) check(units[i] != 0 || J * C * D == 0, "a packed constant is missing");
   Reweight x{};
   x.units = Units{R, C, D, J, blocks, at<const int64_t>(units[0]), at<const int64_t>(units[1]), at<const void>(units[2]),
-                  at<const void>(units[3]), at<const void>(units[4]), at<const void>(units[5]), at<const void>(units[6])};
+                  at<const void>(units[3]), at<const void>(units[7]), at<const void>(units[4]), at<const void>(units[5]),
+                  at<const void>(units[6])};
   check_units(set, tiled, dtype, x.units, elements);
   x.dtype = static_cast<DataType>(dtype);
   x.N = N;
@@ -95,7 +98,7 @@ Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const
 }
 
 const Kernels& reweight_kernels(int set, int dtype) {
-  check(set != AMX || dtype == BFLOAT16, "AMX multiplies bfloat16 alone");
+  check(!on_tiles(set) || dtype == BFLOAT16, "this instruction set multiplies bfloat16 alone");
   return kernels_of(set);
 }
 
@@ -103,24 +106,24 @@ void check_z(uintptr_t z, const std::array<int64_t, 7>& sizes) {
   check(z != 0 || sizes[0] * sizes[2] == 0, "z is missing");
 }
 
-void forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
-             const std::array<int64_t, 7>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale,
+void forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 8>& units,
+             const std::array<int64_t, 8>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale,
              uintptr_t mean, uintptr_t weight, uintptr_t weight_index, uintptr_t y) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   check_z(z, sizes);
-  Forward call{common_of(chosen, set == AMX, dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
+  Forward call{common_of(chosen, on_tiles(set), dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
                          weight_index), at<void>(y)};
   py::gil_scoped_release unlocked;
   if (!chosen.forward(call)) throw std::bad_alloc();
 }
 
-void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 7>& units,
-              const std::array<int64_t, 7>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale,
+void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes, const std::array<uintptr_t, 8>& units,
+              const std::array<int64_t, 8>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale,
               uintptr_t mean, uintptr_t weight, uintptr_t weight_index, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight, uintptr_t dz,
               uintptr_t dscale, uintptr_t dmean) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   check_z(z, sizes);
-  Backward call{common_of(chosen, set == AMX, dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
+  Backward call{common_of(chosen, on_tiles(set), dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
                          weight_index),
                 Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}},
                 at<void>(dweight), at<void>(dz), at<void>(dscale), at<void>(dmean)};
@@ -130,7 +133,7 @@ void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& siz
 
 // The same loops on coefficients c [N, J] that are known already: no z, scale or mean.
 Reweight sum_of(const Kernels& set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
-                const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t c, const std::array<int64_t, 2>& c_strides, uintptr_t weight) {
+                const std::array<uintptr_t, 8>& units, const std::array<int64_t, 8>& elements, uintptr_t c, const std::array<int64_t, 2>& c_strides, uintptr_t weight) {
   check(dtype == FLOAT32 || dtype == FLOAT64, "coefficients are float32 or float64");
   Reweight x = common_of(set, false, dtype, threads, sizes, units, elements, 0, {0, 0, 0}, 0, 0, weight, 0);
   x.c = at<const void>(c);
@@ -140,7 +143,7 @@ Reweight sum_of(const Kernels& set, int dtype, int threads, const std::array<int
 }
 
 void sum_forward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
-                 const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t c,
+                 const std::array<uintptr_t, 8>& units, const std::array<int64_t, 8>& elements, uintptr_t c,
                  const std::array<int64_t, 2>& c_strides, uintptr_t weight, uintptr_t y) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   Forward call{sum_of(chosen, dtype, threads, sizes, units, elements, c, c_strides, weight), at<void>(y)};
@@ -149,7 +152,7 @@ void sum_forward(int set, int dtype, int threads, const std::array<int64_t, 7>& 
 }
 
 void sum_backward(int set, int dtype, int threads, const std::array<int64_t, 7>& sizes,
-                  const std::array<uintptr_t, 7>& units, const std::array<int64_t, 7>& elements, uintptr_t c,
+                  const std::array<uintptr_t, 8>& units, const std::array<int64_t, 8>& elements, uintptr_t c,
                   const std::array<int64_t, 2>& c_strides, uintptr_t weight, uintptr_t dy, const Strides& dy_strides, uintptr_t dweight) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   Backward call{sum_of(chosen, dtype, threads, sizes, units, elements, c, c_strides, weight),

@@ -76,34 +76,6 @@ struct Rows {  // a block of rows: scale and mean filled out to whole vectors
   }
 };
 
-// c [components of the block, rows] := z . proj for every unit of the block.
-template <class T, class In>
-void read_components(const Reweight& x, const Rows<T>& rows, const int64_t* block, T* packed_z, T* c) {
-  constexpr int64_t lanes = VectorOf<T>::lanes, panel = VectorOf<T>::panel;
-  const Units& units = x.units;
-  const int64_t proj_stride = round_up(units.C, lanes);
-  Ahead nothing{nullptr, nullptr, 0};
-  for (int64_t r = block[FIRST_UNIT]; r < block[LAST_UNIT]; ++r) {
-    const int64_t low = most(units.offsets[r], block[FIRST]), high = least(units.offsets[r + 1], block[LAST]);
-    if (low >= high) continue;
-    const In* z = static_cast<const In*>(x.z.data) + rows.first * x.z.stride[0] + r * x.z.stride[1];
-    pack_rows<T, In>(z, x.z.stride[0], x.z.stride[2], rows.count, units.C, packed_z);
-    for (int64_t n = 0; n < rows.padded; n += panel) {
-      const int64_t width = least(panel, rows.padded - n);
-      Product<T> p{};
-      p.panels = 1;
-      p.k = units.C;
-      p.a = static_cast<const T*>(units.proj) + low * proj_stride;
-      p.a_stride = proj_stride;
-      p.b = packed_z + n * units.C;
-      p.b_stride = width;
-      p.out = c + (low - block[FIRST]) * rows.padded + n;
-      p.out_stride = rows.padded;
-      column_of_tiles<T, COLUMNS_TOGETHER>(high - low, width / lanes, p, nothing);
-    }
-  }
-}
-
 // c [components of the block, rows] := the coefficients given, times weight; weight null: 1.
 template <class T>
 void take_components(const Reweight& x, const Rows<T>& rows, const int64_t* block, const T* weight, T* c) {

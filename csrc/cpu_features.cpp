@@ -34,6 +34,7 @@ const char* name_of(InstructionSet set) {
   switch (set) {
     case AVX2: return "avx2";
     case AVX512: return "avx512";
+    case AVX512BF16: return "avx512bf16";
     case AMX: return "amx";
     default: return "portable";
   }
@@ -49,6 +50,7 @@ const char* why_not(InstructionSet set) {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq"))
     return "this processor has no AVX-512 (F, BW, VL, DQ)";
+  if (set == AVX512BF16 && !__builtin_cpu_supports("avx512bf16")) return "this processor has no AVX512-BF16";
   if (set == AMX) return why_not_amx();
 #endif
   return nullptr;
@@ -60,6 +62,7 @@ const Kernels* kernels(InstructionSet set) {
 #ifdef WITH_X86_KERNELS
     case AVX2: return &avx2_kernels;
     case AVX512: return &avx512_kernels;
+    case AVX512BF16: return &avx512bf16_kernels;
     case AMX: return &amx_kernels;
 #endif
     default: return nullptr;

@@ -40,8 +40,8 @@ void forward_task(const void* context, int64_t index) {
   const auto lay_out = [&](Arena& arena) {
     rows.scale = arena.take<T>(padded);
     rows.mean = arena.take<T>(padded);
-    packed_z = arena.take<T>(padded * units.C);
-    c = arena.take<T>(padded * largest);
+    packed_z = arena.take<T>(P::z_size(padded, units.C));
+    c = arena.take<T>(padded * (largest + P::component_room));
     weighted = arena.take<T>(weight_apart ? padded * largest : 0);
     spare = arena.take<char>(P::spare_size(padded, largest));
     y = arena.take<T>(plan.partial ? 0 : tasks * plan.y_size);
@@ -66,7 +66,7 @@ void forward_task(const void* context, int64_t index) {
     if (x.c) {
       take_components<T>(x, rows, block, weight_now, c);
     } else {
-      read_components<T, Data>(x, rows, block, packed_z, c);
+      P::template read_components<Data>(x, rows, block, packed_z, c);
       finish_components<T>(units, rows, block, weight_now, c);
     }
     for (int64_t t = 0; t < tasks; ++t) {

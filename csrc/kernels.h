@@ -21,7 +21,8 @@ struct Units {
   const int64_t* offsets;   // [R+1]
   const void* proj;         // wide [J, C rounded up to the vector], padded with zeros
   const void* basis;        // wide, per block: panels of columns, each [components of the block, width of the panel];
-                            // for AMX bfloat16 tiles, see amx.cpp
+                            // for a set on tiles see on_tiles.h
+  const void* proj_tiles;   // for a set on tiles: proj again, see tile_row in on_tiles.h; else null
   const void* bias;         // wide [J]
   const void* slope;        // wide [J]
   const void* offset;       // wide [J]
@@ -88,7 +89,8 @@ extern const Kernels portable_kernels;
 #ifdef WITH_X86_KERNELS
 extern const Kernels avx2_kernels;
 extern const Kernels avx512_kernels;
-extern const Kernels amx_kernels;  // forward and backward for bfloat16 alone
+extern const Kernels avx512bf16_kernels;  // forward and backward for bfloat16 alone, as amx_kernels
+extern const Kernels amx_kernels;
 #endif
 
 }  // namespace residual_kernels

@@ -9,13 +9,42 @@ template <class T>
 struct OnVectors {
   static constexpr int64_t lanes = VectorOf<T>::lanes, panel = VectorOf<T>::panel;
   static constexpr int64_t component_step = 1;  // c and t have room for a multiple of so many components
+  static constexpr int64_t component_room = 0;  // and c for so many behind it
   static constexpr int64_t smallest_groups = 8;  // backward: at least so many groups of components
 
   static void begin() {}
   static void end() {}
   static int64_t spare_size(int64_t, int64_t) { return 0; }
+  static int64_t z_size(int64_t padded_rows, int64_t width) { return padded_rows * width; }
   static int64_t y_size(int64_t rows, int64_t dims) { return rows * round_up(dims, lanes); }
   static int64_t dy_size(int64_t padded_rows, int64_t dims) { return padded_rows * dims; }
+
+  // c [components of the block, rows] := z . proj for every unit of the block.
+  template <class In>
+  static void read_components(const Reweight& x, const Rows<T>& rows, const int64_t* block, T* packed_z, T* c) {
+    const Units& units = x.units;
+    const int64_t proj_stride = round_up(units.C, lanes);
+    Ahead nothing{nullptr, nullptr, 0};
+    for (int64_t r = block[FIRST_UNIT]; r < block[LAST_UNIT]; ++r) {
+      const int64_t low = most(units.offsets[r], block[FIRST]), high = least(units.offsets[r + 1], block[LAST]);
+      if (low >= high) continue;
+      const In* z = static_cast<const In*>(x.z.data) + rows.first * x.z.stride[0] + r * x.z.stride[1];
+      pack_rows<T, In>(z, x.z.stride[0], x.z.stride[2], rows.count, units.C, packed_z);
+      for (int64_t n = 0; n < rows.padded; n += panel) {
+        const int64_t width = least(panel, rows.padded - n);
+        Product<T> p{};
+        p.panels = 1;
+        p.k = units.C;
+        p.a = static_cast<const T*>(units.proj) + low * proj_stride;
+        p.a_stride = proj_stride;
+        p.b = packed_z + n * units.C;
+        p.b_stride = width;
+        p.out = c + (low - block[FIRST]) * rows.padded + n;
+        p.out_stride = rows.padded;
+        column_of_tiles<T, COLUMNS_TOGETHER>(high - low, width / lanes, p, nothing);
+      }
+    }
+  }
 
   // y (+)= sum_j a[j, rows] * basis[j]
   static void write_components(const Units& units, const Rows<T>& rows, const int64_t* block, const T* a, void*, T* y,

@@ -21,15 +21,17 @@ INSTRUCTION_SETS = (
     "portable",
     "avx2",
     "avx512",
+    "avx512bf16",
     "amx",
 )  # slow to fast; the position is the extension's number
+ON_TILES = ("avx512bf16", "amx")  # they take bfloat16 alone; csrc/on_tiles.h
 _BY_NAME = ("amx",)  # taken only when asked for
 FOLDED_PAYS = 0.75  # the folded route is taken below this share of the direct route's FLOP
 FOLDED_WIDTH = (
     128  # and for units of at least so many coordinates: one product per unit must fill the machine
 )
 BLOCK = 256  # components that stay in cache between the two products, at most
-_TILE = 32  # bfloat16 numbers in a row of an AMX tile; a tile has 16 rows
+_TILE = 32  # bfloat16 numbers in a row of a tile; a tile has 16 rows
 _DIRECT_TENSORS = 7  # of a pack; two more are there where the folded route may pay
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
@@ -129,16 +131,35 @@ def _in_tiles(basis: Tensor, blocks: list) -> Tensor:
     return torch.cat(parts)
 
 
+def _proj_in_tiles(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:
+    """Each unit's run of components in a block, padded to 16 x 32, in tiles; runs lie as tile_row in csrc says."""
+    components, width = proj.shape
+    padded_width = _up(width, _TILE)
+    rows = proj.new_zeros(components + 16 * (len(blocks) + len(bounds) - 1), padded_width)
+    for number, (first, last, first_unit, last_unit, _) in enumerate(blocks):
+        for unit in range(first_unit, last_unit):
+            low, high = max(bounds[unit], first), min(bounds[unit + 1], last)
+            if low >= high:
+                continue
+            run = proj.new_zeros(_up(high - low, 16), padded_width)
+            run[: high - low, :width] = proj[low:high]
+            tiles = run.reshape(len(run) // 16, 16, padded_width // _TILE, _TILE).transpose(1, 2)
+            start = low + 16 * (number + unit)
+            rows[start : start + len(run)] = tiles.reshape(len(run), padded_width)
+    return rows
+
+
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
     """Tensors (blocks [B, 5], unit_offsets, proj [J, C padded], basis in panels, bias, slope, offset; then proj and
     basis as they came where the folded route may pay) and sizes (instruction set, C, D, J). proj and basis become
-    float32 (float64 stays), padded to whole vectors with zeros; for AMX basis stays bfloat16, in tiles."""
+    float32 (float64 stays), padded to whole vectors with zeros; on tiles basis stays
+    bfloat16, and proj is there once more, in tiles."""
     number = _number()
-    tiled = INSTRUCTION_SETS[number] == "amx" and proj.dtype == torch.bfloat16
-    if INSTRUCTION_SETS[number] == "amx" and not tiled:
-        number = INSTRUCTION_SETS.index("avx512")  # AMX multiplies bfloat16 alone
+    tiled = INSTRUCTION_SETS[number] in ON_TILES and proj.dtype == torch.bfloat16
+    if INSTRUCTION_SETS[number] in ON_TILES and not tiled:
+        number = INSTRUCTION_SETS.index("avx512")  # sets on tiles multiply bfloat16 alone
     vector_bytes, vectors = _cpp.layout(number)
     dtype = _wide(proj.dtype)
     lanes = vector_bytes // dtype.itemsize
@@ -150,6 +171,8 @@ def pack(
     table = torch.tensor(blocks, dtype=torch.int64)
     vectors_of_j = [x.contiguous() for x in (bias, slope, offset)]
     tensors = [table, unit_offsets.contiguous(), padded, panels, *vectors_of_j]
+    if tiled:
+        tensors.append(_proj_in_tiles(proj, blocks, unit_offsets.tolist()))
     if _folding_saves(1 << 40, unit_offsets.numel() - 1, width, dim, components, proj.dtype):
         tensors += [proj, basis]
     return tensors, [number, width, dim, components]
@@ -161,9 +184,9 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
     What is left to the extension, which asks at every call: that the blocks and offsets hold every component, and that
     the constants have as many elements as the sizes say.
     """
-    if len(sizes) != 4 or len(tensors) not in (_DIRECT_TENSORS, _DIRECT_TENSORS + 2):
+    if len(sizes) != 4 or len(tensors) not in range(_DIRECT_TENSORS, _DIRECT_TENSORS + 3):
         raise ValueError(
-            f"a pack of the compiled backend has {_DIRECT_TENSORS} or {_DIRECT_TENSORS + 2} tensors and 4 sizes; "
+            f"a pack of the compiled backend has {_DIRECT_TENSORS} to {_DIRECT_TENSORS + 2} tensors and 4 sizes; "
             f"got {len(tensors)} and {len(sizes)}"
         )
     number, width, dim, components = sizes
@@ -172,14 +195,21 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
     if not (
         0 <= number < len(INSTRUCTION_SETS)
         and table.dtype == offsets.dtype == torch.int64
-        and (panels.dtype == least or (panels.dtype == torch.bfloat16 and INSTRUCTION_SETS[number] == "amx"))
+        and (
+            panels.dtype == least or (panels.dtype == torch.bfloat16 and INSTRUCTION_SETS[number] in ON_TILES)
+        )
         and vectors[0].dtype == vectors[1].dtype == vectors[2].dtype == least
         and table.numel() > 0
         and offsets.numel() > 1
         and all(x.is_contiguous() and x.device.type == "cpu" for x in tensors[:_DIRECT_TENSORS])
         and (
             len(vectors) == 3
-            or (vectors[3].shape == (components, width) and vectors[4].shape == (components, dim))
+            or (len(vectors) == 4 and vectors[3].dtype == panels.dtype and vectors[3].is_contiguous())
+            or (
+                len(vectors) == 5
+                and vectors[3].shape == (components, width)
+                and vectors[4].shape == (components, dim)
+            )
         )
     ):
         raise ValueError(
@@ -200,7 +230,7 @@ def _folds(
     z: Tensor, weight: Tensor, weight_index: Tensor | None, tensors: list[Tensor], sizes: list[int]
 ) -> bool:
     _, width, dim, components = sizes
-    if len(weight) != 1 or weight_index is not None or len(tensors) == _DIRECT_TENSORS:
+    if len(weight) != 1 or weight_index is not None or len(tensors) <= _DIRECT_TENSORS + 1:
         return False
     return _folding_saves(z.shape[0], z.shape[1], width, dim, components, z.dtype)
 
@@ -240,6 +270,15 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _addresses(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
+    """Where the packed tensors lie and how many elements each has; proj in tiles is the eighth, or missing."""
+    direct = (
+        tensors[: _DIRECT_TENSORS + 1] if len(tensors) == _DIRECT_TENSORS + 1 else tensors[:_DIRECT_TENSORS]
+    )
+    addresses, counts = [x.data_ptr() for x in direct], [x.numel() for x in direct]
+    return (addresses, counts) if len(direct) > _DIRECT_TENSORS else ([*addresses, 0], [*counts, 0])
+
+
 def _common(z, scale, mean, weight, weight_index, tensors, sizes) -> tuple[list, list[Tensor | None]]:
     """The arguments that forward and backward share, and what must stay alive while they run."""
     number, width, dim, components = sizes
@@ -253,8 +292,7 @@ def _common(z, scale, mean, weight, weight_index, tensors, sizes) -> tuple[list,
         _DTYPES[z.dtype],
         torch.get_num_threads(),
         [z.shape[0], z.shape[1], width, dim, components, weight.shape[0], tensors[0].shape[0]],
-        [x.data_ptr() for x in tensors[:_DIRECT_TENSORS]],
-        [x.numel() for x in tensors[:_DIRECT_TENSORS]],
+        *_addresses(tensors),
         z.data_ptr(),
         z.stride(),
         *map(_address, kept),
@@ -324,8 +362,7 @@ def _sum_arguments(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list
         _DTYPES[c.dtype],
         torch.get_num_threads(),
         [c.shape[0], tensors[1].numel() - 1, width, dim, components, weight.shape[0], tensors[0].shape[0]],
-        [x.data_ptr() for x in tensors[:_DIRECT_TENSORS]],
-        [x.numel() for x in tensors[:_DIRECT_TENSORS]],
+        *_addresses(tensors),
         c.data_ptr(),
         c.stride(),
         weight.data_ptr(),
