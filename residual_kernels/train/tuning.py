@@ -24,6 +24,7 @@ from residual_kernels.train.logistic import Objective, Targets
 from residual_kernels.train.path import FREEDOMS, Found
 from residual_kernels.train.problem import Form, Labels, Problem, labels_of
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, VECTORS, PROBE, STREAM = "base", "anchored + class vectors", "probe", "stream"
@@ -143,7 +144,7 @@ def tune(
     config = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory)
     names = _names(candidates, bases)
     if stream_bases is not None and (
-        val is None or isinstance(train, UnitCache) or isinstance(val, UnitCache)
+        val is None or any(unit_source(data, tower).indexed for data in (train, val))
     ):
         raise ValueError(
             "the stream form runs the tower at every step: give train and val as loaders of images"
