@@ -32,7 +32,7 @@ from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.towers import Tower
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.source import cache_of
+from residual_kernels.units.source import cache_of, unit_source
 from residual_kernels.zeroshot import ZeroShotHead
 
 ENERGIES = (0.5, 0.9, 0.95, 0.99)
@@ -166,7 +166,7 @@ def analyze(
         with step("words of components"):
             told = _component_descriptions(view, bases, dictionary, kind, count, described)
     with step("output"):
-        output = _output_row(cache, bases, head, energies, points, fraction)
+        output = _output_row(view, cache, bases, head, energies, points, fraction)
     return Analysis(
         tower=view.name, layers=view.layout.layers, heads=view.layout.heads, dim=view.dim, kind=kind,
         images=len(cache), fitted_images=bases.count, energies=tuple(energies),
@@ -229,6 +229,7 @@ def _component_descriptions(
 
 
 def _output_row(
+    view: Tower,
     cache: UnitCache,
     bases: SpectralBases,
     head: ZeroShotHead | None,
@@ -241,10 +242,9 @@ def _output_row(
     accuracy = None
     if head is not None:
         hits = 0
-        for start in range(0, len(cache), 512):
-            part = slice(start, start + 512)
-            named = head(cache.output[part].to(head.class_vectors.device)).argmax(1)
-            hits += int((named.cpu() == cache.labels[part]).sum())
+        for batch in unit_source(cache, view.module, labelled=True).batches():
+            named = head(batch.terms.output.to(head.class_vectors.device)).argmax(1)
+            hits += int((named.cpu() == batch.labels).sum())
         accuracy = hits / len(cache)
     classes = None if head is None else 1.0
     return UnitRow(
