@@ -131,6 +131,10 @@ struct OnTiles {
   static void read_components(const Reweight& x, const Rows<float>& rows, const int64_t* block, float* packed_z, float* c) {
     const Units& units = x.units;
     const int64_t width = round_up(units.C, DEPTH_OF_TILE), number = (block - units.block) / BLOCK_FIELDS;
+    if (width == 0) {  // no coordinates: there is no tile to point to
+      memset(c, 0, (block[LAST] - block[FIRST]) * rows.padded * sizeof(float));
+      return;
+    }
     for (int64_t r = block[FIRST_UNIT]; r < block[LAST_UNIT]; ++r) {
       const int64_t low = most(units.offsets[r], block[FIRST]), high = least(units.offsets[r + 1], block[LAST]);
       if (low >= high) continue;
