@@ -75,6 +75,53 @@ def test_tables_are_those_of_the_single_analyses(made):
     assert found.output.accuracy == found.selections[0].base
 
 
+def test_only_the_tables_asked_for_are_made(made, tmp_path):
+    tower, cache, head, words, whole, _ = made
+    found = analysis.analyze(
+        tower,
+        cache,
+        head,
+        dictionary=words,
+        tables=("similarity", "selection"),
+        rests=("zero",),
+        seeds=range(3),
+    )
+    assert list(found.seconds) == [
+        "encoding",
+        "bases",
+        "linear dimension",
+        "similarity",
+        "selection of units",
+        "output",
+    ]
+    assert found.similarity == whole.similarity
+    (curves,) = found.selections
+    assert curves.accuracy == {"variance": whole.selections[0].accuracy["variance"]}
+    assert (found.units[0].pearson, found.units[0].spearman, found.units[0].accuracy) == (None, None, None)
+    assert found.units[0].linear == whole.units[0].linear
+    assert math.isnan(found.units[0].two_nn)
+    assert (found.components[0].pearson, found.components[0].between_classes) == (None, None)
+    found.save(tmp_path)
+    assert analysis.Analysis.load(tmp_path).similarity == found.similarity
+    with pytest.raises(ValueError, match="tables must be of dimension, .* got spectra"):
+        analysis.analyze(tower, cache, head, tables=("spectra",))
+
+
+def test_curves_of_a_selection(made):
+    found = made[4].selections[0]  # of 9 heads: small shares are the same one head
+    named = found.curves({"variance": "by variance"})
+    assert [curve.name for curve in named] == ["by variance", "at random (3 times)"]
+    kept = named[0].kept
+    assert kept == tuple(sorted(set(found.kept)))
+    assert len(kept) < len(found.kept)
+    at = found.kept.index(kept[1])
+    assert named[0].accuracy[1] == found.accuracy["variance"][at]
+    several = [curve[at] for curve in found.random]
+    assert (named[1].low[1], named[1].high[1]) == (min(several), max(several))
+    assert named[1].accuracy[1] == pytest.approx(sum(several) / 3)
+    assert {curve.name for curve in found.curves()} == {*found.accuracy, "at random (3 times)"}
+
+
 def test_tables_come_back_from_disk(made, tmp_path):
     found = made[4]
     nothing = replace(found.units[2], two_nn=float("nan"), words=None)

@@ -7,6 +7,7 @@ import torch
 from test_towers import build, images_for
 
 import residual_kernels as rk
+from residual_kernels.train import compare
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +274,27 @@ def test_random_patch_dropout_is_refused(data):
     for run in (lambda: rk.encode(tower, [data[0]]), lambda: rk.fit_bases(tower, [data[0]])):
         with pytest.raises(ValueError, match="drops patches at random"):
             run()
+
+
+def test_an_adapter_beside_its_tower(tower, data, bases, cache, head):
+    residual = rk.ResiDual(tower, bases.of("head").truncate(energy=0.9), init="normal")
+    before = rk.predict(rk.build("base", tower), head, cache).labels == cache.labels
+    after = rk.predict(residual, head, cache).labels == cache.labels
+    for source in (cache, [data]):
+        found = compare(residual, head, source)
+        assert found.before == evaluation(rk.evaluate(rk.build("base", tower), head, cache))
+        assert found.after == evaluation(rk.evaluate(residual, head, cache))
+        assert (found.mended, found.broken) == (int((after & ~before).sum()), int((before & ~after).sum()))
+    assert found.mended
+    with pytest.raises(ValueError, match="no images"):
+        compare(residual, head, [])
+
+
+def evaluation(wanted):
+    """Equal to evaluations of the same confusions and nearly the same loss."""
+
+    class Alike:
+        def __eq__(self, other):
+            return torch.equal(other.confusion, wanted.confusion) and other.loss == pytest.approx(wanted.loss)
+
+    return Alike()

@@ -1,15 +1,16 @@
 """What do all figures share? One palette, one set of defaults, axes in plain numbers, and how a figure becomes a file.
 
-The colours are Okabe and Ito's, which colour-blind readers can tell apart; scales run in lightness, so that they can be
-read in grey too.
+The colours are four of Okabe and Ito's; colour-blind readers can tell any two of them apart. Scales run in lightness,
+and can be read in grey too.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import ParamSpec
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
@@ -19,10 +20,9 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from residual_kernels.files import atomic_path
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6b7280"
-PURPLE, SKY, YELLOW = "#CC79A7", "#56B4E9", "#E69F00"
+BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#6b7280"
 INK, LINE, STRONG_LINE, PAPER, PALE = "#1b1e23", "#e5e2dc", "#cfccc5", "#ffffff", "#b8bec8"
-SERIES = tuple(zip((BLUE, GREEN, PURPLE, SKY, YELLOW), "osD^P", strict=True))  # colour and marker
+SERIES = tuple(zip((BLUE, ORANGE, GREEN, SKY), "osD^", strict=True))  # colour and marker
 
 SEQUENTIAL = LinearSegmentedColormap.from_list("sequential", ["#f4f6f8", "#8dbbdc", BLUE, "#06304f"])
 DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#8f3d00", ORANGE, "#f1f1ef", BLUE, "#003f66"])
@@ -39,9 +39,13 @@ DEFAULTS = {  # names of classes may hold a dollar sign, and letters stay letter
 Arguments = ParamSpec("Arguments")
 
 
-def defaults():
-    """A context in which matplotlib has this style's defaults."""
-    return rc_context(DEFAULTS)
+@contextlib.contextmanager
+def defaults() -> Iterator[None]:
+    """A context in which matplotlib has this style's defaults, whatever it is set to outside."""
+    with rc_context():
+        rcdefaults()
+        rcParams.update(DEFAULTS)
+        yield
 
 
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:

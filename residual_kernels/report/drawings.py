@@ -17,8 +17,8 @@ from residual_kernels.report.thumbnails import cropped
 SIDE = 96  # pixels of an image in a figure
 STRIPS = 3  # components raised and faded most that have a figure
 THEMED = {  # colours that follow the page's theme, and their names in its style sheet
-    style.BLUE: "blue", style.ORANGE: "orange", style.GREEN: "green", style.PURPLE: "purple", style.SKY: "sky",
-    style.YELLOW: "yellow", style.GREY: "grey", style.INK: "ink", style.LINE: "line",
+    style.BLUE: "blue", style.ORANGE: "orange", style.GREEN: "green", style.SKY: "sky",
+    style.GREY: "grey", style.INK: "ink", style.LINE: "line",
     style.STRONG_LINE: "line-strong",
 }  # fmt: skip
 
