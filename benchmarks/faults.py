@@ -16,6 +16,7 @@ EBUSY), or ending the process before it (SIGKILL), or in the middle of a write. 
 import argparse
 import ctypes
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -52,6 +53,7 @@ class Writer:
     old: Callable[[Path], object] | None = None
     view: Callable[[Path], dict] | None = None
     at_once: bool = True
+    rarely: float = 1.0  # share of its stops: it takes seconds and makes hundreds of calls
 
 
 def files_in(folder: Path) -> dict[str, str]:
@@ -99,7 +101,9 @@ def writers(names: list[str] | None = None) -> list[Writer]:
     from residual_kernels import files
     from residual_kernels.adapters import export, hub
     from residual_kernels.analysis import overview
-    from residual_kernels.experiments.sweep import Table
+    from residual_kernels.experiments.sweep import SweepTable
+    from residual_kernels.report import gather, write_report
+    from residual_kernels.report.facts import Source
     from residual_kernels.train import checkpoints
 
     torch.manual_seed(0)
@@ -117,7 +121,14 @@ def writers(names: list[str] | None = None) -> list[Writer]:
     cache = rk.encode(tower, [(images, torch.arange(24) % 2)], class_names="ab")
     merged = two.merge()
 
-    found = overview.analyze(tower, cache, heads[0], bases, None, points=3, seeds=range(1))
+    @functools.cache
+    def found():
+        return overview.analyze(tower, cache, heads[0], bases, None, points=3, seeds=range(1))
+
+    @functools.cache
+    def facts(number: int):
+        return gather((one, two)[number], heads[number], cache, Source("m", "d", "r"))
+
     loader = [(images[i : i + 6], torch.arange(6) % 2) for i in range(0, 24, 6)]
     quiet = {"label": "a"}
     result = [
@@ -170,20 +181,46 @@ def writers(names: list[str] | None = None) -> list[Writer]:
             lambda f: files.write_csv(f / "n.csv", [["a", 1]] * 99),
             lambda f: files.write_csv(f / "n.csv", [["a"]]),
         ),
-        Writer("sweep table", lambda f: Table.of(rows).write(f), lambda f: Table.of(rows[:1]).write(f), at_once=False),
-        Writer("analysis", lambda f: found.save(f), lambda f: _other(found).save(f), at_once=False),
+        Writer(
+            "sweep table",
+            lambda f: SweepTable.of(rows).write(f),
+            lambda f: SweepTable.of(rows[:1]).write(f),
+            at_once=False,
+        ),
+        Writer("analysis", lambda f: found().save(f), lambda f: _other(found()).save(f), at_once=False),
+        Writer(
+            "report",
+            lambda f: write_report(facts(1), f / "r.html", cache),
+            lambda f: write_report(facts(0), f / "r.html", cache),
+            at_once=False,
+            rarely=0.02,
+        ),
         Writer(
             "export .pt2",
             lambda f: export.write(merged, f / "m.pt2", images[:2], verify=False),
             lambda f: files.write_text(f / "m.pt2", "old"),
+            rarely=0.2,
         ),
         Writer(
             "export .onnx",
             lambda f: export.write(merged, f / "m.onnx", images[:2], verify=False),
             lambda f: files.write_text(f / "m.onnx", "old"),
+            rarely=0.2,
         ),
     ]  # fmt: skip
+    if names == [WRONG]:
+        return [Writer(WRONG, _in_place, lambda f: (f / "n.json").write_text('{"a": 1}'))]
     return [writer for writer in result if names is None or writer.name in names]
+
+
+WRONG = "a wrong writer"  # asked for by name: what finds no fault with it proves nothing
+
+
+def _in_place(folder: Path) -> None:
+    for path in folder.glob("mine*"):
+        path.rename(folder / f"{path.name}.old")
+        (folder / f"{path.name}.old").rename(path)
+    (folder / "n.json").write_text(json.dumps({"a": [1] * 99}))
 
 
 def _other(found):
@@ -272,7 +309,7 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
     faults, count = [], dict.fromkeys(STOPS, 0)
     for k, call in enumerate(calls):
         for stop, (mode, error) in STOPS.items():
-            if (mode == TORN and call != "write") or rng.random() >= share:
+            if (mode == TORN and call != "write") or rng.random() >= share * writer.rarely:
                 continue
             planted(folder, old)
             marks = foreign_marks(folder)

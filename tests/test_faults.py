@@ -1,0 +1,158 @@
+"""A sample of benchmarks/faults.py: writers stopped at single calls, by a failure or by SIGKILL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from benchmarks import faults
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["save_adapter", "fit --out", "JSON", "CSV", "bases", "sweep table"]
+
+
+def stopped(names, share):
+    done = faults.preloaded(["--share", str(share), "--seed", "3", "--writers", *names])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_sample_of_stops():
+    found = stopped(SMALL, 0.03)
+    assert not found["faults"], "\n".join(found["faults"])
+    assert {row["writer"] for row in found["rows"]} == set(SMALL)
+    assert found["stops"] > 20
+    for row in found["rows"]:
+        assert row["calls"] >= 7, row  # open, write, flush, rename ...: the shim does see them
+
+
+def test_a_wrong_writer_is_found_out():
+    text = "\n".join(stopped([faults.WRONG], 0.5)["faults"])
+    assert "neither the old nor the new result" in text
+    assert "a foreign file was touched" in text
+
+
+def command(*arguments, **options):
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **options.pop("environment", {}),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "residual_kernels.cli", *map(str, arguments)], env=environment, cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    from residual_kernels.bundled.drawings import drawn_images
+
+    folder = tmp_path_factory.mktemp("drawn")
+    for number, image in enumerate(drawn_images(60, seed=1)):
+        place = folder / "images" / "ab"[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        image.save(place / f"{number:03d}.png")
+    return folder
+
+
+def test_a_signal_ends_a_command_with_one_line_and_the_next_goes_on(drawn, tmp_path):
+    number = signal.SIGTERM
+    arguments = [
+        "encode",
+        "--data",
+        drawn / "images",
+        "--out",
+        tmp_path / "c",
+        "--shard-images",
+        "8",
+        "--batch-size",
+        "1",
+    ]
+    process = command(*arguments)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "c").glob("shard-0000[2-9]*")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    if process.returncode == 0:
+        pytest.fail("the command was faster than the signal")
+    assert process.returncode == 128 + number
+    assert f"stopped by {number.name}; what was finished is kept" in errors
+    assert "Traceback" not in errors
+    kept = {path.name for path in (tmp_path / "c").iterdir()}
+    assert len(kept) > 2
+    assert not [name for name in kept if name.endswith(".part")]
+    process = command(*arguments)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "images of an interrupted run" in " ".join(errors.split())
+
+
+def test_a_reader_that_goes_away_loses_no_file(drawn, tmp_path):
+    process = command("doctor", "--json", tmp_path / "d.json")
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 2
+    assert "the reader of the output has gone; the files are written" in errors
+    assert "Traceback" not in errors
+    assert "versions" in json.loads((tmp_path / "d.json").read_text())
+
+
+def test_a_killed_worker_ends_the_command(drawn, tmp_path):
+    """The process that reads images ends itself at one of them."""
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, signal\nfrom PIL import Image\nreal = Image.open\n"
+        "def opened(*arguments, **more):\n"
+        "    if os.path.exists(os.environ['MARK']) and os.getpid() != int(open(os.environ['MARK']).read()):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return real(*arguments, **more)\n"
+        "Image.open = opened\n"
+    )
+    mark = tmp_path / "mark"
+    process = command(
+        "encode", "--data", drawn / "images", "--out", tmp_path / "c", "--workers", "2",
+        environment={"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "MARK": str(mark)},
+    )  # fmt: skip
+    mark.write_text(str(process.pid))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "error: DataLoader worker" in errors
+    assert "Traceback" not in errors
+
+
+def test_hostile_images_are_refused_in_bounded_memory(tmp_path):
+    from residual_kernels.data.images import open_images
+
+    folder = tmp_path / "a"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.png")
+    images = open_images(tmp_path, lambda image: image)
+    with pytest.raises(ValueError, match="not a regular file"):
+        images.picture(0)
+    with zipfile.ZipFile(tmp_path / "b.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/x.png", bytes(2**20))
+    data = bytearray((tmp_path / "b.zip").read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 24 : entry + 28] = (2**32 - 2).to_bytes(4, "little")  # the size that it claims
+    (tmp_path / "b.zip").write_bytes(data)
+    with pytest.raises(ValueError, match="would take 4,294,967,294 bytes"):
+        open_images(tmp_path / "b.zip", lambda image: image).picture(0)
+    for pattern in (
+        "x-{000000000..99999999}.tar",
+        "x-{0..99999}{0..99999}.tar",
+        "x-{0..99999999999999999999}{a,b}.tar",
+    ):
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=r"shards"):
+            open_images(pattern, lambda image: image)
+        assert time.monotonic() - start < 5
