@@ -3,8 +3,8 @@
     python -m benchmarks.interrupted --results benchmarks/results/faults      # 20 kills of each command
 
 `encode`, `bases`, `fit` with a checkpoint, `sweep` and `report` run on drawn images with the bundled model. Each is run
-once without disturbance. Then it is killed (SIGKILL) at a random moment between its first forward pass and its end, and
-run again. The files must be those of the undisturbed run, byte for byte, but for the seconds that fits and sweeps note.
+once without disturbance. Then it is killed (SIGKILL) at a random moment between the first call of a module and its end,
+and run again. The files must be those of the undisturbed run, byte for byte, but for the seconds that fits and sweeps note.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -64,7 +65,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def start(arguments: list[str], place: Path) -> int:
-    """The process, forked from this one, that runs the command; `place`/mark appears with its first forward pass."""
+    """The process, forked from this one, that runs the command; a file `mark` appears with its first call of a module."""
     (place / "mark").unlink(missing_ok=True)
     pid = os.fork()
     if pid:
@@ -72,9 +73,12 @@ def start(arguments: list[str], place: Path) -> int:
     with (place / "errors").open("w") as errors:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(errors.fileno(), 2)
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(
-        lambda *_: ((place / "mark").touch(), hook.remove())
-    )
+
+    def begun(*_: object) -> None:
+        (place / "mark").touch()
+        hook.remove()
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(begun)
     sys.argv = ["residual-kernels", *(text.replace("OUT", str(place / "out")) for text in arguments)]
     code = 0
     try:
@@ -82,7 +86,9 @@ def start(arguments: list[str], place: Path) -> int:
     except SystemExit as end:
         code = end.code or 0
     except BaseException:
+        traceback.print_exc()
         code = 99
+    sys.stderr.flush()
     os._exit(code)
 
 

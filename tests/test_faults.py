@@ -156,3 +156,38 @@ def test_hostile_images_are_refused_in_bounded_memory(tmp_path):
         with pytest.raises(ValueError, match=r"shards"):
             open_images(pattern, lambda image: image)
         assert time.monotonic() - start < 5
+
+
+def test_no_code_of_a_model_s_folder_runs(tmp_path):
+    from residual_kernels.data.models import load_model
+
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {"architectures": ["CLIPModel"], "model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}
+        )
+    )
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'RAN')!r}, 'w')\nfrom transformers import CLIPConfig\nclass C(CLIPConfig):\n    pass\n"
+    )
+    with pytest.raises(ValueError, match="brings code of its own, and this library runs none"):
+        load_model(f"hf:{tmp_path}")
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_checkpoint_that_could_run_code_is_refused_without_advice_to_run_it(tmp_path, monkeypatch):
+    import open_clip
+    import torch
+
+    from residual_kernels.data.models import load_model
+
+    torch.save({"a": Path("x")}, tmp_path / "w.pt")
+    monkeypatch.setattr(
+        open_clip,
+        "create_model_and_transforms",
+        lambda name, pretrained: torch.load(pretrained, weights_only=True),
+    )
+    with pytest.raises(
+        ValueError, match=r"does not hold weights of ViT-B-32: it holds more than tensors"
+    ) as caught:
+        load_model("ViT-B-32", str(tmp_path / "w.pt"))
+    assert "weights_only" not in str(caught.value)
