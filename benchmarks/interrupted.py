@@ -4,7 +4,8 @@
 
 `encode`, `bases`, `fit` with a checkpoint, `sweep` and `report` run on drawn images with the bundled model. Each is run
 once without disturbance. Then it is killed (SIGKILL) at a random moment between the first call of a module and its end,
-and run again. The files must be those of the undisturbed run, byte for byte, but for the seconds that fits and sweeps note.
+and run again. The files must be those of the undisturbed run, byte for byte, but for the seconds that fits and sweeps
+note.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def start(arguments: list[str], place: Path) -> int:
-    """The process, forked from this one, that runs the command; a file `mark` appears with its first call of a module."""
+    """A process that runs the command, forked from this one; it makes a file `mark` when it first calls a module."""
     (place / "mark").unlink(missing_ok=True)
     pid = os.fork()
     if pid:
