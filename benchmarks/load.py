@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import residual_kernels as rk
+from residual_kernels.files import write_json
 
 N = 250
 MIB = 2**20
@@ -255,7 +256,7 @@ def forked() -> dict:
     return {"what": "after a fork", "outcome": "hangs"}
 
 
-REPEATED = (many_fits, many_attachments, many_calls, eight_threads, attached_in_between, forked)
+REPEATED = (forked, eight_threads, attached_in_between, many_attachments, many_calls, many_fits)
 
 
 def main() -> None:
@@ -263,15 +264,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path)
+    parser.add_argument(
+        "--only", nargs="*", help=f"of {', '.join(run.__name__ for run in REPEATED)}, scaling"
+    )
     options = parser.parse_args()
-    found = {"repeated": []}
-    for run in REPEATED:  # first: this process has computed nothing yet
-        found["repeated"].append(in_process(run))
-        print(json.dumps(found["repeated"][-1]), flush=True)
-    found["scaling"] = scaling()
-    if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / "load.json").write_text(json.dumps(found, indent=1) + "\n")
+    file = None if options.results is None else options.results / "load.json"
+    found = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    for run in (*REPEATED, scaling):  # this process computes nothing itself: each is forked from it
+        if options.only is None or run.__name__ in options.only:
+            found[run.__name__] = scaling() if run is scaling else in_process(run)
+            print(json.dumps(found[run.__name__]), flush=True)
+            if file is not None:
+                write_json(file, found)
 
 
 if __name__ == "__main__":
