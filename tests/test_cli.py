@@ -68,7 +68,7 @@ def test_the_whole_way(run, digits, tmp_path):
     assert "hold 90 % of the variance" in out
     code, out, err = run(
         "fit", "--data", tmp_path / "cache", "--bases", tmp_path / "b.safetensors", "--out", tmp_path / "adapter",
-        "--epochs", 12, "--json", tmp_path / "f.json",
+        "--method", "fine", "--epochs", 12, "--json", tmp_path / "f.json",
     )  # fmt: skip
     assert code == 0, err
     fitted = json.loads((tmp_path / "f.json").read_text())
@@ -112,7 +112,16 @@ def test_every_method_fits_from_a_folder(run, digits, tmp_path, method):
 
 def test_prototypes(run, digits, tmp_path):
     code, out, err = run(
-        "fit", "--data", digits / "train", "--prototypes", "--epochs", 2, "--out", tmp_path / "a"
+        "fit",
+        "--data",
+        digits / "train",
+        "--prototypes",
+        "--method",
+        "fine",
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "a",
     )
     assert code == 0, err
 
@@ -139,7 +148,7 @@ def bad_inputs(digits, tmp):
         ((*fit, "--class-names", tmp / "names.txt"), "2 class names, but there are 10"),
         ((*fit, "--templates", tmp / "nothing.txt"), "no file of templates"),
         ((*fit, "--bases", tmp / "bad.safetensors"), "truncated or not a safetensors"),
-        ((*fit, "--energy", "1.5"), "energy must lie"),
+        ((*fit, "--method", "fine", "--energy", "1.5"), "energy must lie"),
         ((*fit, "--method", "linear", "--energy", "0.9"), "energy belongs to fine"),
         ((*fit, "--method", "output", "--rest", "mean"), "adapts the output as a whole"),
         ((*fit, "--model", "ViT-S-32-alt", "--pretrained", tmp / "bad.safetensors"), "does not hold weights"),
@@ -261,8 +270,8 @@ def test_inside_the_tower(run, digits, tmp_path):
     assert code == 0, err
     for options, message in (
         (
-            ("--method", "stream", "--shots", 2, "--lr", 0.1, "--lr", 0.2),
-            "several learning rates and --shots",
+            ("--method", "stream", "--checkpoint", tmp_path / "state"),
+            "--checkpoint would need cached units",
         ),
         (("--method", "fine", "--tokens", "class"), "belongs to stream"),
         (("--method", "stream", "--rest", "sum"), "stream leaves them all"),

@@ -41,7 +41,7 @@ def digits(tmp_path_factory):
 def test_many_fits_and_a_checkpoint(run, digits, tmp_path):  # noqa: F811
     fit = (
         "fit", "--data", digits / "c" / "train", "--val", digits / "c" / "test", "--lr", 0.1, "--lr", 0.4,
-        "--seeds", 2, "--seed", 3, "--epochs", 3,
+        "--seeds", 2, "--seed", 3, "--epochs", 3, "--method", "fine",
     )  # fmt: skip
     found = []
     for name in ("a", "b"):  # the second goes on from the first one's checkpoint, which is finished
@@ -68,7 +68,17 @@ def test_many_fits_and_a_checkpoint(run, digits, tmp_path):  # noqa: F811
 
 
 def test_few_images(run, digits, tmp_path):  # noqa: F811
-    fit = ("fit", "--data", digits / "c" / "train", "--val", digits / "c" / "test", "--epochs", 2)
+    fit = (
+        "fit",
+        "--data",
+        digits / "c" / "train",
+        "--val",
+        digits / "c" / "test",
+        "--method",
+        "fine",
+        "--epochs",
+        2,
+    )
     code, out, err = run(
         *fit,
         "--shots",
@@ -146,6 +156,8 @@ def test_under_torchrun(run, digits, tmp_path):  # noqa: F811
         digits / "c" / "train",
         "--val",
         digits / "c" / "test",
+        "--method",
+        "fine",
         "--epochs",
         2,
         "--lr",
@@ -174,3 +186,123 @@ def test_under_torchrun(run, digits, tmp_path):  # noqa: F811
 
 def _in_two(*arguments):
     return any(processes.exit_codes(processes.start_ranks(2, _program, *arguments)))
+
+
+def test_auto_is_the_default_and_says_why(run, digits, tmp_path):  # noqa: F811
+    code, out, err = run(
+        "fit", "--data", digits / "train", "--out", tmp_path / "a", "--json", tmp_path / "f.json"
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [one["name"] for one in found["candidates"]] == [
+        "base", "anchored", "fine", "full", "anchored + class vectors", "probe"
+    ]  # fmt: skip
+    assert (found["judged_by"], found["images"]) == ("folds", 36)
+    assert found["accuracy"] >= found["base_accuracy"]
+    assert found["why"] in out
+    assert "only 36 training images judged this" in err
+    code, out, err = run(
+        "eval", "--adapter", tmp_path / "a", "--data", digits / "test", "--json", tmp_path / "e.json"
+    )
+    assert code == 0, err
+    model, preprocess, _ = rk.load_bundled()
+    kept = rk.load_adapter(model.visual, tmp_path / "a")
+    head = rk.ZeroShotHead.load(tmp_path / "a" / "head.safetensors")
+    paths = sorted((digits / "test").rglob("*.png"))
+    images = torch.stack([preprocess(Image.open(path)) for path in paths])
+    labels = torch.tensor([NAMES.index(path.parent.name) for path in paths])
+    seen = json.loads((tmp_path / "e.json").read_text())["accuracy"]
+    assert seen == pytest.approx(rk.evaluate(kept, head, [(images, labels)]).accuracy)
+
+
+def test_auto_keeps_the_model_where_nothing_is_better(run, digits, tmp_path):  # noqa: F811
+    """Labels by chance: nothing can be learned, the adapter is the model, and that is no error."""
+    images = [Image.open(path) for path in sorted((digits / "train").rglob("*.png"))]
+    names = torch.randint(3, (len(images),), generator=torch.Generator().manual_seed(1)).tolist()
+    for number, (image, name) in enumerate(zip(images, names, strict=True)):
+        folder = tmp_path / "data" / NAMES[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{number}.png")
+    code, out, err = run(
+        "fit", "--data", tmp_path / "data", "--out", tmp_path / "a", "--json", tmp_path / "f.json"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "f.json").read_text())["winner"] == "base"
+    assert "so the model stays as it is" in out
+    model, _, _ = rk.load_bundled()
+    cache = rk.UnitCache.load(digits / "c" / "test")
+    kept = rk.load_adapter(model.visual, tmp_path / "a")
+    assert torch.equal(kept.from_units(cache.terms(slice(0, 5))), cache.output[:5])
+
+
+def test_probe_by_name_and_with_validation(run, digits, tmp_path):  # noqa: F811
+    code, out, err = run(
+        "fit", "--data", digits / "c" / "train", "--val", digits / "c" / "test", "--method", "probe", "--balanced",
+        "--out", tmp_path / "a", "--json", tmp_path / "f.json",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert [one["name"] for one in found["candidates"]] == ["base", "probe"]
+    assert found["judged_by"] == "validation"
+    code, _, err = run(
+        "fit", "--data", digits / "c" / "train", "--lr", 0.1, "--epochs", 3, "--out", tmp_path / "b"
+    )
+    assert code == 2
+    assert "--lr and --epochs belongs to one way of fitting, and auto is told nothing of it" in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_prototypes_use_no_label_beyond_the_shots(run, digits, tmp_path, monkeypatch):  # noqa: F811
+    """Class vectors come from the N images of each class, also where the rest of a class lies elsewhere."""
+    seen = []
+    made = rk.ZeroShotHead.from_prototypes
+
+    def spy(embeddings, labels=None, class_names=None):
+        seen.append(torch.bincount(labels).tolist())
+        return made(embeddings, labels, class_names)
+
+    monkeypatch.setattr(rk.ZeroShotHead, "from_prototypes", spy)
+    for method, more in (
+        ("auto", ()),
+        ("fine", ("--epochs", 1)),
+        ("stream", ("--epochs", 1, "--components", 2)),
+    ):
+        data = digits / ("train" if method == "stream" else "c/train")
+        code, _, err = run(
+            "fit", "--data", data, "--val", digits / ("test" if method == "stream" else "c/test"), "--method", method,
+            "--prototypes", "--shots", 3, *more, "--out", tmp_path / method,
+        )  # fmt: skip
+        assert code == 0, err
+    assert seen == [[3, 3, 3]] * 3
+
+
+def test_stream_takes_rates_seeds_shots_and_balance(run, digits, tmp_path):  # noqa: F811
+    code, out, err = run(
+        "fit", "--data", digits / "train", "--val", digits / "test", "--method", "stream", "--components", 2,
+        "--epochs", 1, "--lr", 0.1, "--lr", 0.3, "--seeds", 2, "--shots", 4, "--balanced", "--out", tmp_path / "a",
+        "--json", tmp_path / "f.json",
+    )  # fmt: skip
+    assert code == 0, err
+    fits = json.loads((tmp_path / "f.json").read_text())["fits"]
+    assert [(one["lr"], one["seed"]) for one in fits] == [(0.1, 0), (0.3, 0), (0.1, 1), (0.3, 1)]
+    assert "12 images" in out
+
+
+def test_an_adapter_below_the_model_is_said(run, digits, tmp_path):  # noqa: F811
+    """eval, and predict where folders name the classes, warn; a better adapter is no matter for a warning."""
+    model, _, _ = rk.load_bundled()
+    cache = rk.UnitCache.load(digits / "c" / "train")
+    bases = rk.fit_bases(model.visual, cache)
+    _, _, tokenizer = rk.load_bundled()
+    head = rk.ZeroShotHead.from_text(model, tokenizer, NAMES, ("the digit {}",))
+    for name, weight in (("bad", -3.0), ("same", 1.0)):
+        init = torch.full((len(bases.parts["head"].components),), weight)
+        adapter = rk.ResiDual(model.visual, bases, "all", init=init)
+        rk.save_adapter(adapter, tmp_path / name, head=head, class_folders=NAMES)
+        adapter.detach()
+        for command, more in (("eval", ()), ("predict", ("--out", tmp_path / f"{name}.csv"))):
+            code, _, err = run(command, "--adapter", tmp_path / name, "--data", digits / "test", *more)
+            assert code == 0, err
+            assert ("The adapter is below the model on these 36 images" in " ".join(err.split())) is (
+                name == "bad"
+            )

@@ -431,10 +431,6 @@ def test_refusals(tower, cache, bases, head):
         (lambda: rk.fit(residual, head, cache, memory=-1), "memory must be"),
         (lambda: rk.fit(residual, head, loader, shots=1), "shots needs UnitCaches"),
         (
-            lambda: rk.fit(residual, head, cache, loader, class_weight="balanced"),
-            "class_weight needs UnitCaches",
-        ),
-        (
             lambda: rk.fit(residual, rk.ZeroShotHead(torch.ones(31, 3), CLASSES), cache),
             "two different models",
         ),

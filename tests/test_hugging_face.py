@@ -609,7 +609,7 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
         return stop.value.code or 0, capsys.readouterr()
 
     shared = ("--model", f"hf:{folder}", "--data", tmp_path / "data")
-    code, seen = run("fit", *shared, "--out", tmp_path / "adapter", "--epochs", 2)
+    code, seen = run("fit", *shared, "--out", tmp_path / "adapter", "--method", "fine", "--epochs", 2)
     assert code == 0, seen.err
     code, seen = run("eval", *shared, "--adapter", tmp_path / "adapter")
     assert code == 0, seen.err

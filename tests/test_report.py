@@ -380,7 +380,7 @@ def test_on_the_command_line(world, run, tmp_path):
             (tmp_path / "data" / name).mkdir(parents=True, exist_ok=True)
             world.pictures.pictures[row].save(tmp_path / "data" / name / f"{row}.png")
     data, adapter, cache = tmp_path / "data", tmp_path / "run", tmp_path / "cache"
-    code, _, err = run("fit", "--data", data, "--epochs", 2, "--out", adapter)
+    code, _, err = run("fit", "--data", data, "--method", "fine", "--epochs", 2, "--out", adapter)
     assert code == 0, err
     (tmp_path / "words.txt").write_text("a ring\n# a note\n\na line\n")
     code, out, err = run(

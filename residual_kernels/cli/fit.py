@@ -3,16 +3,17 @@
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from residual_kernels import distributed, train
 from residual_kernels.adapters.folder import CONFIG, save_adapter
 from residual_kernels.adapters.methods import METHODS, Method, build, identity
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
+from residual_kernels.cli.fit_stream import Images, fit_stream
 from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
@@ -20,8 +21,8 @@ from residual_kernels.cli.options import (
     DataRoot,
     Device,
     Download,
+    FitMethod,
     Json,
-    MethodName,
     Model,
     OnUnreadable,
     Pretrained,
@@ -34,7 +35,9 @@ from residual_kernels.cli.options import (
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
-from residual_kernels.units.cache import HELD_OUT, UnitCache
+from residual_kernels.train.labels import shots_of
+from residual_kernels.train.tuning import PROBE
+from residual_kernels.units.cache import HELD_OUT, UnitCache, encode
 from residual_kernels.zeroshot import ZeroShotHead
 
 
@@ -44,16 +47,19 @@ def fit_command(
     ],
     out_folder: Annotated[Path, typer.Option("--out", help="folder for the adapter")],
     val: Annotated[
-        Path | None, typer.Option(help="validation images; a fifth of the training ones by default")
+        Path | None,
+        typer.Option(
+            help="validation images; by default folds of the training images (auto, probe), or a fifth of them"
+        ),
     ] = None,
     method_name: Annotated[
-        MethodName,
+        FitMethod,
         typer.Option(
             "--method",
-            help="one of the paper's, anchored or shared: changes of the whole output, or stream: inside the tower, "
-            "which runs every epoch",
+            help="auto: what is best of the model, anchored, fine, full and class vectors, never below the model; "
+            "probe: a linear probe; or one by name, where stream runs the tower every epoch",
         ),
-    ] = MethodName.fine,
+    ] = FitMethod.auto,
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,
@@ -78,8 +84,10 @@ def fit_command(
         int, typer.Option(min=1, help="fits from so many starts and orders at once; the best is kept")
     ] = 1,
     seed: Annotated[int, typer.Option(help="the first of them")] = 0,
-    epochs: Annotated[int, typer.Option(min=1)] = 30,
-    patience: Annotated[int, typer.Option(min=1, help="epochs without a better validation accuracy")] = 5,
+    epochs: Annotated[int | None, typer.Option(min=1, help="30 by default")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="epochs without a better validation accuracy; 5 by default")
+    ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="fit on so many images of each class")] = None,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="every class counts alike, however many images it has")
@@ -91,7 +99,8 @@ def fit_command(
         Path | None, typer.Option(help="file to keep the state in; the same command goes on from there")
     ] = None,
     prototypes: Annotated[
-        bool, typer.Option(help="class vectors from training images instead of text")
+        bool,
+        typer.Option(help="class vectors from training images instead of text; from the --shots where given"),
     ] = False,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
@@ -113,16 +122,27 @@ def fit_command(
     if (out_folder / CONFIG).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
     chosen_rest = rest and rest.value
-    method = METHODS[method_name.value]
-    method.check(rest=chosen_rest, energy=energy, components=components, max_components=max_components)
-    if method.runs_the_tower:
-        _check_runs(method, lr, seeds, shots, balanced, checkpoint, prototypes)
-    elif tokens is not None:
-        raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.name} works at the output")
+    contest = method_name.value in (AUTO, PROBE)
+    if contest:
+        check_options(
+            method_name.value,
+            {
+                "--energy": energy is not None, "--components": components is not None,
+                "--max-components": max_components is not None, "--tokens": tokens is not None,
+                "--rest": rest is not None, "--lr": bool(lr), "--seeds": seeds > 1, "--epochs": epochs is not None,
+                "--patience": patience is not None, "--shrink": bool(shrink), "--checkpoint": checkpoint is not None,
+            },
+        )  # fmt: skip
+    else:
+        method = METHODS[method_name.value]
+        method.check(rest=chosen_rest, energy=energy, components=components, max_components=max_components)
+        if method.runs_the_tower:
+            _check_runs(method, checkpoint)
+        elif tokens is not None:
+            raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.name} works at the output")
     reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
-    kinds = method.kinds
     source = reader.open(data, preprocess)
     folders = source.class_names
     if folders is None:
@@ -134,24 +154,49 @@ def fit_command(
         raise ValueError(
             f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
         )
-    if method.runs_the_tower:
-        training, validation = _loaders(source, other, seed, reader)
-        count = len(training.dataset)
+    stream = None
+    if not contest and method.runs_the_tower:
+        stream = Images(source, other, seed, reader)
+        training, validation, count = None, stream.validation, len(stream)
     else:
-        training = reader.cached(tower, source, kinds, "encoding")
-        if other is None:
+        training = reader.cached(tower, source, kinds_of(source) if contest else method.kinds, "encoding")
+        if other is not None:
+            validation = reader.cached(
+                tower, other, kinds_of(source) if contest else method.kinds, "encoding validation"
+            )
+        elif contest and not prototypes:
+            validation = None  # folds judge
+        else:  # images that class vectors were made of cannot judge them
             training, validation = training.split(HELD_OUT, seed)
-        else:
-            validation = reader.cached(tower, other, kinds, "encoding validation")
         count = len(training)
 
     if prototypes:
-        head = ZeroShotHead.from_prototypes(training.output, training.labels, names)
+        labels = training.labels if stream is None else stream.labels
+        if shots is not None:  # no label beyond those that were asked for
+            chosen = shots_of(labels, shots, seed, names)
+            if stream is None:
+                training = training.subset(chosen)
+            else:
+                stream.keep(chosen)
+            shots, count = None, len(chosen)
+        seen = training if stream is None else encode(tower, stream.in_order(), kinds=())
+        head = ZeroShotHead.from_prototypes(seen.output, seen.labels, names)
     else:
         head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
+    if contest:
+        run_contest(
+            Contest(
+                method_name.value, bases_file, shots, seed, balanced, folders, out_folder, json_file
+            ),
+            tower, head, training, validation,
+        )  # fmt: skip
+        distributed.finish()
+        return
     fitted = None
     if method.needs_bases or rest is Rest.mean:
-        fitted = _bases_for(bases_file, tower, training, method, tokens)
+        fitted = _bases_for(
+            bases_file, tower, training if stream is None else stream.in_order(), method, tokens
+        )
     chosen_seeds = range(seed, seed + seeds)
     adapters = [
         build(
@@ -166,11 +211,21 @@ def fit_command(
     base = train.evaluate(identity(tower), head, validation)
     first = distributed.rank() == 0
     alone = seeds == 1 and len(lr or [0]) == 1
-    fits = train.fit_many(
-        adapter, head, training, validation, lrs=lr or None, seeds=chosen_seeds, starts=starts, epochs=epochs,
-        patience=patience, shots=shots, class_weight="balanced" if balanced else None, shrink=shrink,
-        checkpoint=checkpoint, progress=_say if first and alone else None,
-    )  # fmt: skip
+    options = {
+        "epochs": epochs or 30, "patience": patience or 5, "class_weight": "balanced" if balanced else None,
+        "shrink": shrink,
+    }  # fmt: skip
+    if stream is not None:
+        progress = (lambda row: _say(0, row)) if first and alone else None
+        fits = fit_stream(
+            adapter, head, stream, lrs=lr, seeds=chosen_seeds, shots=shots, progress=progress, **options
+        )
+    else:
+        fits = train.fit_many(
+            adapter, head, training, validation, lrs=lr or None, seeds=chosen_seeds,
+            starts=starts if seeds > 1 else None, shots=shots, checkpoint=checkpoint,
+            progress=_say if first and alone else None, **options,
+        )  # fmt: skip
     fits.put(adapter, fits.best())
     if first:
         save_adapter(adapter, out_folder, head=head, class_folders=folders)
@@ -178,41 +233,16 @@ def fit_command(
     distributed.finish()
 
 
-def _check_runs(method: Method, lr, seeds, shots, balanced, checkpoint, prototypes) -> None:
+def _check_runs(method: Method, checkpoint: Path | None) -> None:
     """Raises ValueError for what only a fit on cached units can do."""
-    asked = {
-        "several learning rates": len(lr or ()) > 1, "--seeds": seeds > 1, "--shots": shots is not None,
-        "--balanced": balanced, "--checkpoint": checkpoint is not None, "--prototypes": prototypes,
-    }  # fmt: skip
-    given = [name for name, wanted in asked.items() if wanted]
-    if given:
+    if checkpoint is not None:
         raise ValueError(
-            f"{' and '.join(given)} would need cached units, and {method.name} runs the tower; leave it out"
+            f"--checkpoint would need cached units, and {method.name} runs the tower; leave it out"
         )
     if distributed.world() > 1:
         raise ValueError(
             f"{method.name} is fitted by one process on the command line; run it without torchrun"
         )
-
-
-def _loaders(source, other, seed: int, reader: Reader) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training images, shuffled, and of validation images."""
-    for images in (source, other):
-        if isinstance(images, UnitCache):
-            raise ValueError(
-                "a cache cannot tell what changes inside the tower do; name the images themselves"
-            )
-    order = torch.Generator().manual_seed(seed)
-    if other is None:
-        held = round(HELD_OUT * len(source))
-        if not held:
-            raise ValueError(f"{len(source)} images are too few to hold some out for validation; give --val")
-        rows = torch.randperm(len(source), generator=order).tolist()
-        source, other = Subset(source, rows[held:]), Subset(source, rows[:held])
-    shuffled = DataLoader(
-        source, reader.batch_size, shuffle=True, generator=order, num_workers=reader.workers
-    )
-    return shuffled, reader.loader(other)
 
 
 def _say(number: int, row: train.Epoch) -> None:
@@ -234,18 +264,33 @@ def _report(
         table = Table(*columns, title="All fits on validation; * is kept")
         for index, (task, one) in enumerate(zip(fits.tasks, fits.results, strict=True)):
             row = one.history[one.best_epoch]
+            seen = (row.val_accuracy, row.val_balanced_accuracy, row.val_loss)
             table.add_row(
-                f"{task.lr:g}", str(task.seed), "diverged" if one.diverged else str(len(one.history) - 1),
-                f"{one.best_epoch}{' *' if index == best else ''}", f"{row.val_accuracy:.4f}",
-                f"{row.val_balanced_accuracy:.4f}", f"{row.val_loss:.4f}",
-            )  # fmt: skip
+                "-" if task.lr is None else f"{task.lr:g}",
+                str(task.seed),
+                "diverged" if one.diverged else str(len(one.history) - 1),
+                f"{one.best_epoch}{' *' if index == best else ''}",
+                *("-" if value is None else f"{value:.4f}" for value in seen),
+            )
         out.print(table)
     seconds = max(one.seconds for one in fits.results)
+    how = f"best of {len(result.history) - 1} epochs: {result.best_epoch}"
+    if result.solver == "convex":
+        how = f"convex, about {result.freedom:g} numbers left free"
     out.print(
         f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
-        f"({method.name}, {images} images, best of {len(result.history) - 1} epochs: {result.best_epoch}, "
-        f"{seconds:.1f} s); written to {out_folder}",
+        f"({method.name}, {images} images, {how}, {seconds:.1f} s); written to {out_folder}",
     )
+    if result.val_accuracy < base.accuracy:
+        err.print(
+            f"This is below the model itself on validation ({result.val_accuracy:.4f} against {base.accuracy:.4f}); "
+            "--method auto keeps the model where nothing is better.",
+            soft_wrap=True,
+        )
+    if base.count < train.FEW:
+        err.print(
+            f"Only {base.count} validation images chose this; a few more may turn it round.", soft_wrap=True
+        )
     row = result.history[result.best_epoch]
     write_numbers(
         json_file,

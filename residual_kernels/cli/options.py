@@ -80,7 +80,9 @@ class Rest(str, Enum):
     all = "all"
 
 
-MethodName = Enum("MethodName", {name: name for name in NAMES if name != BASE})  # those that learn something
+FitMethod = Enum(  # what `fit` may be asked for: a contest, a probe, or a method that learns something
+    "FitMethod", {name: name for name in ("auto", "probe", *(name for name in NAMES if name != BASE))}
+)
 
 
 class DType(str, Enum):

@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from residual_kernels import train
 from residual_kernels.adapters.folder import CLASSES, HEAD, load_adapter, load_class_folders, load_head
@@ -29,11 +29,14 @@ from residual_kernels.cli.options import (
     Unreadable,
     Workers,
 )
-from residual_kernels.cli.printing import bar, out, write_numbers
+from residual_kernels.cli.printing import bar, err, out, write_numbers
 from residual_kernels.data import models as sources
+from residual_kernels.data.images import Images
 from residual_kernels.files import write_csv
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
+
+CHECKED = 1000  # images, at most, that are labelled by the model alone too
 
 
 def _fitted(model, pretrained, device, adapter_folder: Path):
@@ -136,6 +139,7 @@ def eval_command(
     table.add_row("all", str(after.count), f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")
     table.add_row("balanced", "", f"{before.balanced_accuracy:.3f}", f"{after.balanced_accuracy:.3f}")
     out.print(table)
+    _warn(before.accuracy, after.accuracy, after.count)
     if confusion is not None:
         counted = zip(head.class_names, after.confusion.tolist(), strict=True)
         write_csv(confusion, [["true class", *head.class_names], *([name, *row] for name, row in counted)])
@@ -152,6 +156,39 @@ def eval_command(
             "confusion": after.confusion.tolist(),
         },
     )  # fmt: skip
+
+
+def _warn(before: float, after: float, images: int) -> None:
+    """Says so when an adapter labels fewer images right than the model without it."""
+    if after < before:
+        err.print(
+            f"The adapter is below the model on these {images} images ({after:.4f} against {before:.4f}): they may be "
+            "unlike those it was fitted on. Fit again with some of these, or leave the adapter out.",
+            soft_wrap=True,
+        )
+
+
+def _check_on_folders(
+    module: TowerAdapter,
+    head: ZeroShotHead,
+    adapter: Path,
+    images: Images,
+    found: train.Prediction,
+    reader: Reader,
+) -> None:
+    """Warns where the folders of the images name their classes and the model alone labels more of them right."""
+    folders = load_class_folders(adapter) or ()
+    named = [(row, name.split("/")[-2]) for row, name in enumerate(images.names) if "/" in name]
+    known = [(row, folders.index(folder)) for row, folder in named if folder in folders]
+    if not known or len(known) < len(images):  # other folders: who knows what these mean
+        return
+    known = known[:: max(1, len(known) // CHECKED)][:CHECKED]
+    rows, labels = (torch.tensor(one) for one in zip(*known, strict=True))
+    after = float((found.labels[rows] == labels).double().mean())
+    place = next(module.tower.parameters()).device
+    some = reader.loader(Subset(images, rows.tolist()))
+    alone = train.predict(identity(module.tower), head, (batch.to(place) for batch in some))
+    _warn(float((alone.labels == labels).double().mean()), after, len(rows))
 
 
 def predict(
@@ -190,6 +227,7 @@ def predict(
         f"{n} {name}" for n, name in sorted(zip(counts, head.class_names, strict=True), reverse=True)[:5]
     )
     out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
+    _check_on_folders(module, head, adapter, images, found, reader)
     write_numbers(
         json_file,
         {

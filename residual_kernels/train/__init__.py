@@ -28,11 +28,12 @@ from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.path import FREEDOMS
 from residual_kernels.train.plan import Plan
 from residual_kernels.train.results import Certificate, Epoch, FitResult, ManyFits, Strength, Task
-from residual_kernels.train.tuning import Candidate, TuneResult, tune
+from residual_kernels.train.tuning import FEW, Candidate, TuneResult, tune
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 __all__ = [
+    "FEW",
     "Candidate",
     "Certificate",
     "Comparison",

@@ -76,6 +76,13 @@ class Plan:
             weights = weights_of_classes(by_class, table, self.heads.sizes)
             self.class_weight = None if weights is None else weights.to(self.starts[0])
             self.labels = table.to(self.device)
+        elif config.class_weight is not None:
+            seen = torch.cat([batch.labels for batch in train.batches()])[
+                None
+            ]  # images are read, the tower rests
+            self.class_weight = weights_of_classes(config.class_weight, seen, self.heads.sizes).to(
+                self.starts[0]
+            )
         self.val_labels = None
         if val is not None and val.indexed:
             given = val_labels if labels is not None else None
@@ -99,7 +106,6 @@ class Plan:
         for what, wanted in (
             ("a checkpoint", self.config.checkpoint is not None),
             ("shots", self.config.shots is not None),
-            ("class_weight", self.config.class_weight is not None),
             ("a label set of its own", labels is not None),
             ("a fit by several processes", self.parallel),
         ):
