@@ -143,6 +143,37 @@ def test_shared_bases_and_shots(written, data, tmp_path):
     assert own[0]["parameters"] != own[1]["parameters"]
 
 
+def test_the_stream_form_and_marks(written, tmp_path):
+    """stream is fitted on the images themselves; cells below the model and seeds that collapsed are marked."""
+    plan = written | {"towers": written["towers"][:1], "seeds": 1, "methods": ["base", "stream"], "epochs": 1}
+    rows = Sweep(read(plan, tmp_path), tmp_path / "out").run()
+    assert [row["method"] for row in rows] == ["base", "stream"] * 2
+    for base, stream in zip(rows[::2], rows[1::2], strict=True):
+        assert stream["base_accuracy"] == base["accuracy"] == base["base_accuracy"]
+        assert stream["images"] == base["images"]
+        assert 0 <= stream["val_accuracy"] <= 1
+    accuracies = {"base": (0.6,), "output": (0.7, 0.1), "fine": (0.7, 0.65), "full": (0.58, 0.6)}
+    shared = {"tower": "a", "data": "x", "parameters": 5, "base_accuracy": 0.6}
+    made = [
+        shared | {"method": method, "seed": seed, "accuracy": accuracy}
+        for method, found in accuracies.items()
+        for seed, accuracy in enumerate(found)
+    ]
+    table = SweepTable.of(made)
+    assert table.marks == (((False, 0, 1),), ((True, 1, 2),), ((False, 0, 2),), ((True, 0, 2),))
+    lines = table.markdown().splitlines()
+    assert "↓ (1 of 2 collapsed)" in lines[3]
+    assert "↓" not in lines[4] + lines[2]
+    assert "↓" in lines[5]
+    assert "collapsed" not in lines[5]
+    assert lines[-1].startswith("↓ below the model itself")
+    table.write(tmp_path)
+    with (tmp_path / "table.csv").open() as file:
+        found = list(csv.DictReader(file))
+    assert [line["x (below the model)"] for line in found] == ["0", "1", "0", "1"]
+    assert [line["x (collapsed seeds)"] for line in found] == ["0", "1", "0", "0"]
+
+
 def test_the_command(written, tmp_path, capsys, monkeypatch):
     plan = written | {"towers": written["towers"][:1], "seeds": 1, "methods": ["base", "coarse"]}
     read(plan, tmp_path)

@@ -13,7 +13,6 @@ from residual_kernels.adapters.methods import METHODS, Method, build, identity
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
-from residual_kernels.cli.fit_stream import Images, fit_stream
 from residual_kernels.cli.inputs import Reader, prepare
 from residual_kernels.cli.options import (
     Batch,
@@ -35,6 +34,7 @@ from residual_kernels.cli.options import (
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
+from residual_kernels.train.inside import StreamImages, fit_stream
 from residual_kernels.train.labels import shots_of
 from residual_kernels.train.tuning import PROBE
 from residual_kernels.units.cache import HELD_OUT, UnitCache, encode
@@ -156,7 +156,7 @@ def fit_command(
         )
     stream = None
     if not contest and method.runs_the_tower:
-        stream = Images(source, other, seed, reader)
+        stream = StreamImages(source, other, seed, reader.batch_size, reader.workers)
         training, validation, count = None, stream.validation, len(stream)
     else:
         training = reader.cached(tower, source, kinds_of(source) if contest else method.kinds, "encoding")

@@ -24,21 +24,24 @@ from residual_kernels import extras
 from residual_kernels import train as training
 from residual_kernels.adapters.methods import METHODS as BY_NAME
 from residual_kernels.adapters.methods import build, identity
+from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
-from residual_kernels.data.images import open_images
+from residual_kernels.data.images import Images, open_images
 from residual_kernels.files import SCHEMA, Head, read_json, together, write_csv, write_json, write_text
 from residual_kernels.schema import Count, read_bytes, typed
 from residual_kernels.towers import KINDS
+from residual_kernels.train.inside import StreamImages, fit_stream
 from residual_kernels.units.cache import DTYPES, HELD_OUT, UnitCache, encode
 from residual_kernels.units.cache.shards import STORED
 from residual_kernels.visible import visible
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, AVERAGE = "base", "average"
-METHODS = tuple(name for name, method in BY_NAME.items() if not method.runs_the_tower)  # a sweep reads caches
+METHODS = tuple(BY_NAME)
+COLLAPSED = 0.1  # below the model by so much: a seed that went wrong, not one that was unlucky
 WHAT = "result of a sweep"
 
 
@@ -200,12 +203,15 @@ class _TowerWork:
     def tower(self) -> nn.Module:
         return sources.image_tower(self.model[0])
 
+    def images(self, source: str, labelled: bool = True) -> Images:
+        """The images of a data set as this tower sees them."""
+        return open_images(
+            source, self.model[1], labelled=labelled, root=self.sweep.root, download=self.sweep.download
+        )
+
     def encoded(self, source: str, folder: Path, labelled: bool) -> UnitCache:
         """The cache of a data set, in `folder` of this sweep: made, gone on with, or read."""
-        _, preprocess, _ = self.model
-        images = open_images(
-            source, preprocess, labelled=labelled, root=self.sweep.root, download=self.sweep.download
-        )
+        images = self.images(source, labelled)
         loader = DataLoader(images, batch_size=self.plan.batch_size, num_workers=self.sweep.workers)
         self.sweep.say(f"{self.spec.label}: encoding {source}")
         return encode(
@@ -302,14 +308,47 @@ class _DataWork:
             fit_bases(self.tower.tower, self.parts[0], self.tower.kinds) if own else self.tower.general_bases
         )
 
+    @functools.cached_property
+    def base(self) -> training.Evaluation:
+        """The untouched model on the test images."""
+        adapter = identity(self.tower.tower)
+        found = training.evaluate(adapter, self.head, self.parts[2])
+        adapter.detach()
+        return found
+
+    @functools.cached_property
+    def stream(self) -> tuple[StreamImages, SpectralBases]:
+        """Images and bases for the form inside the tower, which no cache can serve; the same split as the caches'."""
+        train = self.tower.images(self.data.train)
+        val = None if self.data.val is None else self.tower.images(self.data.val)
+        images = StreamImages(train, val, 0, self.plan.batch_size, self.tower.sweep.workers)
+        return images, fit_bases(self.tower.tower, images.in_order(), placement="stream")
+
+    def _fit_stream(
+        self, method: str, seed: int
+    ) -> tuple[TowerAdapter, training.ManyFits, training.Evaluation]:
+        images, bases = self.stream
+        adapter = build(method, self.tower.tower, bases, seed=seed)
+        fits = fit_stream(
+            adapter, self.head, images, lrs=[rate * adapter.default_lr for rate in self.plan.rates], seeds=(seed,),
+            shots=self.plan.shots, epochs=self.plan.epochs,
+        )  # fmt: skip
+        fits.put(adapter, fits.best())
+        test = images.loader(self.tower.images(self.data.test))
+        return adapter, fits, training.evaluate(adapter, self.head, test)
+
     def fit(self, method: str, seed: int) -> dict:
         """Fits one method and reads the test images once, with the weights that were best on validation."""
         tower = self.tower.tower
         train, val, test = self.parts
         row = {"tower": self.tower.spec.label, "data": self.data.name, "method": method, "seed": seed}
         if method == BASE:
-            found = training.evaluate(identity(tower), self.head, test)
+            found = self.base
             fitted = {"parameters": 0, "seconds": 0.0}
+        elif BY_NAME[method].runs_the_tower:
+            adapter, fits, found = self._fit_stream(method, seed)
+            fitted = _of_best(fits)
+            adapter.detach()
         else:
             options = {"energy": self.plan.energy} if method == "fine" else {}
             adapter = build(method, tower, self.bases, seed=seed, **options)
@@ -317,18 +356,23 @@ class _DataWork:
                 adapter, self.head, train, val, seeds=(seed,), epochs=self.plan.epochs, shots=self.plan.shots,
                 lrs=[rate * adapter.default_lr for rate in self.plan.rates], batch_size=self.plan.batch_size,
             )  # fmt: skip
-            best = fits.best()
-            result = fits.put(adapter, best)
+            fits.put(adapter, fits.best())
             found = training.evaluate(adapter, self.head, test)
-            fitted = {
-                "parameters": result.parameters,
-                "seconds": max(one.seconds for one in fits.results),
-                "val_accuracy": result.val_accuracy,
-                "lr": fits.tasks[best].lr,
-            }
+            fitted = _of_best(fits)
             adapter.detach()
         accuracies = {"accuracy": found.accuracy, "balanced_accuracy": found.balanced_accuracy}
-        return row | accuracies | {"images": found.count} | fitted
+        return row | accuracies | {"base_accuracy": self.base.accuracy, "images": found.count} | fitted
+
+
+def _of_best(fits: training.ManyFits) -> dict:
+    """What a row says of the fit that was best on validation."""
+    best = fits.best()
+    return {
+        "parameters": fits.results[best].parameters,
+        "seconds": max(one.seconds for one in fits.results),
+        "val_accuracy": fits.results[best].val_accuracy,
+        "lr": fits.tasks[best].lr,
+    }
 
 
 def _file_name(label: str) -> str:
@@ -357,11 +401,14 @@ class SweepTable:
     lines: tuple[
         tuple[str, str, int, tuple[tuple[float, float], ...]], ...
     ]  # tower, method, numbers learned, cells
+    marks: tuple[
+        tuple[tuple[bool, int, int], ...], ...
+    ] = ()  # a cell: below the model; seeds that collapsed; of how many
 
     @classmethod
     def of(cls, rows: list[dict]) -> "SweepTable":
         columns = tuple(dict.fromkeys(row["data"] for row in rows))
-        lines = []
+        lines, marks = [], []
         for tower, method in dict.fromkeys((row["tower"], row["method"]) for row in rows):
             mine = [row for row in rows if (row["tower"], row["method"]) == (tower, method)]
             by_seed = {}
@@ -373,7 +420,8 @@ class SweepTable:
             )
             numbers = max(row["parameters"] for row in mine)
             lines.append((tower, method, numbers, tuple(cells)))
-        return cls((*columns, AVERAGE), tuple(lines))
+            marks.append(tuple(_marked([row for row in mine if row["data"] == name]) for name in columns))
+        return cls((*columns, AVERAGE), tuple(lines), tuple(marks))
 
     def write(self, folder: Path) -> list[Path]:
         """table.csv, table.md and table.png."""
@@ -382,10 +430,14 @@ class SweepTable:
         from residual_kernels import figures
 
         deviations = [f"{name} (deviation)" for name in self.columns]
-        rows = [["tower", "method", "learned numbers", *self.columns, *deviations]]
-        for tower, method, numbers, cells in self.lines:
+        flags = [f"{name} (below the model)" for name in self.columns[:-1]]
+        flags += [f"{name} (collapsed seeds)" for name in self.columns[:-1]]
+        rows = [["tower", "method", "learned numbers", *self.columns, *deviations, *flags]]
+        for place, (tower, method, numbers, cells) in enumerate(self.lines):
             means, spread = zip(*cells, strict=True)
-            rows.append([tower, method, numbers, *(f"{value:.6f}" for value in (*means, *spread))])
+            marks = self.marks[place] if self.marks else [(False, 0, 0)] * len(self.columns[:-1])
+            told = [*(int(below) for below, _, _ in marks), *(collapsed for _, collapsed, _ in marks)]
+            rows.append([tower, method, numbers, *(f"{value:.6f}" for value in (*means, *spread)), *told])
         with together():
             figures.save(figures.accuracy_table(self.columns, self.lines), folder, "table", ("png",))
             write_text(paths[1], self.markdown())
@@ -396,15 +448,32 @@ class SweepTable:
         """A Markdown table; the best method of each tower and column is bold."""
         head = ["tower", "method", "learned numbers", *self.columns]
         text = [_markdown_row(head), "|---|---|---:|" + "---:|" * len(self.columns)]
-        for tower, method, numbers, cells in self.lines:
+        marked = False
+        for place, (tower, method, numbers, cells) in enumerate(self.lines):
             rivals = [line[3] for line in self.lines if line[0] == tower]
             best = [max(cells[i][0] for cells in rivals) for i in range(len(self.columns))]
             texts = []
             for (mean, spread), top in zip(cells, best, strict=True):
                 value = f"{mean:.3f}" + (f" ± {spread:.3f}" if spread > 0 else "")
                 texts.append(f"**{value}**" if mean == top and len(rivals) > 1 else value)
+            for column, (below, collapsed, seeds) in enumerate(self.marks[place] if self.marks else ()):
+                marked |= below or collapsed > 0
+                texts[column] += " ↓" if below else ""
+                texts[column] += f" ({collapsed} of {seeds} collapsed)" if collapsed else ""
             text.append(_markdown_row([tower, method, f"{numbers:,}", *texts]))
+        if marked:
+            text += ["", f"↓ below the model itself; collapsed: a seed more than {COLLAPSED:g} below it."]
         return "\n".join(text) + "\n"
+
+
+def _marked(rows: list[dict]) -> tuple[bool, int, int]:
+    """Whether the mean of a cell's seeds is below the model, how many of them collapsed, and how many there are."""
+    known = [row for row in rows if row.get("base_accuracy") is not None]
+    if not known or known[0]["method"] == BASE:
+        return False, 0, len(rows)
+    below = statistics.fmean(row["accuracy"] for row in known) < known[0]["base_accuracy"]
+    collapsed = sum(row["accuracy"] < row["base_accuracy"] - COLLAPSED for row in known)
+    return below, collapsed, len(rows)
 
 
 def _markdown_row(cells: list[str]) -> str:

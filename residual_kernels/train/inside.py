@@ -1,4 +1,4 @@
-"""fit --method stream: the tower runs at every step, so images are read, and fits follow one another."""
+"""How is a form inside the tower fitted? The tower runs at every step, so images are read, one fit after another."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,24 +7,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from residual_kernels import train
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.cli.inputs import Reader
 from residual_kernels.train.labels import shots_of
+from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
 from residual_kernels.units.cache import HELD_OUT, UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 
 
-class Images:
+class StreamImages:
     """Training and validation images, with the labels of the first."""
 
-    def __init__(self, source: Dataset, other: Dataset | None, seed: int, reader: Reader):
+    def __init__(
+        self, source: Dataset, other: Dataset | None, seed: int, batch_size: int = 64, workers: int = 0
+    ):
         for images in (source, other):
             if isinstance(images, UnitCache):
                 raise ValueError(
                     "a cache cannot tell what changes inside the tower do; name the images themselves"
                 )
-        self.reader, rows = reader, torch.arange(len(source))
+        self.batch_size, self.workers = batch_size, workers
+        rows = torch.arange(len(source))
         if other is None:
             held = round(HELD_OUT * len(source))
             if not held:
@@ -34,7 +36,10 @@ class Images:
             order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
             rows, other = order[held:], Subset(source, order[:held].tolist())
         self.source, self.rows, self.labels = source, rows, source.labels[rows]
-        self.validation = reader.loader(other)
+        self.validation = self.loader(other)
+
+    def loader(self, images: Dataset) -> DataLoader:
+        return DataLoader(images, self.batch_size, num_workers=self.workers)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,38 +49,40 @@ class Images:
         self.rows, self.labels = self.rows[chosen], self.labels[chosen]
 
     def in_order(self) -> DataLoader:
-        return self.reader.loader(Subset(self.source, self.rows.tolist()))
+        return self.loader(Subset(self.source, self.rows.tolist()))
 
     def shuffled(self, seed: int, chosen: Tensor | None = None) -> DataLoader:
         rows = self.rows if chosen is None else self.rows[chosen]
         order = torch.Generator().manual_seed(seed)
         return DataLoader(
             Subset(self.source, rows.tolist()),
-            self.reader.batch_size,
+            self.batch_size,
             shuffle=True,
             generator=order,
-            num_workers=self.reader.workers,
+            num_workers=self.workers,
         )
 
 
 def fit_stream(
     adapter: TowerAdapter,
     head: ZeroShotHead,
-    images: Images,
+    images: StreamImages,
     *,
     lrs: Sequence[float] | None,
     seeds: Sequence[int],
     shots: int | None,
     **options,
-) -> train.ManyFits:
+) -> ManyFits:
     """One fit for each seed and learning rate, all from the adapter's present weights; it has them again at the end."""
+    from residual_kernels.train import fit
+
     start = [p.detach().clone() for p in adapter.trainable()]
     tasks, results, kept = [], [], []
     for seed in seeds:
         chosen = None if shots is None else shots_of(images.labels, shots, seed, head.class_names)
         for lr in lrs or [adapter.default_lr]:
             try:
-                result = train.fit(
+                result = fit(
                     adapter,
                     head,
                     images.shuffled(seed, chosen),
@@ -87,8 +94,8 @@ def fit_stream(
             except FloatingPointError:
                 if len(seeds) * len(lrs or [0]) == 1:
                     raise
-                result = train.FitResult(0, None, start[0].numel(), 0.0, False, [], diverged=True)
-            tasks.append(train.Task(lr, seed, 0))
+                result = FitResult(0, None, start[0].numel(), 0.0, False, [], diverged=True)
+            tasks.append(Task(lr, seed, 0))
             results.append(result)
             kept.append([p.detach().clone() for p in adapter.trainable()])
             with torch.no_grad():
@@ -96,8 +103,6 @@ def fit_stream(
                     parameter.copy_(value)
     if all(result.diverged for result in results):
         raise FloatingPointError("every fit diverged; lower --lr")
-    results = [
-        replace(one, history=one.history or [train.Epoch(0, None, None, None, 0.0)]) for one in results
-    ]
+    results = [replace(one, history=one.history or [Epoch(0, None, None, None, 0.0)]) for one in results]
     tensors = [torch.stack(one) for one in zip(*kept, strict=True)]
-    return train.ManyFits(tasks, results, tensors, isinstance(options.get("class_weight"), str))
+    return ManyFits(tasks, results, tensors, isinstance(options.get("class_weight"), str))
