@@ -218,7 +218,7 @@ def product_float32(left: Tensor, right: Tensor) -> Tensor:
     """left @ right, accumulated and returned in float32."""
     if left.dtype == torch.float32:
         return left @ right
-    if left.device.type in ("cuda", "meta") and torch.version.hip is None:
+    if left.device.type == "cuda" and torch.version.hip is None:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.to(torch.float32) @ right.to(torch.float32)
 
