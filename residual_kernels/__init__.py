@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from residual_kernels.bases.pca import fit_bases
     from residual_kernels.bases.spectral_bases import SpectralBases
     from residual_kernels.bundled import load_bundled
+    from residual_kernels.classifier import Classifier
     from residual_kernels.towers import UnitLayout, UnsupportedTowerError
     from residual_kernels.train import evaluate, fit, fit_many, predict, tune
     from residual_kernels.units.cache import UnitCache, encode
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 _HOMES = {  # public name -> the module that defines it
     "AdapterSet": "adapters.adapter_set",
+    "Classifier": "classifier",
     "CoarseHeads": "adapters.residual",
     "Decomposition": "units.decomposition",
     "METHODS": "adapters.methods",
@@ -71,6 +73,7 @@ _ROOMS = {"analysis": "analysis", "export": "adapters.export", "ops": "ops"}
 __all__ = [
     "METHODS",
     "AdapterSet",
+    "Classifier",
     "CoarseHeads",
     "Decomposition",
     "OutputLinear",
