@@ -1,7 +1,9 @@
 """How is an embedding read? Class vectors from text or prototypes, and logits by the angle to them."""
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.checks import checked_labels
 
 WHAT = "zero-shot head"
+ALIKE = 0.9999  # the cosine from which two class vectors are called nearly equal
 
 
 class Header(Head):
@@ -75,6 +78,9 @@ class ZeroShotHead(nn.Module):
         SigLIP's logit_bias is the same for every class, so it moves neither labels nor softmax and is left out: add
         it to the logits for sigmoid probabilities.
 
+        Warns where two class vectors are equal or nearly so (cosine above 0.9999), as those of "Turkey" and "turkey",
+        and where a prompt is cut at the context length.
+
         Raises ValueError for empty or repeated names, a template without a place for the name, a model without a text
         side, or a text tower whose embeddings have another width than the image tower's.
         """
@@ -102,6 +108,10 @@ class ZeroShotHead(nn.Module):
         try:
             # all callables, as open_clip decides by the first template; other braces are text
             callables = [t if callable(t) else (lambda name, t=t: t.replace("{}", name)) for t in templates]
+            if (cut := _cut(tokenizer, class_names, callables)) is not None:
+                warnings.warn(
+                    f"the prompt {cut}, so its end is not read; shorten template or name", stacklevel=2
+                )
             vectors = build_zero_shot_classifier(
                 encoder, tokenizer, list(class_names), callables, device=device
             )
@@ -115,7 +125,25 @@ class ZeroShotHead(nn.Module):
             )
         if logit_scale is None:
             logit_scale = float(model.logit_scale.detach()) if hasattr(model, "logit_scale") else 0.0
-        return cls(vectors, class_names, logit_scale)
+        head = cls(vectors, class_names, logit_scale)
+        if alike := head.alike():
+            warnings.warn(
+                f"{_told(alike)}: images cannot be told apart by them; reword the names", stacklevel=2
+            )
+        return head
+
+    def alike(self, limit: float = ALIKE) -> list[tuple[str, str, float]]:
+        """Pairs of classes whose vectors are equal or nearly so: (name, name, cosine above `limit`), nearest first."""
+        directions = F.normalize(self.class_vectors.double(), dim=0)
+        found = []
+        for start in range(0, len(self.class_names), 1024):  # not all pairs of 20,000 classes at once
+            near = directions[:, start : start + 1024].T @ directions
+            for row, column in (near > limit).nonzero().tolist():
+                if start + row < column:
+                    found.append(
+                        (self.class_names[start + row], self.class_names[column], float(near[row, column]))
+                    )
+        return sorted(found, key=lambda pair: -pair[2])
 
     @classmethod
     def from_prototypes(
@@ -167,3 +195,25 @@ class ZeroShotHead(nn.Module):
         forms = {"class_vectors": (wide, None, len(header["class_names"])), "logit_scale": (wide,)}
         check_shapes(path, tensors, forms)
         return cls(tensors["class_vectors"], header["class_names"], float(tensors["logit_scale"]))
+
+
+def _told(alike: Sequence[tuple[str, str, float]]) -> str:
+    pairs = ", ".join(f"{a!r} and {b!r} (cosine {near:.6f})" for a, b, near in alike[:3])
+    more = f" and {len(alike) - 3} more pairs" if len(alike) > 3 else ""
+    return f"the class vectors of {pairs}{more} are equal or nearly so"
+
+
+def _cut(
+    tokenizer: Callable, class_names: Sequence[str], templates: Sequence[Callable[[str], str]]
+) -> str | None:
+    """The first prompt that fills the context length, so that words behind it are not read; None where all fit."""
+    for template in templates:
+        prompt = max((template(name) for name in class_names), key=len)
+        whole, longer = _tokens(tokenizer([prompt])), _tokens(tokenizer([f"{prompt} and so on"]))
+        if whole.shape == longer.shape and torch.equal(whole, longer):
+            return f"{prompt[:60]!r} ... fills or exceeds the {whole.shape[-1]} tokens of the context"
+    return None
+
+
+def _tokens(found: Any) -> Tensor:
+    return found if isinstance(found, Tensor) else torch.as_tensor(found["input_ids"])

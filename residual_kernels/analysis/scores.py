@@ -266,7 +266,7 @@ def own_accuracy(
     first = view.layout.span(kind).start
     grouped = list(groups(chosen, 8 * width_of(view, kind) * (view.dim + classes)))
     make = cached_source if len(grouped) > 1 else unit_source
-    source = make(data, view.module, (kind,), labelled=True, classes=classes)
+    source = make(data, view.module, (kind,), labelled=True, class_names=head.class_names)
     found = []
     for group in grouped:
         maps, constant = class_maps(view, group, head)

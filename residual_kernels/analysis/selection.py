@@ -225,7 +225,7 @@ def selection_curves(
         or not 0 < fractions[0] <= fractions[-1] <= 1
     ):
         raise ValueError(f"fractions must rise within (0, 1]; got {fractions}")
-    source = cached_source(data, view.module, (kind,), labelled=True, classes=len(head.class_names))
+    source = cached_source(data, view.module, (kind,), labelled=True, class_names=head.class_names)
     candidates = (
         _ComponentProducts(view, kind, head, bases, rest)
         if of == "components"

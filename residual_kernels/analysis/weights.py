@@ -309,7 +309,7 @@ def reset_accuracy(
 
     Raises ValueError when `kind` is not adapted, or the cache has no labels or labels the head does not know.
     """
-    source = _source(residual, cache, labelled=True, classes=len(head.class_names))
+    source = _source(residual, cache, labelled=True, class_names=head.class_names)
     if kind not in residual.adapted:
         raise ValueError(f"units of kind {kind!r} are not adapted ({', '.join(residual.adapted)} are)")
     constants, device = residual.units[kind], residual.device

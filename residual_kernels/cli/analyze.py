@@ -76,7 +76,7 @@ def analyze_command(
     cache = reader.cached(tower, reader.open(data, preprocess), (kind.value,), "encoding")
     head = None
     if cache.labels is not None and cache.class_names is not None:
-        names = prompts.class_names(class_names, cache.class_names)
+        names = cache.class_names = prompts.class_names(class_names, cache.class_names)
         if prototypes:
             head = ZeroShotHead.from_prototypes(cache.output, cache.labels, names)
         else:

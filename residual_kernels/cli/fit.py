@@ -156,6 +156,9 @@ def fit_command(
         )
     stream = None
     if not contest and method.runs_the_tower:
+        for images in (source, other):
+            if images is not None:
+                images.class_names = names  # what the head calls these folders
         stream = StreamImages(source, other, seed, reader.batch_size, reader.workers)
         training, validation, count = None, stream.validation, len(stream)
     else:
@@ -169,6 +172,9 @@ def fit_command(
         else:  # images that class vectors were made of cannot judge them
             training, validation = training.split(HELD_OUT, seed)
         count = len(training)
+        for cache in (training, validation):
+            if cache is not None:
+                cache.class_names = names  # what the head calls these folders
 
     if prototypes:
         labels = training.labels if stream is None else stream.labels

@@ -75,7 +75,8 @@ def report(
         if pictures is not None:
             raise ValueError(f"--images is for a cache, but {data} holds its images itself")
         pictures = reader.images(images, preprocess)
-    cache = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
+    cache = reader.cached(module.tower, source, kinds, "encoding")
+    cache = aligned(cache, folders, data, head.class_names)
     if pictures is not None and int(cache.ids.max()) >= len(pictures):
         raise ValueError(
             f"{images} holds {len(pictures)} images, but the cache at {data} was made of {int(cache.ids.max()) + 1}"

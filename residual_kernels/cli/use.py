@@ -64,9 +64,15 @@ def class_folders(adapter_folder: Path) -> tuple[str, ...]:
     return _written_by_fit(load_class_folders(adapter_folder), adapter_folder, CLASSES)
 
 
-def aligned(cache: UnitCache, folders: tuple[str, ...], data: Path) -> UnitCache:
-    """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent."""
+def aligned(
+    cache: UnitCache, folders: tuple[str, ...], data: Path, names: tuple[str, ...] | None = None
+) -> UnitCache:
+    """The cache with its labels renumbered to the folders that the adapter was fitted to; some may be absent.
+
+    `names` are what the adapter's head calls those folders.
+    """
     cache.labels = torch.tensor(positions(cache.class_names, folders, data))[cache.labels]
+    cache.class_names = folders if names is None else names
     return cache
 
 
@@ -128,7 +134,8 @@ def eval_command(
         source = reader.loader(images)
     else:
         kinds = module.adapted
-        source = aligned(reader.cached(module.tower, source, kinds, "encoding"), folders, data)
+        cache = reader.cached(module.tower, source, kinds, "encoding")
+        source = aligned(cache, folders, data, head.class_names)
     before, after = train.evaluate(identity(module.tower), head, source), train.evaluate(module, head, source)
     table = Table("class", "images", "without", "with", title=f"{data}")
     counts = after.confusion.sum(1).tolist()

@@ -294,6 +294,8 @@ class _DataWork:
     def head(self) -> ZeroShotHead:
         clip, _, tokenizer = self.tower.model
         names = prompts.class_names(self.data.class_names, self.parts[0].class_names)
+        for part in self.parts:  # what the head calls these folders
+            part.class_names = names
         if tokenizer is None:  # a tower without a text side
             return ZeroShotHead.from_prototypes(self.parts[0].output, self.parts[0].labels, names)
         templates = prompts.templates(self.data.templates, self.tower.spec.model)

@@ -67,7 +67,10 @@ def fit_convex(
     if not heads or not seeds or (labels is not None and not labels):
         raise ValueError("seeds, labels and heads must not be empty")
     check_unmerged(adapter)
-    sources = [None if data is None else indexed(adapter, data, labels is None) for data in (train, val)]
+    names = heads[0].class_names if len(heads) == 1 else None
+    sources = [
+        None if data is None else indexed(adapter, data, labels is None, names) for data in (train, val)
+    ]
     sizes = [len(head.class_names) for head in heads]
     own = labels_of(sources[0], labels, sizes, "labels")
     sets = len(own.numbers)
@@ -105,11 +108,17 @@ def fit_convex(
     return ManyFits(tasks, results, [stacked], isinstance(config.class_weight, str))
 
 
-def indexed(adapter: TowerAdapter, data: UnitCache | Iterable, labelled: bool) -> UnitSource:
-    """The units of some data; a loader runs through the tower once."""
-    source = source_of(adapter, data, labelled=labelled)
+def indexed(
+    adapter: TowerAdapter,
+    data: UnitCache | Iterable,
+    labelled: bool,
+    class_names: Sequence[str] | None = None,
+) -> UnitSource:
+    """The units of some data; a loader runs through the tower once. `class_names` are the head's."""
+    source = source_of(adapter, data, labelled=labelled, class_names=class_names)
     if not source.indexed:
-        source = source_of(adapter, cache_of(data, adapter.tower, adapter.adapted), labelled=labelled)
+        cache = cache_of(data, adapter.tower, adapter.adapted)
+        source = source_of(adapter, cache, labelled=labelled, class_names=class_names)
     if not source.count:
         raise ValueError("the data gave no images")
     return source

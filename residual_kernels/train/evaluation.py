@@ -187,7 +187,7 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
     In a process group this process evaluates alone, on all that it is given.
     """
     classes = len(head.class_names)
-    source = AdapterRows(adapter, source_of(adapter, data, labelled=True, classes=classes))
+    source = AdapterRows(adapter, source_of(adapter, data, labelled=True, class_names=head.class_names))
     heads, tally = Heads([head], source.device), _Tally(classes, source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
     for batch in source.in_order():
@@ -199,7 +199,7 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
 def compare(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Comparison:
     """:func:`evaluate` of an adapter and of its tower alone, in one pass over the data."""
     classes = len(head.class_names)
-    source = AdapterRows(adapter, source_of(adapter, data, labelled=True, classes=classes))
+    source = AdapterRows(adapter, source_of(adapter, data, labelled=True, class_names=head.class_names))
     heads = Heads([head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
     before, after = _Tally(classes, source.device), _Tally(classes, source.device)
@@ -249,7 +249,7 @@ def logits_of(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits [N, K] on the CPU, and the labels [N] that a labelled source brings."""
     classes = len(head.class_names)
-    options = {"labelled": True, "classes": classes} if labelled else {}
+    options = {"labelled": True, "class_names": head.class_names} if labelled else {}
     rows = AdapterRows(adapter, source_of(adapter, data, **options))
     heads = Heads([head], rows.device)
     weights = [p.detach()[None] for p in adapter.trainable()]

@@ -60,7 +60,8 @@ class Plan:
         self.starts = self._stacked(starts)
         if config.shrink and any(name != "weight" for name in self._named()):
             raise ValueError("shrink pulls weights on components or heads to 1; this adapter has none")
-        needed = {"labelled": labels is None, "classes": min(self.heads.sizes)}
+        names = heads[0].class_names if len(heads) == 1 else None
+        needed = {"labelled": labels is None, "classes": min(self.heads.sizes), "class_names": names}
         train, val = opened_twice(adapter, train, val, **needed)
         self._check_cached((train, val), labels)
         self.labels, self.orders, self.class_weight = None, {"loader": None}, None

@@ -221,8 +221,8 @@ class _Contest:
         first = ResiDual(tower, bases.of(*kinds), "all")
         built.append(first)
         self.adapters: dict[str, TowerAdapter] = {"anchored": first}
-        self.train = indexed(first, train, labels is None)
-        self.val = None if val is None else indexed(first, val, val_labels is None)
+        self.train = indexed(first, train, labels is None, head.class_names)
+        self.val = None if val is None else indexed(first, val, val_labels is None, head.class_names)
         sizes = [len(head.class_names)]
         own = labels_of(self.train, None if labels is None else [labels], sizes, "labels")
         self.outside: Labels | None = None

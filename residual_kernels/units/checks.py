@@ -43,7 +43,12 @@ def parts_of(batch: Any) -> tuple[Any, Any]:
 
 def checked_labels(labels: Any, images: int, class_names: Sequence[str] | None = None) -> Tensor:
     """Labels of a batch as int64 on the CPU; a ValueError for another number of them, or for values out of range."""
-    labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex():
+        broken = labels[labels != labels.round()] if labels.is_floating_point() else labels
+        if len(broken):
+            raise ValueError(f"labels are whole numbers that count classes from 0; got {broken[0].item()}")
+    labels = labels.to("cpu", torch.int64)
     if labels.shape != (images,):
         raise ValueError(f"a batch has {images} images but labels of shape {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
@@ -59,3 +64,55 @@ def check_range(labels: Tensor, classes: int) -> None:
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}, but the head has {classes} classes"
         )
+
+
+def check_names(head: Sequence[str], data: Sequence[str] | None, *, sure: bool = True) -> None:
+    """Raises ValueError where a head's classes are others than the data's, or in another order, with the pairing shown.
+
+    Names that differ in case, spaces, dashes and underscores alone are the same; bare numbers name nothing. Where it is
+    not `sure` that the data's names are meant to be a head's (a data set of another library), names that have nothing
+    in common are passed.
+    """
+    if data is None or _numbers(head) or _numbers(data):
+        return
+    ours, theirs = [_plain(name) for name in head], [_plain(name) for name in data]
+    if ours == theirs:
+        return
+    common = set(ours) & set(theirs)
+    if not (sure or common):
+        return
+    differ = [k for k in range(max(len(ours), len(theirs))) if ours[k : k + 1] != theirs[k : k + 1]]
+    pairs = "; ".join(f"{k} is {_at(head, k)} in the head and {_at(data, k)} in the data" for k in differ[:3])
+    more = "; ..." if len(differ) > 3 else ""
+    if len(common) == len(ours) == len(theirs):
+        raise ValueError(
+            f"the head's classes are the data's in another order, so {len(differ)} of {len(ours)} classes are read "
+            f"as others: {pairs}{more}. Make the head with the data's names in the data's order"
+        )
+    raise ValueError(
+        f"the head's classes are not the data's: {pairs}{more}. If they are the same classes by other names, in the "
+        "same order, say so: data.class_names = head.class_names"
+    )
+
+
+def _plain(name: str) -> str:
+    return " ".join(str(name).casefold().replace("_", " ").replace("-", " ").split())
+
+
+def _numbers(names: Sequence[str]) -> bool:
+    return all(str(name).strip().isdigit() for name in names)
+
+
+def _at(names: Sequence[str], k: int) -> str:
+    return repr(names[k]) if k < len(names) else "absent"
+
+
+def names_of(loader: Any) -> tuple[Sequence[str] | None, bool]:
+    """(class names of the data set that a loader reads or None, whether the data set is one of this library)."""
+    data = getattr(loader, "dataset", loader)
+    while (inner := getattr(data, "dataset", None)) is not None and not hasattr(data, "class_names"):
+        data = inner  # a Subset
+    ours = getattr(data, "class_names", None)
+    found = ours if ours is not None else getattr(data, "classes", None)
+    named = isinstance(found, list | tuple) and all(isinstance(name, str) for name in found)
+    return (found if named else None), ours is not None

@@ -3,7 +3,7 @@
 :func:`unit_source` makes it. A source yields :class:`UnitBatch` objects, whose terms are on one device and checked.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from residual_kernels import distributed, towers
 from residual_kernels.towers import Terms
 from residual_kernels.units.cache import UnitCache, encode
-from residual_kernels.units.checks import check_finite_units, check_range
+from residual_kernels.units.checks import check_finite_units, check_names, check_range, names_of
 from residual_kernels.units.loader import IGNORED, NEEDED, LoadedUnits, Stream, UnitBatch
 
 ROWS = 512  # of a cache at a time, where nothing else bounds a batch
@@ -120,6 +120,7 @@ def unit_source(
     also: Iterable[str] = (),
     labelled: bool = False,
     classes: int | None = None,
+    class_names: Sequence[str] | None = None,
     device: torch.device | None = None,
     check: bool = True,
 ) -> UnitSource:
@@ -133,14 +134,20 @@ def unit_source(
         also: more kinds, which are read where a cache holds them and computed from images.
         labelled: labels are needed.
         classes: labels must lie in [0, classes).
+        class_names: names of the labels, as a head has them: the data's own names, where it has some, must be these.
         device: where terms of a cache are to be; the tower's by default. Images always go to the tower.
         check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose` does.
 
     Raises:
         ValueError: a cache of another tower, or without the kinds or labels that are needed, or with labels out of
-            range. A loader raises when a batch is read.
+            range, or classes of other names or in another order. A loader raises when a batch is read.
     """
     view = towers.view_inside(tower, check)
+    if labelled and class_names is not None:
+        cached = isinstance(data, UnitCache)
+        names, sure = (data.class_names, True) if cached else names_of(data)
+        check_names(class_names, names, sure=sure)
+        classes = len(class_names)
     kinds = tuple(kinds)
     more = tuple(kind for kind in also if kind not in kinds)
     if not isinstance(data, UnitCache):
