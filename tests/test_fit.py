@@ -146,6 +146,7 @@ def test_label_sets_at_once(tower, cache, bases, head):
         alone.labels, held.labels = sets[0][task.labels], sets[1][task.labels]
         with torch.no_grad():
             residual.weight.copy_(starts[task.seed][0])
+        alone.class_names = held.class_names = heads[task.labels].class_names
         result = rk.fit(residual, heads[task.labels], alone, held, seed=task.seed, **options)
         assert_same(many, index, residual, result, 1e-9)
     assert many.tasks[many.best(1)].labels == 1

@@ -29,6 +29,9 @@ from residual_kernels.report.facts import CLASSES_SHOWN, Source
 from residual_kernels.report.thumbnails import thumbnails
 from residual_kernels.train import Evaluation
 
+# the class that is named like a script is longer than the bundled model's context
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt")
+
 SCRIPT = "<script>document.title='owned'</script>"
 HOSTILE = (
     "</script><img src=x onerror=alert(1)>",

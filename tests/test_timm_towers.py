@@ -399,7 +399,7 @@ REFUSED = {
     "parameter-free pooling": (lambda: small(VisionTransformer, global_pool="prr"), "AttentionPoolPrr"),
     "two classifiers": (lambda: small(VisionTransformerDistilled, num_classes=5), "reset_classifier"),
     "MLP head": (lambda: TimmModel("test_vit", 8, image_size=160, pool="avg", proj="mlp"), "its head is not linear"),
-    "quantised": (quantised, "proj of attention in block 1 is quantised (torch.int8)"),
+    "quantised": (quantised, "proj of attention in block 1 is quantised \\(torch.int8\\)"),
     "another projection": (wrapped_projection, "proj of attention in block 0 is Conv1d"),
     "two poolings": (lambda: build(attentional_pool="parallel"), "pools twice"),
 }  # fmt: skip

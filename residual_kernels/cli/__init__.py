@@ -14,6 +14,7 @@ from residual_kernels.cli import fit as fitting
 from residual_kernels.cli import merge as merging
 from residual_kernels.cli import report as reporting
 from residual_kernels.cli import sweep as sweeping
+from residual_kernels.cli import towers as looking
 from residual_kernels.cli import use as using
 from residual_kernels.cli.printing import err, out
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(story.doctor)
 app.command()(story.demo)
+app.command("towers")(looking.towers_command)
 app.command("encode")(encoding.encode_command)
 app.command()(encoding.bases)
 app.command("fit")(fitting.fit_command)

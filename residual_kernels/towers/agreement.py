@@ -15,6 +15,7 @@ not run in code that is compiled, exported, traced, transformed or captured in a
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -142,29 +143,58 @@ def eager(images: Tensor) -> bool:
     )
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Agreement:
+    """How far, relative to its size, the model's own output is from the view's output and from the sum of its units.
+
+    `place` says where they part, and what stands there; None where all differences are rounding.
+    """
+
+    output: float
+    units: float
+    place: str | None
+
+
 def _check(view: Runnable, image: Tensor) -> None:
+    found = compare(view, image)
+    if found.place is not None:
+        raise UnsupportedTowerError(
+            "this tower does not compute what its parts say, so its units would not sum to its output (they are "
+            f"{max(found.output, found.units):.1e} apart, relative, on one image): {found.place}. Undo that change, or "
+            "merge it into the weights (a LoRA with merge_and_unload()); check=False goes on all the same, with units "
+            "of the tower as its parts say"
+        )
+
+
+@torch.no_grad()
+def compare(view: Runnable, image: Tensor) -> Agreement:
+    """Runs one image [1, 3, H, W] through the model's own forward and through the view."""
+    _check_here(view)
     with _one_dtype(view, image) as image:
         own, terms = view.own(image), view.run(image, view.layout.kinds)
         total, size = _sum_of_units(view, terms)
         allowed = min(ROUNDINGS * _eps(own), AT_MOST)
         apart = _relative(terms.output, own) if terms.output.shape == own.shape else float("inf")
         short = _relative(total, own) if total.shape == own.shape else float("inf")
-        if (
-            max(apart, short) <= allowed or not own.isfinite().all()
-        ):  # NaN and Inf are named where they are read
-            return
-        place = _where_streams_part(view, image, own) if apart > allowed else None
-        if place is None and short > allowed:
-            place = _where_sums_part(view, image, terms, total, size)
-    if place is None:
-        return
-    raise UnsupportedTowerError(
-        f"this tower does not compute what its parts say, so its units would not sum to its output (they are "
-        f"{max(apart, short):.1e} apart, relative, on one image): {place}. Undo that change, or merge it into the "
-        "weights (a LoRA with merge_and_unload()); check=False goes on all the same, with units of the tower as its "
-        "parts say"
-    )
+        place = None
+        if own.isfinite().all():  # NaN and Inf are named where they are read
+            place = _where_streams_part(view, image, own) if apart > allowed else None
+            if place is None and short > allowed:
+                place = _where_sums_part(view, image, terms, total, size)
+    return Agreement(apart, short, place)
+
+
+def _check_here(view: Runnable) -> None:
+    """Raises UnsupportedTowerError where weights are elsewhere between calls: offloaded, or on several devices."""
+    devices = {p.device for p in view.module.parameters()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        found = ", ".join(sorted(str(device) for device in devices))
+        hooked = any("_hf_hook" in vars(part) for part in view.module.modules())
+        raise UnsupportedTowerError(
+            f"this tower's weights are on {found}{' (offloaded by accelerate)' if hooked else ''}, and units are made "
+            "of all of them at once: load it whole on one device (accelerate: remove_hook_from_submodules, or no "
+            "device_map)"
+        )
 
 
 @contextlib.contextmanager
