@@ -54,6 +54,8 @@ def _unusual(parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
     found = []
     for name, part in parts:
         held, home = vars(part), type(part).__module__.partition(".")[0]
+        if ".quantized" in type(part).__module__ or ".quantization" in type(part).__module__:
+            found.append(f"{_called(name)} is quantised ({type(part).__module__}.{type(part).__name__})")
         if hasattr(part, "base_layer"):
             found.append(
                 f"{_called(name)} is a tuner's layer ({type(part).__module__}.{type(part).__name__})"

@@ -172,6 +172,11 @@ class TransformerTower(abc.ABC):
     # What is made of them.
 
     @property
+    def shortens(self) -> bool:
+        """Whether the last block computes one token alone: nothing reads the others unless somebody wants them."""
+        return self.pooling == FIRST and not self.returns_tokens
+
+    @property
     def sums_units(self) -> bool:
         """Whether heads are summed in the stream; with attention pooling z is x_u itself."""
         return self.pooling != ATTENTION
@@ -225,6 +230,8 @@ class TransformerTower(abc.ABC):
                 "resize them (the tower's preprocess does)"
             )
         weight = self.stem_weight
+        if weight.is_meta and not images.is_meta:
+            agreement.check_here(self)
         if images.device != weight.device:
             raise ValueError(
                 f"images are on {images.device} but the tower is on {weight.device}; move one of them"
@@ -278,8 +285,7 @@ class TransformerTower(abc.ABC):
             held["emb"].append(self._select(x.unsqueeze(-2)))
         recompute = self.recomputes and torch.is_grad_enabled()
         last = self.layout.layers - 1
-        # Nothing reads the other tokens after the last block unless the tower, or the caller, wants them.
-        shorten = self.pooling == FIRST and not (self.returns_tokens or every_token)
+        shorten = self.shortens and not every_token
         for index in range(self.layout.layers):
             arguments = (index, x, context, shorten and index == last, edit and partial(edit, index))
             x, z, mlp = run_block(self.blocks[index], self.block, *arguments, recompute=recompute)

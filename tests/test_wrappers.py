@@ -1,0 +1,312 @@
+"""Towers as people use them: wrapped, averaged, cast, quantised, tied, dispatched. Exact, or refused by name."""
+
+import copy
+import json
+import sys
+import types
+
+import accelerate
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+from open_clip.model import convert_weights_to_lp
+from peft import LoraConfig, get_peft_model
+from test_frozen import TinyClip
+from test_hugging_face import clip
+from test_hugging_face import images_for as pictures_for
+from test_towers import build, images_for, plain, relative
+from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, weight_norm
+from torch.optim.swa_utils import AveragedModel
+
+import residual_kernels as rk
+from residual_kernels import cli, towers
+
+
+def changed(change):
+    """A tower after `change(tower)`."""
+
+    def make():
+        tower = build()
+        change(tower)
+        return tower
+
+    return make
+
+
+def each_out_proj(change):
+    return changed(lambda tower: [change(block.attn.out_proj) for block in tower.transformer.resblocks])
+
+
+def tie(tower):
+    tower.transformer.resblocks[1] = tower.transformer.resblocks[0]
+
+
+def compile_block(tower):
+    tower.transformer.resblocks[0] = torch.compile(tower.transformer.resblocks[0], backend="eager")
+
+
+def quantise_dynamically():
+    return torch.ao.quantization.quantize_dynamic(build(), {nn.Linear}, torch.qint8)
+
+
+class Integers(torch.Tensor):
+    """A weight kept as integers and a scale, as a quantising library's tensors are."""
+
+    @staticmethod
+    def __new__(cls, whole, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)
+
+    def __init__(self, whole, scale):
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self):
+        return ["whole", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, arguments=(), keywords=None):
+        if function is torch.ops.aten.detach.default:
+            return Integers(arguments[0].whole, arguments[0].scale)
+        plain = [a.whole * a.scale if isinstance(a, Integers) else a for a in arguments]
+        return function(*plain, **(keywords or {}))
+
+
+def quantise(linear):
+    scale = linear.weight.detach().abs().max() / 127
+    integers = Integers((linear.weight.detach() / scale).round().to(torch.int8), scale)
+    linear.weight = nn.Parameter(integers, requires_grad=False)
+
+
+def shard_like_fsdp1(tower):
+    """The shape of FSDP1's wrapper, which itself needs an accelerator."""
+
+    class FullyShardedDataParallel(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    tower.transformer.resblocks[0] = FullyShardedDataParallel(tower.transformer.resblocks[0])
+
+
+def naflex():
+    return timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=48, num_heads=3, num_classes=0)
+
+
+EXACT = {
+    "PeftModel": lambda: get_peft_model(build(), LoraConfig(r=2, target_modules=["c_fc"])).eval(),
+    "torch.compile": lambda: torch.compile(build(), backend="eager"),
+    "module.compile": changed(lambda tower: tower.compile(backend="eager")),
+    "DataParallel": lambda: nn.DataParallel(build()),
+    "AveragedModel": lambda: AveragedModel(build()),
+    "timm EMA": lambda: ModelEmaV3(build()),
+    "accelerate, one device": lambda: accelerate.dispatch_model(build(), {"": "cpu"}, force_hooks=True),
+    "channels_last": lambda: build().to(memory_format=torch.channels_last),
+    "patch dropout, eval": lambda: build(patch_dropout=0.5),
+    "parametrised (weight_norm)": each_out_proj(parametrizations.weight_norm),
+    "parametrised (spectral_norm)": each_out_proj(parametrizations.spectral_norm),
+    "tied blocks": changed(tie),
+    "quantised MLPs": changed(lambda tower: [quantise(b.mlp.c_fc) for b in tower.transformer.resblocks]),
+}
+REFUSED = {
+    "one block compiled": (
+        changed(compile_block),
+        r"block 0 is wrapped by torch.compile .*module.compile\(\)",
+    ),
+    "FSDP1 by block": (changed(shard_like_fsdp1), r"block 0 is wrapped by FSDP1 \(use fully_shard, FSDP2"),
+    "weight_norm in a hook": (
+        each_out_proj(weight_norm),
+        r"out_proj of block 0 makes its weight in a hook before each call \(WeightNorm\)",
+    ),
+    "quantised": (each_out_proj(quantise), r"out_proj of block 0 is quantised \(its weight is a Integers\)"),
+    "quantised dynamically": (
+        quantise_dynamically,
+        r"block 1 gives its first token other numbers.*is quantised",
+    ),
+    "accelerate, offloaded": (
+        lambda: accelerate.cpu_offload(build(), execution_device="cpu"),
+        r"weights are on meta \(offloaded by accelerate\)",
+    ),
+    "NaFlex (timm)": (naflex, "NaFlexVit lacks patch_embed"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(name):
+    tower = EXACT[name]()
+    images = images_for(build())
+    with torch.no_grad():
+        expected = plain(tower, images)
+        assert relative(rk.decompose(tower, images).units().sum(1), expected) < 1e-5
+    residual = rk.ResiDual(tower, rk.fit_bases(tower, [images_for(build(), 12)]).truncate(energy=0.9))
+    residual(images)
+    assert not any("_orig_mod" in key or "module" in key for key in residual.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name):
+    make, reason = REFUSED[name]
+    with pytest.raises(rk.UnsupportedTowerError, match=reason):
+        rk.decompose(make(), images_for(build()))
+
+
+def test_a_wrapped_tower_and_the_tower_are_one():
+    tower = build()
+    images = images_for(tower, 12)
+    wrapped = torch.compile(tower, backend="eager")
+    assert towers.checksum(wrapped) == towers.checksum(tower)
+    bases = rk.fit_bases(wrapped, [images]).truncate(energy=0.9)
+    residual = rk.ResiDual(tower, bases)
+    cache = rk.encode(wrapped, [images])
+    assert relative(residual.from_units(cache.terms(slice(0, 12))), residual(images)) < 1e-5
+    with pytest.raises(ValueError, match="wrapped in a ResiDual already"):
+        rk.ResiDual(torch.compile(residual, backend="eager"), bases)
+    for name, p in tower.named_parameters():
+        p.requires_grad_(name == "proj")
+    with pytest.raises(ValueError, match="folded into the constants would train"):
+        rk.ResiDual(wrapped, bases, train_tower=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("pure", [True, False], ids=["pure", "mixed"])
+def test_low_precision(dtype, pure):
+    """open_clip's fp16 and bf16 (norms in float32) and pure modes: within the dtype's rounding of float64."""
+    tower = build()
+    images = images_for(tower)
+    truth = plain(copy.deepcopy(tower).double(), images.double())
+    convert_weights_to_lp(tower, dtype)
+    tower = tower.to(dtype) if pure else tower
+    with torch.no_grad():
+        parts = rk.decompose(tower, images.to(dtype))
+        own = relative(plain(tower, images.to(dtype)).double(), truth)
+    assert relative(parts.units().sum(1).double(), truth) < 2 * own + 1e-3
+
+
+def test_dynamic_sizes():
+    tower = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0, dynamic_img_size=True
+    ).eval()
+    for size in ((32, 32), (48, 64)):
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            assert relative(rk.decompose(tower, images).units().sum(1), tower(images)) < 1e-5
+
+
+def test_a_projection_that_was_taken_off():
+    model = clip()
+    images = pictures_for(model)
+    model.visual_projection = nn.Identity()
+    with torch.no_grad():
+        expected = model.get_image_features(images).pooler_output
+        assert relative(rk.decompose(model, images).units().sum(1), expected) < 1e-5
+    model.visual_projection = nn.Sequential(nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 32))
+    with pytest.raises(rk.UnsupportedTowerError, match="the projection of CLIPModel is Sequential"):
+        rk.decompose(model, images)
+
+
+def test_tied_and_parametrised_projections_do_not_merge():
+    images = images_for(build(), 12)
+    for make, reason in (
+        (changed(tie), "share \\(tie\\)"),
+        (each_out_proj(parametrizations.weight_norm), "parametr"),
+    ):
+        tower = make()
+        residual = rk.ResiDual(tower, rk.fit_bases(tower, [images], placement="stream"), placement="stream")
+        state = copy.deepcopy(tower.state_dict())
+        with pytest.raises(ValueError, match=reason):
+            residual.merge()
+        assert all(torch.equal(state[name], value) for name, value in tower.state_dict().items())
+
+
+def test_process_groups():
+    """DDP and FSDP2 around a tower; DDP around a set of adapters of which a batch uses one."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        images = images_for(build())
+        expected = plain(build(), images)
+        mesh = init_device_mesh("cpu", (1,))
+        for tower in (DistributedDataParallel(build()), fully_shard(build(), mesh=mesh)):
+            with torch.no_grad():
+                assert relative(rk.decompose(tower, images).units().sum(1), expected) < 1e-5
+    finally:
+        dist.destroy_process_group()
+
+
+def unused_adapters(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    tower = build()
+    images = images_for(tower, 12)
+    bases = rk.fit_bases(tower, images.split(12)).truncate(energy=0.9)
+    adapters = rk.AdapterSet(tower, {name: rk.ResiDual(tower, bases) for name in ("a", "b")})
+    both = DistributedDataParallel(adapters)
+    for _ in range(3):
+        both.zero_grad()
+        both(images[:2], names=["a", None]).square().sum().backward()
+    grads = {name: member.weight.grad for name, member in adapters.members.items()}
+    assert grads["a"].abs().max() > 0
+    assert torch.equal(grads["b"], torch.zeros_like(grads["b"]))
+    dist.destroy_process_group()
+
+
+def test_ddp_of_a_set_with_an_unused_adapter(tmp_path):
+    torch.multiprocessing.spawn(unused_adapters, (str(tmp_path / "store"),), nprocs=2)
+
+
+def command(*arguments, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["residual-kernels", "towers", *map(str, arguments)])
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_the_command_says_what_was_found(tmp_path, monkeypatch, capsys):
+    code, said, _ = command("bundled", "--json", tmp_path / "t.json", monkeypatch=monkeypatch, capsys=capsys)
+    assert not code
+    assert "The units sum to the output" in said
+    numbers = json.loads((tmp_path / "t.json").read_text())
+    assert numbers["units apart"] < 1e-5
+    assert numbers["pooling"] == "class token"
+    assert numbers["parts at"] is None
+    code, _, said = command("timm:swin_tiny_patch4_window7_224", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "hierarchical" in said
+
+
+def test_the_command_on_code_of_ones_own(monkeypatch, capsys):
+    made = types.ModuleType("towers_of_my_own")
+
+    def louder():
+        model = TinyClip()
+        model.visual.transformer.resblocks[0].register_forward_hook(lambda module, args, output: 1.1 * output)
+        return model
+
+    made.plain, made.louder, made.nothing = TinyClip, louder, lambda: 3
+    monkeypatch.setitem(sys.modules, "towers_of_my_own", made)
+    code, said, _ = command("py:towers_of_my_own:plain", monkeypatch=monkeypatch, capsys=capsys)
+    assert not code
+    assert "nowhere" in said
+    code, _, said = command("py:towers_of_my_own:louder", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "the streams part at block 0" in said
+    code, _, said = command("py:towers_of_my_own:nothing", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "returned int, not a model" in said
+
+
+def test_timm_quantised():
+    tower = VisionTransformer(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3, num_classes=0)
+    quantise(tower.eval().blocks[1].attn.proj)
+    with pytest.raises(rk.UnsupportedTowerError, match="proj of attention in block 1 is quantised"):
+        rk.decompose(tower, torch.randn(2, 3, 32, 32))
