@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from residual_kernels.towers.wrappers import around
 
+# Tensors with a dispatch of their own that are numbers all the same: shards of them, or stand-ins for them.
+_NUMBERS = {"DTensor", "FakeTensor", "FunctionalTensor"}
 # Hooks that make a weight of other parameters just before the call, so that it is stale in between.
 _MAKERS = {"WeightNorm", "SpectralNorm"}
 
@@ -40,8 +41,7 @@ def not_numbers(weight: Tensor) -> str | None:
     """Why a weight is no plain tensor of floating-point numbers, as in "is ..."; None where it is."""
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         return f"is quantised ({getattr(weight, 'dtype', type(weight).__name__)}); decompose the tower before that"
-    if is_traceable_wrapper_subclass(weight) and not hasattr(
-        weight, "full_tensor"
-    ):  # DTensors are shards of numbers
-        return f"is quantised (its weight is a {type(weight).__name__}); decompose the tower before that"
+    kind = type(weight)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind.__name__ not in _NUMBERS:
+        return f"is quantised (its weight is a {kind.__name__}); decompose the tower before that"
     return None
