@@ -16,6 +16,7 @@ from residual_kernels.files import SCHEMA, map_tensors, remove_partials, write_j
 from residual_kernels.units.cache.resume import UNFINISHED, check_extent, finish, is_whole, lock, manifest_of
 from residual_kernels.units.cache.shards import (
     DTYPES,
+    LOCK,
     MANIFEST,
     SHARD,
     SHARD_BYTES,
@@ -239,6 +240,11 @@ def _begin(
         manifest = manifest_of(path, run, shard_images)
         if manifest is not None and is_whole(path, manifest):
             _check_first(path, source)
+            if not locked and (path / LOCK).exists():  # left by a process that was killed at its very end
+                with contextlib.suppress(
+                    OSError
+                ):  # or of one that is just ending; or this cache is only read
+                    lock(held, path)
             return run, True
     remove_partials(path, UNFINISHED)
     if manifest is None:
