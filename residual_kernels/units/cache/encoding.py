@@ -241,10 +241,9 @@ def _begin(
         if manifest is not None and is_whole(path, manifest):
             _check_first(path, source)
             if not locked and (path / LOCK).exists():  # left by a process that was killed at its very end
-                with contextlib.suppress(
-                    OSError
-                ):  # or of one that is just ending; or this cache is only read
-                    lock(held, path)
+                # or held by one that is just ending, or beside a cache that is only read
+                with contextlib.suppress(OSError):
+                    lock(stack, path)
             return run, True
     remove_partials(path, UNFINISHED)
     if manifest is None:
