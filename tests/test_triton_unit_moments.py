@@ -124,7 +124,7 @@ def test_what_the_torch_backend_does(shape, device, monkeypatch):
     got, truth, terms = (
         compute(arguments, "triton"), compute(arguments, "truth"), compute(absolute(arguments), "truth")
     )  # fmt: skip
-    assert calls
+    assert bool(calls) == (shape[0] > 0)  # no rows: no backend is asked
     for tensors in zip(got, truth, terms, strict=True):
         assert_within(*tensors, dtype=torch.float32, length=len(arguments["z"]))
 
