@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch.utils.data import Subset
 
 from residual_kernels import distributed
 from residual_kernels.bases.pca import fit_bases
@@ -31,7 +30,7 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.printing import bar, err, out, write_numbers
 from residual_kernels.data import models as sources
-from residual_kernels.units.cache import DTYPES, UnitCache, encode, kept_images
+from residual_kernels.units.cache import DTYPES, encode, kept_images
 
 
 def encode_command(
@@ -144,14 +143,11 @@ def bases(
         for source in data:
             images = reader.open(source, preprocess, labelled=False)
             count = len(images)
-            if not isinstance(images, UnitCache):
-                mine = range(count)[distributed.share(count)]
-                images = reader.loader(Subset(images, mine))
             title = "fitting bases" if len(data) == 1 else f"fitting bases on {source}"
             with bar(title, count // distributed.world(), quiet=not first) as step:
                 parts.append(
                     fit_bases(
-                        tower, images, chosen, placement=placement.value, tokens=tokens and tokens.value,
+                        tower, reader.share(images), chosen, placement=placement.value, tokens=tokens and tokens.value,
                         progress=step,
                     )
                 )  # fmt: skip

@@ -11,6 +11,7 @@ from residual_kernels import distributed, train
 from residual_kernels.adapters.folder import save_adapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.inputs import is_cache
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.train.tuning import PROBE
 from residual_kernels.units.cache import UnitCache
@@ -46,7 +47,7 @@ def check_options(method: str, given: dict[str, bool]) -> None:
 
 def kinds_of(source: object) -> tuple[str, ...]:
     """Kinds of units that are read: heads and MLPs, or heads where a cache holds no more."""
-    if isinstance(source, UnitCache) and "mlp" not in source.kinds:
+    if is_cache(source) and "mlp" not in source.kinds:
         return ("head",)
     return KINDS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from residual_kernels import distributed
 from residual_kernels.cli.options import OnUnreadable
@@ -30,6 +30,11 @@ def device_of(name: str | None) -> torch.device:
 def prepare(model: str, pretrained: str | None, device: str | None):
     clip, preprocess, tokenizer = sources.load_model(model, pretrained)
     return clip.to(device_of(device)), preprocess, tokenizer
+
+
+def is_cache(source: UnitCache | Images) -> bool:
+    """Whether `--data` named a cache of `encode`."""
+    return isinstance(source, UnitCache)
 
 
 @dataclass
@@ -64,6 +69,21 @@ class Reader:
             return UnitCache.load(path)
         return self.images(path, preprocess, labelled)
 
+    def only_images(self, source: UnitCache | Images, path: Path) -> Images:
+        """`source` where it is images; a ValueError for a cache, which cannot tell what works inside the tower."""
+        if is_cache(source):
+            raise ValueError(
+                f"{path} is a cache, and a cache cannot tell what changes inside the tower do; name the images "
+                "themselves"
+            )
+        return source
+
+    def share(self, source: UnitCache | Images) -> UnitCache | DataLoader:
+        """What this process reads: a cache, whose rows are shared as they are read, or its own part of the images."""
+        if is_cache(source):
+            return source
+        return self.loader(Subset(source, range(len(source))[distributed.share(len(source))]))
+
     def loader(self, images: Dataset) -> DataLoader:
         return DataLoader(images, batch_size=self.batch_size, num_workers=self.workers)
 
@@ -71,7 +91,7 @@ class Reader:
         self, tower: nn.Module, source: UnitCache | Images, kinds: Iterable[str], title: str
     ) -> UnitCache:
         """The cache of images: read before where `--data` named one, made now otherwise."""
-        if isinstance(source, UnitCache):
+        if is_cache(source):
             source.check(tower, kinds)
             return source
         if distributed.world() > 1:

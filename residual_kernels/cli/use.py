@@ -126,11 +126,8 @@ def eval_command(
     folders = class_folders(adapter)
     source = reader.open(data, preprocess)
     if module.placement == "stream":
-        if isinstance(source, UnitCache):
-            raise ValueError(
-                f"{adapter} works inside the tower, so a cache cannot tell; name the images themselves"
-            )
-        images = _Relabelled(source, positions(source.class_names, folders, data))
+        images = reader.only_images(source, data)
+        images = _Relabelled(images, positions(images.class_names, folders, data))
         source = reader.loader(images)
     else:
         kinds = module.adapted

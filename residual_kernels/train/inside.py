@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.train.labels import shots_of
 from residual_kernels.train.results import Epoch, FitResult, ManyFits, Task
-from residual_kernels.units.cache import HELD_OUT, UnitCache
+from residual_kernels.units.cache import HELD_OUT
 from residual_kernels.zeroshot import ZeroShotHead
 
 
@@ -21,20 +21,20 @@ class StreamImages:
         self, source: Dataset, other: Dataset | None, seed: int, batch_size: int = 64, workers: int = 0
     ):
         for images in (source, other):
-            if isinstance(images, UnitCache):
+            if images is not None and not isinstance(images, Dataset):
                 raise ValueError(
                     "a cache cannot tell what changes inside the tower do; name the images themselves"
                 )
         self.batch_size, self.workers = batch_size, workers
         rows = torch.arange(len(source))
         if other is None:
-            held = round(HELD_OUT * len(source))
-            if not held:
+            count = round(HELD_OUT * len(source))
+            if not count:
                 raise ValueError(
                     f"{len(source)} images are too few to hold some out for validation; give --val"
                 )
             order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-            rows, other = order[held:], Subset(source, order[:held].tolist())
+            rows, other = order[count:], Subset(source, order[:count].tolist())
         self.source, self.rows, self.labels = source, rows, source.labels[rows]
         self.validation = self.loader(other)
 

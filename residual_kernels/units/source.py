@@ -143,14 +143,14 @@ def unit_source(
             range, or classes of other names or in another order. A loader raises when a batch is read.
     """
     view = towers.view_inside(tower, check)
+    cached = isinstance(data, UnitCache)
     if labelled and class_names is not None:
-        cached = isinstance(data, UnitCache)
         names, sure = (data.class_names, True) if cached else names_of(data)
         check_names(class_names, names, sure=sure)
         classes = len(class_names)
     kinds = tuple(kinds)
     more = tuple(kind for kind in also if kind not in kinds)
-    if not isinstance(data, UnitCache):
+    if not cached:
         loader = data.split(IMAGES) if isinstance(data, Tensor) else data
         return LoadedUnits(
             Stream(loader), view, (*kinds, *more), NEEDED if labelled else IGNORED, classes=classes
