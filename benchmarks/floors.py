@@ -316,7 +316,7 @@ def pooled(shape: Shape, kind: str, rows: int, mode: str, target: str) -> Cost:
     tensors, sizes = constants(shape, kind)
     components = sum(shape.components(kind))
     weight = _meta(1, components)
-    with costed(target, len(constants_of(tensors, sizes).chunks)) as cost:
+    with costed(target, constants_of(tensors, sizes).chunk_count) as cost:
         y = triton_backend.spectral_reweight_forward(z, scale, mean, weight, None, tensors, sizes)
         if mode != "fwd":
             wanted = [True, mode == "step with dz", False, False]

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from residual_kernels.ops.triton import backend as triton_backend
 from residual_kernels.ops.triton import fold as triton_fold
 from residual_kernels.ops.triton import forward as fused_route
+from residual_kernels.ops.triton import launch
 from residual_kernels.ops.triton import layout as layouts
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
@@ -45,7 +46,9 @@ def device(request):
 def poisoned():
     """torch.empty is full of NaN: what a kernel does not write, a comparison sees."""
     torch.use_deterministic_algorithms(True, warn_only=True)
+    launch.forget()  # plans of an earlier test
     yield
+    launch.forget()
     torch.use_deterministic_algorithms(False)
 
 

@@ -4,6 +4,7 @@ Each route is a file with its kernels, its estimate and a record; the tables bel
 No function here waits for the device, except `pack`, which reads the unit offsets once per module.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from residual_kernels.ops import torch_backend
 from residual_kernels.ops.triton import backward, fold, forward, layout, matmul, routes, two_pass
 from residual_kernels.ops.triton import unit_moments as moments
+from residual_kernels.ops.triton.launch import kept
 from residual_kernels.ops.triton.layout import Call, Constants
 from residual_kernels.ops.triton.routes import NARROW, Explanation, Problem
 from residual_kernels.ops.triton.tiles import INTERPRETED
@@ -103,7 +105,7 @@ def problem_of(
         components=constants.components,
         padded=constants.padded,
         dim=constants.dim,
-        chunks=len(constants.chunks),
+        chunks=constants.chunk_count,
         block_k=constants.block_k,
         longest=constants.longest,
         kind=kind,
@@ -111,6 +113,43 @@ def problem_of(
         wanted=tuple(wanted),
         workspace=routes.allowed_workspace(),
     )
+
+
+def _call(
+    z: Tensor,
+    scale: Tensor | None,
+    mean: Tensor | None,
+    weight: Tensor,
+    index: Tensor | None,
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    wanted: tuple[bool, ...] | None,
+) -> Call:
+    """A call with its problem; `dtype` is the caller's, before the interpreter's detour."""
+    constants = layout.constants_of(tensors, sizes)
+    precision = _precision(dtype)
+    key = (
+        tuple(sizes), len(z), z.stride(), dtype, z.dtype, z.device, None if scale is None else scale.stride(),
+        None if mean is None else mean.stride(), weight.shape, weight.stride(), index is None, precision, wanted,
+        torch.version.hip, routes.workspace_said(),
+    )  # fmt: skip
+
+    def problem() -> Problem:
+        plain = scale is None and mean is None
+        return problem_of(
+            len(z),
+            len(weight),
+            index is not None,
+            plain,
+            dtype,
+            constants,
+            precision,
+            wanted or (True, *3 * (False,)),
+        )
+
+    found = kept(("problem", key), problem)
+    return Call(z, scale, mean, weight, index, constants, precision, found, (tensors, sizes), key)
 
 
 @lru_cache(maxsize=4096)
@@ -147,9 +186,12 @@ def _detour(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def _on(device: torch.device):
     """Launches go to the current device: made that of the tensors where there are several."""
-    if device.type != "cuda" or INTERPRETED or device.index in (None, torch.cuda.current_device()):
-        return nullcontext()
+    if device.type != "cuda" or INTERPRETED or device.index == torch.cuda.current_device():
+        return _HERE
     return torch.cuda.device(device)
+
+
+_HERE = nullcontext()
 
 
 def _named(table: tuple[routes.Route, ...], name: str) -> routes.Route:
@@ -162,8 +204,8 @@ def spectral_reweight_forward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     route: str | None = None,
 ) -> Tensor:
     """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]. `route` overrides the planned one."""
@@ -171,19 +213,17 @@ def spectral_reweight_forward(
     dtype = z.dtype
     if INTERPRETED:
         z, *tensors = _detour(z, *tensors)
-    constants = layout.constants_of(tensors, sizes)
     rows, indexed = len(z), weight_index is not None
-    if rows == 0 or len(weight) == 0 or constants.components == 0:
-        return z.new_zeros(
-            (rows, constants.dim) if indexed else (len(weight), rows, constants.dim), dtype=dtype
-        )
-    precision = _precision(dtype)
-    plain = scale is None and mean is None
-    problem = problem_of(rows, len(weight), indexed, plain, dtype, constants, precision)
-    call = Call(z, scale, mean, weight, weight_index, constants, precision, problem, (tensors, sizes))
+    call = _call(z, scale, mean, weight, weight_index, tensors, sizes, dtype, None)
+    if rows == 0 or len(weight) == 0 or call.constants.components == 0:
+        dim = call.constants.dim
+        return z.new_zeros((rows, dim) if indexed else (len(weight), rows, dim), dtype=dtype)
+    chosen = kept(
+        ("forward", call.key, route), lambda: _named(FORWARD, route or plan_forward(call.problem).route)
+    )
     with _on(z.device):
-        y = _named(FORWARD, route or plan_forward(problem).route).run(call)
-    return y.to(dtype)
+        y = chosen.run(call)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 def spectral_reweight_backward(
@@ -193,8 +233,8 @@ def spectral_reweight_backward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     wanted: list[bool],
     route: str | None = None,
 ) -> list[Tensor]:
@@ -203,9 +243,8 @@ def spectral_reweight_backward(
     dtype = z.dtype
     if INTERPRETED:
         dy, z, *tensors = _detour(dy, z, *tensors)
-    constants = layout.constants_of(tensors, sizes)
-    rows, indexed = len(z), weight_index is not None
-    if rows == 0 or len(weight) == 0 or constants.components == 0:
+    call = _call(z, scale, mean, weight, weight_index, tensors, sizes, dtype, tuple(wanted))
+    if len(z) == 0 or len(weight) == 0 or call.constants.components == 0:
         shapes = [weight.shape, z.shape, z.shape[:1], z.shape[:1]]
         dtypes = [torch.float32, dtype, torch.float32, torch.float32]
         return [
@@ -213,13 +252,13 @@ def spectral_reweight_backward(
             for shape, kind, want in zip(shapes, dtypes, wanted, strict=True)
             if want
         ]
-    precision = _precision(dtype)
-    plain = scale is None and mean is None
-    problem = problem_of(rows, len(weight), indexed, plain, dtype, constants, precision, tuple(wanted))
-    call = Call(z, scale, mean, weight, weight_index, constants, precision, problem, (tensors, sizes))
-    upstream = dy.unsqueeze(0) if indexed else dy
+    chosen = kept(
+        ("backward route", call.key, route),
+        lambda: _named(BACKWARD, route or plan_backward(call.problem).route),
+    )
+    upstream = dy if weight_index is None else dy.unsqueeze(0)
     with _on(z.device):
-        grads = _named(BACKWARD, route or plan_backward(problem).route).run(call, upstream, list(wanted))
+        grads = chosen.run(call, upstream, wanted)
     if wanted[1]:
         at = int(wanted[0])
         grads[at] = grads[at].to(dtype)

@@ -18,7 +18,8 @@ from torch import Tensor
 from residual_kernels.ops.triton import dweight as lone
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
-from residual_kernels.ops.triton.layout import Call, Constants
+from residual_kernels.ops.triton.launch import Launch, kept
+from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     contiguous_rows,
@@ -27,7 +28,7 @@ from residual_kernels.ops.triton.tiles import (
     load_vector,
     padded_weights,
     project_exactly,
-    shared_arguments,
+    weight_stride,
 )
 
 
@@ -172,54 +173,67 @@ def _spectral_reweight_bwd_kernel(
 
 
 def backward(
-    dy: Tensor,
-    t: Tensor | None,
-    z: Tensor,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    weight: Tensor,
-    weight_index: Tensor | None,
-    constants: Constants,
-    precision: str,
-    tiles: Tiles,
-    wanted: list[bool],
-    dz: Tensor | None,
+    call: Call, dy: Tensor, t: Tensor | None, wanted: list[bool], dz: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dweight [T, J], dscale, dmean) of these rows, None where not wanted; dz is written into the buffer given.
 
     dy is [T, N, D], with T = 1 when rows choose their weights; t = dy . basis [T, N, P] where it was made beforehand.
     """
-    want_weight, want_z, want_scale, want_mean = wanted
-    rows, tasks, units = len(z), len(weight), constants.units
-    indexed = weight_index is not None
-    row_tiles = -(-rows // tiles.block_n)
+    want_weight, _, want_scale, want_mean = wanted
+    z, constants, index = call.z, call.constants, call.index
+    rows, tasks, units = len(z), len(call.weight), constants.units
+    given, indexed = t is not None, index is not None
     float32 = {"dtype": torch.float32}
+    key = ("backward", call.key, given, None if given else dy.stride(), tuple(wanted))
+    launch, row_tiles = kept(key, lambda: _prepare(call, dy, given, wanted))
     dweight = None
     if want_weight:
         shape = (rows, constants.padded) if indexed else (row_tiles, tasks, constants.components)
         dweight = z.new_empty(shape, **float32)
     dscale = z.new_empty((units, rows), **float32) if want_scale else None
     dmean = z.new_empty((units, rows), **float32) if want_mean else None
-    held = padded_weights(weight, constants) if indexed else contiguous_rows(weight)
-    _spectral_reweight_bwd_kernel[(row_tiles, units)](
-        **shared_arguments(z, scale, mean, constants, precision),
-        dy_ptr=None if t is not None else dy, t_ptr=t, weight_ptr=held, index_ptr=weight_index,
-        basis_ptr=constants.basis, run_ptr=constants.runs,
-        dweight_ptr=dweight, dz_ptr=dz, dscale_ptr=dscale, dmean_ptr=dmean,
-        N=rows, TASKS=len(dy), D=constants.dim, J=constants.components, P=constants.padded, R=units,
-        stride_dyt=dy.stride(0), stride_dyn=dy.stride(1), stride_dyd=dy.stride(2),
-        stride_wt=held.stride(0), stride_bj=constants.basis.stride(0),
-        HAS_INDEX=indexed, HAS_T=t is not None,
-        WANT_WEIGHT=want_weight, WANT_Z=want_z, WANT_SCALE=want_scale, WANT_MEAN=want_mean,
-        BLOCK_N=tiles.block_n, BLOCK_D=max(tiles.block_d, 16), num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    held = padded_weights(call.weight, constants) if indexed else contiguous_rows(call.weight)
+    launch(
+        *call.leading(),
+        None if given else dy,
+        t,
+        held,
+        index,
+        constants.basis,
+        constants.runs,
+        dweight,
+        dz,
+        dscale,
+        dmean,
+    )
     if dweight is not None:
         if indexed:
-            chosen = weight_index[None, :] == torch.arange(tasks, device=z.device)[:, None]
+            chosen = index[None, :] == torch.arange(tasks, device=z.device)[:, None]
             dweight = (chosen.to(torch.float32) @ dweight).index_select(1, constants.slots)
         else:
             dweight = _total(dweight)
     return dweight, None if dscale is None else _total(dscale), None if dmean is None else _total(dmean)
+
+
+def _prepare(call: Call, dy: Tensor, given: bool, wanted: list[bool]) -> tuple[Launch, int]:
+    constants, rows, indexed = call.constants, len(call.z), call.index is not None
+    tiles = tiles_of(call.problem, given=given)
+    row_tiles = -(-rows // tiles.block_n)
+    strides = (0, 0, 0) if given else dy.stride()
+    stride_wt = constants.padded if indexed else weight_stride(call.weight)
+    arguments = call.arguments() | {
+        "N": rows, "TASKS": len(dy), "D": constants.dim, "J": constants.components, "P": constants.padded,
+        "R": constants.units, "stride_dyt": strides[0], "stride_dyn": strides[1], "stride_dyd": strides[2],
+        "stride_wt": stride_wt, "stride_bj": constants.basis.stride(0), "HAS_INDEX": indexed, "HAS_T": given,
+        "BLOCK_N": tiles.block_n, "BLOCK_D": max(tiles.block_d, 16),
+        **dict(zip(("WANT_WEIGHT", "WANT_Z", "WANT_SCALE", "WANT_MEAN"), wanted, strict=True)),
+    }  # fmt: skip
+    moving = (*MOVING, "dy_ptr", "t_ptr", "weight_ptr", "index_ptr", "basis_ptr", "run_ptr", "dweight_ptr", "dz_ptr",
+              "dscale_ptr", "dmean_ptr")  # fmt: skip
+    grid = (row_tiles, constants.units)
+    return Launch(
+        _spectral_reweight_bwd_kernel, grid, moving, arguments, tiles.warps, tiles.stages
+    ), row_tiles
 
 
 def _total(partial: Tensor) -> Tensor:
@@ -260,19 +274,10 @@ def estimate(p: Problem) -> float:
 
 
 def run(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
-    p = call.problem
-    if p.lone:
-        tiles = lone.tiles_of(p, given=False)
-        return [
-            lone.dweight(dy[0], None, call.z, call.scale, call.mean, call.constants, call.precision, tiles)[
-                None
-            ]
-        ]
+    if call.problem.lone:
+        return [lone.dweight(call, dy[0], None)[None]]
     dz = call.z.new_empty(call.z.shape) if wanted[1] else None
-    dweight, dscale, dmean = backward(
-        dy, None, call.z, call.scale, call.mean, call.weight, call.index, call.constants, call.precision,
-        tiles_of(p, given=False), wanted, dz,
-    )  # fmt: skip
+    dweight, dscale, dmean = backward(call, dy, None, wanted, dz)
     return [grad for grad in (dweight, dz, dscale, dmean) if grad is not None]
 
 

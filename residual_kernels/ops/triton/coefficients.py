@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from residual_kernels.ops.triton.layout import Constants
+from residual_kernels.ops.triton.launch import Launch, kept
+from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     contiguous_rows,
@@ -16,7 +17,7 @@ from residual_kernels.ops.triton.tiles import (
     load_vector,
     padded_weights,
     project_exactly,
-    shared_arguments,
+    weight_stride,
 )
 
 
@@ -93,26 +94,23 @@ def _coefficients_kernel(
                 )
 
 
-def coefficients(
-    z: Tensor,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    weight: Tensor,
-    weight_index: Tensor | None,
-    constants: Constants,
-    precision: str,
-    tiles: Tiles,
-    out: Tensor,
-) -> None:
+def coefficients(call: Call, out: Tensor) -> None:
     """Writes weight * c to `out` [T, N, P], or [N, P] where rows choose their weights; padding gets 0."""
-    indexed = weight_index is not None
-    weight = padded_weights(weight, constants) if indexed else contiguous_rows(weight)
-    _coefficients_kernel[(-(-len(z) // tiles.block_n), constants.units)](
-        **shared_arguments(z, scale, mean, constants, precision),
-        weight_ptr=weight, index_ptr=weight_index, run_ptr=constants.runs, c_ptr=out,
-        N=len(z), P=constants.padded, R=constants.units, TASKS=len(weight), stride_wt=weight.stride(0),
-        HAS_INDEX=indexed, BLOCK_N=tiles.block_n, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    constants, indexed = call.constants, call.index is not None
+
+    def make() -> Launch:
+        tiles, rows = tiles_of(call.problem), len(call.z)
+        stride_wt = constants.padded if indexed else weight_stride(call.weight)
+        arguments = call.arguments() | {
+            "N": rows, "P": constants.padded, "R": constants.units, "TASKS": len(call.weight),
+            "stride_wt": stride_wt, "HAS_INDEX": indexed, "BLOCK_N": tiles.block_n,
+        }  # fmt: skip
+        grid = (-(-rows // tiles.block_n), constants.units)
+        moving = (*MOVING, "weight_ptr", "index_ptr", "run_ptr", "c_ptr")
+        return Launch(_coefficients_kernel, grid, moving, arguments, tiles.warps, tiles.stages)
+
+    weight = padded_weights(call.weight, constants) if indexed else contiguous_rows(call.weight)
+    kept(("coefficients", call.key), make)(*call.leading(), weight, call.index, constants.runs, out)
 
 
 def tiles_of(p: Problem) -> Tiles:

@@ -11,7 +11,8 @@ from torch import Tensor, float32
 
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
-from residual_kernels.ops.triton.layout import Constants
+from residual_kernels.ops.triton.launch import Launch, kept
+from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     decode,
@@ -19,7 +20,6 @@ from residual_kernels.ops.triton.tiles import (
     load_unit,
     load_vector,
     project_exactly,
-    shared_arguments,
 )
 
 
@@ -95,33 +95,34 @@ def _dweight_kernel(
     tl.store(out_ptr, tl.sum(acc, axis=0), mask=offs_k < length)
 
 
-def dweight(
-    dy: Tensor,
-    t: Tensor | None,
-    z: Tensor,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    constants: Constants,
-    precision: str,
-    tiles: Tiles,
-) -> Tensor:
+def dweight(call: Call, dy: Tensor, t: Tensor | None) -> Tensor:
     """dweight [J] of dy [N, D]; t = dy . basis [N, P] where it was made beforehand."""
-    rows, components = len(z), constants.components
-    per_split = rows_of_split(rows, len(constants.chunks), tiles)
-    splits = -(-rows // per_split)
-    partial = z.new_empty((splits, components), dtype=float32)
-    _dweight_kernel[(splits, len(constants.chunks))](
-        **shared_arguments(z, scale, mean, constants, precision),
-        dy_ptr=None if t is not None else dy, t_ptr=t, basis_ptr=constants.basis, chunk_ptr=constants.chunks,
-        dweight_ptr=partial, N=rows, P=constants.padded, J=components, D=constants.dim, rows_per_split=per_split,
-        stride_dyn=dy.stride(0), stride_dyd=dy.stride(1), stride_bj=constants.basis.stride(0), HAS_T=t is not None,
-        BLOCK_N=tiles.block_n, BLOCK_D=max(tiles.block_d, 16), num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    given, constants = t is not None, call.constants
+    key = ("dweight", call.key, given, None if given else dy.stride())
+    launch, splits = kept(key, lambda: _prepare(call, dy, given))
+    partial = call.z.new_empty((splits, constants.components), dtype=float32)
+    launch(*call.leading(), None if given else dy, t, constants.basis, constants.chunks, partial)
     if splits == 1:
         return partial[0]
-    out = z.new_empty(components, dtype=float32)
+    out = call.z.new_empty(constants.components, dtype=float32)
     sum_partials(partial, out)
     return out
+
+
+def _prepare(call: Call, dy: Tensor, given: bool) -> tuple[Launch, int]:
+    constants, rows = call.constants, len(call.z)
+    tiles = tiles_of(call.problem, given=given)
+    per_split = rows_of_split(rows, constants.chunk_count, tiles)
+    splits = -(-rows // per_split)
+    arguments = call.arguments() | {
+        "N": rows, "P": constants.padded, "J": constants.components, "D": constants.dim, "rows_per_split": per_split,
+        "stride_dyn": 0 if given else dy.stride(0), "stride_dyd": 0 if given else dy.stride(1),
+        "stride_bj": constants.basis.stride(0), "HAS_T": given, "BLOCK_N": tiles.block_n,
+        "BLOCK_D": max(tiles.block_d, 16),
+    }  # fmt: skip
+    moving = (*MOVING, "dy_ptr", "t_ptr", "basis_ptr", "chunk_ptr", "dweight_ptr")
+    grid = (splits, constants.chunk_count)
+    return Launch(_dweight_kernel, grid, moving, arguments, tiles.warps, tiles.stages), splits
 
 
 def rows_of_split(rows: int, chunks: int, tiles: Tiles) -> int:

@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from residual_kernels.ops.triton import routes
-from residual_kernels.ops.triton.layout import Call, Constants
+from residual_kernels.ops.triton.launch import Launch, kept
+from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     contiguous_rows,
@@ -21,7 +22,7 @@ from residual_kernels.ops.triton.tiles import (
     load_vector,
     padded_weights,
     project_exactly,
-    shared_arguments,
+    weight_stride,
 )
 
 
@@ -129,46 +130,53 @@ def _sum_partials_kernel(
 
 def sum_partials(partial: Tensor, out: Tensor) -> None:
     """Writes the sum of float32 partial [splits, ...] over its first axis into `out`, cast to its dtype."""
-    size = out.numel()
-    align = 4 if size % 4 == 0 else 1
-    _sum_partials_kernel[(triton.cdiv(size, 128),)](
-        partial, out, size, len(partial), ALIGN=align, BLOCK=128, BLOCK_S=8, num_warps=1, num_stages=1
-    )
+    size, splits = out.numel(), len(partial)
+
+    def make() -> Launch:
+        arguments = {
+            "size": size,
+            "SPLITS": splits,
+            "ALIGN": 4 if size % 4 == 0 else 1,
+            "BLOCK": 128,
+            "BLOCK_S": 8,
+        }
+        return Launch(_sum_partials_kernel, (-(-size // 128),), ("partial_ptr", "y_ptr"), arguments, 1, 1)
+
+    kept(("sum", size, splits, out.dtype, out.device), make)(partial, out)
 
 
-def fused_forward(
-    z: Tensor,
-    scale: Tensor | None,
-    mean: Tensor | None,
-    weight: Tensor,
-    weight_index: Tensor | None,
-    constants: Constants,
-    precision: str,
-    tiles: Tiles,
-    splits: int,
-) -> Tensor:
-    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index; `splits` partial sums over the chunks."""
-    rows, tasks, dim = len(z), len(weight), constants.dim
-    indexed = weight_index is not None
-    pairs = rows if indexed else rows * tasks
-    per_row = indexed or (tasks > 1 and rows < tiles.block_n)
-    weight = padded_weights(weight, constants) if per_row else contiguous_rows(weight)
-    row_tiles = -(-rows // tiles.block_n)
-    grid_tiles = -(-pairs // tiles.block_n) if per_row else tasks * row_tiles
-    y = z.new_empty((rows, dim) if indexed else (tasks, rows, dim))
-    partial = y if splits == 1 else z.new_empty((splits, pairs, dim), dtype=float32)
-    steps, rest = divmod(len(constants.chunks), splits)
-    _spectral_reweight_fwd_kernel[(grid_tiles, -(-dim // tiles.block_d), splits)](
-        **shared_arguments(z, scale, mean, constants, precision),
-        weight_ptr=weight, index_ptr=weight_index, basis_ptr=constants.basis, chunk_ptr=constants.chunks,
-        y_ptr=partial, N=rows, PAIRS=pairs, D=dim, steps=steps, rest=rest, row_tiles=row_tiles,
-        stride_wt=weight.stride(0), stride_bj=constants.basis.stride(0), SINGLE=tasks == 1,
-        HAS_INDEX=indexed, PER_ROW=per_row, BLOCK_N=tiles.block_n, BLOCK_D=tiles.block_d,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+def fused_forward(call: Call) -> Tensor:
+    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index: partial sums over the chunks, then their sum."""
+    launch, per_row, splits, shape, pairs = kept(("fused", call.key), lambda: _prepare(call))
+    z, constants = call.z, call.constants
+    weight = padded_weights(call.weight, constants) if per_row else contiguous_rows(call.weight)
+    y = z.new_empty(shape)
+    partial = y if splits == 1 else z.new_empty((splits, pairs, constants.dim), dtype=float32)
+    launch(*call.leading(), weight, call.index, constants.basis, constants.chunks, partial)
     if splits > 1:
         sum_partials(partial, y)
     return y
+
+
+def _prepare(call: Call) -> tuple[Launch, bool, int, tuple[int, ...], int]:
+    p, constants = call.problem, call.constants
+    tiles = tiles_of(p)
+    splits = splits_of(p, tiles)
+    per_row = p.indexed or (p.tasks > 1 and p.rows < tiles.block_n)
+    row_tiles = -(-p.rows // tiles.block_n)
+    grid_tiles = -(-p.pairs // tiles.block_n) if per_row else p.tasks * row_tiles
+    steps, rest = divmod(p.chunks, splits)
+    stride_wt = constants.padded if per_row else weight_stride(call.weight)
+    arguments = call.arguments() | {
+        "N": p.rows, "PAIRS": p.pairs, "D": p.dim, "steps": steps, "rest": rest, "row_tiles": row_tiles,
+        "stride_wt": stride_wt, "stride_bj": constants.basis.stride(0), "SINGLE": p.tasks == 1,
+        "HAS_INDEX": p.indexed, "PER_ROW": per_row, "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d,
+    }  # fmt: skip
+    moving = (*MOVING, "weight_ptr", "index_ptr", "basis_ptr", "chunk_ptr", "y_ptr")
+    grid = (grid_tiles, -(-p.dim // tiles.block_d), splits)
+    launch = Launch(_spectral_reweight_fwd_kernel, grid, moving, arguments, tiles.warps, tiles.stages)
+    shape = (p.rows, p.dim) if p.indexed else (p.tasks, p.rows, p.dim)
+    return launch, per_row, splits, shape, p.pairs
 
 
 def tiles_of(p: Problem) -> Tiles:
@@ -234,21 +242,12 @@ def step_instructions(p: Problem, tiles: Tiles) -> float:
     return 150.0 + 0.05 * tiles.block_n * p.block_k / tiles.warps
 
 
-def run(call: Call) -> Tensor:
-    p = call.problem
-    tiles = tiles_of(p)
-    return fused_forward(
-        call.z, call.scale, call.mean, call.weight, call.index, call.constants, call.precision, tiles,
-        splits_of(p, tiles),
-    )  # fmt: skip
-
-
 ROUTE = routes.Route(
     "fused",
     serves=lambda p: p.coordinates <= routes.NARROW,
     estimate=estimate,
     tiles=tiles_of,
-    run=run,
+    run=fused_forward,
     reason=lambda p: f"with {p.pairs} rows of output, reading the constants once is what takes the time",
     splits=lambda p: splits_of(p, tiles_of(p)),
 )

@@ -5,12 +5,14 @@ runs along components (coefficients, dy . basis, masks) is read and written 16 b
 proj = basis = 0 and bias = slope = offset = 0: its coefficient is 0. `weight` and `dweight` keep the caller's order.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from residual_kernels.ops.triton.routes import NARROW, Problem, block_components, cut_runs
+from residual_kernels.ops.triton.routes import Problem, block_components, cut_runs, pieces
 
 MOST_UNITS = 1 << 14  # what a chunk's code has room for
 _FIRST, _LENGTH, _UNIT = (
@@ -41,10 +43,8 @@ class Constants:
     dim: int  # D
     block_k: int
     longest: int  # largest padded K_u
-
-    @property
-    def padded(self) -> int:
-        return self.basis.shape[0]
+    padded: int  # P
+    chunk_count: int
 
     @property
     def narrow_basis(self) -> Tensor:
@@ -53,12 +53,18 @@ class Constants:
 
 
 TENSORS = 9
-SIZES = 6
+SIZES = 8
 
 
-@dataclass(frozen=True)
+MOVING = ("z_ptr", "scale_ptr", "mean_ptr", "proj_ptr", "bias_ptr", "slope_ptr", "offset_ptr")
+
+
+@dataclass(slots=True)
 class Call:
-    """What a route computes from. scale and mean are None for 1 and 0; index [N] where rows choose their weights."""
+    """What a route computes from. scale and mean are None for 1 and 0; index [N] where rows choose their weights.
+
+    `key` holds all that a launch depends on except the tensors' addresses.
+    """
 
     z: Tensor
     scale: Tensor | None
@@ -68,7 +74,42 @@ class Call:
     constants: Constants
     precision: str
     problem: Problem
-    pack: tuple[list[Tensor], list[int]]  # tensors and sizes as packed
+    pack: tuple[Sequence[Tensor], Sequence[int]]  # tensors and sizes as packed
+    key: Hashable
+
+    def rows(self, first: int, count: int) -> "Call":
+        """The same call for `count` rows from `first` on."""
+        if first == 0 and count == len(self.z):
+            return self
+        part = slice(first, first + count)
+        scale, mean, index = (None if x is None else x[part] for x in (self.scale, self.mean, self.index))
+        return replace(self, z=self.z[part], scale=scale, mean=mean, index=index, key=(self.key, count))
+
+    def leading(self) -> tuple[Tensor | None, ...]:
+        """The tensors of MOVING, in their order."""
+        c = self.constants
+        return self.z, self.scale, self.mean, c.proj, c.bias, c.slope, c.offset
+
+    def arguments(self) -> dict:
+        """Sizes and flags that every kernel reading z takes."""
+        z, scale, mean, constants = self.z, self.scale, self.mean, self.constants
+        main, tail = pieces(constants.coordinates)
+        return {
+            "stride_zn": z.stride(0),
+            "stride_zr": z.stride(1),
+            "stride_zc": z.stride(2),
+            "stride_sn": 0 if scale is None else scale.stride(0),
+            "stride_mn": 0 if mean is None else mean.stride(0),
+            "HAS_SCALE": scale is not None,
+            "HAS_MEAN": mean is not None,
+            "PRECISION": self.precision,
+            "C": constants.coordinates,
+            "C_MAIN": main,
+            "C_TAIL": tail,
+            "STRIDE_PJ": constants.proj.stride(0),
+            "ALIGN_Z": gcd(z.stride(0), z.stride(1), 16),
+            "BLOCK_K": constants.block_k,
+        }
 
 
 def pack(
@@ -114,7 +155,7 @@ def pack(
         sources,
     ]
     longest = max((high - low for low, high in zip(runs[:-1], runs[1:], strict=True)), default=0)
-    return tensors, [units, width, components, dim, block_k, longest]
+    return tensors, [units, width, components, dim, block_k, longest, runs[-1], len(codes)]
 
 
 def padded_bounds(kept: list[int]) -> list[int]:
@@ -125,10 +166,6 @@ def padded_bounds(kept: list[int]) -> list[int]:
     return bounds
 
 
-def constants_of(tensors: list[Tensor], sizes: list[int]) -> Constants:
+def constants_of(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Constants:
+    """The constants of a pack by name."""
     return Constants(*tensors[:TENSORS], *sizes[:SIZES])
-
-
-def is_narrow(width: int) -> bool:
-    """Whether one tile holds a unit's coordinates."""
-    return width <= NARROW

@@ -204,6 +204,11 @@ def set_workspace(most: int | None) -> None:
     _spending[0] = most
 
 
+def workspace_said() -> int | None:
+    """What set_workspace said."""
+    return _spending[0]
+
+
 def allowed_workspace() -> int | None:
     """What set_workspace or the variable RESIDUAL_KERNELS_WORKSPACE said."""
     if _spending[0] is not None:

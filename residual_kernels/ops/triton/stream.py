@@ -16,9 +16,10 @@ from torch import Tensor, float32
 
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
+from residual_kernels.ops.triton.launch import Launch, kept
 from residual_kernels.ops.triton.layout import Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
-from residual_kernels.ops.triton.tiles import contiguous_rows, load_unit, shared_arguments
+from residual_kernels.ops.triton.tiles import contiguous_rows, load_unit
 
 WIDEST = 128  # components of a unit that one tile holds
 
@@ -89,32 +90,48 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
     most = rows if one_shape else min(routes.workspace_rows(p), rows)
     t = dz.view(rows, -1) if one_shape else z.new_empty((most, constants.padded))
     weight = contiguous_rows(call.weight)
-    tiles = tiles_of(p)
-    block_k = max(16, 1 << (p.longest - 1).bit_length())
-    block_c = max(16, 1 << (width - 1).bit_length())
     dweight = None
     for first in range(0, rows, most):
-        part = slice(first, first + most)
         count = min(most, rows - first)
-        torch.matmul(dy[0, part], constants.narrow_basis.T, out=t[:count])
-        per_split = rows_of_split(count, units, tiles)
-        splits = -(-count // per_split)
+        part = call.rows(first, count)
+        torch.mm(dy[0, first : first + count], constants.narrow_basis.T, out=t[:count])
+        launch, splits = kept(
+            ("stream", part.key, want_weight, want_z), lambda part=part: _prepare(part, wanted)
+        )
         partial = z.new_empty((splits, constants.components), dtype=float32) if want_weight else None
-        arguments = shared_arguments(z, None, None, constants, call.precision)
-        names = ("proj_ptr", "bias_ptr", "offset_ptr", "stride_zn", "stride_zr", "stride_zc", "PRECISION", "C",
-                 "STRIDE_PJ", "ALIGN_Z")  # fmt: skip
-        _stream_bwd_kernel[(splits, units)](
-            **{name: arguments[name] for name in names},
-            z_ptr=z[part], t_ptr=t, weight_ptr=weight, run_ptr=constants.runs, dweight_ptr=partial,
-            dz_ptr=None if dz is None else dz[part], N=count, J=constants.components, R=units,
-            rows_per_split=per_split, stride_tn=constants.padded, WANT_WEIGHT=want_weight, WANT_Z=want_z,
-            BLOCK_N=tiles.block_n, BLOCK_C=block_c, BLOCK_K=block_k, num_warps=tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+        out = None if dz is None else dz[first : first + count]
+        launch(
+            t, part.z, weight, constants.proj, constants.bias, constants.offset, constants.runs, partial, out
+        )
         if partial is not None:
-            out = z.new_empty(constants.components, dtype=float32)
-            sum_partials(partial, out)
-            dweight = out[None] if dweight is None else dweight.add_(out)
+            more = z.new_empty(constants.components, dtype=float32)
+            sum_partials(partial, more)
+            dweight = more[None] if dweight is None else dweight.add_(more)
     return [grad for grad in (dweight, dz) if grad is not None]
+
+
+def _prepare(call: Call, wanted: list[bool]) -> tuple[Launch, int]:
+    p, constants, (rows, units, width) = call.problem, call.constants, call.z.shape
+    tiles = tiles_of(p)
+    per_split = rows_of_split(rows, units, tiles)
+    splits = -(-rows // per_split)
+    arguments = call.arguments() | {
+        "N": rows, "J": constants.components, "R": units, "rows_per_split": per_split,
+        "stride_tn": constants.padded, "WANT_WEIGHT": wanted[0], "WANT_Z": wanted[1], "BLOCK_N": tiles.block_n,
+        "BLOCK_C": max(16, 1 << (width - 1).bit_length()), "BLOCK_K": max(16, 1 << (p.longest - 1).bit_length()),
+    }  # fmt: skip
+    moving = (
+        "t_ptr",
+        "z_ptr",
+        "weight_ptr",
+        "proj_ptr",
+        "bias_ptr",
+        "offset_ptr",
+        "run_ptr",
+        "dweight_ptr",
+        "dz_ptr",
+    )
+    return Launch(_stream_bwd_kernel, (splits, units), moving, arguments, tiles.warps, tiles.stages), splits
 
 
 def rows_of_split(rows: int, units: int, tiles: Tiles) -> int:

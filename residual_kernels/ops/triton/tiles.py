@@ -1,13 +1,10 @@
-"""What do all kernels of `spectral_reweight` share? Decoding of chunks, loads of tiles, and their arguments."""
-
-from math import gcd
+"""What do all kernels of `spectral_reweight` share? Chunks, loads of tiles, and weights as they read them."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from residual_kernels.ops.triton.layout import Constants
-from residual_kernels.ops.triton.routes import pieces
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # what the kernels were made as: NumPy programs on the CPU
 
@@ -79,36 +76,6 @@ def load_vector(ptr, first, mask_k, BLOCK_K: tl.constexpr):
     return tl.load(ptr + first + tl.arange(0, BLOCK_K), mask=mask_k, other=0.0)[None, :]
 
 
-def shared_arguments(
-    z: Tensor, scale: Tensor | None, mean: Tensor | None, constants: Constants, precision: str
-) -> dict:
-    """Arguments that every kernel reading z takes."""
-    main, tail = pieces(constants.coordinates)
-    return {
-        "z_ptr": z,
-        "scale_ptr": scale,
-        "mean_ptr": mean,
-        "proj_ptr": constants.proj,
-        "bias_ptr": constants.bias,
-        "slope_ptr": constants.slope,
-        "offset_ptr": constants.offset,
-        "stride_zn": z.stride(0),
-        "stride_zr": z.stride(1),
-        "stride_zc": z.stride(2),
-        "stride_sn": 0 if scale is None else scale.stride(0),
-        "stride_mn": 0 if mean is None else mean.stride(0),
-        "HAS_SCALE": scale is not None,
-        "HAS_MEAN": mean is not None,
-        "PRECISION": precision,
-        "C": constants.coordinates,
-        "C_MAIN": main,
-        "C_TAIL": tail,
-        "STRIDE_PJ": constants.proj.stride(0),
-        "ALIGN_Z": gcd(z.stride(0), z.stride(1), 16),
-        "BLOCK_K": constants.block_k,
-    }
-
-
 def padded_weights(weight: Tensor, constants: Constants) -> Tensor:
     """weight [T, J] as [T, P], for tiles in which every row has weights of its own: read 16 bytes at a time."""
     return weight.index_select(1, constants.sources)
@@ -116,4 +83,9 @@ def padded_weights(weight: Tensor, constants: Constants) -> Tensor:
 
 def contiguous_rows(weight: Tensor) -> Tensor:
     """weight [T, J] with its components side by side."""
-    return weight if weight.stride(1) == 1 or weight.shape[1] <= 1 else weight.contiguous()
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def weight_stride(weight: Tensor) -> int:
+    """Distance of two tasks' weights in what :func:`contiguous_rows` returns."""
+    return weight.stride(0) if weight.stride(1) == 1 else weight.shape[1]

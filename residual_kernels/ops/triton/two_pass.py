@@ -12,42 +12,33 @@ from residual_kernels.ops.triton import coefficients, routes, stream
 from residual_kernels.ops.triton import dweight as lone
 from residual_kernels.ops.triton.fold import product_float32
 from residual_kernels.ops.triton.forward import merge, sum_partials
+from residual_kernels.ops.triton.launch import kept
 from residual_kernels.ops.triton.layout import Call
 from residual_kernels.ops.triton.routes import Problem
 
 
 def run_forward(call: Call) -> Tensor:
     """weight [T, J] -> y [T, N, D], or [N, D] with an index."""
-    p, constants, z = call.problem, call.constants, call.z
+    constants, z = call.constants, call.z
     rows, tasks = len(z), 1 if call.index is not None else len(call.weight)
-    tiles = coefficients.tiles_of(p)
-    most = min(routes.workspace_rows(p), rows)
+    most = kept(("rows", call.key), lambda: min(routes.workspace_rows(call.problem), rows))
     y = z.new_empty((tasks, rows, constants.dim))
     workspace = z.new_empty(tasks * most * constants.padded)
     for first in range(0, rows, most):
-        part = slice(first, first + most)
         count = min(most, rows - first)
         block = workspace[: tasks * count * constants.padded].view(tasks, count, constants.padded)
-        coefficients.coefficients(
-            z[part], _part(call.scale, part), _part(call.mean, part), call.weight, _part(call.index, part), constants,
-            call.precision, tiles, block,
-        )  # fmt: skip
+        coefficients.coefficients(call.rows(first, count), block)
         # Several tasks are one product where all rows fit; else each task's rows are a contiguous part of y.
-        pairs = (
-            [(block.view(-1, constants.padded), y.view(-1, constants.dim))]
-            if most == rows
-            else [(block[task], y[task, part]) for task in range(tasks)]
-        )
+        if most == rows:
+            pairs = [(block.view(-1, constants.padded), y.view(-1, constants.dim))]
+        else:
+            pairs = [(block[task], y[task, first : first + count]) for task in range(tasks)]
         for left, out in pairs:
             if z.dtype == torch.float32:
                 torch.mm(left, constants.narrow_basis, out=out)
             else:
                 sum_partials(product_float32(left, constants.narrow_basis)[None], out)
     return y[0] if call.index is not None else y
-
-
-def _part(tensor: Tensor | None, part: slice) -> Tensor | None:
-    return None if tensor is None else tensor[part]
 
 
 def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
@@ -57,31 +48,22 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
         return stream.run_backward(call, dy, wanted)
     tasks, rows, _ = dy.shape
     dz = z.new_empty(z.shape) if wanted[1] else None
-    most = min(routes.workspace_rows(p), rows)
+    most = kept(("rows", call.key), lambda: min(routes.workspace_rows(p), rows))
     workspace = z.new_empty(tasks * most * constants.padded)
     dweight, dscales, dmeans = None, [], []
     for first in range(0, rows, most):
-        part = slice(first, first + most)
         count = min(most, rows - first)
+        part, upstream = call.rows(first, count), dy[:, first : first + count]
         t = workspace[: tasks * count * constants.padded].view(tasks, count, constants.padded)
-        torch.matmul(dy[:, part], constants.narrow_basis.T, out=t)
-        scale, mean = _part(call.scale, part), _part(call.mean, part)
-        if p.lone:
-            more = lone.dweight(
-                dy[0, part],
-                t[0],
-                z[part],
-                scale,
-                mean,
-                constants,
-                call.precision,
-                lone.tiles_of(p, given=True),
-            )[None]
+        if tasks == 1:
+            torch.mm(upstream[0], constants.narrow_basis.T, out=t[0])
         else:
-            more, dscale, dmean = general.backward(
-                dy, t, z[part], scale, mean, call.weight, _part(call.index, part), constants, call.precision,
-                general.tiles_of(p, given=True), wanted, _part(dz, part),
-            )  # fmt: skip
+            torch.matmul(upstream, constants.narrow_basis.T, out=t)
+        if p.lone:
+            more = lone.dweight(part, upstream[0], t[0])[None]
+        else:
+            own = None if dz is None else dz[first : first + count]
+            more, dscale, dmean = general.backward(part, upstream, t, wanted, own)
             dscales.append(dscale)
             dmeans.append(dmean)
         dweight = more if dweight is None else dweight.add_(more)
