@@ -48,13 +48,15 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
             f"got {len(tensors)} and {len(sizes)}"
         )
     found = layout.constants_of(tensors, sizes)
-    padded = found.sources.shape
+    padded = (found.padded,)
     if not (
         found.proj.shape == (*padded, -(-found.coordinates // 16) * 16)
         and found.basis.shape == (*padded, -(-found.dim // 8) * 8)
         and found.bias.shape == found.slope.shape == found.offset.shape == padded
         and found.runs.shape == (2, found.units + 1)
         and found.slots.shape == (found.components,)
+        and found.sources.shape == padded
+        and found.chunks.shape == (found.chunk_count,)
         and found.proj.dtype == found.basis.dtype
         and found.chunks.dtype == found.slots.dtype == torch.int64
         and found.runs.dtype == torch.int32
