@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -131,6 +131,18 @@ class _Reweight(torch.autograd.Function):
         if mean_t is not None:
             terms.append(along("mean", mean_t))
         return sum(terms[1:], terms[0])
+
+
+class _Plainly(torch.autograd.Function):
+    """The same without forward mode and transforms: with `setup_context` PyTorch binds a signature at every call."""
+
+    @staticmethod
+    def forward(ctx, z, scale, mean, weight, weight_index, pack: PackedUnits) -> Tensor:
+        ctx.pack = pack
+        ctx.save_for_backward(z, scale, mean, weight, weight_index)
+        return _Reweight.forward(z, scale, mean, weight, weight_index, pack)
+
+    backward = _Reweight.backward
 
 
 @torch.library.custom_op("residual_kernels::spectral_reweight", mutates_args=())
@@ -301,19 +313,22 @@ def spectral_reweight_packed(
         y = torch.ops.residual_kernels.spectral_reweight(
             *operands, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend
         )
-    elif _differentiated(operands):
+    elif _transformed(operands):
         y = _Reweight.apply(*_plain(operands), pack)
+    elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
+        y = _Plainly.apply(*_plain(operands), pack)
     else:
         y = _Reweight.forward(*_plain(operands), pack)
     return y if weight.ndim == 2 else y.squeeze(0)
 
 
-def _differentiated(operands: tuple[Tensor | None, ...]) -> bool:
-    """Whether a derivative of this call may be asked for, or a transform of torch.func is active."""
-    return (
-        (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands))
-        or torch._C._are_functorch_transforms_active()
-        or any(x is not None and unpack_dual(x).tangent is not None for x in operands)
+def _transformed(operands: tuple[Tensor | None, ...]) -> bool:
+    """Whether a transform of torch.func is active, or an operand carries a forward-mode tangent."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    # Outside of a dual level no tensor has a tangent.
+    return forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands
     )
 
 
@@ -372,7 +387,7 @@ def _operands(
 
 def _plain(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     """Tensors whose memory holds their values: a negative view holds them with the other sign."""
-    return tuple(x.resolve_neg() if x is not None and x.is_neg() else x for x in operands)
+    return tuple([x.resolve_neg() if x is not None and x.is_neg() else x for x in operands])
 
 
 def spectral_reweight(

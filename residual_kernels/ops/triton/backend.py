@@ -132,7 +132,7 @@ def _call(
     constants = layout.constants_of(tensors, sizes)
     precision = _precision(dtype)
     key = (
-        tuple(sizes), len(z), z.stride(), dtype, z.dtype, z.device, None if scale is None else scale.stride(),
+        tuple(sizes), z.shape[0], z.stride(), dtype, z.dtype, z.device, None if scale is None else scale.stride(),
         None if mean is None else mean.stride(), weight.shape, weight.stride(), index is None, precision, wanted,
         torch.version.hip, routes.workspace_said(),
     )  # fmt: skip
@@ -140,8 +140,8 @@ def _call(
     def problem() -> Problem:
         plain = scale is None and mean is None
         return problem_of(
-            len(z),
-            len(weight),
+            z.shape[0],
+            weight.shape[0],
             index is not None,
             plain,
             dtype,
@@ -215,11 +215,11 @@ def spectral_reweight_forward(
     dtype = z.dtype
     if INTERPRETED:
         z, *tensors = _detour(z, *tensors)
-    rows, indexed = len(z), weight_index is not None
+    rows, indexed = z.shape[0], weight_index is not None
     call = _call(z, scale, mean, weight, weight_index, tensors, sizes, dtype, None)
-    if rows == 0 or len(weight) == 0 or call.constants.components == 0:
+    if rows == 0 or weight.shape[0] == 0 or call.constants.components == 0:
         dim = call.constants.dim
-        return z.new_zeros((rows, dim) if indexed else (len(weight), rows, dim), dtype=dtype)
+        return z.new_zeros((rows, dim) if indexed else (weight.shape[0], rows, dim), dtype=dtype)
     chosen = kept(
         ("forward", call.key, route), lambda: _named(FORWARD, route or plan_forward(call.problem).route)
     )
@@ -246,7 +246,7 @@ def spectral_reweight_backward(
     if INTERPRETED:
         dy, z, *tensors = _detour(dy, z, *tensors)
     call = _call(z, scale, mean, weight, weight_index, tensors, sizes, dtype, tuple(wanted))
-    if len(z) == 0 or len(weight) == 0 or call.constants.components == 0:
+    if z.shape[0] == 0 or weight.shape[0] == 0 or call.constants.components == 0:
         shapes = [weight.shape, z.shape, z.shape[:1], z.shape[:1]]
         dtypes = [torch.float32, dtype, torch.float32, torch.float32]
         return [

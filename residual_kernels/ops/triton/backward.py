@@ -181,7 +181,7 @@ def backward(
     """
     want_weight, _, want_scale, want_mean = wanted
     z, constants, index = call.z, call.constants, call.index
-    rows, tasks, units = len(z), len(call.weight), constants.units
+    rows, tasks, units = z.shape[0], call.weight.shape[0], constants.units
     given, indexed = t is not None, index is not None
     float32 = {"dtype": torch.float32}
     key = ("backward", call.key, given, None if given else dy.stride(), tuple(wanted))
@@ -216,13 +216,13 @@ def backward(
 
 
 def _prepare(call: Call, dy: Tensor, given: bool, wanted: list[bool]) -> tuple[Launch, int]:
-    constants, rows, indexed = call.constants, len(call.z), call.index is not None
+    constants, rows, indexed = call.constants, call.z.shape[0], call.index is not None
     tiles = tiles_of(call.problem, given=given)
     row_tiles = -(-rows // tiles.block_n)
     strides = (0, 0, 0) if given else dy.stride()
     stride_wt = constants.padded if indexed else weight_stride(call.weight)
     arguments = call.arguments() | {
-        "N": rows, "TASKS": len(dy), "D": constants.dim, "J": constants.components, "P": constants.padded,
+        "N": rows, "TASKS": dy.shape[0], "D": constants.dim, "J": constants.components, "P": constants.padded,
         "R": constants.units, "stride_dyt": strides[0], "stride_dyn": strides[1], "stride_dyd": strides[2],
         "stride_wt": stride_wt, "stride_bj": constants.basis.stride(0), "HAS_INDEX": indexed, "HAS_T": given,
         "BLOCK_N": tiles.block_n, "BLOCK_D": max(tiles.block_d, 16),
@@ -238,7 +238,7 @@ def _prepare(call: Call, dy: Tensor, given: bool, wanted: list[bool]) -> tuple[L
 
 def _total(partial: Tensor) -> Tensor:
     """Sum over the first axis, in a fixed order."""
-    if len(partial) == 1:
+    if partial.shape[0] == 1:
         return partial[0]
     out = torch.empty_like(partial[0])
     sum_partials(partial, out)

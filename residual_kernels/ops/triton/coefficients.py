@@ -99,10 +99,10 @@ def coefficients(call: Call, out: Tensor) -> None:
     constants, indexed = call.constants, call.index is not None
 
     def make() -> Launch:
-        tiles, rows = tiles_of(call.problem), len(call.z)
+        tiles, rows = tiles_of(call.problem), call.z.shape[0]
         stride_wt = constants.padded if indexed else weight_stride(call.weight)
         arguments = call.arguments() | {
-            "N": rows, "P": constants.padded, "R": constants.units, "TASKS": len(call.weight),
+            "N": rows, "P": constants.padded, "R": constants.units, "TASKS": call.weight.shape[0],
             "stride_wt": stride_wt, "HAS_INDEX": indexed, "BLOCK_N": tiles.block_n,
         }  # fmt: skip
         grid = (-(-rows // tiles.block_n), constants.units)

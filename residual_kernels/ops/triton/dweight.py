@@ -110,7 +110,7 @@ def dweight(call: Call, dy: Tensor, t: Tensor | None) -> Tensor:
 
 
 def _prepare(call: Call, dy: Tensor, given: bool) -> tuple[Launch, int]:
-    constants, rows = call.constants, len(call.z)
+    constants, rows = call.constants, call.z.shape[0]
     tiles = tiles_of(call.problem, given=given)
     per_split = rows_of_split(rows, constants.chunk_count, tiles)
     splits = -(-rows // per_split)

@@ -130,7 +130,7 @@ def _sum_partials_kernel(
 
 def sum_partials(partial: Tensor, out: Tensor) -> None:
     """Writes the sum of float32 partial [splits, ...] over its first axis into `out`, cast to its dtype."""
-    size, splits = out.numel(), len(partial)
+    size, splits = out.numel(), partial.shape[0]
 
     def make() -> Launch:
         arguments = {

@@ -79,7 +79,7 @@ class Call:
 
     def rows(self, first: int, count: int) -> "Call":
         """The same call for `count` rows from `first` on."""
-        if first == 0 and count == len(self.z):
+        if first == 0 and count == self.z.shape[0]:
             return self
         part = slice(first, first + count)
         scale, mean, index = (None if x is None else x[part] for x in (self.scale, self.mean, self.index))

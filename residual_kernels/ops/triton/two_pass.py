@@ -20,7 +20,7 @@ from residual_kernels.ops.triton.routes import Problem
 def run_forward(call: Call) -> Tensor:
     """weight [T, J] -> y [T, N, D], or [N, D] with an index."""
     constants, z = call.constants, call.z
-    rows, tasks = len(z), 1 if call.index is not None else len(call.weight)
+    rows, tasks = z.shape[0], 1 if call.index is not None else call.weight.shape[0]
     most = kept(("rows", call.key), lambda: min(routes.workspace_rows(call.problem), rows))
     y = z.new_empty((tasks, rows, constants.dim))
     workspace = z.new_empty(tasks * most * constants.padded)
