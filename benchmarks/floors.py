@@ -453,7 +453,7 @@ def main() -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     if options.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "floors.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / "floors.json").write_text(json.dumps(record) + "\n")
         head = (
             f"# Issue floors\n\nbf16, {options.target}, triton {triton.__version__}. Floors and estimates are counted "
             "from compiled code (`python -m benchmarks.floors --write`); nothing here is a measured time.\n\n"

@@ -122,3 +122,50 @@ def test_a_complaint_is_made():
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=environment)
+
+
+def run_plain(*command: str) -> subprocess.CompletedProcess:
+    """A program in a process of its own, where kernels are not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_no_kernel_needs_more_than_its_budget():
+    done = run_plain("-m", "benchmarks.budget")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_worse_kernel_is_told():
+    """The negative case of the budget, and the reading of machine code that it rests on."""
+    code = (
+        "import json\n"
+        "from benchmarks import budget, floors\n"
+        "held = json.loads(budget.FILE.read_text())['cases']\n"
+        "assert budget.worse(held, held) == []\n"
+        "case = next(iter(held))\n"
+        "kernel = next(iter(held[case]['kernels']))\n"
+        "for change in ({'launches': 99}, {'floor_us': 1e3}, {'kernels': {kernel: 1e3}}):\n"
+        "    assert len(budget.worse({**held, case: {**held[case], **change}}, held)) == 1, change\n"
+        "text = '''\n"
+        "        /*0000*/                   LDC R1, c[0x0][0x28] ;\n"
+        ".L_x_0:\n"
+        "        /*0010*/              @!P0 LDG.E.128 R4, desc[UR6][R2.64] ;\n"
+        "        /*0020*/                   LDG.E R8, desc[UR6][R2.64] ;\n"
+        ".L_x_1:\n"
+        "        /*0030*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR8], R24 ;\n"
+        "        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;\n"
+        "        /*0050*/              @P1  BRA `(.L_x_1) ;\n"
+        "        /*0060*/               @P0 BRA `(.L_x_0) ;\n"
+        "        /*0070*/                   EXIT ;\n"
+        ".L_x_2:\n"
+        "        /*0080*/                   BRA `(.L_x_2);\n"
+        "'''\n"
+        "found = floors.read_code(text, False, 0.5)\n"
+        "assert found.instructions == (3, 3, 3) and found.barriers == (0, 0, 1) and found.narrow == (0, 1, 0)\n"
+        "assert found.operations == (0.0, 0.0, 2.0 * 64 * 32 * 16 / 4) and found.tile_bytes == (0.0, 512.0, 0.0)\n"
+        "assert found.total('instructions', [10, 100, 1000]) == 30 + 300 + 3000\n"
+    )
+    done = run_plain("-c", code)
+    assert done.returncode == 0, done.stderr

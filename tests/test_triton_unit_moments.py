@@ -175,13 +175,11 @@ def test_compiles_and_refuses_float64(device):
         compute({**arguments, "z": arguments["z"].double()}, "triton")
 
 
-@pytest.mark.parametrize("width", [16, 64, 72, 80, 96, 104, 112, 128])
+@pytest.mark.parametrize("width", [16, 17, 64, 72, 80, 96, 104, 112, 128])
 def test_columns_are_covered_by_two_tiles(width):
-    main = triton_unit_moments.main_width(width)
-    tail = triton_unit_moments.tail_width(width, main)
-    assert main <= width
-    assert width + 2 <= main + tail
-    assert tail == 16 or tail < 2 * (width + 2 - main)
+    main, tail = triton_unit_moments.column_tiles(width)
+    assert main <= width <= main + tail
+    assert tail == 0 or (tail >= 16 and tail & (tail - 1) == 0)
 
 
 @gpu_only

@@ -1,13 +1,14 @@
 """total[r] = sum_n (l[n,r] - shift[r]),  moment[r] = sum_n (l[n,r] - shift[r])(l[n,r] - shift[r])^T
 
-with l = (scale*z, scale, scale*mean), in one pass over z. A program owns one unit and a run of rows; the C+2 columns
-of l are split into C_MAIN coordinates and a tail [rest of z, scale, scale * mean], so that of the four blocks of the
-moment three are computed and one is a mirror. Runs of rows accumulate in float32, which the shift keeps small, and are
-merged in float64.
+with l = (scale*z, scale, scale*mean), in one pass over z. A program owns one unit and a run of rows. The C columns of
+scale*z are split into a main tile and, where C is no power of two, a tail; the two columns of scale and mean stay out
+of the matrix products: their sums with every coordinate are taken where the coordinates are in registers, element by
+element, and added up over rows once, behind the last. Runs of rows accumulate in float32, which the shift keeps small,
+and are merged in float64.
 
 Each program writes half moments P with moment = P + P^T, so that the result is symmetric to the last bit and 16-bit z
 gets more than its own precision cheaply: PCA lives on small differences, so l - shift is split into high + low bfloat16
-parts, and P = high^T (high / 2) + high^T low takes two tensor-core products where a general one takes three. float32 z:
+parts, and P = high^T high / 2 + high^T low takes two tensor-core products where a general one takes three. float32 z:
 exact products, or tf32 by torch's switch.
 """
 
@@ -21,107 +22,163 @@ from torch import Tensor
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
 ROWS_PER_SPLIT = 4096  # rows summed in float32 before the float64 merge, at most
-PROGRAMS = 1056  # programs a launch aims at: four for each processor of a nominal chip
+PROGRAMS = 1056  # programs a launch aims at: eight for each processor of a nominal chip
 
 
 @triton.jit
+def _centred(
+    z_rows_ptr, s, shift, mask_n, stride_zc,
+    HAS_SCALE: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """scale * z - shift of a tile of columns, float32, 0 where there is no row or column."""
+    offs_c = FIRST + tl.arange(0, BLOCK_C)
+    mask = mask_n[:, None]
+    if FIRST + BLOCK_C > C:
+        mask = mask & (offs_c < C)[None, :]
+    z = tl.load(z_rows_ptr[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=0.0).to(tl.float32)
+    if HAS_SCALE:
+        z *= s[:, None]
+    return tl.where(mask_n[:, None], z - shift[None, :], 0.0)  # [BLOCK_N, BLOCK_C]; shift is 0 behind C
+
+
+@triton.jit
+def _high_low(x):
+    """x as a sum of two bfloat16: its upper 16 bits, which cost one instruction to cut off, and what is left."""
+    high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
+@triton.jit
+def _store_with_tails(
+    total_ptr, moment_ptr, total, with_s, with_sm, offs, C: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Sums of a tile of columns, and their sums with the columns of scale and mean, halved, on both sides."""
+    mask = offs < C
+    tl.store(total_ptr + offs, tl.sum(total, axis=0), mask=mask)
+    s = 0.5 * tl.sum(with_s, axis=0)
+    sm = 0.5 * tl.sum(with_sm, axis=0)
+    tl.store(moment_ptr + offs * L + C, s, mask=mask)
+    tl.store(moment_ptr + C * L + offs, s, mask=mask)
+    tl.store(moment_ptr + offs * L + C + 1, sm, mask=mask)
+    tl.store(moment_ptr + (C + 1) * L + offs, sm, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "rows_per_split"])
 def _unit_moments_kernel(
     z_ptr, scale_ptr, mean_ptr, shift_ptr, total_ptr, moment_ptr,
-    N, R, rows_per_split,
+    N, rows_per_split, R,
     stride_zn, stride_zr, stride_zc, stride_sn, stride_mn,
     HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, C_MAIN: tl.constexpr, C_TAIL: tl.constexpr, ALIGN_Z: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    unit = pid % R
-    split = pid // R
+    split, unit = tl.program_id(0), tl.program_id(1)
     L: tl.constexpr = C + 2
     offs_m = tl.arange(0, C_MAIN)
-    offs_t = C_MAIN + tl.arange(0, C_TAIL)
     shift_row_ptr = shift_ptr + unit.to(tl.int64) * L
     shift_main = tl.load(shift_row_ptr + offs_m)
-    shift_tail = tl.load(shift_row_ptr + offs_t, mask=offs_t < L, other=0.0)
+    shift_s, shift_sm = tl.load(shift_row_ptr + C), tl.load(shift_row_ptr + C + 1)
     z_unit_ptr = z_ptr + tl.multiple_of(unit.to(tl.int64) * stride_zr, ALIGN_Z)
-
-    total_main = tl.zeros([C_MAIN], dtype=tl.float32)
-    total_tail = tl.zeros([C_TAIL], dtype=tl.float32)
-    main = tl.zeros([C_MAIN, C_MAIN], dtype=tl.float32)
-    cross = tl.zeros([C_MAIN, C_TAIL], dtype=tl.float32)
-    tail = tl.zeros([C_TAIL, C_TAIL], dtype=tl.float32)
+    high_high = tl.zeros([C_MAIN, C_MAIN], dtype=tl.float32)
+    rest = tl.zeros([C_MAIN, C_MAIN], dtype=tl.float32)
+    total = tl.zeros([BLOCK_N, C_MAIN], dtype=tl.float32)
+    with_s = tl.zeros([BLOCK_N, C_MAIN], dtype=tl.float32)
+    with_sm = tl.zeros([BLOCK_N, C_MAIN], dtype=tl.float32)
+    if C_TAIL > 0:
+        offs_t = C_MAIN + tl.arange(0, C_TAIL)
+        shift_tail = tl.load(shift_row_ptr + offs_t, mask=offs_t < C, other=0.0)
+        cross = tl.zeros([C_MAIN, C_TAIL], dtype=tl.float32)
+        tail_high = tl.zeros([C_TAIL, C_TAIL], dtype=tl.float32)
+        tail_rest = tl.zeros([C_TAIL, C_TAIL], dtype=tl.float32)
+        total_tail = tl.zeros([BLOCK_N, C_TAIL], dtype=tl.float32)
+        with_s_tail = tl.zeros([BLOCK_N, C_TAIL], dtype=tl.float32)
+        with_sm_tail = tl.zeros([BLOCK_N, C_TAIL], dtype=tl.float32)
+    sum_s = tl.zeros([BLOCK_N], dtype=tl.float32)
+    sum_sm = tl.zeros([BLOCK_N], dtype=tl.float32)
+    s_s = tl.zeros([BLOCK_N], dtype=tl.float32)
+    s_sm = tl.zeros([BLOCK_N], dtype=tl.float32)
+    sm_sm = tl.zeros([BLOCK_N], dtype=tl.float32)
     first = split.to(tl.int64) * rows_per_split
     last = tl.minimum(first + rows_per_split, N)
     for start in range(first, last, BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
+        offs_n = (start + tl.arange(0, BLOCK_N)).to(tl.int64)
         mask_n = offs_n < last
-        offs_n = offs_n.to(tl.int64)
-        offs_z = tl.multiple_of(offs_n * stride_zn, ALIGN_Z)
-        z_main = tl.load(
-            z_unit_ptr + offs_z[:, None] + offs_m[None, :] * stride_zc, mask=mask_n[:, None], other=0.0
-        )
-        mask = mask_n[:, None] & (offs_t < C)[None, :]
-        z_tail = tl.load(z_unit_ptr + offs_z[:, None] + offs_t[None, :] * stride_zc, mask=mask, other=0.0)
-        z_main = z_main.to(tl.float32)
-        z_tail = z_tail.to(tl.float32)
+        z_rows_ptr = z_unit_ptr + tl.multiple_of(offs_n * stride_zn, ALIGN_Z)
         s = tl.full([BLOCK_N], 1.0, dtype=tl.float32)
         sm = tl.zeros([BLOCK_N], dtype=tl.float32)
         if HAS_SCALE:
-            s = tl.load(scale_ptr + offs_n * stride_sn, mask=mask_n, other=0.0).to(tl.float32)
-            z_main *= s[:, None]
-            z_tail *= s[:, None]
+            s = tl.load(scale_ptr + offs_n * stride_sn, mask=mask_n, other=0.0)
         if HAS_MEAN:
-            sm = s * tl.load(mean_ptr + offs_n * stride_mn, mask=mask_n, other=0.0).to(tl.float32)
-        column = tl.broadcast_to(offs_t[None, :], [BLOCK_N, C_TAIL])
-        z_tail = tl.where(column == C, s[:, None], tl.where(column == C + 1, sm[:, None], z_tail))
-        l_main = tl.where(mask_n[:, None], z_main - shift_main[None, :], 0.0)  # [BLOCK_N, C_MAIN]
-        l_tail = tl.where(mask_n[:, None], z_tail - shift_tail[None, :], 0.0)  # [BLOCK_N, C_TAIL]
-        total_main += tl.sum(l_main, axis=0)
-        total_tail += tl.sum(l_tail, axis=0)
+            sm = s * tl.load(mean_ptr + offs_n * stride_mn, mask=mask_n, other=0.0)
+        l_main = _centred(z_rows_ptr, s, shift_main, mask_n, stride_zc, HAS_SCALE, C, 0, C_MAIN)
+        if C_TAIL > 0:
+            l_tail = _centred(z_rows_ptr, s, shift_tail, mask_n, stride_zc, HAS_SCALE, C, C_MAIN, C_TAIL)
+        s = tl.where(mask_n, s - shift_s, 0.0)
+        sm = tl.where(mask_n, sm - shift_sm, 0.0)
+        sum_s += s
+        sum_sm += sm
+        s_s += s * s
+        s_sm += s * sm
+        sm_sm += sm * sm
+        total += l_main
+        with_s += l_main * s[:, None]
+        with_sm += l_main * sm[:, None]
+        if C_TAIL > 0:
+            total_tail += l_tail
+            with_s_tail += l_tail * s[:, None]
+            with_sm_tail += l_tail * sm[:, None]
         if SPLIT:
-            high_main = l_main.to(tl.bfloat16)
-            high_tail = l_tail.to(tl.bfloat16)
-            low_main = (l_main - high_main.to(tl.float32)).to(tl.bfloat16)
-            low_tail = (l_tail - high_tail.to(tl.float32)).to(tl.bfloat16)
-            half_main = (0.5 * l_main).to(tl.bfloat16)  # exactly half of high_main
-            half_tail = (0.5 * l_tail).to(tl.bfloat16)
-            main = tl.dot(tl.trans(high_main), half_main, main)
-            main = tl.dot(tl.trans(high_main), low_main, main)
-            cross = tl.dot(tl.trans(high_main), high_tail, cross)
-            cross = tl.dot(tl.trans(high_main), low_tail, cross)
-            cross = tl.dot(tl.trans(low_main), high_tail, cross)
-            tail = tl.dot(tl.trans(high_tail), half_tail, tail)
-            tail = tl.dot(tl.trans(high_tail), low_tail, tail)
+            high, low = _high_low(l_main)
+            high_high = tl.dot(tl.trans(high), high, high_high)
+            rest = tl.dot(tl.trans(high), low, rest)
+            if C_TAIL > 0:
+                high_tail, low_tail = _high_low(l_tail)
+                cross = tl.dot(tl.trans(high), high_tail, cross)
+                cross = tl.dot(tl.trans(high), low_tail, cross)
+                cross = tl.dot(tl.trans(low), high_tail, cross)
+                tail_high = tl.dot(tl.trans(high_tail), high_tail, tail_high)
+                tail_rest = tl.dot(tl.trans(high_tail), low_tail, tail_rest)
         else:
-            main = tl.dot(tl.trans(l_main), l_main, main, input_precision=PRECISION)
-            cross = tl.dot(tl.trans(l_main), l_tail, cross, input_precision=PRECISION)
-            tail = tl.dot(tl.trans(l_tail), l_tail, tail, input_precision=PRECISION)
-    cross *= 0.5
-    if not SPLIT:
-        main *= 0.5
-        tail *= 0.5
+            high_high = tl.dot(tl.trans(l_main), l_main, high_high, input_precision=PRECISION)
+            if C_TAIL > 0:
+                cross = tl.dot(tl.trans(l_main), l_tail, cross, input_precision=PRECISION)
+                tail_high = tl.dot(tl.trans(l_tail), l_tail, tail_high, input_precision=PRECISION)
 
     row = split.to(tl.int64) * R + unit
-    mask_t = offs_t < L
-    tl.store(total_ptr + row * L + offs_m, total_main)
-    tl.store(total_ptr + row * L + offs_t, total_tail, mask=mask_t)
+    total_row_ptr = total_ptr + row * L
     moment_row_ptr = moment_ptr + row * (L * L)
-    tl.store(moment_row_ptr + (offs_m * L)[:, None] + offs_m[None, :], main)
-    tl.store(moment_row_ptr + (offs_m * L)[:, None] + offs_t[None, :], cross, mask=mask_t[None, :])
-    tl.store(moment_row_ptr + (offs_t * L)[None, :] + offs_m[:, None], cross, mask=mask_t[None, :])
-    mask = mask_t[:, None] & mask_t[None, :]
-    tl.store(moment_row_ptr + (offs_t * L)[:, None] + offs_t[None, :], tail, mask=mask)
+    main_ptr = moment_row_ptr + (offs_m * L)[:, None] + offs_m[None, :]
+    if SPLIT:
+        high_high = 0.5 * high_high + rest
+    else:
+        high_high *= 0.5
+    tl.store(main_ptr, high_high)
+    _store_with_tails(total_row_ptr, moment_row_ptr, total, with_s, with_sm, offs_m, C, L)
+    if C_TAIL > 0:
+        mask_t = offs_t < C
+        cross *= 0.5
+        tl.store(moment_row_ptr + (offs_m * L)[:, None] + offs_t[None, :], cross, mask=mask_t[None, :])
+        tl.store(moment_row_ptr + (offs_t * L)[None, :] + offs_m[:, None], cross, mask=mask_t[None, :])
+        if SPLIT:
+            tail_high = 0.5 * tail_high + tail_rest
+        else:
+            tail_high *= 0.5
+        tail_ptr = moment_row_ptr + (offs_t * L)[:, None] + offs_t[None, :]
+        tl.store(tail_ptr, tail_high, mask=mask_t[:, None] & mask_t[None, :])
+        _store_with_tails(total_row_ptr, moment_row_ptr, total_tail, with_s_tail, with_sm_tail, offs_t, C, L)
+    tl.store(total_row_ptr + C, tl.sum(sum_s, axis=0))
+    tl.store(total_row_ptr + C + 1, tl.sum(sum_sm, axis=0))
+    tl.store(moment_row_ptr + C * L + C, 0.5 * tl.sum(s_s, axis=0))
+    both = 0.5 * tl.sum(s_sm, axis=0)
+    tl.store(moment_row_ptr + C * L + C + 1, both)
+    tl.store(moment_row_ptr + (C + 1) * L + C, both)
+    tl.store(moment_row_ptr + (C + 1) * L + C + 1, 0.5 * tl.sum(sm_sm, axis=0))
 
 
-def tail_width(width: int, main: int) -> int:
-    """Power of two, at least 16, that holds the coordinates behind `main` and the columns of scale and mean."""
-    tail = 16
-    while tail < width + 2 - main:
-        tail *= 2
-    return tail
-
-
-def main_width(width: int) -> int:
-    """Power of two of coordinates in the main block, at most `width`."""
-    return 1 << (width.bit_length() - 1)
+def column_tiles(width: int) -> tuple[int, int]:
+    """Powers of two (main, tail), tail at least 16 or none: main coordinates, and room for the others behind them."""
+    main = 1 << (width.bit_length() - 1)
+    tail = 0 if main == width else max(16, 1 << (width - main - 1).bit_length())
+    return main, tail
 
 
 def unit_moments(
@@ -130,11 +187,12 @@ def unit_moments(
     """(total [R, C+2], moment [R, C+2, C+2]) in float64, for 16 <= C <= 128 and at least one row."""
     rows, units, width = z.shape
     size = width + 2
-    main = main_width(width)
+    main, tail = column_tiles(width)
     split_precision = z.dtype.itemsize == 2
     if INTERPRETED and split_precision:  # the interpreter computes bfloat16 on its bits
         z, split_precision, precision = z.to(torch.float32), False, "ieee"
-    block_n, warps, stages = 32, 8, 4 if precision == "tf32" or split_precision else 2
+    # Wider units would spill at 64 rows, and narrow ones have no use for a tile that high.
+    block_n, warps, stages = (64 if 64 <= main + tail <= 80 else 32, 8, 3) if split_precision else (32, 8, 2)
     if torch.version.hip is not None:
         stages = min(stages, 2)
     splits = max(1, min(-(-PROGRAMS // units), -(-rows // (4 * block_n))))
@@ -147,13 +205,13 @@ def unit_moments(
         count = -(-len(tile) // per_split)
         totals = torch.empty(count, units, size, dtype=torch.float32, device=z.device)
         moments = torch.empty(count, units, size, size, dtype=torch.float32, device=z.device)
-        _unit_moments_kernel[(units * count,)](
+        _unit_moments_kernel[(count, units)](
             tile, None if scale is None else scale[part], None if mean is None else mean[part], shift, totals, moments,
-            len(tile), units, per_split,
+            len(tile), per_split, units,
             z.stride(0), z.stride(1), z.stride(2),
             0 if scale is None else scale.stride(0), 0 if mean is None else mean.stride(0),
             HAS_SCALE=scale is not None, HAS_MEAN=mean is not None, SPLIT=split_precision, PRECISION=precision,
-            C=width, C_MAIN=main, C_TAIL=tail_width(width, main), ALIGN_Z=gcd(z.stride(0), z.stride(1), 16),
+            C=width, C_MAIN=main, C_TAIL=tail, ALIGN_Z=gcd(z.stride(0), z.stride(1), 16),
             BLOCK_N=block_n, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         total_part = totals.sum(0, dtype=torch.float64)
