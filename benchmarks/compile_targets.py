@@ -332,6 +332,7 @@ def edge_cases() -> list[Case]:
         found.append(Case(operator, "folded", 1024, 768, 64, half, wanted=WANTED[1], units=1))
     return [
         *found,
+        Case("forward", "folded", 64, 14, 64, half, units=700),  # F in several groups of units
         Case("unit_moments", "", 16, 1, 1, half, units=1),
         Case("unit_moments", "", 128, 1, 70, half),
     ]

@@ -186,17 +186,17 @@ def fold(
     tiles: Tiles,
     first: int,
     last: int,
-    affine: Tensor | None,
+    affine: Tensor,
     *,
     plain: bool = False,
 ) -> Tensor:
     """F of units first .. last - 1 for one weight [J], [units * C, D].
 
-    `affine` [shares, 3, D] (`plain`: [shares, D] for a - o) is written where it is given.
+    `affine` [shares, 3, D] (`plain`: [shares, D] for a - o) is written with the first units.
     """
     width, dim = constants.coordinates, constants.dim
     out = constants.proj.new_empty(((last - first) * width, dim))
-    shares = 0 if affine is None else shares_of(constants)
+    shares = 0 if first else shares_of(constants)
     grid = (-(-dim // tiles.block_d), -(-width // tiles.block_n), last - first + shares)
     _fold_kernel[grid](
         weight, constants.proj, constants.bias, constants.slope, constants.offset, constants.basis,
@@ -252,7 +252,7 @@ def folded_forward(
             continue
         product = None
         for first, last in parts:
-            matrix = fold(row, constants, precision, tiles, first, last, None if first else affine)
+            matrix = fold(row, constants, precision, tiles, first, last, affine)
             part = product_float32(_flat(z, first, last), matrix)
             product = part if product is None else product.add_(part)
         _affine_kernel[(-(-len(z) // 64), -(-dim // 128))](
@@ -302,7 +302,7 @@ def folded_backward(
         if not (want_z or want_scale or want_mean):
             continue
         for first, last in groups(constants):
-            matrix = fold(row, constants, precision, tiles, first, last, None if first else affine)
+            matrix = fold(row, constants, precision, tiles, first, last, affine)
             if not (want_z or want_scale):
                 continue
             raw = (
