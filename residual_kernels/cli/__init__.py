@@ -1,43 +1,137 @@
 """The command line: one program whose commands are the library's main steps, each usable on its own."""
 
+import functools
+import importlib
+import inspect
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator, MutableMapping
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
 
-from residual_kernels.cli import analyze as analyzing
-from residual_kernels.cli import bench as benching
-from residual_kernels.cli import demo as story
-from residual_kernels.cli import encode as encoding
-from residual_kernels.cli import fit as fitting
-from residual_kernels.cli import merge as merging
-from residual_kernels.cli import report as reporting
-from residual_kernels.cli import sweep as sweeping
-from residual_kernels.cli import towers as looking
-from residual_kernels.cli import use as using
-from residual_kernels.cli.printing import err, out
+from residual_kernels import __version__
+from residual_kernels.cli import printing
+from residual_kernels.data.text import user_path
+
+
+class Entry(NamedTuple):
+    """Where a command is defined, and its line in the list of commands."""
+
+    module: str
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "doctor": Entry("demo", "doctor", "What is here and what is missing: devices, backends, extras."),
+    "demo": Entry("demo", "demo", "The whole story, offline, on real handwritten digits."),
+    "towers": Entry(
+        "towers", "towers_command", "What an image tower is, and how far its units are from its output."
+    ),
+    "encode": Entry("encode", "encode_command", "Run the tower over images once and keep its units."),
+    "bases": Entry("encode", "bases", "Fit the principal components of every unit on images."),
+    "fit": Entry("fit", "fit_command", "Learn the weights for labelled images; keep an adapter."),
+    "eval": Entry("use", "eval_command", "Accuracy on labelled images, with and without an adapter."),
+    "predict": Entry("use", "predict", "Label new images: a CSV of image, label and probability."),
+    "merge": Entry("merge", "merge_command", "Fold an adapter away into a file that needs no library."),
+    "report": Entry("report", "report", "One HTML page of what an adapter learned."),
+    "sweep": Entry("sweep", "sweep", "Every method on every data set with every tower, as a table."),
+    "bench": Entry("bench", "bench", "How fast the operator is on this machine."),
+    "analyze": Entry("analyze", "analyze_command", "Dimensions, similarity, scores and words of heads."),
+}
+
+
+class _Loaded(MutableMapping):
+    """Commands by name; a command's module is imported when it is first asked for, so that --help needs none."""
+
+    def __init__(self):
+        self._made: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._made:
+            entry = COMMANDS[name]
+            module = importlib.import_module(f"residual_kernels.cli.{entry.module}")
+            alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+            alone.command(name)(_with_user_paths(getattr(module, entry.function)))
+            self._made[name] = get_command(alone)
+        return self._made[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._made[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("the commands are those of COMMANDS")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+def _with_user_paths(command: Callable) -> Callable:
+    """A command whose paths are read as a shell reads them: ``~`` and variables are expanded."""
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        command(**{name: _expanded(value) for name, value in values.items()})
+
+    called.__signature__ = inspect.signature(command)
+    return called
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_expanded(one) for one in value]
+    return user_path(value) if isinstance(value, Path) else value
+
+
+class _Group(TyperGroup):
+    """The commands of the table above, loaded when they are called."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.commands = _Loaded()
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
 
 app = typer.Typer(
+    cls=_Group,
     help=__doc__,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(story.doctor)
-app.command()(story.demo)
-app.command("towers")(looking.towers_command)
-app.command("encode")(encoding.encode_command)
-app.command()(encoding.bases)
-app.command("fit")(fitting.fit_command)
-app.command("eval")(using.eval_command)
-app.command()(using.predict)
-app.command("merge")(merging.merge_command)
-app.command()(reporting.report)
-app.command()(sweeping.sweep)
-app.command()(benching.bench)
-app.command("analyze")(analyzing.analyze_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"residual-kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    pass
+
+
+program.__doc__ = __doc__
 
 
 class _Stopped(BaseException):
@@ -61,6 +155,7 @@ def main() -> None:
     process = os.getpid()
     for one in _SIGNALS:
         signal.signal(one, lambda number, frame: _stop(number, process))
+    printing.prepare()
     try:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
@@ -70,14 +165,16 @@ def main() -> None:
         ):  # from a process that reads images: its last line says what went wrong
             text = text.strip().splitlines()[-1].partition(": ")[2]
         text = " ".join(text.split())
-        err.print(f"error: {text}", style="red", soft_wrap=True)
+        printing.err.print(f"error: {text}", style="red", soft_wrap=True)
         sys.exit(2)
     except _Stopped as stopped:
         number = stopped.args[0]
-        err.print(f"stopped by {signal.Signals(number).name}; what was finished is kept", style="red")
+        printing.err.print(
+            f"stopped by {signal.Signals(number).name}; what was finished is kept", style="red"
+        )
         sys.exit(128 + number)
     except SystemExit as end:
-        if not end.code and out.reader_gone:
-            err.print("error: the reader of the output has gone; the files are written", style="red")
+        if not end.code and printing.out.reader_gone:
+            printing.err.print("error: the reader of the output has gone; the files are written", style="red")
             sys.exit(2)
         raise

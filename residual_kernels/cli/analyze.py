@@ -9,23 +9,19 @@ from rich.table import Table
 from residual_kernels.analysis import Analysis, TextDictionary, analyze
 from residual_kernels.analysis.findings import FILE
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
-    Batch,
     ClassNames,
-    DataRoot,
     Device,
-    Download,
     Json,
     Kind,
     Model,
-    OnUnreadable,
     Pretrained,
     Templates,
-    Unreadable,
-    Workers,
+    Words,
 )
-from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.outputs import new_folder
+from residual_kernels.cli.printing import out, status, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.zeroshot import ZeroShotHead
@@ -33,23 +29,24 @@ from residual_kernels.zeroshot import ZeroShotHead
 SHOWN = 10  # units in the printed table
 
 
+@reads_images
 def analyze_command(
     data: Annotated[
         Path,
         typer.Option(
-            "--data", "--cache", help="labelled images (a folder, a zip of one), or a cache of `encode`"
+            "--data",
+            "--cache",
+            help="images (as for `encode`), or a cache of `encode`; labels give accuracies",
         ),
     ],
-    out_folder: Annotated[Path, typer.Option("--out", help="folder for analysis.json and the CSV tables")],
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=new_folder, help="folder for analysis.json and the CSV tables")
+    ],
+    reader: Reader,
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,
-    words_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--words", help="a word or phrase a line; the bundled model has its own, others have no default"
-        ),
-    ] = None,
+    words_file: Words = None,
     kind: Annotated[Kind, typer.Option(help="the units to look at")] = Kind.head,
     points: Annotated[int, typer.Option(min=3, help="images at most for the TwoNN dimension")] = 10_000,
     seeds: Annotated[int, typer.Option(min=0, help="random orders that selection is compared with")] = 10,
@@ -58,11 +55,6 @@ def analyze_command(
     pretrained: Pretrained = None,
     class_names: ClassNames = None,
     templates: Templates = None,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -70,13 +62,12 @@ def analyze_command(
     if (out_folder / FILE).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} holds an analysis already or is a file; name a new folder")
     bases = None if bases_file is None else SpectralBases.load(bases_file)
-    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
-    cache = reader.cached(tower, reader.open(data, preprocess), (kind.value,), "encoding")
+    cache = reader.cached(tower, reader.open(data, preprocess, labelled=None), (kind.value,), "encoding")
     head = None
     if cache.labels is not None and cache.class_names is not None:
-        names = cache.class_names = prompts.class_names(class_names, cache.class_names)
+        names = cache.class_names = reader.class_names(class_names, cache.class_names, text=not prototypes)
         if prototypes:
             head = ZeroShotHead.from_prototypes(cache.output, cache.labels, names)
         else:
@@ -86,12 +77,14 @@ def analyze_command(
         dictionary = TextDictionary.from_file(clip, tokenizer, words_file)
     elif model == sources.BUNDLED:
         dictionary = TextDictionary.bundled(clip, tokenizer)
-    with err.status("starting") as status:
+    with status("starting") as say:
         found = analyze(
             tower, cache, head, bases, dictionary, kind=kind.value, points=points, seeds=range(seeds),
-            progress=status.update,
+            progress=say,
         )  # fmt: skip
     found.save(out_folder)
+    write_numbers(json_file, found.to_dict() | reader.account())
+    reader.report()
     out.print(_table(found))
     seconds = sum(found.seconds.values())
     out.print(
@@ -100,7 +93,6 @@ def analyze_command(
     )
     if head is None:
         out.print("no labels with class names, so no accuracies and no selection curves")
-    write_numbers(json_file, found.to_dict())
 
 
 def _table(found: Analysis) -> Table:

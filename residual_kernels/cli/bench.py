@@ -8,7 +8,7 @@ from rich.table import Table
 
 from residual_kernels.cli.inputs import device_of
 from residual_kernels.cli.options import Device, DType, Json
-from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.printing import out, status, write_numbers
 from residual_kernels.data.models import nearest
 from residual_kernels.experiments.bench import measure
 from residual_kernels.experiments.shapes import SHAPES
@@ -33,9 +33,12 @@ def bench(
         raise ValueError(f"components must be ragged, full or a number above 0; got {components!r}")
     place = device_of(device)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"{torch.get_num_threads()} threads"
-    with err.status("measuring"):
+    with status("measuring"):
         found = measure(SHAPES[shape], rows, components, DTYPES[dtype.value], place, rounds)
     title = f"{shape}, {rows} images, components {components}, {dtype.value}, {place} ({name})"
+    write_numbers(
+        json_file, {"title": title, "torch": torch.__version__, "rows": [vars(speed) for speed in found]}
+    )
     table = Table("mode", "backend", "ms", "GFLOP/s", "of a matrix product", title=title)
     for speed in found:
         table.add_row(
@@ -46,6 +49,3 @@ def bench(
             f"{speed.share:.0%}",
         )
     out.print(table)
-    write_numbers(
-        json_file, {"title": title, "torch": torch.__version__, "rows": [vars(speed) for speed in found]}
-    )

@@ -8,12 +8,14 @@ from rich.table import Table
 
 from residual_kernels.cli.doctor import facts
 from residual_kernels.cli.options import Json
-from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.outputs import new_folder
+from residual_kernels.cli.printing import out, status, write_numbers
 
 
 def doctor(json_file: Json = None) -> None:
-    """What is here: versions, devices, backends, what is missing and how to get it."""
+    """What is here: versions, devices, backends, extras, what is missing and how to get it."""
     found = facts()
+    write_numbers(json_file, found)
     table = Table("package", "version", title="Versions")
     for name, version in found["versions"].items():
         table.add_row(name, version)
@@ -23,18 +25,27 @@ def doctor(json_file: Json = None) -> None:
         for name, state in device["backends"].items():
             table.add_row(f"{device['device']} ({device['detail']})", name, state)
     out.print(table)
-    write_numbers(json_file, found)
+    table = Table("extra", "what for", "state", title="Extras")
+    for name, extra in found["extras"].items():
+        table.add_row(name, extra["for"], extra["state"])
+    out.print(table)
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="folder for the pictures")] = Path("demo"),
+    folder: Annotated[
+        Path, typer.Option("--out", callback=new_folder, help="folder for the pictures")
+    ] = Path("demo"),
     json_file: Json = None,
 ) -> None:
     """The whole story, offline: a small CLIP misreads real handwritten digits, then learns to read them."""
     from residual_kernels.demo import story
 
-    with err.status("starting") as status:
-        result = story.run(folder, say=lambda text: status.update(text))
+    with status("starting") as say:
+        result = story.run(folder, say=say)
+    write_numbers(
+        json_file,
+        {"rows": result.rows, "seconds": result.seconds, "pictures": [str(p) for p in result.pictures]},
+    )
     table = Table(
         "method",
         "accuracy",
@@ -50,7 +61,3 @@ def demo(
     out.print(result.summary)
     for path in result.pictures:
         out.print(f"  {path}")
-    write_numbers(
-        json_file,
-        {"rows": result.rows, "seconds": result.seconds, "pictures": [str(p) for p in result.pictures]},
-    )

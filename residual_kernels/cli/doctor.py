@@ -1,10 +1,12 @@
 """What is here? Versions, devices, and for each device which backend computes and why another does not."""
 
 import platform
+import re
 from importlib import metadata
 
 import torch
 
+from residual_kernels.extras import EXTRAS
 from residual_kernels.ops import backends
 
 PACKAGES = (
@@ -13,7 +15,11 @@ PACKAGES = (
 
 
 def facts() -> dict:
-    """{"versions": {package: version}, "devices": [{"device", "detail", "auto", "backends": {name: state}}, ...]}."""
+    """Versions, devices and extras.
+
+    {"versions": {package: version}, "devices": [{"device", "detail", "auto", "backends": {name: state}}, ...],
+    "extras": {name: {"for", "state", "missing": [library, ...]}}}
+    """
     from residual_kernels import __version__
 
     versions = {"residual-kernels": __version__, "python": platform.python_version()}
@@ -25,7 +31,27 @@ def facts() -> dict:
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         names.append("mps")
-    return {"versions": versions, "devices": [_device(torch.device(name)) for name in names]}
+    return {
+        "versions": versions,
+        "devices": [_device(torch.device(name)) for name in names],
+        "extras": {name: _extra(name, what) for name, what in EXTRAS.items()},
+    }
+
+
+def _extra(name: str, what: str) -> dict:
+    """Whether the libraries of an extra are here, as this package's own metadata lists them."""
+    missing = []
+    for line in metadata.requires("residual-kernels") or ():
+        library = re.match(r"[\w.-]+", line)[0]
+        if re.search(rf"extra == ['\"]{name}['\"]", line) and library != "residual-kernels":
+            try:
+                metadata.version(library)
+            except metadata.PackageNotFoundError:
+                missing.append(library)
+    state = "ready"
+    if missing:
+        state = f"missing: {', '.join(missing)}; pip install 'residual-kernels[{name}]'"
+    return {"for": what, "state": state, "missing": missing}
 
 
 def _device(device: torch.device) -> dict:

@@ -10,35 +10,36 @@ import typer
 from residual_kernels import distributed
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
-    Batch,
     Data,
-    DataRoot,
     Device,
-    Download,
     DType,
+    Identified,
+    Identity,
     Json,
     Kind,
     Model,
-    OnUnreadable,
     Placement,
     Pretrained,
     Tokens,
-    Unreadable,
-    Workers,
 )
+from residual_kernels.cli.outputs import new_file, new_folder
 from residual_kernels.cli.printing import bar, err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.units.cache import DTYPES, encode, kept_images
 
 
+@reads_images
 def encode_command(
     data: Data,
     out_folder: Annotated[
         Path,
-        typer.Option("--out", help="folder for the cache; one that an interrupted run left is gone on with"),
+        typer.Option(
+            "--out", callback=new_folder, help="folder for the cache; an interrupted run resumes there"
+        ),
     ],
+    reader: Reader,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[
@@ -52,48 +53,57 @@ def encode_command(
     timeout: Annotated[
         float, typer.Option(min=1, help="under torchrun: seconds to wait at the end for the slowest process")
     ] = distributed.TIMEOUT,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
+    identity: Identified = Identity.auto,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Run the tower over a folder of images once and keep its units.
 
-    The same command goes on where an interrupted one stopped. Under torchrun its processes share the work.
+    The same command resumes an interrupted one. Under torchrun its processes share the work. A folder whose images
+    lie in no class folders is encoded without labels.
     """
     distributed.initialise()
-    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    reader.identity = identity
     clip, preprocess, _ = prepare(model, pretrained, device)
-    images = reader.images(data, preprocess)
+    images = reader.images(data, preprocess, labelled=None)
     chosen = tuple(kind.value for kind in kinds or [Kind.head])
     kept = kept_images(out_folder)
     first = distributed.rank() == 0
     if kept and first:
         err.print(f"{out_folder} holds about {kept} images of an interrupted run; going on from there")
-    start = time.perf_counter()
+    start, seen = time.perf_counter(), 0
+
+    def count(done: int) -> None:
+        nonlocal seen
+        seen += done
+        step(done)
+
     with bar("encoding", len(images) // distributed.world(), quiet=not first) as step:
         cache = encode(
             sources.image_tower(clip), reader.loader(images), out_folder, chosen, DTYPES[dtype.value],
-            class_names=images.class_names, progress=step, shard_images=shard_images,
+            class_names=images.class_names, progress=count, shard_images=shard_images,
             timeout=timeout,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if first:
         size = sum(p.stat().st_size for p in out_folder.iterdir())
-        out.print(
-            f"{len(cache)} images of {len(images.class_names)} classes in {seconds:.1f} s "
-            f"({len(cache) / seconds:.0f} a second), {size / 1e6:.1f} MB in {out_folder}"
-        )
+        classes = "no classes" if images.class_names is None else f"{len(images.class_names)} classes"
         write_numbers(
             json_file,
-            {"images": len(cache), "seconds": seconds, "bytes": size, "unreadable": reader.left_out},
+            {"images": len(cache), "new": seen > 0, "seconds": seconds, "bytes": size, **reader.account()},
         )
+        reader.report()
+        if seen:
+            out.print(
+                f"{len(cache)} images of {classes} in {seconds:.1f} s ({len(cache) / seconds:.0f} a second), "
+                f"{size / 1e6:.1f} MB in {out_folder}"
+            )
+        else:
+            out.print(f"nothing new: {len(cache)} images of {classes} already there, in {out_folder}")
     distributed.finish()
 
 
+@reads_images
 def bases(
     files: Annotated[
         list[Path] | None, typer.Argument(help="with --merge: files of `bases --moments`")
@@ -101,12 +111,13 @@ def bases(
     *,
     data: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="an ImageFolder directory, a zip of one, or a cache; repeat the option for several"
-        ),
+        typer.Option(help="images (as for `encode`), or a cache; repeat the option for several"),
     ] = None,
     merge: Annotated[bool, typer.Option("--merge", help="join files that were fitted apart")] = False,
-    out_file: Annotated[Path, typer.Option("--out", help="the bases file to write (.safetensors)")],
+    out_file: Annotated[
+        Path, typer.Option("--out", callback=new_file, help="the bases file to write (.safetensors)")
+    ],
+    reader: Reader,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[list[Kind] | None, typer.Option(help="units; repeat the option for several")] = None,
@@ -115,11 +126,6 @@ def bases(
         Placement, typer.Option(help="output, or stream: heads in model width, over tokens")
     ] = Placement.output,
     tokens: Annotated[Tokens | None, typer.Option(help="of the stream; all by default")] = None,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -135,7 +141,6 @@ def bases(
     if merge:
         fitted = functools.reduce(SpectralBases.merge, [SpectralBases.load(file) for file in files])
     else:
-        reader = Reader(batch_size, workers, data_root, download, unreadable)
         clip, preprocess, _ = prepare(model, pretrained, device)
         tower = sources.image_tower(clip)
         chosen = tuple(kind.value for kind in kinds or [Kind.head])
@@ -154,17 +159,27 @@ def bases(
         fitted = functools.reduce(SpectralBases.merge, parts)
     if first:
         fitted.save(out_file, moments=moments)
-        _report(fitted, time.perf_counter() - start, out_file, json_file)
+        _report(fitted, time.perf_counter() - start, out_file, json_file, reader)
     distributed.finish()
 
 
-def _report(fitted: SpectralBases, seconds: float, out_file: Path, json_file: Path | None) -> None:
+def _report(
+    fitted: SpectralBases, seconds: float, out_file: Path, json_file: Path | None, reader: Reader
+) -> None:
     kept = fitted.truncate(energy=0.90)
     total = {kind: len(fitted.parts[kind].components) for kind in fitted.kinds}
     used = {kind: len(kept.parts[kind].components) for kind in fitted.kinds}
     text = ", ".join(f"{kind}: {total[kind]:,} ({used[kind]:,} hold 90 % of the variance)" for kind in total)
     rows = "images" if fitted.tokens is None else "tokens"
-    out.print(f"components of {fitted.count} {rows} in {seconds:.1f} s: {text}; written to {out_file}")
     write_numbers(
-        json_file, {rows: fitted.count, "seconds": seconds, "components": total, "energy_0.90": used}
+        json_file,
+        {
+            rows: fitted.count,
+            "seconds": seconds,
+            "components": total,
+            "energy_0.90": used,
+            **reader.account(),
+        },
     )
+    reader.report()
+    out.print(f"components of {fitted.count} {rows} in {seconds:.1f} s: {text}; written to {out_file}")

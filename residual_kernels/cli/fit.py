@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -13,27 +14,23 @@ from residual_kernels.adapters.methods import METHODS, Method, build, identity
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
-from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
-    Batch,
     ClassNames,
-    DataRoot,
     Device,
-    Download,
     FitMethod,
     Json,
     Model,
-    OnUnreadable,
     Pretrained,
     Rest,
     Templates,
     Tokens,
-    Unreadable,
-    Workers,
 )
+from residual_kernels.cli.outputs import new_file, new_folder
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
+from residual_kernels.data.classes import Relabelled, positions
 from residual_kernels.train.inside import StreamImages, fit_stream
 from residual_kernels.train.labels import shots_of
 from residual_kernels.train.tuning import PROBE
@@ -41,15 +38,18 @@ from residual_kernels.units.cache import HELD_OUT, UnitCache, encode
 from residual_kernels.zeroshot import ZeroShotHead
 
 
+@reads_images
 def fit_command(
     data: Annotated[
-        Path, typer.Option(help="training images: ImageFolder, a zip of one, or a cache of `encode`")
+        Path, typer.Option(help="labelled training images (as for `encode`), or a cache of `encode`")
     ],
-    out_folder: Annotated[Path, typer.Option("--out", help="folder for the adapter")],
+    out_folder: Annotated[Path, typer.Option("--out", callback=new_folder, help="folder for the adapter")],
+    reader: Reader,
     val: Annotated[
         Path | None,
         typer.Option(
-            help="validation images; by default folds of the training images (auto, probe), or a fifth of them"
+            help="validation images of the same classes, or some; by default folds of the training images (auto, "
+            "probe), or a fifth of them"
         ),
     ] = None,
     method_name: Annotated[
@@ -84,7 +84,9 @@ def fit_command(
         int, typer.Option(min=1, help="fits from so many starts and orders at once; the best is kept")
     ] = 1,
     seed: Annotated[int, typer.Option(help="the first of them")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="30 by default")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="passes over the training images, at most; 30 by default")
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="epochs without a better validation accuracy; 5 by default")
     ] = None,
@@ -96,7 +98,10 @@ def fit_command(
         float, typer.Option(min=0.0, help="pull of every weight to 1: a share of the learning rate each step")
     ] = 0.0,
     checkpoint: Annotated[
-        Path | None, typer.Option(help="file to keep the state in; the same command goes on from there")
+        Path | None,
+        typer.Option(
+            callback=new_file, help="file to keep the state in; the same command resumes from there"
+        ),
     ] = None,
     prototypes: Annotated[
         bool,
@@ -106,11 +111,7 @@ def fit_command(
     pretrained: Pretrained = None,
     class_names: ClassNames = None,
     templates: Templates = None,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
+    batch_size: Annotated[int, typer.Option(min=1, help="images in a step of the fit")] = 64,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -140,26 +141,22 @@ def fit_command(
             _check_runs(method, checkpoint)
         elif tokens is not None:
             raise ValueError(f"--tokens {tokens.value} belongs to stream; {method.name} works at the output")
-    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
     source = reader.open(data, preprocess)
     folders = source.class_names
     if folders is None:
         raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
-    names = prompts.class_names(class_names, folders)
 
     other = None if val is None else reader.open(val, preprocess)
-    if other is not None and other.class_names != folders:
-        raise ValueError(
-            f"{val} has other classes than {data}: {_difference(other.class_names or (), folders)}"
-        )
+    places = None if other is None else positions(other.class_names, folders, val, str(data))
+    names = reader.class_names(class_names, folders, text=not prototypes)
     stream = None
     if not contest and method.runs_the_tower:
-        for images in (source, other):
-            if images is not None:
-                images.class_names = names  # what the head calls these folders
-        stream = StreamImages(source, other, seed, reader.batch_size, reader.workers)
+        if not isinstance(source, UnitCache):
+            source.class_names = names  # what the head calls these folders
+        known = other if places is None or isinstance(other, UnitCache) else Relabelled(other, places)
+        stream = StreamImages(source, known, seed, batch_size, reader.workers)
         training, validation, count = None, stream.validation, len(stream)
     else:
         training = reader.cached(tower, source, kinds_of(source) if contest else method.kinds, "encoding")
@@ -167,6 +164,7 @@ def fit_command(
             validation = reader.cached(
                 tower, other, kinds_of(source) if contest else method.kinds, "encoding validation"
             )
+            validation.labels = torch.tensor(places)[validation.labels]
         elif contest and not prototypes:
             validation = None  # folds judge
         else:  # images that class vectors were made of cannot judge them
@@ -192,7 +190,7 @@ def fit_command(
     if contest:
         run_contest(
             Contest(
-                method_name.value, bases_file, shots, seed, balanced, folders, out_folder, json_file
+                method_name.value, bases_file, shots, seed, balanced, folders, out_folder, json_file, reader
             ),
             tower, head, training, validation,
         )  # fmt: skip
@@ -219,7 +217,7 @@ def fit_command(
     alone = seeds == 1 and len(lr or [0]) == 1
     options = {
         "epochs": epochs or 30, "patience": patience or 5, "class_weight": "balanced" if balanced else None,
-        "shrink": shrink,
+        "shrink": shrink, "batch_size": batch_size,
     }  # fmt: skip
     if stream is not None:
         progress = (lambda row: _say(0, row)) if first and alone else None
@@ -235,7 +233,9 @@ def fit_command(
     fits.put(adapter, fits.best())
     if first:
         save_adapter(adapter, out_folder, head=head, class_folders=folders)
-        _report(fits, base, method, count if shots is None else shots * len(names), out_folder, json_file)
+        _report(
+            fits, base, method, count if shots is None else shots * len(names), out_folder, json_file, reader
+        )
     distributed.finish()
 
 
@@ -262,9 +262,31 @@ def _report(
     images: int,
     out_folder: Path,
     json_file: Path | None,
+    reader: Reader,
 ) -> None:
     best = fits.best()
     result = fits.results[best]
+    seconds = max(one.seconds for one in fits.results)
+    row = result.history[result.best_epoch]
+    write_numbers(
+        json_file,
+        {
+            "method": method.name, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
+            "base_balanced_accuracy": base.balanced_accuracy,
+            "val_balanced_accuracy": row.val_balanced_accuracy, "lr": fits.tasks[best].lr,
+            "seed": fits.tasks[best].seed, "parameters": result.parameters, "seconds": seconds,
+            "best_epoch": result.best_epoch, "history": [vars(row) for row in result.history],
+            "fits": [
+                {
+                    "lr": task.lr, "seed": task.seed, "val_accuracy": one.val_accuracy,
+                    "best_epoch": one.best_epoch, "epochs": len(one.history) - 1, "diverged": one.diverged,
+                }
+                for task, one in zip(fits.tasks, fits.results, strict=True)
+            ],
+            **reader.account(),
+        },
+    )  # fmt: skip
+    reader.report()
     if len(fits.tasks) > 1:
         columns = ("lr", "seed", "epochs", "best", "accuracy", "balanced", "loss")
         table = Table(*columns, title="All fits on validation; * is kept")
@@ -279,7 +301,6 @@ def _report(
                 *("-" if value is None else f"{value:.4f}" for value in seen),
             )
         out.print(table)
-    seconds = max(one.seconds for one in fits.results)
     how = f"best of {len(result.history) - 1} epochs: {result.best_epoch}"
     if result.solver == "convex":
         how = f"convex, about {result.freedom:g} numbers left free"
@@ -297,29 +318,6 @@ def _report(
         err.print(
             f"Only {base.count} validation images chose this; a few more may turn it round.", soft_wrap=True
         )
-    row = result.history[result.best_epoch]
-    write_numbers(
-        json_file,
-        {
-            "method": method.name, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
-            "base_balanced_accuracy": base.balanced_accuracy,
-            "val_balanced_accuracy": row.val_balanced_accuracy, "lr": fits.tasks[best].lr,
-            "seed": fits.tasks[best].seed, "parameters": result.parameters, "seconds": seconds,
-            "best_epoch": result.best_epoch, "history": [vars(row) for row in result.history],
-            "fits": [
-                {
-                    "lr": task.lr, "seed": task.seed, "val_accuracy": one.val_accuracy,
-                    "best_epoch": one.best_epoch, "epochs": len(one.history) - 1, "diverged": one.diverged,
-                }
-                for task, one in zip(fits.tasks, fits.results, strict=True)
-            ],
-        },
-    )  # fmt: skip
-
-
-def _difference(a: tuple[str, ...], b: tuple[str, ...]) -> str:
-    only = sorted(set(a) ^ set(b))
-    return ", ".join(only[:5]) if only else "the same names in another order"
 
 
 def _bases_for(

@@ -11,7 +11,7 @@ from residual_kernels import distributed, train
 from residual_kernels.adapters.folder import save_adapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.cli.inputs import is_cache
+from residual_kernels.cli.inputs import Reader, is_cache
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.train.tuning import PROBE
 from residual_kernels.units.cache import UnitCache
@@ -33,6 +33,7 @@ class Contest:
     folders: Sequence[str]
     out_folder: Path
     json_file: Path | None
+    reader: Reader
 
 
 def check_options(method: str, given: dict[str, bool]) -> None:
@@ -82,24 +83,7 @@ def run_contest(
 
 def _report(contest: Contest, found: train.TuneResult) -> None:
     how = "validation images" if found.judged_by == "validation" else "held-out training images"
-    table = Table("candidate", "numbers", "accuracy", "loss", "note", title=f"On {found.images} {how}")
-    for one in found.table:
-        table.add_row(one.name, f"{one.numbers:,}", f"{one.accuracy:.4f}", f"{one.loss:.4f}", one.note)
-    out.print(table)
-    out.print(found.why, soft_wrap=True)
-    for said in (
-        found.probe and found.probe.replace('ask for the method "probe"', "use --method probe"),
-        found.warning,
-    ):
-        if said:
-            err.print(said, soft_wrap=True)
     numbers = next(one.numbers for one in found.table if one.name == found.winner)
-    what = "validation accuracy" if found.judged_by == "validation" else "accuracy on held-out folds"
-    out.print(
-        f"{what} {found.base_accuracy:.4f} -> {found.accuracy:.4f} with {numbers:,} numbers ({found.winner}, "
-        f"{found.seconds:.1f} s); written to {contest.out_folder}",
-        soft_wrap=True,
-    )
     write_numbers(
         contest.json_file,
         {
@@ -116,5 +100,24 @@ def _report(contest: Contest, found: train.TuneResult) -> None:
             "probe": found.probe,
             "warning": found.warning,
             "candidates": [vars(one) for one in found.table],
+            **contest.reader.account(),
         },
+    )
+    contest.reader.report()
+    table = Table("candidate", "numbers", "accuracy", "loss", "note", title=f"On {found.images} {how}")
+    for one in found.table:
+        table.add_row(one.name, f"{one.numbers:,}", f"{one.accuracy:.4f}", f"{one.loss:.4f}", one.note)
+    out.print(table)
+    out.print(found.why, soft_wrap=True)
+    for said in (
+        found.probe and found.probe.replace('ask for the method "probe"', "use --method probe"),
+        found.warning,
+    ):
+        if said:
+            err.print(said, soft_wrap=True)
+    what = "validation accuracy" if found.judged_by == "validation" else "accuracy on held-out folds"
+    out.print(
+        f"{what} {found.base_accuracy:.4f} -> {found.accuracy:.4f} with {numbers:,} numbers ({found.winner}, "
+        f"{found.seconds:.1f} s); written to {contest.out_folder}",
+        soft_wrap=True,
     )

@@ -1,19 +1,26 @@
-"""What options become: a device, a model, a loader, a cache."""
+"""What options become: a device, a model, images with an account of them, a loader, a cache."""
 
+import functools
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from residual_kernels import distributed
-from residual_kernels.cli.options import OnUnreadable
-from residual_kernels.cli.printing import bar, err
+from residual_kernels.cli import options
+from residual_kernels.cli.options import Identity, OnUnreadable, Orientation
+from residual_kernels.cli.printing import bar, err, out
 from residual_kernels.data import models as sources
-from residual_kernels.data.images import Images, find_unreadable, open_images, without
+from residual_kernels.data import prompts
+from residual_kernels.data.images import Account, Images, find_unreadable, open_images, without
 from residual_kernels.units.cache import MANIFEST, UnitCache, encode
+
+SHOWN = 10  # images or classes named on the screen; --json holds all
 
 
 def device_of(name: str | None) -> torch.device:
@@ -39,31 +46,53 @@ def is_cache(source: UnitCache | Images) -> bool:
 
 @dataclass
 class Reader:
-    """How a command reads images: what its options say of data sets, batches and processes."""
+    """How a command reads images: what its options say of data sets, batches and processes, and what was found."""
 
-    batch_size: int
-    workers: int
-    root: Path | None
-    download: bool
-    unreadable: OnUnreadable
-    left_out: list[str] = field(default_factory=list)  # names of images that could not be read
+    batch_size: int = 64
+    workers: int = 0
+    root: Path | None = None
+    download: bool = False
+    unreadable: OnUnreadable = OnUnreadable.fail
+    orientation: Orientation = Orientation.exif
+    identity: Identity = Identity.auto
+    image_column: str | None = None
+    label_column: str | None = None
+    accounts: list[Account] = field(default_factory=list)  # of every source that was read
 
-    def images(self, path: Path, preprocess: Callable, labelled: bool = True) -> Images:
+    @property
+    def left_out(self) -> list[str]:
+        """Names of images that could not be read."""
+        return [name for account in self.accounts for name in account.left_out]
+
+    def images(self, path: Path, preprocess: Callable, labelled: bool | None = True) -> Images:
         """The images that `path` names; without those that cannot be read, where that was asked for."""
-        found = open_images(path, preprocess, labelled=labelled, root=self.root, download=self.download)
-        if self.unreadable is OnUnreadable.fail:
-            return found
+        skip = self.unreadable is OnUnreadable.skip
+        found = open_images(
+            path, preprocess, labelled=labelled, root=self.root, download=self.download, skip=skip,
+            exif=self.orientation is Orientation.exif, identity=self.identity.value,
+            image_column=self.image_column, label_column=self.label_column,
+        )  # fmt: skip
         first = distributed.rank() == 0
-        with bar("looking for unreadable images", len(found), quiet=not first) as step:
-            bad = find_unreadable(found, self.workers, step)
-        if bad and first:
-            err.print(f"{len(bad)} of {len(found)} images of {path} cannot be read and are left out:")
-            for reason in bad.values():
-                err.print(f"  {reason}", soft_wrap=True)
-        self.left_out += [found.names[row] for row in bad]
-        return without(found, bad)
+        if skip:
+            with bar("looking for unreadable images", len(found), quiet=not first) as step:
+                bad = find_unreadable(found, self.workers, step)
+            if bad and first:
+                self._name(path, len(found), list(bad.values()))
+            found = without(found, bad)
+        self.accounts.append(found.account)
+        if first:
+            for line in found.account.warnings():
+                err.print(line, soft_wrap=True)
+        return found
 
-    def open(self, path: Path, preprocess: Callable, labelled: bool = True) -> UnitCache | Images:
+    def _name(self, path: Path, count: int, reasons: list[str]) -> None:
+        err.print(f"{len(reasons)} of {count} images of {path} cannot be read and are left out:")
+        for reason in reasons[:SHOWN]:
+            err.print(f"  {reason}", soft_wrap=True)
+        if len(reasons) > SHOWN:
+            err.print(f"  ... and {len(reasons) - SHOWN} more")
+
+    def open(self, path: Path, preprocess: Callable, labelled: bool | None = True) -> UnitCache | Images:
         """The cache or the images that `path` names."""
         if (path / MANIFEST).is_file():
             return UnitCache.load(path)
@@ -92,6 +121,13 @@ class Reader:
     ) -> UnitCache:
         """The cache of images: read before where `--data` named one, made now otherwise."""
         if is_cache(source):
+            lacking = [kind for kind in kinds if kind not in source.kinds]
+            if lacking:
+                flags = " ".join(f"--kinds {kind}" for kind in (*source.kinds, *lacking))
+                raise ValueError(
+                    f"the cache holds units of kind {', '.join(source.kinds) or 'none'}, and {', '.join(lacking)} is "
+                    f"needed; encode the images with {flags}"
+                )
             source.check(tower, kinds)
             return source
         if distributed.world() > 1:
@@ -102,4 +138,82 @@ class Reader:
         with bar(title, len(source)) as step:
             return encode(
                 tower, self.loader(source), None, kinds, class_names=source.class_names, progress=step
-            )  # fmt: skip
+            )
+
+    def class_names(self, source: str | None, folders: tuple[str, ...], text: bool) -> tuple[str, ...]:
+        """The name of every class in the prompts, shown beside its folder where the user gave the names.
+
+        Args:
+            source: what --class-names says.
+            folders: the class folders, or the class numbers of shards.
+            text: whether a text tower will read the names.
+        """
+        names = prompts.class_names(source, folders)
+        for account in self.accounts:
+            account.pair(folders, names)
+        if source is not None:
+            pairs = [f"{folder} = {name}" for folder, name in zip(folders, names, strict=True)]
+            more = f" ... ({len(pairs)} in all)" if len(pairs) > SHOWN else ""
+            err.print(f"class names of {source}: {', '.join(pairs[:SHOWN])}{more}", soft_wrap=True)
+        elif text and prompts.are_numbers(names):
+            err.print(
+                f"the classes are called {', '.join(names[:3])} ..., and that is what the text tower reads; where "
+                "these numbers stand for names, give --class-names",
+                soft_wrap=True,
+            )
+        return names
+
+    def report(self) -> None:
+        """Prints a line for every source."""
+        for account in self.accounts:
+            out.print(account.summary(), soft_wrap=True)
+
+    def account(self) -> dict[str, Any]:
+        """For JSON: names of images left out, and the account of every source."""
+        return {"unreadable": self.left_out, "reading": [account.to_dict() for account in self.accounts]}
+
+
+_OPTIONS = {  # of a Reader: parameter of the command -> (its type, default)
+    "batch_size": (options.EncodeBatch, 64),
+    "workers": (options.Workers, 0),
+    "data_root": (options.DataRoot, None),
+    "download": (options.Download, False),
+    "unreadable": (options.Unreadable, OnUnreadable.fail),
+    "orientation": (options.Oriented, Orientation.exif),
+    "image_column": (options.ImageColumn, None),
+    "label_column": (options.LabelColumn, None),
+}
+
+
+def reads_images(command: Callable) -> Callable:
+    """A command with a parameter `reader` gets the options of a :class:`Reader` in its place.
+
+    Where the command has a `batch_size` of its own, that of the reader is called --encode-batch alone.
+    """
+    signature = inspect.signature(command)
+    given = dict(_OPTIONS)
+    if "batch_size" in signature.parameters:
+        del given["batch_size"]
+        given["encode_batch"] = (options.EncodeBatchOnly, 64)
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in signature.parameters.values()
+        if parameter.name != "reader"
+    ]
+    shared = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in given.items()
+    ]
+    parameters = own[:-2] + shared + own[-2:]  # before --device and --json, which every command has last
+
+    @functools.wraps(command)
+    def called(**values: Any) -> None:
+        mine = {name: values.pop(name) for name in given}
+        mine["root"] = mine.pop("data_root")
+        if "encode_batch" in mine:
+            mine["batch_size"] = mine.pop("encode_batch")
+        command(reader=Reader(**mine), **values)
+
+    called.__signature__ = signature.replace(parameters=parameters)
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called

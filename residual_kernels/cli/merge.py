@@ -13,7 +13,8 @@ from residual_kernels.adapters import export
 from residual_kernels.adapters.folder import load_adapter
 from residual_kernels.bundled.drawings import drawn_images
 from residual_kernels.cli.inputs import prepare
-from residual_kernels.cli.options import Adapter, Json, Model, Pretrained
+from residual_kernels.cli.options import Adapter, Json, Model, Pretrained, Run, run_folder
+from residual_kernels.cli.outputs import new_file
 from residual_kernels.cli.printing import out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.files import atomic_path, write_safetensors
@@ -23,18 +24,22 @@ PICTURES = 8  # that the file is checked with
 
 
 def merge_command(
-    adapter: Adapter,
     out_file: Annotated[
         Path,
         typer.Option(
-            "--out", help=".onnx, .pt2 (torch.export), or .safetensors for an adapter in the stream"
+            "--out",
+            callback=new_file,
+            help=".onnx, .pt2 (torch.export), or .safetensors for an adapter in the stream",
         ),
     ],
+    run: Run = None,
+    adapter: Adapter = None,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
     json_file: Json = None,
 ) -> None:
     """Fold an adapter's weights away and write the image encoder (.onnx, .pt2) or the whole model's weights."""
+    adapter = run_folder(run, adapter)
     if out_file.suffix not in (*export.ENDINGS, WEIGHTS):
         raise ValueError(f"--out must end with {', '.join((*export.ENDINGS, WEIGHTS))}; got {out_file.name}")
     clip, preprocess, _ = prepare(model, pretrained, "cpu")
@@ -57,11 +62,11 @@ def merge_command(
         error = export.write(merged, out_file, images)
         what = f"an image encoder for any number of images {list(images.shape[1:])}"
     size = out_file.stat().st_size
+    write_numbers(json_file, {"file": str(out_file), "bytes": size, "relative_error": error})
     out.print(
         f"{out_file}: {what}, {size / 1e6:.1f} MB. On {PICTURES} drawn images its embeddings are within {error:.1e} of "
         "the adapter's (relative error)."
     )
-    write_numbers(json_file, {"file": str(out_file), "bytes": size, "relative_error": error})
 
 
 def _embedding(output: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from residual_kernels.adapters.method_names import BASE, NAMES
+from residual_kernels.cli import outputs
 
 Model = Annotated[
     str,
@@ -20,8 +21,8 @@ Pretrained = Annotated[
 Data = Annotated[
     Path,
     typer.Option(
-        help="an ImageFolder directory, a zip of one (photos.zip/train works too), WebDataset shards "
-        "(shards/{000..099}.tar), torchvision:NAME@PART or hf:NAME@PART"
+        help="a folder of class folders, a zip of one (photos.zip/train works too), WebDataset shards "
+        "(shards/{000..099}.tar), torchvision:NAME@PART, hf:NAME@PART, or a cache of `encode`"
     ),
 ]
 DataRoot = Annotated[
@@ -42,17 +43,75 @@ Unreadable = Annotated[
         help="an image that cannot be read: an error, or left out and named (reads every image once more)"
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="also write the numbers to this file")]
-Batch = Annotated[int, typer.Option(min=1, help="images per batch while encoding")]
+
+
+class Orientation(str, Enum):
+    exif = "exif"
+    stored = "stored"
+
+
+class Identity(str, Enum):
+    auto = "auto"
+    stat = "stat"
+    digest = "digest"
+
+
+Oriented = Annotated[
+    Orientation,
+    typer.Option(
+        help="exif: photographs are turned upright as their EXIF tag says, as viewers show them; stored: they are left "
+        "as torchvision and open_clip read them"
+    ),
+]
+Identified = Annotated[
+    Identity,
+    typer.Option(
+        help="what tells an image from another when a cache is found again: digest (its bytes), stat (size and time of "
+        "change), or auto: the digest for data below 4 GiB"
+    ),
+]
+ImageColumn = Annotated[str | None, typer.Option(help="hf: the column of images, where several would do")]
+LabelColumn = Annotated[
+    str | None, typer.Option(help="hf: the column of labels (classes, strings or integers)")
+]
+Json = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        callback=outputs.json_file,
+        help="also write the numbers to this file; - for standard output",
+    ),
+]
+EncodeBatch = Annotated[
+    int,
+    typer.Option("--encode-batch", "--batch-size", min=1, help="images that go through the tower together"),
+]
+EncodeBatchOnly = Annotated[
+    int, typer.Option("--encode-batch", min=1, help="images that go through the tower together")
+]
 Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU when there is one")]
 ClassNames = Annotated[
-    str | None, typer.Option(help="file with a class name a line, in the folders' sorted order")
+    str | None,
+    typer.Option(
+        help="file with a class name a line in the folders' order (by number where all are numbers), or lines of "
+        "folder<TAB>name, or clip_benchmark:NAME"
+    ),
 ]
 Templates = Annotated[
-    str | None, typer.Option(help="file with a template a line, or open_clip's `openai` or `simple`")
+    str | None,
+    typer.Option(
+        help="file with a template a line, open_clip's `openai` or `simple`, or clip_benchmark:NAME"
+    ),
 ]
-Adapter = Annotated[Path, typer.Option(help="the folder that `fit` wrote")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="the folder that `fit` wrote")]
+Run = Annotated[Path | None, typer.Argument(help="the folder that `fit` wrote, in place of --adapter")]
+Words = Annotated[
+    Path | None,
+    typer.Option(
+        "--words", "--dictionary", help="file with a word or phrase a line; the bundled model has its own"
+    ),
+]
 
 
 class Kind(str, Enum):
@@ -89,3 +148,10 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+def run_folder(run: Path | None, adapter: Path | None) -> Path:
+    """The one folder of a fitted adapter that RUN or --adapter names."""
+    if (run is None) == (adapter is None):
+        raise ValueError("name the folder that `fit` wrote once: as RUN or with --adapter")
+    return run or adapter

@@ -5,46 +5,41 @@ from typing import Annotated
 
 import typer
 
-from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
-    Batch,
+    Adapter,
     Data,
-    DataRoot,
     Device,
-    Download,
     Json,
     Model,
-    OnUnreadable,
     Pretrained,
-    Unreadable,
-    Workers,
+    Run,
+    Words,
+    run_folder,
 )
-from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.outputs import new_file
+from residual_kernels.cli.printing import out, status, write_numbers
 from residual_kernels.cli.use import aligned, class_folders, kept
 from residual_kernels.data import models as sources
 from residual_kernels.data.images import Images
 
 
+@reads_images
 def report(
-    run: Annotated[Path, typer.Argument(help="the folder that `fit` wrote")],
     data: Data,
+    reader: Reader,
+    run: Run = None,
+    adapter: Adapter = None,
     images: Annotated[
         Path | None, typer.Option(help="the images of --data, where that is a cache of `encode`")
     ] = None,
-    dictionary: Annotated[
-        Path | None,
-        typer.Option(help="file of words for the components, one a line; a small one is built in"),
-    ] = None,
+    dictionary: Words = None,
     out_file: Annotated[
-        Path | None, typer.Option("--out", help="the page to write; RUN/report.html by default")
+        Path | None,
+        typer.Option("--out", callback=new_file, help="the page to write; RUN/report.html by default"),
     ] = None,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
@@ -54,14 +49,14 @@ def report(
     from residual_kernels.report.facts import Source
     from residual_kernels.report.page import check_page
 
+    run = run_folder(run, adapter)
     page = out_file or run / "report.html"
     check_page(page)
-    reader = Reader(batch_size, workers, data_root, download, unreadable)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     module, head = kept(clip, run)
     words = None
     if tokenizer is None and dictionary is not None:
-        raise ValueError(f"{model} embeds no text, so --dictionary cannot be encoded; leave it out")
+        raise ValueError(f"{model} embeds no text, so --words cannot be encoded; leave it out")
     if tokenizer is not None:
         if dictionary is None:
             words = TextDictionary.bundled(clip, tokenizer)
@@ -81,22 +76,24 @@ def report(
         raise ValueError(
             f"{images} holds {len(pictures)} images, but the cache at {data} was made of {int(cache.ids.max()) + 1}"
         )
-    with err.status("reading") as status:
+    with status("reading") as say:
         facts = gather(
             module, head, cache, Source(model, str(data), str(run)), dictionary=words,
-            say=lambda text: status.update(text)
+            say=say,
         )  # fmt: skip
-        status.update("drawing")
+        say("drawing")
         page, files = write_report(facts, page, cache, pictures)
     size = page.stat().st_size / 1e6
-    out.print(
-        f"accuracy {facts.before.accuracy:.4f} -> {facts.after.accuracy:.4f} on {facts.images} images; "
-        f"{page} ({size:.1f} MB) and {len(files)} figures and tables in {page.with_suffix('')}"
-    )
     write_numbers(
         json_file,
         {
             "images": facts.images, "base_accuracy": facts.before.accuracy, "accuracy": facts.after.accuracy,
             "page": str(page), "files": [str(path) for path in files],
+            **reader.account(),
         },
     )  # fmt: skip
+    reader.report()
+    out.print(
+        f"accuracy {facts.before.accuracy:.4f} -> {facts.after.accuracy:.4f} on {facts.images} images; "
+        f"{page} ({size:.1f} MB) and {len(files)} figures and tables in {page.with_suffix('')}"
+    )

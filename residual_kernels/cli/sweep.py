@@ -8,7 +8,8 @@ from rich.markdown import Markdown
 
 from residual_kernels.cli.inputs import device_of
 from residual_kernels.cli.options import DataRoot, Device, Download, Json, Workers
-from residual_kernels.cli.printing import err, out, write_numbers
+from residual_kernels.cli.outputs import new_folder
+from residual_kernels.cli.printing import out, status, write_numbers
 from residual_kernels.experiments.sweep import Sweep, SweepPlan, SweepTable
 
 
@@ -16,7 +17,11 @@ def sweep(
     plan: Annotated[Path, typer.Argument(help="YAML file with towers, data and methods; README shows one")],
     out_folder: Annotated[
         Path,
-        typer.Option("--out", help="folder for caches, results and the table; a stopped sweep goes on there"),
+        typer.Option(
+            "--out",
+            callback=new_folder,
+            help="folder for caches, results and the table; a stopped sweep resumes there",
+        ),
     ],
     workers: Workers = 0,
     device: Device = None,
@@ -26,14 +31,17 @@ def sweep(
 ) -> None:
     """Fit every method on every data set with every tower, and lay the accuracies out as the paper's main table."""
     chosen = SweepPlan.read(plan)
-    with err.status("starting") as status:
-        rows = Sweep(
-            chosen, out_folder, say=status.update, workers=workers, device=device_of(device),
+    with status("starting") as say:
+        work = Sweep(
+            chosen, out_folder, say=say, workers=workers, device=device_of(device),
             root=data_root, download=download,
-        ).run()  # fmt: skip
+        )  # fmt: skip
+        rows = work.run()
     table = SweepTable.of(rows)
     paths = table.write(out_folder)
+    write_numbers(json_file, {"rows": rows, "reading": [one.to_dict() for one in work.accounts]})
+    for one in work.accounts:
+        out.print(one.summary(), soft_wrap=True)
     out.print(Markdown(table.markdown()))
     for path in paths:
         out.print(f"  {path}")
-    write_numbers(json_file, {"rows": rows})

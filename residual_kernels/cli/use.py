@@ -7,30 +7,27 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from residual_kernels import train
 from residual_kernels.adapters.folder import CLASSES, HEAD, load_adapter, load_class_folders, load_head
 from residual_kernels.adapters.methods import identity
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.cli.inputs import Reader, prepare
+from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     Adapter,
-    Batch,
     Data,
-    DataRoot,
     Device,
-    Download,
     Json,
     Model,
-    OnUnreadable,
     Pretrained,
-    Unreadable,
-    Workers,
+    Run,
+    run_folder,
 )
+from residual_kernels.cli.outputs import new_file
 from residual_kernels.cli.printing import bar, err, out, write_numbers
 from residual_kernels.data import models as sources
+from residual_kernels.data.classes import Relabelled, positions
 from residual_kernels.data.images import Images
 from residual_kernels.files import write_csv
 from residual_kernels.units.cache import UnitCache
@@ -71,86 +68,52 @@ def aligned(
 
     `names` are what the adapter's head calls those folders.
     """
-    cache.labels = torch.tensor(positions(cache.class_names, folders, data))[cache.labels]
+    if cache.labels is None:
+        raise ValueError(f"{data} has no labels; name a folder of class folders, or a cache of one")
+    cache.labels = torch.tensor(positions(cache.class_names, folders, data, "the adapter"))[cache.labels]
     cache.class_names = folders if names is None else names
     return cache
 
 
-class _Relabelled(Dataset):
-    """Images with their labels renumbered alike."""
-
-    def __init__(self, images: Dataset, numbers: list[int]):
-        self.images, self.numbers = images, numbers
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
-        return image, self.numbers[label]
-
-
-def positions(names: tuple[str, ...] | None, folders: tuple[str, ...], data: Path) -> list[int]:
-    """Where each of `names` stands among the folders that the adapter was fitted to."""
-    if names is None:
-        raise ValueError(f"the cache at {data} holds no class names; encode a folder of classes")
-    foreign = [name for name in names if name not in folders]
-    if foreign:
-        raise ValueError(
-            f"{data} has classes that the adapter was not fitted to: {', '.join(foreign[:5])}; it knows "
-            f"{', '.join(folders[:5])}{' ...' if len(folders) > 5 else ''}"
-        )
-    return [folders.index(name) for name in names]
-
-
+@reads_images
 def eval_command(
-    adapter: Adapter,
     data: Data,
+    reader: Reader,
+    run: Run = None,
+    adapter: Adapter = None,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     confusion: Annotated[
         Path | None,
-        typer.Option(help="also write the confusion matrix to this CSV: a row for each true class"),
+        typer.Option(
+            callback=new_file, help="also write the confusion matrix to this CSV: a row for each true class"
+        ),
     ] = None,
     json_file: Json = None,
 ) -> None:
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
-    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    adapter = run_folder(run, adapter)
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
     folders = class_folders(adapter)
     source = reader.open(data, preprocess)
     if module.placement == "stream":
         images = reader.only_images(source, data)
-        images = _Relabelled(images, positions(images.class_names, folders, data))
+        images = Relabelled(images, positions(images.class_names, folders, data, "the adapter"))
         source = reader.loader(images)
     else:
         kinds = module.adapted
         cache = reader.cached(module.tower, source, kinds, "encoding")
         source = aligned(cache, folders, data, head.class_names)
     before, after = train.evaluate(identity(module.tower), head, source), train.evaluate(module, head, source)
-    table = Table("class", "images", "without", "with", title=f"{data}")
     counts = after.confusion.sum(1).tolist()
-    for index, name in enumerate(head.class_names):
-        both = (before.class_accuracy[index], after.class_accuracy[index])
-        table.add_row(name, str(counts[index]), *(f"{one:.3f}" if counts[index] else "-" for one in both))
-    table.add_section()
-    table.add_row("all", str(after.count), f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")
-    table.add_row("balanced", "", f"{before.balanced_accuracy:.3f}", f"{after.balanced_accuracy:.3f}")
-    out.print(table)
-    _warn(before.accuracy, after.accuracy, after.count)
     if confusion is not None:
         counted = zip(head.class_names, after.confusion.tolist(), strict=True)
         write_csv(confusion, [["true class", *head.class_names], *([name, *row] for name, row in counted)])
     write_numbers(
         json_file,
         {
-            "images": after.count, "unreadable": reader.left_out,
+            "images": after.count, **reader.account(),
             "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
             "base_balanced_accuracy": before.balanced_accuracy, "balanced_accuracy": after.balanced_accuracy,
             "class_accuracy": {
@@ -160,6 +123,16 @@ def eval_command(
             "confusion": after.confusion.tolist(),
         },
     )  # fmt: skip
+    reader.report()
+    table = Table("class", "images", "without", "with", title=f"{data}")
+    for index, name in enumerate(head.class_names):
+        both = (before.class_accuracy[index], after.class_accuracy[index])
+        table.add_row(name, str(counts[index]), *(f"{one:.3f}" if counts[index] else "-" for one in both))
+    table.add_section()
+    table.add_row("all", str(after.count), f"{before.accuracy:.3f}", f"{after.accuracy:.3f}")
+    table.add_row("balanced", "", f"{before.balanced_accuracy:.3f}", f"{after.balanced_accuracy:.3f}")
+    out.print(table)
+    _warn(before.accuracy, after.accuracy, after.count)
 
 
 def _warn(before: float, after: float, images: int) -> None:
@@ -195,22 +168,24 @@ def _check_on_folders(
     _warn(float((alone.labels == labels).double().mean()), after, len(rows))
 
 
+@reads_images
 def predict(
-    adapter: Adapter,
-    data: Annotated[Path, typer.Option(help="a folder of images, flat or nested, or a zip of one")],
-    out_file: Annotated[Path, typer.Option("--out", help="the CSV to write: image, label, probability")],
+    data: Annotated[
+        Path, typer.Option(help="images as for `encode`; a folder may be flat or nested, labels are not read")
+    ],
+    out_file: Annotated[
+        Path, typer.Option("--out", callback=new_file, help="the CSV to write: image, label, probability")
+    ],
+    reader: Reader,
+    run: Run = None,
+    adapter: Adapter = None,
     model: Model = sources.BUNDLED,
     pretrained: Pretrained = None,
-    batch_size: Batch = 64,
-    workers: Workers = 0,
-    data_root: DataRoot = None,
-    download: Download = False,
-    unreadable: Unreadable = OnUnreadable.fail,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """Label new images: a CSV of image, label and probability."""
-    reader = Reader(batch_size, workers, data_root, download, unreadable)
+    adapter = run_folder(run, adapter)
     module, head, preprocess = _fitted(model, pretrained, device, adapter)
     images = reader.images(data, preprocess, labelled=False)
     with bar("reading", len(images)) as step:
@@ -230,13 +205,14 @@ def predict(
     common = ", ".join(
         f"{n} {name}" for n, name in sorted(zip(counts, head.class_names, strict=True), reverse=True)[:5]
     )
-    out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
-    _check_on_folders(module, head, adapter, images, found, reader)
     write_numbers(
         json_file,
         {
             "images": len(images),
             "counts": dict(zip(head.class_names, counts, strict=True)),
-            "unreadable": reader.left_out,
+            **reader.account(),
         },
     )
+    reader.report()
+    out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
+    _check_on_folders(module, head, adapter, images, found, reader)

@@ -29,7 +29,8 @@ from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
-from residual_kernels.data.images import Images, open_images
+from residual_kernels.data.classes import positions
+from residual_kernels.data.images import Account, Images, open_images
 from residual_kernels.files import SCHEMA, Head, read_json, together, write_csv, write_json, write_text
 from residual_kernels.schema import Count, read_bytes, typed
 from residual_kernels.towers import KINDS
@@ -172,6 +173,7 @@ class Sweep:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     root: Path | None = None  # of data sets by name
     download: bool = False
+    accounts: list[Account] = field(default_factory=list)  # of every source that was read
 
     def run(self) -> list[dict]:
         """Runs what is not there yet and returns a row for every fit: tower, data, method, seed, accuracy and more."""
@@ -212,6 +214,7 @@ class _TowerWork:
     def encoded(self, source: str, folder: Path, labelled: bool) -> UnitCache:
         """The cache of a data set, in `folder` of this sweep: made, gone on with, or read."""
         images = self.images(source, labelled)
+        self.sweep.accounts.append(images.account)
         loader = DataLoader(images, batch_size=self.plan.batch_size, num_workers=self.sweep.workers)
         self.sweep.say(f"{self.spec.label}: encoding {source}")
         return encode(
@@ -286,8 +289,8 @@ class _DataWork:
         else:
             val = self.tower.encoded(self.data.val, place / "val", labelled=True)
         for name, part in (("val", val), ("test", test)):
-            if part.class_names != train.class_names:
-                raise ValueError(f"{self.data.name}: {name} has other classes than train")
+            places = positions(part.class_names, train.class_names, f"{self.data.name}: {name}", "train")
+            part.labels = torch.tensor(places)[part.labels]
         return train, val, test
 
     @functools.cached_property

@@ -1,0 +1,79 @@
+"""Why does a file not hold a model's weights? The whole reason, in one line."""
+
+import pickle
+import re
+from pathlib import Path
+
+_POINTER = b"version https://git-lfs"
+_HEAD = 512  # bytes that tell what a file is
+_SHOWN = 3  # keys of each kind in a message
+
+# What torch, safetensors and open_clip raise about a file that holds something else.
+ABOUT_WEIGHTS = (
+    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError,
+    StopIteration, ValueError,
+)  # fmt: skip
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for a file that is no checkpoint at first sight."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the checkpoint file in it")
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    what = None
+    if not head:
+        what = "is empty"
+    elif head.startswith(_POINTER):
+        what = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
+    elif head.lstrip()[:1] == b"<":
+        what = "is a web page, not weights; download the file itself"
+    if what is not None:
+        raise ValueError(f"{path} {what}")
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong with a checkpoint, from the error of the library that read it."""
+    text = str(error)
+    if "Error(s) in loading state_dict" in text:
+        return _differences(text)
+    found = re.search(r"WeightsUnpickler error: (.*)", text)
+    if found is not None:
+        what = found[1].strip().rstrip(".")
+        return (
+            f"it holds more than tensors ({what}), and loading that could run code; save it as .safetensors"
+        )
+    found = re.search(r"'(\w+)' object has no attribute '(?:items|keys)'", text)
+    if found is not None:
+        return f"it holds a {found[1]}, not weights by name"
+    if isinstance(error, StopIteration):
+        return "it holds no weights"
+    if isinstance(error, KeyError | IndexError):
+        return f"it has no entry {text}"
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+def _differences(text: str) -> str:
+    """The keys and shapes that differ, counted, with the first of each kind."""
+    parts = []
+    for title, word in (("Missing key(s)", "it lacks"), ("Unexpected key(s)", "it also has")):
+        line = next((line for line in text.splitlines() if title in line), "")
+        keys = re.findall(r'"([^"]+)"', line)
+        if keys:
+            parts.append(f"{word} {_counted(keys, 'weights')}")
+    shapes = re.findall(
+        r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
+        r"the shape in current model is torch\.Size\(\[(.*?)\]\)", text
+    )  # fmt: skip
+    if shapes:
+        rows = [f"{key} [{there}] where the model has [{here}]" for key, there, here in shapes]
+        parts.append(_counted(rows, "weights have other shapes", first=True))
+    return "; ".join(parts) or " ".join(text.split())[:300]
+
+
+def _counted(rows: list[str], what: str, first: bool = False) -> str:
+    more = " ..." if len(rows) > _SHOWN else ""
+    number = "1 weight" + what.removeprefix("weights") if len(rows) == 1 else f"{len(rows)} {what}"
+    if first and len(rows) == 1:
+        number = number.replace("have other shapes", "has another shape")
+    return f"{number} ({', '.join(rows[:_SHOWN])}{more})"
