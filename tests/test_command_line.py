@@ -15,6 +15,7 @@ from PIL import Image
 from typer.main import get_command
 
 from residual_kernels import __version__, cli, train
+from residual_kernels.cli import analyze as analyzing
 from residual_kernels.cli import inputs, outputs, printing
 
 NAMES = ("cat", "dog")
@@ -246,7 +247,7 @@ def test_every_source_gives_the_same_account(run, photos, tmp_path):
         assert [row["images"] for row in account["classes"]] == [3, 3]
 
 
-def test_a_flat_folder_is_encoded_and_analysed(run, tmp_path):
+def test_a_flat_folder_is_encoded_and_analysed(run, tmp_path, monkeypatch):
     flat = tmp_path / "flat"
     flat.mkdir()
     for number in range(6):
@@ -254,10 +255,14 @@ def test_a_flat_folder_is_encoded_and_analysed(run, tmp_path):
     code, out, err = run("encode", "--data", flat, "--out", tmp_path / "c")
     assert code == 0, err
     assert "6 images of no classes" in out
-    code, out, err = run("analyze", "--data", flat, "--out", tmp_path / "a", "--json", tmp_path / "a.json")
-    assert code == 0, err
-    assert "no labels with class names" in out
-    assert json.loads((tmp_path / "a.json").read_text())["reading"][0]["read"] == 6
+
+    def analysed(tower, cache, head, *rest, **options):
+        assert (len(cache), cache.labels, head) == (6, None, None)
+        raise ValueError("all of it was read")
+
+    monkeypatch.setattr(analyzing, "analyze", analysed)
+    code, _, err = run("analyze", "--data", flat, "--out", tmp_path / "a")
+    assert (code, err) == (2, "error: all of it was read\n")
     code, _, err = run("fit", "--data", tmp_path / "c", "--out", tmp_path / "o")
     assert code == 2
     assert "holds no class names" in err
