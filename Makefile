@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|core|wide
+gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|host|core|wide
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)
 
 docs: $(INSTALLED)  ## the documentation site, in build/site; a warning is an error

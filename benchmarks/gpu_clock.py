@@ -82,6 +82,26 @@ class Bench:
         self.save()
         return seconds
 
+    def wall(self, provider: str, call: Call, **fields: object) -> float | None:
+        """Wall seconds of an eager call among many, the device waited for once at the end."""
+        seconds = None
+        call()
+        if not self.tiny:
+            rounds = []
+            for _ in range(REPLAYS):
+                torch.cuda.synchronize()
+                before = time.perf_counter()
+                for _ in range(50):
+                    call()
+                torch.cuda.synchronize()
+                rounds.append((time.perf_counter() - before) / 50)
+            seconds = statistics.median(rounds)
+        self.rows.append({"provider": provider, "seconds": seconds, "note": "", **fields})
+        shown = "not timed" if seconds is None else f"{1e6 * seconds:9.1f} us"
+        print("  ".join([*map(str, fields.values()), provider, shown]), flush=True)
+        self.save()
+        return seconds
+
     def find(self, provider: str, **fields: object) -> float | None:
         for row in self.rows:
             if row["provider"] == provider and all(row.get(key) == value for key, value in fields.items()):

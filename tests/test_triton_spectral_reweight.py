@@ -570,3 +570,36 @@ def test_offsets_past_two_to_the_31(route, device, force):
     truth, terms = truth_and_terms(arguments, dy, ("weight",))
     assert_within(y[-128:], truth["y"], terms["y"], "y")
     assert_within(dweight, truth["dweight"], terms["dweight"], "dweight", dtype=torch.bfloat16)
+
+
+# --- workspace --------------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_says_what_may_be_spent(monkeypatch):
+    wide = replace(L14, rows=8192)
+    assert triton_routes.workspace_rows(replace(wide, workspace=0)) == 64
+    assert triton_routes.workspace_rows(replace(wide, workspace=1 << 40)) > wide.rows
+    rows = triton_routes.workspace_rows(wide)
+    assert rows * wide.padded * wide.itemsize <= triton_routes.workspace_bytes(wide)
+    with pytest.raises(ValueError, match="at least 0 bytes; got -1"):
+        ops.set_workspace(-1)
+    ops.set_workspace(5)
+    try:
+        assert triton_routes.allowed_workspace() == 5
+    finally:
+        ops.set_workspace(None)
+    monkeypatch.setenv("RESIDUAL_KERNELS_WORKSPACE", "many")
+    with pytest.raises(ValueError, match="a number of bytes; got 'many'"):
+        triton_routes.allowed_workspace()
+    monkeypatch.setenv("RESIDUAL_KERNELS_WORKSPACE", "7")
+    assert triton_routes.allowed_workspace() == 7
+
+
+@pytest.mark.parametrize("wanted", [("weight",), ("z",), ("weight", "z")], ids="-".join)
+@pytest.mark.parametrize("kept", [[16, 16, 16], [18, 5, 0]], ids=str)
+def test_the_stream_form_on_tensor_cores(kept, wanted, device, force, tf32):
+    """The kernel for scale = mean = None: t shares dz's memory when every unit keeps C components."""
+    if device != "cpu":
+        pytest.skip("tf32 has its own bound on a device")
+    force("two_pass")
+    check(*make(70, 16, 24, kept, scale=False, mean=False), device, wanted)

@@ -6,8 +6,6 @@ fused      one kernel reads z, proj and basis once; nothing of size N x J exists
            what takes the time (few rows).
 two_pass   coefficients, or t = dy . basis, in a bounded workspace, and the vendor's matrix product over J. Best with
            many rows, where the vendor's product is the faster one and pays for the workspace's traffic.
-blocked    dweight alone, from blocks of 128 components that cross units: a matrix product with the coefficients in its
-           epilogue. No workspace, one launch.
 folded     F[r] = sum_j proj[j]^T weight[j] basis[j] first, then one vendor product [N, R*C] x [R*C, D]. Best when
            the units keep about as many components as they have coordinates and the rows pay for the fold.
 matmul     the calls of the torch backend: units wider than 128 coordinates where the fold does not pay, or cannot serve
