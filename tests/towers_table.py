@@ -198,6 +198,8 @@ structure sum to the tower's output.
 * *z*: what a cache holds of all heads of one image in float32. With attention pooling a head has no short form, so it
   holds the heads' outputs themselves (C = D); README says what that costs.
 * Below each list: the towers that are refused, with the reason that the library gives.
+* Wrapped, cast, averaged and quantised towers, the check against the model itself, and a recipe for a tower that nobody
+  has seen: [TOWERS_IN_USE.md](TOWERS_IN_USE.md).
 """
 
 
