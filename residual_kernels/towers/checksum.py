@@ -2,6 +2,7 @@
 
 import hashlib
 import weakref
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +22,44 @@ def checksum(tower: nn.Module) -> str:
     if known is not None and known[0] == stamp:
         return known[1]
     digest = hashlib.sha256()
-    for name, tensor in state:
+    for (name, tensor), value in zip(state, on_cpu([_rounded(tensor) for _, tensor in state]), strict=True):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        value = tensor.detach().to("cpu")
-        if value.is_floating_point():
-            value = value.to(torch.bfloat16).view(torch.int16)
-        digest.update(value.contiguous().numpy().data)
+        digest.update(value.numpy().data)
     _checksums[tower] = stamp, digest.hexdigest()
     return digest.hexdigest()
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """What of a tensor counts: floating values as bfloat16. 16 bits on the way from a device, not 32."""
+    value = tensor.detach()
+    return (value.to(torch.bfloat16).view(torch.int16) if value.is_floating_point() else value).contiguous()
+
+
+TOGETHER = 256 << 20  # bytes that travel in one copy
+
+
+def on_cpu(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The same tensors on the CPU, in their order; those of one device travel many at a time, not one by one."""
+    held: list[Tensor] = []
+    for tensor in tensors:
+        if held and (
+            tensor.device != held[0].device or sum(x.nbytes for x in held) + tensor.nbytes > TOGETHER
+        ):
+            yield from _moved(held)
+            held = []
+        held.append(tensor)
+    if held:
+        yield from _moved(held)
+
+
+def _moved(held: list[Tensor]) -> Iterator[Tensor]:
+    """Tensors of one device, moved in one copy."""
+    if held[0].device.type == "cpu":
+        yield from held
+        return
+    flat = torch.cat([x.reshape(-1).view(torch.uint8) for x in held]).cpu()
+    for part, x in zip(flat.split([x.nbytes for x in held]), held, strict=True):
+        yield part.clone().view(x.dtype).view(x.shape)  # a part of its own starts where its dtype may
 
 
 # Hashing ViT-bigG takes seconds, and every fit and evaluation asks. A tower's checksum is kept until its weights move,
@@ -43,5 +74,9 @@ def _stamp(state: list[tuple[str, Tensor]]) -> tuple:
         sample = tensor.detach().reshape(-1)[::_SAMPLE].double()
         version = None if tensor.is_inference() else tensor._version
         seen.append((name, tuple(tensor.shape), tensor.dtype, tensor.data_ptr(), version, sample.sum()))
-    sums = torch.stack([entry[-1].cpu() for entry in seen]).tolist() if seen else []
+    devices = {entry[-1].device for entry in seen}
+    if len(devices) == 1:  # one look at the device
+        sums = torch.stack([entry[-1] for entry in seen]).tolist()
+    else:
+        sums = [float(entry[-1]) for entry in seen]
     return tuple((*entry[:-1], total) for entry, total in zip(seen, sums, strict=True))
