@@ -156,7 +156,7 @@ def table(found: dict) -> str:
         lines += [
             "",
             f"{vit['images']:,} cached ViT-B-32 images, J = {vit['J']:,}, {vit['K']} classes: {vit['seconds']:.1f} s "
-            f"with {vit['strengths']} strengths and 5 folds"
+            f"with {vit['strengths']} strengths and 5 folds (labels are random: a path ends when two bring nothing)"
             + (
                 f"; 30 epochs of AdamW at one rate {vit['adamw_seconds']:.1f} s."
                 if "adamw_seconds" in vit
