@@ -140,7 +140,7 @@ def writers(names: list[str] | None = None) -> list[Writer]:
         ),
         Writer(
             "fit --out",
-            lambda f: rk.save_adapter(two, f, head=heads[1], class_folders=["a", "c"]),
+            lambda f: rk.save_adapter(two, f, head=heads[1], class_names=["a", "c"]),
             None,
             adapter_view,
         ),

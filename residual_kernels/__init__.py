@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from residual_kernels.adapters import export
     from residual_kernels.adapters.adapter_set import AdapterSet
     from residual_kernels.adapters.attach import attach
-    from residual_kernels.adapters.folder import load_adapter, save_adapter
+    from residual_kernels.adapters.folder import AdapterFolder, load_adapter, save_adapter
     from residual_kernels.adapters.hub import pull_adapter, push_adapter
     from residual_kernels.adapters.methods import METHODS, build
     from residual_kernels.adapters.residual import (
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from residual_kernels.zeroshot import ZeroShotHead
 
 _HOMES = {  # public name -> the module that defines it
+    "AdapterFolder": "adapters.folder",
     "AdapterSet": "adapters.adapter_set",
     "Classifier": "classifier",
     "CoarseHeads": "adapters.residual",
@@ -72,6 +73,7 @@ _HOMES = {  # public name -> the module that defines it
 _ROOMS = {"analysis": "analysis", "export": "adapters.export", "ops": "ops"}
 __all__ = [
     "METHODS",
+    "AdapterFolder",
     "AdapterSet",
     "Classifier",
     "CoarseHeads",

@@ -16,7 +16,6 @@ from test_towers import build, images_for
 
 import residual_kernels as rk
 from residual_kernels import files, schema
-from residual_kernels.adapters import folder as adapters
 from residual_kernels.analysis import overview
 from residual_kernels.train import checkpoints
 
@@ -35,7 +34,7 @@ def good(tmp_path_factory):
     bases = rk.fit_bases(tower, [images])
     head = rk.ZeroShotHead(torch.randn(bases.dim, 2), ["a", "b"], 1.5)
     adapter = rk.ResiDual(tower, bases.truncate(components=3), init="normal")
-    rk.save_adapter(adapter, root / "adapter", head=head, class_folders=["a", "b"])
+    rk.save_adapter(adapter, root / "adapter", head=head, class_names=["a", "b"])
     bases.save(root / "bases.safetensors", moments=True)
     rk.save_adapter(adapter, root / "reference", bases=root / "bases.safetensors")
     batches = [(images[start : start + 4], labels[start : start + 4]) for start in range(0, 12, 4)]
@@ -58,14 +57,14 @@ def good(tmp_path_factory):
         fresh = build()
         flags = [p.requires_grad for p in fresh.parameters()]
         try:
-            found = rk.load_adapter(fresh, place)
+            kept = rk.AdapterFolder.open(place)
+            found = kept.adapter(fresh)
         except ValueError:
             assert flags == [p.requires_grad for p in fresh.parameters()]
             raise
-        kept = adapters.load_head(place)
         return {
-            "weight": found.weight.detach(), "classes": adapters.load_class_folders(place),
-            "head": kept and kept.class_vectors,
+            "weight": found.weight.detach(), "classes": kept.class_names,
+            "head": kept.head and kept.head.class_vectors,
         }  # fmt: skip
 
     def read_cache(place):

@@ -1,14 +1,16 @@
-"""How is a fitted adapter kept? One folder: a JSON config that says what it is and a safetensors file of its weights.
+"""How is a fitted adapter kept? One folder, the same for Python, the command line and the hub.
 
-The folder holds what the adapter learned, not the tower, and the bases it rests on either whole or by reference: their
-fingerprint and how many components of each unit were kept. Loading checks that tower and bases are the ones it was
-fitted on before anything is touched.
+It holds a JSON config that says what the adapter is, a safetensors file of what it learned, and where it has them: the
+bases it rests on (or a reference to them, which is their fingerprint and how many components of each unit were kept),
+the head that reads it, and what the classes are called in the data. The tower is not in it. Loading checks that tower
+and bases are the ones the adapter was fitted on before anything is touched.
 """
 
 import hashlib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -28,7 +30,7 @@ from residual_kernels.schema import Count
 from residual_kernels.zeroshot import ZeroShotHead
 
 CONFIG, WEIGHTS, BASES = "adapter.json", "weights.safetensors", "bases.safetensors"
-HEAD, CLASSES = "head.safetensors", "classes.json"  # its classifier, and the class folders that `fit` read
+HEAD, CLASSES = "head.safetensors", "classes.json"  # its classifier, and the names of classes in the data
 MEMBERS = (WEIGHTS, BASES, HEAD, CLASSES)
 CLASSES_WHAT = "list of class folders"
 WHAT = "adapter"
@@ -71,28 +73,30 @@ def save_adapter(
     adapter: TowerAdapter,
     path: str | os.PathLike,
     *,
-    bases: bool | str | os.PathLike = True,
     head: ZeroShotHead | None = None,
-    class_folders: Sequence[str] | None = None,
+    class_names: Sequence[str] | None = None,
+    bases: bool | str | os.PathLike = True,
 ) -> None:
-    """Writes an adapter to the folder `path`: config, weights and, where it has them, its bases.
+    """Writes an adapter to the folder `path`: config, weights and, where it has them, its bases and its head.
 
     Args:
-        adapter: ResiDual, CoarseHeads, OutputSpectral or OutputLinear.
+        adapter: of any method (:data:`rk.METHODS`).
         path: a folder. At every instant it holds the old adapter whole or the new one whole, also when the process is
             killed; files that are not the adapter's are left alone.
+        head: its classifier. With it the folder is all that the commands `eval`, `predict` and `report` need.
+        class_names: what the classes are called in the data (the folders of images), in the order of their labels; the
+            head's own names by default.
         bases: True keeps them in the folder, components in the tower's precision (float32 or better), so that the
             adapter needs nothing else. False keeps a reference: their fingerprint and the number of components of each
             unit, some kilobytes; :func:`load_adapter` is then given the bases. The path of a file that
             :meth:`SpectralBases.save` wrote is a reference that also says where they lie (it is checked here).
-        head: its classifier, kept beside it.
-        class_folders: names of the folders of images it was fitted on, in the order of their labels.
 
     What is loaded gives the outputs of what was saved bit for bit; only a reference from a float64 tower to a file with
     components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
 
-    Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were fitted, or for
-    a file of other bases; FileExistsError where a file, or an `adapter.json` of another program, stands in the way.
+    Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were fitted, for
+    a head or names that do not fit, or for a file of other bases; FileExistsError where a file, or an `adapter.json` of
+    another program, stands in the way.
     """
     from residual_kernels import __version__
 
@@ -109,6 +113,7 @@ def save_adapter(
             "and an adapter does not hold the tower; keep the whole module's state_dict instead, or average "
             "adapter.trainable() alone"
         )
+    _check_classes(adapter.dim, head, class_names)
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder for the adapter")
@@ -124,9 +129,8 @@ def save_adapter(
         header = files.add_tensors(WEIGHTS, {**learned, **kept}, WHAT, {})
         if head is not None:
             files.add_tensors(HEAD, *head.contents())
-        if class_folders is not None:
-            listed = {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": list(class_folders)}
-            files.add_json(CLASSES, listed)
+        if class_names is not None:
+            files.add_json(CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": list(class_names)})
         files.publish(
             {
                 "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
@@ -136,6 +140,172 @@ def save_adapter(
                 "weights_sha256": header["sha256"], "bases_sha256": stored, "bases_reference": reference,
             }
         )  # fmt: skip
+
+
+def load_adapter(
+    tower: nn.Module, path: str | os.PathLike, *, bases: SpectralBases | str | os.PathLike | None = None
+) -> TowerAdapter:
+    """The adapter in the folder `path`, around `tower` (its image tower).
+
+    `bases`, or a file of them, are for an adapter that keeps its bases by reference; they may hold more kinds and
+    components than it took. Left out, they are read from where the adapter says they lie. For its head and class names
+    see :class:`AdapterFolder`.
+
+    Raises FileNotFoundError when there is none, ValueError when a file is damaged, or the tower or the bases are
+    others; the tower is then unchanged.
+    """
+    return AdapterFolder.open(path).adapter(tower, bases=bases)
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """What a folder that :func:`save_adapter` wrote holds, read and verified as one.
+
+    Attributes:
+        path: the folder.
+        config: what `adapter.json` says.
+        weights: what the adapter learned, by parameter name, on the CPU.
+        bases: its own bases; None where it keeps a reference, or rests on none.
+        head: its classifier, or None.
+        class_names: what the classes are called in the data, in the order of their labels; the head's own names where
+            nothing else was said, None without a head.
+    """
+
+    path: Path
+    config: Config
+    weights: dict[str, Tensor] = field(repr=False)
+    bases: SpectralBases | None = field(repr=False)
+    head: ZeroShotHead | None
+    class_names: tuple[str, ...] | None
+    _kept: dict[str, Tensor] = field(repr=False)  # of a reference: how many components of each unit, by kind
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> "AdapterFolder":
+        """Reads a folder. Raises FileNotFoundError where there is no adapter, ValueError where a file is damaged."""
+        path = Path(path)
+        while True:
+            config = _config(path)
+            try:
+                return cls._read(path, config)
+            except (ValueError, FileNotFoundError):
+                if _config(path) == config:  # otherwise another process has just saved a new one here
+                    raise
+
+    @classmethod
+    def _read(cls, path: Path, config: Config) -> "AdapterFolder":
+        files = _members(path)
+        place, _ = files[WEIGHTS]
+        stored, header = load_tensors(place, WHAT)
+        if header["sha256"] != config["weights_sha256"]:
+            raise ValueError(f"{place} is not the file that {CONFIG} names; save the adapter again")
+        kept = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
+        if any(size.ndim != 1 or size.dtype != torch.int32 for size in kept.values()):
+            raise ValueError(f"{path} is damaged: its numbers of components are none; save the adapter again")
+        bases = head = names = None
+        if config["bases_sha256"] is not None:
+            if BASES not in files:
+                raise ValueError(f"{path / CONFIG} names no file of bases; save the adapter again")
+            bases = SpectralBases.load(files[BASES][0], sha256=config["bases_sha256"])
+        if HEAD in files:
+            place, sha256 = files[HEAD]
+            head = ZeroShotHead.load(place, sha256=sha256)
+            names = head.class_names
+        if CLASSES in files:
+            place, sha256 = files[CLASSES]
+            names = tuple(read_json(place, CLASSES_WHAT, Classes)["folders"])
+            if sha256 is not None and hashlib.sha256(place.read_bytes()).hexdigest() != sha256:
+                raise ValueError(f"{place} is not the file that {CONFIG} names; save the adapter again")
+            if head is not None and len(names) != len(head.class_names):
+                raise ValueError(
+                    f"{place} names {len(names)} classes, but the head beside it has {len(head.class_names)}; save "
+                    "the adapter again"
+                )
+        weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
+        return cls(path, config, weights, bases, head, names, kept)
+
+    def adapter(
+        self, tower: nn.Module, *, bases: SpectralBases | str | os.PathLike | None = None
+    ) -> TowerAdapter:
+        """The adapter around `tower`; as :func:`load_adapter`."""
+        cls, options = _CLASSES[self.config["class"]], self.config["options"]
+        arguments = _arguments(cls)
+        found = towers.checksum(towers.view(tower).module)
+        if found != self.config["checksum"]:
+            raise ValueError(
+                "this adapter was fitted on a tower with other weights "
+                f"(checksum {self.config['checksum'][:12]}, this tower has {found[:12]})"
+            )
+        held = self.bases if self.bases is not None and bases is None else self._referred(bases)
+        needs_bases = "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty
+        if held is None and needs_bases:
+            raise ValueError(
+                f"a {cls.__name__} rests on bases, but {self.path / CONFIG} names none; save the adapter again"
+            )
+        given = {} if held is None else {"bases": held}
+        try:
+            adapter = cls(tower, **options, **given)
+        except TypeError as error:  # an option of another type, or bases where none belong
+            raise ValueError(
+                f"{self.path / CONFIG} has options that do not fit {cls.__name__}: {error}"
+            ) from error
+        expected = {
+            name: list(p.shape) for name, p in adapter.named_parameters() if not name.startswith("tower.")
+        }
+        shapes = {name: list(value.shape) for name, value in self.weights.items()}
+        if adapter.options() != options or expected != shapes:
+            adapter.detach()
+            raise ValueError(
+                f"{self.path} holds other options or shapes than this tower and these bases need: "
+                f"{adapter.options()}, {expected}"
+            )
+        with torch.no_grad():
+            for name, value in self.weights.items():
+                adapter.get_parameter(name).copy_(value)
+        return adapter
+
+    def _referred(self, given: SpectralBases | str | os.PathLike | None) -> SpectralBases | None:
+        """The bases, verified, of an adapter without its own: those given, or those it points to, or None."""
+        reference = self.config.get("bases_reference")
+        if reference is None:
+            if given is not None:
+                raise ValueError(
+                    f"the adapter at {self.path} needs no bases from outside; leave the argument bases out"
+                )
+            return None
+        if isinstance(given, SpectralBases):
+            return _referred(given, reference, self._kept, "the argument bases")
+        where = Path(given) if given is not None else None
+        if where is None and reference["where"]:
+            where = self.path / reference["where"]
+        if where is None or not where.is_file():
+            said = "" if where is None else f", and there is no file at {where}"
+            raise FileNotFoundError(
+                f"the adapter at {self.path} keeps its bases by reference{said}; give load_adapter(..., bases=) the "
+                f"bases fitted on {reference['count']} images that it was made with"
+            )
+        return _referred(SpectralBases.load(where), reference, self._kept, str(where))
+
+
+def _check_classes(dim: int, head: ZeroShotHead | None, class_names: Sequence[str] | None) -> None:
+    """Raises ValueError for a head that cannot read the adapter, or names that are not its classes'."""
+    if head is not None:
+        if not isinstance(head, ZeroShotHead):
+            raise ValueError(f"head must be a ZeroShotHead; got {type(head).__name__}")
+        if len(head.class_vectors) != dim:
+            raise ValueError(
+                f"this head reads {len(head.class_vectors)} numbers an image, but the adapter gives {dim}"
+            )
+    if class_names is None:
+        return
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be several names, such as ['cat', 'dog']; got {class_names!r}")
+    repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
+    if repeated:
+        raise ValueError(f"class_names repeat: {', '.join(repeated)}")
+    if head is not None and len(class_names) != len(head.class_names):
+        raise ValueError(
+            f"class_names has {len(class_names)} names, but the head has {len(head.class_names)} classes"
+        )
 
 
 def _read_files(index: Path) -> dict[str, dict[str, str]]:
@@ -150,33 +320,12 @@ def _read_files(index: Path) -> dict[str, dict[str, str]]:
     return {name: checked_entry(name, entry) for name, entry in files.items()}
 
 
-def member(path: str | os.PathLike, name: str) -> tuple[Path, str | None] | None:
-    """(file, its checksum) of one of the MEMBERS of the adapter in the folder `path`; None where it has none."""
-    path = Path(path)
-    files = _read_files(path / CONFIG)
-    if name in files:
-        return path / files[name]["name"], files[name]["sha256"]
-    if "files" in read_json(path / CONFIG, WHAT):
-        return None
-    return (path / name, None) if (path / name).is_file() else None  # the first version did not name them
-
-
-def load_head(path: str | os.PathLike) -> ZeroShotHead | None:
-    """The classifier that the adapter in the folder `path` is kept with, or None."""
-    found = member(path, HEAD)
-    return None if found is None else ZeroShotHead.load(found[0], sha256=found[1])
-
-
-def load_class_folders(path: str | os.PathLike) -> tuple[str, ...] | None:
-    """The folders of images that the adapter in `path` was fitted on, in the order of their labels, or None."""
-    found = member(path, CLASSES)
-    if found is None:
-        return None
-    file, sha256 = found
-    folders = tuple(read_json(file, CLASSES_WHAT, Classes)["folders"])
-    if sha256 is not None and hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
-        raise ValueError(f"{file} is not the file that {CONFIG} names; save the adapter again")
-    return folders
+def _members(path: Path) -> dict[str, tuple[Path, str | None]]:
+    """(file, its checksum where the config says it) of everything the adapter in the folder `path` is made of."""
+    files = {name: (path / one["name"], one["sha256"]) for name, one in _read_files(path / CONFIG).items()}
+    if "files" not in read_json(path / CONFIG, WHAT):  # the first version did not name these two
+        files |= {name: (path / name, None) for name in (HEAD, CLASSES) if (path / name).is_file()}
+    return files
 
 
 def _reference(
@@ -212,81 +361,6 @@ def _referred(
     return kept
 
 
-def load_adapter(
-    tower: nn.Module, path: str | os.PathLike, *, bases: SpectralBases | str | os.PathLike | None = None
-) -> TowerAdapter:
-    """The adapter in the folder `path`, around `tower` (its image tower).
-
-    `bases`, or a file of them, are for an adapter that keeps its bases by reference; they may hold more kinds and
-    components than it took. Left out, they are read from where the adapter says they lie.
-
-    Raises FileNotFoundError when there is none, ValueError when a file is damaged, or the tower or the bases are
-    others; the tower is then unchanged.
-    """
-    path = Path(path)
-    config, stored, own = _opened(path)
-    cls, options = _CLASSES[config["class"]], config["options"]
-    arguments = _arguments(cls)
-    weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
-    found = towers.checksum(towers.view(tower).module)
-    if found != config["checksum"]:
-        raise ValueError(
-            "this adapter was fitted on a tower with other weights "
-            f"(checksum {config['checksum'][:12]}, this tower has {found[:12]})"
-        )
-    sizes = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
-    if any(size.ndim != 1 or size.dtype != torch.int32 for size in sizes.values()):
-        raise ValueError(f"{path} is damaged: its numbers of components are none; save the adapter again")
-    found_bases = own if own is not None and bases is None else _bases_for(path, config, sizes, bases)
-    needs_bases = "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty
-    if found_bases is None and needs_bases:
-        raise ValueError(
-            f"a {cls.__name__} rests on bases, but {path / CONFIG} names none; save the adapter again"
-        )
-    given = {} if found_bases is None else {"bases": found_bases}
-    try:
-        adapter = cls(tower, **options, **given)
-    except TypeError as error:  # an option of another type, or bases where none belong
-        raise ValueError(f"{path / CONFIG} has options that do not fit {cls.__name__}: {error}") from error
-    expected = {
-        name: list(p.shape) for name, p in adapter.named_parameters() if not name.startswith("tower.")
-    }
-    if adapter.options() != options or expected != {name: list(w.shape) for name, w in weights.items()}:
-        adapter.detach()
-        raise ValueError(
-            f"{path} holds other options or shapes than this tower and these bases need: {adapter.options()}, "
-            f"{expected}"
-        )
-    with torch.no_grad():
-        for name, value in weights.items():
-            adapter.get_parameter(name).copy_(value)
-    return adapter
-
-
-def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], SpectralBases | None]:
-    """Config, weights and own bases of the adapter in `path`, verified."""
-    while True:
-        config = _config(path)
-        try:
-            files = _read_files(path / CONFIG)
-            place = path / files[WEIGHTS]["name"]
-            stored, header = load_tensors(place, WHAT)
-            if header["sha256"] != config["weights_sha256"]:
-                raise ValueError(f"{place} is not the file that {CONFIG} names; save the adapter again")
-            if config["bases_sha256"] is None:
-                return config, stored, None
-            if BASES not in files:
-                raise ValueError(f"{path / CONFIG} names no file of bases; save the adapter again")
-            return (
-                config,
-                stored,
-                SpectralBases.load(path / files[BASES]["name"], sha256=config["bases_sha256"]),
-            )
-        except (ValueError, FileNotFoundError):
-            if _config(path) == config:  # otherwise another process has just saved a new one here
-                raise
-
-
 def _arguments(cls: type[TowerAdapter]) -> Mapping[str, inspect.Parameter]:
     """What a class is made with, besides itself."""
     arguments = dict(inspect.signature(cls.__init__).parameters)
@@ -294,7 +368,7 @@ def _arguments(cls: type[TowerAdapter]) -> Mapping[str, inspect.Parameter]:
     return arguments
 
 
-def _config(path: Path) -> dict[str, Any]:
+def _config(path: Path) -> Config:
     index = path / CONFIG
     if not index.is_file():
         raise FileNotFoundError(f"no adapter at {path} ({CONFIG} is missing)")
@@ -312,26 +386,3 @@ def _config(path: Path) -> dict[str, Any]:
     if config.get("bases_reference") is not None and config["bases_sha256"] is not None:
         raise ValueError(f"{index} has both bases and a reference to bases; save the adapter again")
     return config
-
-
-def _bases_for(
-    path: Path, config: dict, sizes: dict[str, Tensor], given: SpectralBases | str | os.PathLike | None
-) -> SpectralBases | None:
-    """The bases, verified, of an adapter without its own: those given, or those it points to, or None."""
-    reference = config.get("bases_reference")
-    if reference is None:
-        if given is not None:
-            raise ValueError(
-                f"the adapter at {path} needs no bases from outside; leave the argument bases out"
-            )
-        return None
-    if isinstance(given, SpectralBases):
-        return _referred(given, reference, sizes, "the argument bases")
-    where = Path(given) if given is not None else path / reference["where"] if reference["where"] else None
-    if where is None or not where.is_file():
-        said = "" if where is None else f", and there is no file at {where}"
-        raise FileNotFoundError(
-            f"the adapter at {path} keeps its bases by reference{said}; give load_adapter(..., bases=) the bases "
-            f"fitted on {reference['count']} images that it was made with"
-        )
-    return _referred(SpectralBases.load(where), reference, sizes, str(where))

@@ -3,6 +3,7 @@
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch import nn
 
 from residual_kernels.adapters.folder import (
     BASES,
+    CLASSES,
     CONFIG,
     HEAD,
     WEIGHTS,
-    load_adapter,
-    load_head,
+    AdapterFolder,
     save_adapter,
 )
 from residual_kernels.adapters.tower_adapter import TowerAdapter
@@ -28,7 +29,7 @@ LIBRARY = "residual-kernels"
 CARD, HUB_CONFIG = "README.md", "config.json"
 TASK = "zero-shot-image-classification"
 _HASHED = [
-    name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD)
+    name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD, CLASSES)
 ]  # as an adapter saved over another has them
 
 
@@ -38,12 +39,18 @@ class HubAdapter(ModelHubMixin):
     Attributes:
         adapter: the module; head: its :class:`ZeroShotHead`, or None.
         details: what :func:`push_adapter` was told, for the card.
+        class_names: what the classes are called in the data, where not as in the head.
     """
 
     def __init__(
-        self, adapter: TowerAdapter, head: ZeroShotHead | None = None, details: dict[str, Any] | None = None
+        self,
+        adapter: TowerAdapter,
+        head: ZeroShotHead | None = None,
+        details: dict[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
     ):
         self.adapter, self.head, self.details = adapter, head, dict(details or {})
+        self.class_names = class_names
 
     def save_pretrained(
         self,
@@ -73,7 +80,10 @@ class HubAdapter(ModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         from residual_kernels import __version__
 
-        save_adapter(self.adapter, save_directory, bases=self.details.get("bases", True), head=self.head)
+        save_adapter(
+            self.adapter, save_directory, head=self.head, class_names=self.class_names,
+            bases=self.details.get("bases", True),
+        )  # fmt: skip
         # what the hub counts downloads by, and what from_pretrained of huggingface_hub looks for
         write_json(save_directory / HUB_CONFIG, {"library_name": LIBRARY, "library_version": __version__})
 
@@ -97,11 +107,11 @@ class HubAdapter(ModelHubMixin):
                 snapshot_download(
                     model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
                     local_files_only=local_files_only, token=token,
-                    allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, *_HASHED],
+                    allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, CLASSES, *_HASHED],
                 )
             )  # fmt: skip
-        adapter = load_adapter(tower, folder, bases=bases)
-        return cls(adapter, load_head(folder))
+        kept = AdapterFolder.open(folder)
+        return cls(kept.adapter(tower, bases=bases), kept.head, class_names=kept.class_names)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         data = ModelCardData(
@@ -196,6 +206,7 @@ def push_adapter(
     tower: str,
     accuracy: float | None = None,
     head: ZeroShotHead | None = None,
+    class_names: Sequence[str] | None = None,
     bases: bool = True,
     card: dict[str, Any] | None = None,
     private: bool | None = None,
@@ -210,6 +221,7 @@ def push_adapter(
         task, tower: for the card: what it was fitted to, and which model it belongs to ("open_clip ViT-B-16, openai").
         accuracy: measured on data that was not fitted to, in [0, 1].
         head: its classifier, kept beside it.
+        class_names: what the classes are called in the data (see :func:`save_adapter`).
         bases: False pushes a reference to them alone (see :func:`save_adapter`).
         card: further metadata of the card (license, base_model, datasets, language ...), as ModelCardData takes it.
         private, token, revision: of the repository, as huggingface_hub has them.
@@ -221,12 +233,12 @@ def push_adapter(
     if not isinstance(bases, bool):
         raise ValueError(f"bases is True (kept in the repository) or False (by reference); got {bases!r}")
     details = {"task": task, "tower": tower, "accuracy": accuracy, "bases": bases, "repo_id": repo_id}
-    kept = HubAdapter(adapter, head, {**details, "card": dict(card or {})})
+    kept = HubAdapter(adapter, head, {**details, "card": dict(card or {})}, class_names)
     with tempfile.TemporaryDirectory() as rehearsal:  # push_to_hub makes the repository first, and saves then
         kept.save_pretrained(rehearsal)
     return kept.push_to_hub(
         repo_id, commit_message=f"{type(adapter).__name__}: {_line(task)}", private=private, token=token,
-        branch=revision, delete_patterns=[HEAD, BASES, *_HASHED],
+        branch=revision, delete_patterns=[HEAD, BASES, CLASSES, *_HASHED],
     )  # fmt: skip
 
 

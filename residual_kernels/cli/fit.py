@@ -232,7 +232,7 @@ def fit_command(
         )  # fmt: skip
     fits.put(adapter, fits.best())
     if first:
-        save_adapter(adapter, out_folder, head=head, class_folders=folders)
+        save_adapter(adapter, out_folder, head=head, class_names=folders)
         _report(
             fits, base, method, count if shots is None else shots * len(names), out_folder, json_file, reader
         )

@@ -77,7 +77,7 @@ def run_contest(
         seed=contest.seed,
     )
     if distributed.rank() == 0:
-        save_adapter(found.adapter, contest.out_folder, head=found.head, class_folders=contest.folders)
+        save_adapter(found.adapter, contest.out_folder, head=found.head, class_names=contest.folders)
         _report(contest, found)
 
 

@@ -19,7 +19,7 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import new_file
 from residual_kernels.cli.printing import out, status, write_numbers
-from residual_kernels.cli.use import aligned, class_folders, kept
+from residual_kernels.cli.use import aligned, kept
 from residual_kernels.data import models as sources
 from residual_kernels.data.images import Images
 
@@ -53,7 +53,7 @@ def report(
     page = out_file or run / "report.html"
     check_page(page)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
-    module, head = kept(clip, run)
+    module, head, folders = kept(clip, run)
     words = None
     if tokenizer is None and dictionary is not None:
         raise ValueError(f"{model} embeds no text, so --words cannot be encoded; leave it out")
@@ -62,7 +62,6 @@ def report(
             words = TextDictionary.bundled(clip, tokenizer)
         else:
             words = TextDictionary.from_file(clip, tokenizer, dictionary)
-    folders = class_folders(run)
     kinds = tuple(dict.fromkeys(("head", *module.adapted)))
     source = reader.open(data, preprocess)
     pictures = source if isinstance(source, Images) else None

@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -10,7 +10,7 @@ from rich.table import Table
 from torch.utils.data import Subset
 
 from residual_kernels import train
-from residual_kernels.adapters.folder import CLASSES, HEAD, load_adapter, load_class_folders, load_head
+from residual_kernels.adapters.folder import AdapterFolder
 from residual_kernels.adapters.methods import identity
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.cli.inputs import Reader, prepare, reads_images
@@ -37,28 +37,21 @@ CHECKED = 1000  # images, at most, that are labelled by the model alone too
 
 
 def _fitted(model, pretrained, device, adapter_folder: Path):
-    """The model with a kept adapter, its head, and the image transform."""
+    """The model with a kept adapter, its head, the names of classes in the data, and the image transform."""
     clip, preprocess, _ = prepare(model, pretrained, device)
     return *kept(clip, adapter_folder), preprocess
 
 
-def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead]:
-    """What `fit` wrote, on the model's tower."""
-    adapter = load_adapter(sources.image_tower(clip), adapter_folder)
-    return adapter, _written_by_fit(load_head(adapter_folder), adapter_folder, HEAD)
-
-
-def _written_by_fit(found: Any, adapter_folder: Path, name: str) -> Any:
-    if found is None:
-        raise FileNotFoundError(
-            f"{adapter_folder} holds no {name}; it was not written by `residual-kernels fit`"
+def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead, tuple[str, ...]]:
+    """An adapter from its folder, on the model's tower, with its head and the names of its classes in the data."""
+    folder = AdapterFolder.open(adapter_folder)
+    adapter = folder.adapter(sources.image_tower(clip))
+    if folder.head is None:
+        raise ValueError(
+            f"the adapter at {adapter_folder} was saved without a head; save it again with "
+            "save_adapter(adapter, path, head=head)"
         )
-    return found
-
-
-def class_folders(adapter_folder: Path) -> tuple[str, ...]:
-    """The folders of images that an adapter was fitted on, in the order of their labels."""
-    return _written_by_fit(load_class_folders(adapter_folder), adapter_folder, CLASSES)
+    return adapter, folder.head, folder.class_names
 
 
 def aligned(
@@ -94,8 +87,7 @@ def eval_command(
 ) -> None:
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
     adapter = run_folder(run, adapter)
-    module, head, preprocess = _fitted(model, pretrained, device, adapter)
-    folders = class_folders(adapter)
+    module, head, folders, preprocess = _fitted(model, pretrained, device, adapter)
     source = reader.open(data, preprocess)
     if module.placement == "stream":
         images = reader.only_images(source, data)
@@ -148,13 +140,12 @@ def _warn(before: float, after: float, images: int) -> None:
 def _check_on_folders(
     module: TowerAdapter,
     head: ZeroShotHead,
-    adapter: Path,
+    folders: tuple[str, ...],
     images: Images,
     found: train.Prediction,
     reader: Reader,
 ) -> None:
     """Warns where the folders of the images name their classes and the model alone labels more of them right."""
-    folders = load_class_folders(adapter) or ()
     named = [(row, name.split("/")[-2]) for row, name in enumerate(images.names) if "/" in name]
     known = [(row, folders.index(folder)) for row, folder in named if folder in folders]
     if not known or len(known) < len(images):  # other folders: who knows what these mean
@@ -186,7 +177,7 @@ def predict(
 ) -> None:
     """Label new images: a CSV of image, label and probability."""
     adapter = run_folder(run, adapter)
-    module, head, preprocess = _fitted(model, pretrained, device, adapter)
+    module, head, folders, preprocess = _fitted(model, pretrained, device, adapter)
     images = reader.images(data, preprocess, labelled=False)
     with bar("reading", len(images)) as step:
         loader = reader.loader(images)
@@ -215,4 +206,4 @@ def predict(
     )
     reader.report()
     out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
-    _check_on_folders(module, head, adapter, images, found, reader)
+    _check_on_folders(module, head, folders, images, found, reader)
