@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from residual_kernels import extras
-from residual_kernels.adapters.folder import load_adapter, load_class_folders, load_head, save_adapter
+from residual_kernels.adapters.folder import AdapterFolder, save_adapter
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.data.models import image_tower
@@ -133,7 +133,7 @@ class Classifier:
         The model is not part of it.
         """
         self._check_fitted()
-        save_adapter(self.adapter_, path, head=self.head_, class_folders=list(map(str, self.classes_)))
+        save_adapter(self.adapter_, path, head=self.head_, class_names=list(map(str, self.classes_)))
 
     @classmethod
     def load(
@@ -150,12 +150,12 @@ class Classifier:
             FileNotFoundError: there is none. ValueError: it was fitted on another model, or holds no class vectors.
         """
         loaded = cls(model, preprocess, tokenizer, **options)
-        head = load_head(path)
-        if head is None:
+        folder = AdapterFolder.open(path)
+        if folder.head is None:
             raise ValueError(f"{path} holds an adapter without class vectors; save it with head=")
-        loaded.adapter_ = load_adapter(image_tower(model), path)
-        loaded.head_, loaded.result_ = head, None
-        loaded.classes_ = np.asarray(load_class_folders(path) or head.class_names)
+        loaded.adapter_ = folder.adapter(image_tower(model))
+        loaded.head_, loaded.result_ = folder.head, None
+        loaded.classes_ = np.asarray(folder.class_names)
         return loaded
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:

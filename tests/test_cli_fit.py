@@ -298,7 +298,7 @@ def test_an_adapter_below_the_model_is_said(run, digits, tmp_path):  # noqa: F81
     for name, weight in (("bad", -3.0), ("same", 1.0)):
         init = torch.full((len(bases.parts["head"].components),), weight)
         adapter = rk.ResiDual(model.visual, bases, "all", init=init)
-        rk.save_adapter(adapter, tmp_path / name, head=head, class_folders=NAMES)
+        rk.save_adapter(adapter, tmp_path / name, head=head, class_names=NAMES)
         adapter.detach()
         for command, more in (("eval", ()), ("predict", ("--out", tmp_path / f"{name}.csv"))):
             code, _, err = run(command, "--adapter", tmp_path / name, "--data", digits / "test", *more)
