@@ -120,7 +120,17 @@ def test_names_that_do_not_fit_are_refused(world, tmp_path):
 
 
 def test_the_folder_of_a_command_and_of_the_hub_are_the_same(run, world, digits, tmp_path):  # noqa: F811
-    code, _, err = run("fit", "--data", digits / "c" / "train", "--epochs", 1, "--out", tmp_path / "fitted")
+    code, _, err = run(
+        "fit",
+        "--method",
+        "fine",
+        "--data",
+        digits / "c" / "train",
+        "--epochs",
+        1,
+        "--out",
+        tmp_path / "fitted",
+    )
     assert code == 0, err
     adapter, head = rk.pull_adapter(world.tower, tmp_path / "fitted")
     assert head.class_names == NAMES
