@@ -182,6 +182,11 @@ def test_columns_are_covered_by_two_tiles(width):
     assert tail == 0 or (tail >= 16 and tail & (tail - 1) == 0)
 
 
+def test_old_compilers_do_not_prefetch_on_new_chips():
+    cases = [("3.6.0", 9), ("3.6.0", 10), ("3.8.0", 10), ("3.10.1+git", 12)]
+    assert [triton_unit_moments.pipelines(*case) for case in cases] == [True, False, True, True]
+
+
 @gpu_only
 def test_a_small_variance_far_from_the_origin_survives_16_bits(device):
     arguments = {name: value.to(device) for name, value in make(4096, 2, 64, dtype=torch.bfloat16).items()}

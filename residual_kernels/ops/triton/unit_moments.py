@@ -174,6 +174,11 @@ def _unit_moments_kernel(
     tl.store(moment_row_ptr + (C + 1) * L + C + 1, 0.5 * tl.sum(sm_sm, axis=0))
 
 
+def pipelines(version: str, capability: int) -> bool:
+    """Whether Triton can prefetch for these products: before 3.8 its compiler fails to on compute capability 10."""
+    return capability < 10 or tuple(int(part) for part in version.split(".")[:2]) >= (3, 8)
+
+
 def column_tiles(width: int) -> tuple[int, int]:
     """Powers of two (main, tail), tail at least 16 or none: main coordinates, and room for the others behind them."""
     main = 1 << (width.bit_length() - 1)
@@ -195,6 +200,8 @@ def unit_moments(
     block_n, warps, stages = (64 if 64 <= main + tail <= 80 else 32, 8, 3) if split_precision else (32, 8, 2)
     if torch.version.hip is not None:
         stages = min(stages, 2)
+    elif z.is_cuda and not pipelines(triton.__version__, torch.cuda.get_device_capability(z.device)[0]):
+        stages = 1
     splits = max(1, min(-(-PROGRAMS // units), -(-rows // (4 * block_n))))
     per_split = -(-min(-(-rows // splits), ROWS_PER_SPLIT) // block_n) * block_n
     shift = shift.to(torch.float32).contiguous()
