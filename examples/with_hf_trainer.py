@@ -39,9 +39,6 @@ class ZeroShotTrainer(Trainer):
         return (loss, {"logits": outputs.logits_per_image}) if return_outputs else loss
 
 
-bases = rk.fit_bases(model, images[:600].split(100), kinds=("head", "mlp"))
-model.requires_grad_(False)
-handle = rk.attach(model, bases, rest="sum")  # get_image_features, image_embeds and logits now come from y
 arguments = TrainingArguments(
     "runs", num_train_epochs=6, learning_rate=0.5, per_device_train_batch_size=64, remove_unused_columns=False,
     label_names=["labels"], save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
@@ -50,7 +47,11 @@ trainer = ZeroShotTrainer(
     model, arguments, collate, train, val,
     compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(1) == seen.label_ids).mean()},
 )  # fmt: skip
-before = trainer.evaluate()["eval_accuracy"]
+before = trainer.evaluate()["eval_accuracy"]  # of the untouched model
+
+bases = rk.fit_bases(model, images[:600].split(100), kinds=("head", "mlp"))
+model.requires_grad_(False)
+handle = rk.attach(model, bases, rest="sum")  # get_image_features, image_embeds and logits now come from y
 trainer.train()
 after = trainer.evaluate()["eval_accuracy"]
 print(f"accuracy {before:.4f} -> {after:.4f} with {len(handle.residual.weight)} learned numbers")

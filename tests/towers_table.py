@@ -196,7 +196,7 @@ structure sum to the tower's output.
 * *pooling*: what of the last layer the embedding is made of. Norm before or after an average: both are exact.
 * *L × H*: layers and heads of each. *C*: coordinates of a head. *D*: the embedding.
 * *z*: what a cache holds of all heads of one image in float32. With attention pooling a head has no short form, so it
-  holds the heads' outputs themselves (C = D); README says what that costs.
+  holds the heads' outputs themselves (C = D); "Your own tower" says what that costs.
 * Below each list: the towers that are refused, with the reason that the library gives.
 * Wrapped, cast, averaged and quantised towers, the check against the model itself, and a recipe for a tower that nobody
   has seen: [TOWERS_IN_USE.md](TOWERS_IN_USE.md).

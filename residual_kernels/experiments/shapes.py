@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shape:
-    """The heads of a tower as `spectral_reweight` sees them. Letters of README: R, C, D."""
+    """The heads of a tower as `spectral_reweight` sees them. Letters of docs/HOW_IT_WORKS.md: R, C, D."""
 
     name: str
     units: int  # R = layers * heads

@@ -3,7 +3,7 @@
 with c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j]:
 the operator of ResiDual: coefficients of N rows on the J principal components of R units, reweighted and written back
 to D dimensions. Source: Basile et al., "ResiDual Transformer Alignment with Spectral Decomposition", TMLR 2025; the
-low-rank form is derived in README, "How it works".
+low-rank form is derived in docs/HOW_IT_WORKS.md.
 """
 
 import functools
