@@ -14,7 +14,9 @@ from residual_kernels.experiments.sweep import Sweep, SweepPlan, SweepTable
 
 
 def sweep(
-    plan: Annotated[Path, typer.Argument(help="YAML file with towers, data and methods; docs/COMMANDS.md shows one")],
+    plan: Annotated[
+        Path, typer.Argument(help="YAML file with towers, data and methods; docs/COMMANDS.md shows one")
+    ],
     out_folder: Annotated[
         Path,
         typer.Option(

@@ -101,7 +101,9 @@ class SweepPlan:
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
-            raise ValueError(f"{path} must hold the keys towers, data and methods; docs/COMMANDS.md shows one")
+            raise ValueError(
+                f"{path} must hold the keys towers, data and methods; docs/COMMANDS.md shows one"
+            )
         _only_known(found, cls, str(path))
         towers = tuple(_made(TowerSpec, row, f"{path}: a tower") for row in _list(found, "towers", path))
         data = tuple(_made(DataSpec, row, f"{path}: a data set") for row in _list(found, "data", path))
