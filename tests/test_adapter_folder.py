@@ -89,6 +89,24 @@ def test_the_names_of_a_head_stand_for_folders_that_were_not_named(run, world, d
     assert code == 0, err
 
 
+def test_the_model_alone_is_read_by_the_head_it_had_before_the_fit(run, world, digits, tmp_path):  # noqa: F811
+    moved = rk.ZeroShotHead(
+        world.head.class_vectors.flip(1), NAMES
+    )  # every class vector stands for another class
+    adapter = rk.build("base", world.tower)
+    rk.save_adapter(adapter, tmp_path / "a", head=moved, base_head=world.head, class_names=NAMES)
+    code, _, err = run(
+        "eval", "--adapter", tmp_path / "a", "--data", digits / "test", "--json", tmp_path / "e.json"
+    )
+    assert code == 0, err
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert found["base_accuracy"] == pytest.approx(rk.evaluate(adapter, world.head, world.test).accuracy)
+    assert found["accuracy"] < found["base_accuracy"]
+    other = rk.ZeroShotHead(world.head.class_vectors, ["a", "b", "c"])
+    with pytest.raises(ValueError, match="base_head must have the classes of head"):
+        rk.save_adapter(adapter, tmp_path / "b", head=moved, base_head=other)
+
+
 def test_without_a_head(run, world, digits, tmp_path):  # noqa: F811
     rk.save_adapter(world.built("fine"), tmp_path / "a")
     for command in (

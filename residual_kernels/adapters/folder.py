@@ -31,7 +31,8 @@ from residual_kernels.zeroshot import ZeroShotHead
 
 CONFIG, WEIGHTS, BASES = "adapter.json", "weights.safetensors", "bases.safetensors"
 HEAD, CLASSES = "head.safetensors", "classes.json"  # its classifier, and the names of classes in the data
-MEMBERS = (WEIGHTS, BASES, HEAD, CLASSES)
+BASE_HEAD = "base-head.safetensors"  # how the model alone is read, where the adapter's head is another
+MEMBERS = (WEIGHTS, BASES, HEAD, BASE_HEAD, CLASSES)
 CLASSES_WHAT = "list of class folders"
 WHAT = "adapter"
 KEPT = "kept."  # tensors of the weights file that say how many components of each unit a reference takes
@@ -74,6 +75,7 @@ def save_adapter(
     path: str | os.PathLike,
     *,
     head: ZeroShotHead | None = None,
+    base_head: ZeroShotHead | None = None,
     class_names: Sequence[str] | None = None,
     bases: bool | str | os.PathLike = True,
 ) -> None:
@@ -84,6 +86,8 @@ def save_adapter(
         path: a folder. At every instant it holds the old adapter whole or the new one whole, also when the process is
             killed; files that are not the adapter's are left alone.
         head: its classifier. With it the folder is all that the commands `eval`, `predict` and `report` need.
+        base_head: how the untouched model is read, for "before" and "after"; `head` itself by default. A fit that moved
+            class vectors has both.
         class_names: what the classes are called in the data (the folders of images), in the order of their labels; the
             head's own names by default.
         bases: True keeps them in the folder, components in the tower's precision (float32 or better), so that the
@@ -114,6 +118,10 @@ def save_adapter(
             "adapter.trainable() alone"
         )
     _check_classes(adapter.dim, head, class_names)
+    if base_head is not None:
+        if head is None or base_head.class_names != head.class_names:
+            raise ValueError("base_head must have the classes of head; give both, with the same class names")
+        _check_classes(adapter.dim, base_head, class_names)
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder for the adapter")
@@ -129,6 +137,8 @@ def save_adapter(
         header = files.add_tensors(WEIGHTS, {**learned, **kept}, WHAT, {})
         if head is not None:
             files.add_tensors(HEAD, *head.contents())
+        if base_head is not None:
+            files.add_tensors(BASE_HEAD, *base_head.contents())
         if class_names is not None:
             files.add_json(CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": list(class_names)})
         files.publish(
@@ -167,6 +177,7 @@ class AdapterFolder:
         weights: what the adapter learned, by parameter name, on the CPU.
         bases: its own bases; None where it keeps a reference, or rests on none.
         head: its classifier, or None.
+        base_head: how the untouched model is read: `head`, unless the fit moved class vectors.
         class_names: what the classes are called in the data, in the order of their labels; the head's own names where
             nothing else was said, None without a head.
     """
@@ -176,6 +187,7 @@ class AdapterFolder:
     weights: dict[str, Tensor] = field(repr=False)
     bases: SpectralBases | None = field(repr=False)
     head: ZeroShotHead | None
+    base_head: ZeroShotHead | None
     class_names: tuple[str, ...] | None
     _kept: dict[str, Tensor] = field(repr=False)  # of a reference: how many components of each unit, by kind
 
@@ -201,7 +213,7 @@ class AdapterFolder:
         kept = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
         if any(size.ndim != 1 or size.dtype != torch.int32 for size in kept.values()):
             raise ValueError(f"{path} is damaged: its numbers of components are none; save the adapter again")
-        bases = head = names = None
+        bases = head = base_head = names = None
         if config["bases_sha256"] is not None:
             if BASES not in files:
                 raise ValueError(f"{path / CONFIG} names no file of bases; save the adapter again")
@@ -209,7 +221,13 @@ class AdapterFolder:
         if HEAD in files:
             place, sha256 = files[HEAD]
             head = ZeroShotHead.load(place, sha256=sha256)
+            base_head = head
             names = head.class_names
+        if BASE_HEAD in files:
+            place, sha256 = files[BASE_HEAD]
+            base_head = ZeroShotHead.load(place, sha256=sha256)
+            if head is None or base_head.class_names != head.class_names:
+                raise ValueError(f"{place} has other classes than the head beside it; save the adapter again")
         if CLASSES in files:
             place, sha256 = files[CLASSES]
             names = tuple(read_json(place, CLASSES_WHAT, Classes)["folders"])
@@ -221,7 +239,7 @@ class AdapterFolder:
                     "the adapter again"
                 )
         weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
-        return cls(path, config, weights, bases, head, names, kept)
+        return cls(path, config, weights, bases, head, base_head, names, kept)
 
     def adapter(
         self, tower: nn.Module, *, bases: SpectralBases | str | os.PathLike | None = None

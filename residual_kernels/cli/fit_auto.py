@@ -77,7 +77,10 @@ def run_contest(
         seed=contest.seed,
     )
     if distributed.rank() == 0:
-        save_adapter(found.adapter, contest.out_folder, head=found.head, class_names=contest.folders)
+        moved = None if found.head is head else head
+        save_adapter(
+            found.adapter, contest.out_folder, head=found.head, base_head=moved, class_names=contest.folders
+        )
         _report(contest, found)
 
 

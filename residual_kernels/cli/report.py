@@ -53,7 +53,8 @@ def report(
     page = out_file or run / "report.html"
     check_page(page)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
-    module, head, folders = kept(clip, run)
+    module, folder = kept(clip, run)
+    head, folders = folder.head, folder.class_names
     words = None
     if tokenizer is None and dictionary is not None:
         raise ValueError(f"{model} embeds no text, so --words cannot be encoded; leave it out")
@@ -78,7 +79,7 @@ def report(
     with status("reading") as say:
         facts = gather(
             module, head, cache, Source(model, str(data), str(run)), dictionary=words,
-            say=say,
+            base_head=folder.base_head, say=say,
         )  # fmt: skip
         say("drawing")
         page, files = write_report(facts, page, cache, pictures)

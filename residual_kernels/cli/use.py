@@ -31,19 +31,18 @@ from residual_kernels.data.classes import Relabelled, positions
 from residual_kernels.data.images import Images
 from residual_kernels.files import write_csv
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.zeroshot import ZeroShotHead
 
 CHECKED = 1000  # images, at most, that are labelled by the model alone too
 
 
 def _fitted(model, pretrained, device, adapter_folder: Path):
-    """The model with a kept adapter, its head, the names of classes in the data, and the image transform."""
+    """The model with a kept adapter, the adapter's folder, and the image transform."""
     clip, preprocess, _ = prepare(model, pretrained, device)
     return *kept(clip, adapter_folder), preprocess
 
 
-def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead, tuple[str, ...]]:
-    """An adapter from its folder, on the model's tower, with its head and the names of its classes in the data."""
+def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, AdapterFolder]:
+    """An adapter from its folder, on the model's tower; ValueError for a folder without a head."""
     folder = AdapterFolder.open(adapter_folder)
     adapter = folder.adapter(sources.image_tower(clip))
     if folder.head is None:
@@ -51,7 +50,7 @@ def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, ZeroShotHead, tuple[
             f"the adapter at {adapter_folder} was saved without a head; save it again with "
             "save_adapter(adapter, path, head=head)"
         )
-    return adapter, folder.head, folder.class_names
+    return adapter, folder
 
 
 def aligned(
@@ -87,7 +86,8 @@ def eval_command(
 ) -> None:
     """Accuracy of an adapter, and of the model without it, on a labelled folder of images."""
     adapter = run_folder(run, adapter)
-    module, head, folders, preprocess = _fitted(model, pretrained, device, adapter)
+    module, folder, preprocess = _fitted(model, pretrained, device, adapter)
+    head, folders = folder.head, folder.class_names
     source = reader.open(data, preprocess)
     if module.placement == "stream":
         images = reader.only_images(source, data)
@@ -97,7 +97,8 @@ def eval_command(
         kinds = module.adapted
         cache = reader.cached(module.tower, source, kinds, "encoding")
         source = aligned(cache, folders, data, head.class_names)
-    before, after = train.evaluate(identity(module.tower), head, source), train.evaluate(module, head, source)
+    before = train.evaluate(identity(module.tower), folder.base_head, source)
+    after = train.evaluate(module, head, source)
     counts = after.confusion.sum(1).tolist()
     if confusion is not None:
         counted = zip(head.class_names, after.confusion.tolist(), strict=True)
@@ -139,15 +140,14 @@ def _warn(before: float, after: float, images: int) -> None:
 
 def _check_on_folders(
     module: TowerAdapter,
-    head: ZeroShotHead,
-    folders: tuple[str, ...],
+    folder: AdapterFolder,
     images: Images,
     found: train.Prediction,
     reader: Reader,
 ) -> None:
     """Warns where the folders of the images name their classes and the model alone labels more of them right."""
     named = [(row, name.split("/")[-2]) for row, name in enumerate(images.names) if "/" in name]
-    known = [(row, folders.index(folder)) for row, folder in named if folder in folders]
+    known = [(row, folder.class_names.index(name)) for row, name in named if name in folder.class_names]
     if not known or len(known) < len(images):  # other folders: who knows what these mean
         return
     known = known[:: max(1, len(known) // CHECKED)][:CHECKED]
@@ -155,7 +155,7 @@ def _check_on_folders(
     after = float((found.labels[rows] == labels).double().mean())
     place = next(module.tower.parameters()).device
     some = reader.loader(Subset(images, rows.tolist()))
-    alone = train.predict(identity(module.tower), head, (batch.to(place) for batch in some))
+    alone = train.predict(identity(module.tower), folder.base_head, (batch.to(place) for batch in some))
     _warn(float((alone.labels == labels).double().mean()), after, len(rows))
 
 
@@ -177,7 +177,8 @@ def predict(
 ) -> None:
     """Label new images: a CSV of image, label and probability."""
     adapter = run_folder(run, adapter)
-    module, head, folders, preprocess = _fitted(model, pretrained, device, adapter)
+    module, folder, preprocess = _fitted(model, pretrained, device, adapter)
+    head = folder.head
     images = reader.images(data, preprocess, labelled=False)
     with bar("reading", len(images)) as step:
         loader = reader.loader(images)
@@ -206,4 +207,4 @@ def predict(
     )
     reader.report()
     out.print(f"{len(images)} images labelled ({common}); written to {out_file}")
-    _check_on_folders(module, head, folders, images, found, reader)
+    _check_on_folders(module, folder, images, found, reader)

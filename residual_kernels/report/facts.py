@@ -180,6 +180,7 @@ def gather(
     cache: UnitCache,
     source: Source,
     *,
+    base_head: ZeroShotHead | None = None,
     dictionary: TextDictionary | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Facts:
@@ -191,6 +192,7 @@ def gather(
         head: the classifier it was fitted with.
         cache: labelled images, with heads and the adapter's kinds.
         source: names for the reader.
+        base_head: how the untouched model is read, where the fit moved the class vectors of `head`.
         dictionary: words for the components; none without.
         say: called with what is being done.
 
@@ -204,7 +206,7 @@ def gather(
     if len(cache) < 3:
         raise ValueError(f"a report needs at least 3 images; there are {len(cache)}")
     say("labelling the images with and without the adapter")
-    change = train.compare(adapter, head, cache)
+    change = train.compare(adapter, head, cache, base_head)
 
     reading = ends = None
     weight: dict[int, float] = {}

@@ -196,17 +196,26 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
 
 
 @torch.no_grad()
-def compare(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Comparison:
-    """:func:`evaluate` of an adapter and of its tower alone, in one pass over the data."""
+def compare(
+    adapter: TowerAdapter,
+    head: ZeroShotHead,
+    data: UnitCache | Iterable,
+    base_head: ZeroShotHead | None = None,
+) -> Comparison:
+    """:func:`evaluate` of an adapter and of its tower alone, in one pass over the data.
+
+    `base_head` reads the tower alone, where the fit moved the class vectors of `head`.
+    """
     classes = len(head.class_names)
     source = AdapterRows(adapter, source_of(adapter, data, labelled=True, class_names=head.class_names))
     heads = Heads([head], source.device)
+    alone = heads if base_head is None else Heads([base_head], source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
     before, after = _Tally(classes, source.device), _Tally(classes, source.device)
     mended = broken = 0
     for batch in source.source.batches():
         truth = batch.labels.to(source.device)
-        was = before.add(heads.one(batch.terms.output.to(source.device)), truth)
+        was = before.add(alone.one(batch.terms.output.to(source.device)), truth)
         now = after.add(heads.one(adapter.from_features(source.features(batch), weights)), truth)
         mended += int((now & ~was).sum())
         broken += int((was & ~now).sum())
