@@ -20,7 +20,6 @@ from residual_kernels import extras
 from residual_kernels.adapters.folder import AdapterFolder, save_adapter
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.pca import fit_bases
-from residual_kernels.data.models import image_tower
 from residual_kernels.train import TuneResult, predict, tune
 from residual_kernels.units.cache import UnitCache, encode
 from residual_kernels.zeroshot import ZeroShotHead
@@ -100,7 +99,7 @@ class Classifier:
         if len(classes) < 2:
             raise ValueError(f"fit needs at least two classes; got {len(classes)}")
         self._release()
-        tower = image_tower(self.model)
+        tower = _tower(self.model)
         data = _Labelled(images, numbers)
         train = encode(tower, self._loader(data), self.cache, KINDS, class_names=list(map(str, classes)))
         head = self._head(classes, train)
@@ -153,7 +152,7 @@ class Classifier:
         folder = AdapterFolder.open(path)
         if folder.head is None:
             raise ValueError(f"{path} holds an adapter without class vectors; save it with head=")
-        loaded.adapter_ = folder.adapter(image_tower(model))
+        loaded.adapter_ = folder.adapter(_tower(model))
         loaded.head_, loaded.result_ = folder.head, None
         loaded.classes_ = np.asarray(folder.class_names)
         return loaded
@@ -231,6 +230,12 @@ class Classifier:
         adapter: TowerAdapter | None = self.__dict__.pop("adapter_", None)
         if adapter is not None:
             adapter.detach()
+
+
+def _tower(model: nn.Module) -> nn.Module:
+    from residual_kernels.data.models import image_tower  # loads the hub's client
+
+    return image_tower(model)
 
 
 def _parameters(cls: type) -> list[str]:

@@ -120,7 +120,7 @@ def tiles_of(p: Problem) -> Tiles:
 
 
 def instructions(p: Problem, tiles: Tiles) -> float:
-    """Warp instructions of a launch over all rows, as compiled for sm_90."""
+    """Warp instructions of a launch over all rows: a rough fit to code for sm_90."""
     programs = -(-p.rows // tiles.block_n) * p.units
     elements = tiles.block_n * p.block_k / (32 * tiles.warps)
     return tiles.warps * (programs * 280.0 + -(-p.rows // tiles.block_n) * p.chunks * (60 + 6.0 * elements))

@@ -145,6 +145,6 @@ def tiles_of(p: Problem, *, given: bool) -> Tiles:
 
 
 def instructions(p: Problem, tiles: Tiles) -> float:
-    """Warp instructions of a launch that is given t, over all rows, as compiled for sm_90."""
+    """Warp instructions of a launch that is given t, over all rows: a rough fit to code for sm_90."""
     elements = tiles.block_n * p.block_k / (32 * tiles.warps)
     return tiles.warps * p.chunks * (300.0 + -(-p.rows // tiles.block_n) * (60 + 6.0 * elements))

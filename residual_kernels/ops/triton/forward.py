@@ -238,7 +238,7 @@ def estimate(p: Problem) -> float:
 
 
 def step_instructions(p: Problem, tiles: Tiles) -> float:
-    """Warp instructions of a step of the loop over chunks, as compiled for sm_90."""
+    """Warp instructions of a step of the loop over chunks: a rough fit to code for sm_90."""
     return 150.0 + 0.05 * tiles.block_n * p.block_k / tiles.warps
 
 

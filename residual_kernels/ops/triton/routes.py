@@ -13,9 +13,10 @@ matmul     the calls of the torch backend: units wider than 128 coordinates wher
 
 A route is a record in a file of its own: name, estimate, tiles, run. The decision compares estimates: for each launch
 the largest of bytes over bandwidth, operations over rate, and warp instructions over what the chip issues; launches
-are added. Bandwidth and rates are nominal figures of an H100, CHOSEN FROM ITS DATA SHEET AND NOT MEASURED; instructions
-are counted from compiled code and held to it by the tests. `benchmarks/gpu.py` prints what each route takes on a real
-device beside the estimate, and this table is where a correction goes.
+are added. Bandwidth and rates are nominal figures of an H100, CHOSEN FROM ITS DATA SHEET AND NOT MEASURED; the
+instructions that routes compare are rough fits to compiled code, whose floors `benchmarks/budget.json` holds exactly.
+`benchmarks/gpu.py` prints what each route takes on a real device beside the estimate, and this table is where a
+correction goes.
 """
 
 import os
