@@ -183,9 +183,18 @@ def test_paths_exist():
     for page in PAGES:
         text = page.read_text()
         for path in re.findall(r"`((?:residual_kernels|tests|benchmarks|examples|docs)/[\w./-]+)`", text):
-            assert (ROOT / path).exists(), f"{page.name}: {path}"
+            assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
         for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             assert path.startswith("http") or (page.parent / path).exists(), f"{page.name}: {path}"
+
+
+def test_every_room_is_in_the_table_of_rooms():
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Rooms", 1)[1].split("## ", 1)[0]
+    named = set(re.findall(r"`([\w/.]+)`", table))
+    package = ROOT / "residual_kernels"
+    rooms = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    rooms |= {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    assert rooms <= named, rooms - named
 
 
 def test_the_sweep_plan_is_one(tmp_path):
