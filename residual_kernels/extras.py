@@ -11,6 +11,10 @@ EXTRAS = {  # extra of pyproject.toml -> what it is for
     "data": "WebDataset shards, Hugging Face data sets and clip_benchmark's prompts",
     "hf": "models of transformers",
     "export": "ONNX files",
+    "pandas": "rows as a pandas DataFrame",
+    "tensorboard": "fits logged to TensorBoard",
+    "wandb": "fits logged to Weights & Biases",
+    "mlflow": "fits logged to MLflow",
     "peers": "the comparison with other methods",
 }
 

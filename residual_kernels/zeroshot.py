@@ -59,6 +59,11 @@ class ZeroShotHead(nn.Module):
             * self.logit_scale.to(wide.dtype).exp()
         )
 
+    def extra_repr(self) -> str:
+        names = ", ".join(map(repr, self.class_names[:3])) + (", ..." if len(self.class_names) > 3 else "")
+        scale = "meta" if self.logit_scale.is_meta else f"{float(self.logit_scale):.4g}"
+        return f"K={len(self.class_names)} ({names}), D={len(self.class_vectors)}, logit_scale={scale}"
+
     @classmethod
     def from_text(
         cls,

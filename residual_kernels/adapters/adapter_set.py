@@ -132,6 +132,11 @@ class AdapterSet(TowerAdapter):
         self._active = next(iter(adapters))
         self.freeze()
 
+    def __repr__(self) -> str:
+        return (
+            f"AdapterSet({list(self.members)}, active={self._active!r}, tower={type(self.tower).__name__!r})"
+        )
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names in the order they were added: what positions count."""

@@ -45,6 +45,10 @@ class Attachment:
             self._attached = False
         return self.residual.tower
 
+    def __repr__(self) -> str:
+        state = "attached to" if self._attached else "detached from"
+        return f"Attachment({self.residual!r}, {state} {type(self.model).__name__})"
+
     def __enter__(self) -> "Attachment":
         return self
 

@@ -21,6 +21,7 @@ class CoarseHeads(UnitAdapter):
     """
 
     weights_on = "units"
+    method = "coarse"
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from residual_kernels.adapters.fold import Fold, MergedOutput
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.adapters.unit_adapter import check_arguments, initial_weight
+from residual_kernels.adapters.unit_adapter import check_arguments, initial_weight, kept_start
 from residual_kernels.adapters.unit_sum import SpectralConstants, at_least_float32, tower_itself
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.ops.packing import wide
@@ -21,6 +21,7 @@ class OutputSpectral(TowerAdapter):
     `weight` [D]. Arguments as in :class:`ResiDual`.
     """
 
+    method = "output"
     folds_tower = False
     default_lr = 1e-3
 
@@ -39,7 +40,11 @@ class OutputSpectral(TowerAdapter):
         self.bases = replace(bases, parts={OUTPUT: bases.parts[OUTPUT]}, moments=None)
         self.spectral = SpectralConstants(None, bases.parts[OUTPUT], like, backend)
         self.weight = initial_weight(len(self.spectral.basis), init, seed, like)
+        self._start = kept_start(init), seed
         self.freeze()
+
+    def _initial(self) -> list[Tensor]:
+        return [initial_weight(len(self.weight), *self._start, self.weight)]
 
     def component_weight(self, weight: Tensor | None = None) -> Tensor:
         return self.weight if weight is None else weight
@@ -71,6 +76,7 @@ class OutputIdentity(TowerAdapter):
     It measures what the others start from by the same code, and stands for them where none is better.
     """
 
+    method = "base"
     weights_on = "nothing"
     folds_tower = False
 
@@ -99,6 +105,7 @@ class OutputIdentity(TowerAdapter):
 class OutputLinear(TowerAdapter):
     """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed` (a baseline)."""
 
+    method = "linear"
     folds_tower = False
     default_lr = 1e-3
 
@@ -106,11 +113,18 @@ class OutputLinear(TowerAdapter):
         check_arguments(tower, None)
         super().__init__(tower)
         like = next(self.tower.parameters())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.linear = nn.Linear(self.dim, self.dim)
+        self._seed = seed
+        self.linear = self._drawn()
         self.linear.to(device=like.device, dtype=wide(like.dtype))
         self.freeze()
+
+    def _drawn(self) -> nn.Linear:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            return nn.Linear(self.dim, self.dim)
+
+    def _initial(self) -> list[Tensor]:
+        return list(self._drawn().parameters())
 
     def _apply(self, fn, recurse=True):
         self.tower._apply(fn)

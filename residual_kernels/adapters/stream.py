@@ -98,6 +98,7 @@ class StreamResiDual(WeightedUnits):
     """
 
     placement = "stream"
+    method = "stream"
     changes_tokens = True
     weights_on = "components"
     default_lr = STREAM_LR

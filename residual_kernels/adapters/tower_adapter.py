@@ -8,16 +8,22 @@ import abc
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
+from residual_kernels.adapters import display
 from residual_kernels.adapters.frozen import FrozenTower
 from residual_kernels.adapters.unit_sum import at_least_float32
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Terms
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from residual_kernels.display import Table
 
 # Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first to
 # come writes the flags down, the last to go puts them back.
@@ -87,6 +93,8 @@ class TowerAdapter(AroundTower, abc.ABC):
         "output"  # "stream": what the tower computes depends on the weights, so that nothing can be cached
     )
     weights_on = "output"  # what a learned number belongs to: "components", "units", "output" or "nothing"
+    method: str | None = None  # the name in METHODS that it was built by, or that its class stands for
+    fitted = False  # whether :func:`fit` has given it weights
     merged = False  # whether the weights are folded into the tower's own parameters
     adapted: tuple[str, ...] = ()  # kinds of units that are reweighted: what a cache must hold
     kinds: tuple[str, ...] = ()  # what the tower must be asked for
@@ -233,6 +241,29 @@ class TowerAdapter(AroundTower, abc.ABC):
         Raises ValueError where no number belongs to a component (a linear layer).
         """
         raise ValueError(f"{type(self).__name__} reweights no components")
+
+    def __repr__(self) -> str:
+        return display.described(self)
+
+    def _initial(self) -> list[Tensor]:
+        """The weights that it was made with, in the order of :meth:`trainable`."""
+        return []
+
+    def table(self) -> "Table":
+        """One dict per component: component (its place in `component_weight()`), unit (layout index), kind, layer,
+        head, place (0 for the largest variance of its unit), weight, and explained, its share of the unit's variance
+        in the set that the bases were fitted on. What does not apply is None. `.to_pandas()` makes a DataFrame.
+
+        Raises ValueError where no number belongs to a component (a linear layer, the base).
+        """
+        return display.table(self)
+
+    def plot(self) -> "Figure":
+        """The weights by layer and head as a matplotlib Figure; by component where there are no layers.
+
+        Raises ValueError as :meth:`table`, and ImportError where matplotlib is missing.
+        """
+        return display.plot(self)
 
     def constants(self) -> dict[str, nn.Module]:
         """The modules that hold what one weight vector is applied to; {} where what is learned is no such vector."""

@@ -42,6 +42,11 @@ def initial_weight(size: int, init: str | Tensor, seed: int, like: Tensor) -> nn
     return nn.Parameter(value.to(device=like.device, dtype=dtype))
 
 
+def kept_start(init: str | Tensor) -> str | Tensor:
+    """`init` as an adapter remembers it: a tensor is copied, so that later weights can be told from it."""
+    return init.detach().cpu().clone() if isinstance(init, Tensor) else init
+
+
 class WeightedUnits(TowerAdapter):
     """An adapter that learns one weight vector for the units of some kinds.
 
@@ -71,6 +76,10 @@ class WeightedUnits(TowerAdapter):
         self._sizes = sizes
         self.spread = nn.Identity() if spread is None else spread.to(like.device)
         self.weight = initial_weight(sum(sizes) if spread is None else spread.count, init, seed, like)
+        self._start = kept_start(init), seed
+
+    def _initial(self) -> list[Tensor]:
+        return [initial_weight(len(self.weight), *self._start, self.weight)]
 
     def component_weight(self, weight: Tensor | None = None) -> Tensor:
         return self.spread(self.weight if weight is None else weight)

@@ -5,13 +5,25 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from residual_kernels import display
 from residual_kernels.analysis.selection import SelectionCurves
 from residual_kernels.analysis.words import Description
 from residual_kernels.files import SCHEMA, read_json, together, write_csv, write_json
 from residual_kernels.schema import typed
+from residual_kernels.towers import UnitLayout
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 WHAT, FILE = "analysis", "analysis.json"
+PLOTTED = (
+    "variance", "share", "participation", "two_nn", "pearson", "spearman", "pearson_classes", "spearman_classes",
+    "accuracy",
+)  # fmt: skip
+TOP = 10  # units that a notebook shows, by share of the variance
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,81 @@ class Analysis:
             raise FileNotFoundError(f"no {WHAT} at {folder} ({FILE} is missing)")
         return typed(read_json(path, WHAT), cls, f"{path}")
 
+    def table(self, of: str = "units") -> display.Table:
+        """The rows of "units" (the model's output last), "components" or "selection" as dicts, as in the CSV files.
+
+        What was not measured is None. Raises ValueError for another name.
+        """
+        made = {
+            "units": self._unit_table,
+            "components": self._component_table,
+            "selection": self._selection_table,
+        }
+        if of not in made:
+            raise ValueError(f"an analysis has tables of {', '.join(made)}; got {of!r}")
+        columns, *rows = made[of]()
+        return display.Table((dict(zip(columns, row, strict=True)) for row in rows), columns)
+
+    def to_pandas(self, of: str = "units") -> "pandas.DataFrame":
+        """:meth:`table` as a DataFrame. Raises ImportError where pandas is missing."""
+        return self.table(of).to_pandas()
+
+    def plot(self, of: str = "dimension") -> "Figure":
+        """One of the analyses as a matplotlib Figure.
+
+        Args:
+            of: "dimension", "similarity" or "selection" (of heads), or a column of the units' rows, drawn by layer and
+                head: "accuracy", "pearson", "share" ...
+
+        Raises:
+            ValueError: another name, or an analysis that holds no numbers of it.
+            ImportError: matplotlib is missing.
+        """
+        columns = [name for name in PLOTTED if any(_known(getattr(row, name)) for row in self.units)]
+        heads = self.kind == "head"
+        whole = ["dimension"] * heads
+        whole += ["similarity"] * bool(heads and self.similarity)
+        curves = next((found for found in self.selections if found.of == "units"), None)
+        whole += ["selection"] * (heads and curves is not None)
+        if self.kind not in ("head", "mlp"):
+            columns = []
+        if of not in (*whole, *columns):
+            raise ValueError(
+                f"this analysis can draw {', '.join((*whole, *columns)) or 'nothing'}; got {of!r}"
+            )
+        figures, layout = display.drawing(), UnitLayout(self.layers, self.heads)
+        if of == "similarity":
+            import torch
+
+            return figures.similarity(layout, torch.tensor(next(iter(self.similarity.values()))))
+        if of == "selection":
+            return figures.selection(curves.curves(), curves.total, curves.base)
+        if of == "dimension":
+            return figures.dimensions(layout, self._dimensions())
+        found = {row.index: getattr(row, of) for row in self.units if _known(getattr(row, of))}
+        return figures.unit_map(layout, found, of.replace("_", " "))
+
+    def _dimensions(self) -> dict:
+        import torch
+
+        found = {
+            f"components for {self.energies[-1]:.0%} of the variance": [row.linear[-1] for row in self.units],
+            "participation ratio": [row.participation for row in self.units],
+            "TwoNN": [row.two_nn for row in self.units],
+        }
+        return {name: torch.tensor(x).double() for name, x in found.items() if any(map(_known, x))}
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "tower": self.tower, "units": f"{len(self.units)} of kind {self.kind}", "images": self.images,
+            "accuracy of the model": self.output.accuracy, "similarity": ", ".join(self.similarity) or None,
+        }  # fmt: skip
+        names = ("layer", "head", "share", "participation", "pearson", "accuracy")
+        rows = [
+            [getattr(row, name) for name in names] for row in sorted(self.units, key=lambda row: -row.share)
+        ]
+        return display.card("Analysis", facts, names, rows[:TOP])
+
     def _unit_table(self) -> Iterator[list]:
         plain = ["index", "kind", "layer", "head", "variance", "share"]
         scores = [
@@ -144,6 +231,10 @@ class Analysis:
             for name, seed, values in named:
                 for fraction, kept, accuracy in zip(curves.fractions, curves.kept, values, strict=True):
                     yield [curves.of, curves.rest, name, seed, fraction, kept, accuracy]
+
+
+def _known(value) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _plain(value):

@@ -8,16 +8,19 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from residual_kernels import towers
+from residual_kernels import display, towers
 from residual_kernels.bases.moments import Moments
 from residual_kernels.files import Head, check_shapes, digest, load_tensors, save_tensors
 from residual_kernels.schema import Count
 from residual_kernels.towers import Tower, UnitLayout
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
 PLACEMENTS = ("output", "stream")
@@ -140,6 +143,27 @@ class SpectralBases:
         sizes = ", ".join(f"{kind}: {len(self.parts[kind].components)}" for kind in self.kinds)
         rows = "images" if self.tokens is None else f"tokens ({self.tokens})"
         return f"SpectralBases({self.tower}, {self.layout}, {rows}={self.count}, components=({sizes}))"
+
+    def plot(self, kind: str | None = None, energy: float = 0.9) -> "Figure":
+        """Cumulative explained variance of every unit of a kind, coloured by layer, as a matplotlib Figure.
+
+        `kind` is one that these bases hold, or "output"; heads by default. The dashed line is at `energy`.
+        Raises ValueError for a kind that is not there, and ImportError where matplotlib is missing.
+        """
+        kind = next(iter(sorted(self.parts, key=lambda name: name != "head"))) if kind is None else kind
+        if kind not in self.parts:
+            raise ValueError(f"these bases hold {', '.join(self.parts)}, not {kind!r}")
+        return display.drawing().spectra(self, energy, kind)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "tower": self.tower,
+            "images" if self.tokens is None else f"tokens ({self.tokens})": self.count,
+            "placement": self.placement,
+            "D" if self.placement == "output" else "width": self.dim,
+        }
+        rows = [[kind, len(part.mean), len(part.components)] for kind, part in self.parts.items()]
+        return display.card("SpectralBases", facts, ("kind", "units", "components"), rows)
 
     def _find(self, unit) -> tuple[KindBases, int]:
         row = self.layout[self.layout.index(unit)]

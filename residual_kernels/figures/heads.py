@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from residual_kernels.analysis.selection import Curve
-from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.figures.style import (
     BLUE,
     DEPTH,
@@ -99,10 +99,14 @@ def _depth(layout: UnitLayout, layer: int) -> tuple[float, ...]:
     return DEPTH(layer / max(1, layout.layers - 1))
 
 
-def _draw_spectra(figure: Figure, axes: Axes, bases: SpectralBases, energy: float) -> None:
-    for unit in bases.layout.select("head"):
-        curve = bases.explained_variance_ratio(unit).cumsum(0).numpy()
-        colour = _depth(bases.layout, unit.layer)
+def _draw_spectra(
+    figure: Figure, axes: Axes, bases: SpectralBases, energy: float, kind: str = "head"
+) -> None:
+    part = bases.parts[kind]
+    layers = [None] if kind == OUTPUT else [unit.layer for unit in bases.layout.select(kind)]
+    for place, layer in enumerate(layers):
+        curve = part.ratio(place).cumsum(0).numpy()
+        colour = BLUE if layer is None else _depth(bases.layout, layer)
         axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.6, lw=1.1)
     axes.axhline(energy, color=ORANGE, lw=1.2, ls="--")
     axes.text(1, energy - 0.01, f"{energy:.0%} of the variance", color=ORANGE, va="top", fontsize=9)
@@ -110,16 +114,18 @@ def _draw_spectra(figure: Figure, axes: Axes, bases: SpectralBases, energy: floa
     axes.set_ylim(0, 1.03)
     percents(axes.yaxis)
     axes.set_xlabel("principal components kept")
-    axes.set_ylabel("share of the head's variance")
-    scale = ScalarMappable(Normalize(0, max(1, bases.layout.layers - 1)), DEPTH)
-    colour_bar(figure, scale, axes, label="layer")
+    owner = {"head": "head", "mlp": "MLP", OUTPUT: "output"}.get(kind, "unit")
+    axes.set_ylabel(f"share of the {owner}'s variance")
+    if layers != [None]:
+        scale = ScalarMappable(Normalize(0, max(1, bases.layout.layers - 1)), DEPTH)
+        colour_bar(figure, scale, axes, label="layer")
 
 
 @styled
-def spectra(bases: SpectralBases, energy: float = 0.99) -> Figure:
-    """Cumulative explained variance of every head, coloured by layer."""
+def spectra(bases: SpectralBases, energy: float = 0.99, kind: str = "head") -> Figure:
+    """Cumulative explained variance of every head, or unit of another kind, coloured by layer."""
     figure = new_figure(7.5, 4.4)
-    _draw_spectra(figure, figure.add_subplot(), bases, energy)
+    _draw_spectra(figure, figure.add_subplot(), bases, energy, kind)
     return figure
 
 

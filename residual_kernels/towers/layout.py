@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from residual_kernels import display
+
 KINDS = ("emb", "head", "mlp", "pool")  # in this order everywhere; `layout.kinds` are those that a tower has
 
 
@@ -39,6 +41,14 @@ class UnitLayout(Sequence[Unit]):
     def __repr__(self) -> str:
         pool = ", pool=True" if self.pool else ""
         return f"UnitLayout(layers={self.layers}, heads={self.heads}{pool}, units={len(self)})"
+
+    def _repr_html_(self) -> str:
+        facts = {"layers": self.layers, "heads a layer": self.heads, "units": len(self)}
+        rows = []
+        for kind in self.kinds:
+            span = self.span(kind)
+            rows.append([kind, span.stop - span.start, f"{span.start} to {span.stop - 1}"])
+        return display.card("UnitLayout", facts, ("kind", "units", "index"), rows)
 
     @property
     def kinds(self) -> tuple[str, ...]:

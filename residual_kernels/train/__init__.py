@@ -3,9 +3,10 @@
 `config.py` is what a fit may be told, `batches.py` how rows reach it, `labels.py` what a row is labelled and how much
 it counts, `evaluation.py` how good the outcome is, `results.py` what is reported. AdamW: `plan.py` is what is about to
 be done, `fitting.py` the loop, `progress.py` where a task stands, `steps.py` one step, `checkpoints.py` how a fit
-resumes. The convex fit: see `convex.py`.
+resumes. The convex fit: see `convex.py`. `logs.py` is where records of a fit go.
 """
 
+import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.train import logs
 from residual_kernels.train.config import ConvexConfig, FitConfig
 from residual_kernels.train.convex import chosen_solver, fit_convex
 from residual_kernels.train.evaluation import (
@@ -53,6 +55,8 @@ __all__ = [
     "tune",
 ]
 
+logger = logging.getLogger(__name__)
+
 
 def fit(
     adapter: TowerAdapter,
@@ -81,6 +85,7 @@ def fit(
     memory: int | None = None,
     alone: bool = False,
     progress: Callable[[Epoch], None] | None = None,
+    log: logs.Log = None,
 ) -> FitResult:
     """Fits an adapter's own weights by cross-entropy of head(y); the tower never trains here.
 
@@ -120,6 +125,11 @@ def fit(
             by default. Beyond that, batches are read from the cache by another thread.
         alone: do not share the work in a process group.
         progress: called with every :class:`Epoch`.
+        log: where the fit is logged: a callable that takes a dict, "tensorboard", "wandb", "mlflow", "csv"
+            (`fit-log.csv` in the working folder; new lines are appended), or the path of a .csv file. AdamW logs each
+            epoch as it ends; a convex fit, when it ends, the untouched model (epoch 0) and the fit (epoch 1). Keys are
+            the fields of :class:`Epoch` and `fit` (0); a convex fit adds `freedom`, `loss`, `accuracy` and `error`, as
+            in `FitResult.path`. In a process group the first process alone logs, but a callable is called in each.
 
     Returns:
         A :class:`FitResult`; the adapter holds the weights of its best epoch (by accuracy on val, the earlier of
@@ -128,7 +138,8 @@ def fit(
     Raises:
         ValueError: no labels, labels out of range, a class with fewer images than `shots`, NaN in cached units (named
             by row), a cache of another tower or without the kinds needed, a loader that can be read only once, a
-            checkpoint of another fit, an option that the solver does not have.
+            checkpoint of another fit, an option that the solver does not have, a `log` that is no such name.
+        ImportError: the library that `log` names is missing.
         FloatingPointError: the loss is not finite.
 
     Whatever is raised, the weights are those it started from. Deterministic for the same inputs, seed and number of
@@ -161,6 +172,7 @@ def fit(
         memory=memory,
         alone=alone,
         progress=None if progress is None else lambda _, row: progress(row),
+        log=log,
     )
     return fits.put(adapter, 0)
 
@@ -193,6 +205,7 @@ def fit_many(
     memory: int | None = None,
     alone: bool = False,
     progress: Callable[[int, Epoch], None] | None = None,
+    log: logs.Log = None,
 ) -> ManyFits:
     """:func:`fit` for all learning rates, seeds and label sets at once: each result is that of a fit of its own.
 
@@ -208,6 +221,7 @@ def fit_many(
         labels, val_labels: label sets, each [N] for the rows of the cache; the caches' own labels by default.
         starts: of AdamW: for each seed the starting weights, in the order of `adapter.trainable()`.
         progress: called with the number of the fit and its :class:`Epoch`.
+        log: as in :func:`fit`; `fit` in a record is the number of the fit.
 
     Returns:
         :class:`ManyFits`; fits run over label sets, then seeds, then learning rates, the last fastest.
@@ -220,13 +234,17 @@ def fit_many(
         raise ValueError(
             f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
         )
+    logs.check(log)
     config = FitConfig(
         epochs, batch_size, patience, weight_decay, shrink, class_weight, shots, checkpoint, every, step, memory,
         alone,
     )  # fmt: skip
     convex = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory, alone)
     if chosen_solver(solver, adapter, config.of_adamw(lr=lrs, starts=starts), convex.of_convex()) == "convex":
-        return _convex(adapter, heads, train, val, convex, seeds, labels, val_labels, progress)
+        fits = fit_convex(adapter, heads, train, val, convex, seeds, labels, val_labels)
+        with logs.opened(log, alone) as write:
+            _tell_convex(fits, progress, write)
+        return _said(fits)
     rates = [_rate(adapter, lr) for lr in ([None] if lrs is None else lrs)]
     sets = 1 if labels is None else len(labels)
     tasks = [Task(lr, seed, number) for number in range(sets) for seed in seeds for lr in rates]
@@ -239,25 +257,34 @@ def fit_many(
     plan = Plan(
         adapter, heads, train, val, tasks, config, starts=starts, labels=labels, val_labels=val_labels
     )
-    return Loop(plan, progress).run()
+    with logs.opened(log, alone) as write:
+
+        def told(number: int, row: Epoch) -> None:
+            logger.debug("fit %d: %s", number, row)
+            if progress is not None:
+                progress(number, row)
+            if write is not None:
+                write(logs.of_epoch(number, row))
+
+        fits = Loop(plan, told).run()
+    return _said(fits)
 
 
-def _convex(
-    adapter: TowerAdapter,
-    heads: list[ZeroShotHead],
-    train: UnitCache | Iterable,
-    val: UnitCache | Iterable | None,
-    config: ConvexConfig,
-    seeds: Sequence[int],
-    labels: Sequence[Tensor] | None,
-    val_labels: Sequence[Tensor] | None,
-    progress: Callable[[int, Epoch], None] | None,
-) -> ManyFits:
-    fits = fit_convex(adapter, heads, train, val, config, seeds, labels, val_labels)
-    if progress is not None:
-        for number, result in enumerate(fits.results):
+def _tell_convex(
+    fits: ManyFits, progress: Callable[[int, Epoch], None] | None, write: logs.Write | None
+) -> None:
+    for number, result in enumerate(fits.results):
+        if progress is not None:
             for row in result.history:
                 progress(number, row)
+        if write is not None:
+            for record in logs.of_convex(number, result):
+                write(record)
+
+
+def _said(fits: ManyFits) -> ManyFits:
+    for number, result in enumerate(fits.results):
+        logger.info("fit %d of %d: %s", number + 1, len(fits.results), result)
     return fits
 
 

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from residual_kernels import distributed
+from residual_kernels import display, distributed
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.train.batches import AdapterRows, blocks, bytes_of_a_row, source_of, whole, widest
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.visible import visible
 from residual_kernels.zeroshot import ZeroShotHead
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,27 @@ class Evaluation:
             confusion=confusion,
         )
 
+    def plot(self, class_names: Sequence[str] | None = None) -> "Figure":
+        """The confusion matrix as a matplotlib Figure; classes are numbers where they are not named.
+
+        Raises ValueError where `class_names` are not K, and ImportError where matplotlib is missing.
+        """
+        classes = len(self.confusion)
+        names = list(map(str, range(classes))) if class_names is None else list(class_names)
+        if len(names) != classes:
+            raise ValueError(f"class_names must hold {classes} names, one per class; got {len(names)}")
+        return display.drawing().confusion(list(map(visible, names)), self.confusion)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "accuracy": self.accuracy,
+            "balanced accuracy": self.balanced_accuracy,
+            "loss": self.loss,
+            "images": self.count,
+            "classes": len(self.confusion),
+        }
+        return display.card("Evaluation", facts)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -64,6 +90,12 @@ class Comparison:
     after: Evaluation
     mended: int
     broken: int
+
+    def _repr_html_(self) -> str:
+        names = ("accuracy", "balanced_accuracy", "loss")
+        rows = [[name, getattr(self.before, name), getattr(self.after, name)] for name in names]
+        facts = {"images": self.after.count, "mended": self.mended, "broken": self.broken}
+        return display.card("Comparison", facts, ("", "tower", "adapter"), rows)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,17 @@
 """What does a fit report? Its epochs, its outcome, and the weights of many fits."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from residual_kernels import display
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,39 @@ class FitResult:
     path: list[Strength] = field(default_factory=list, repr=False)
     certificate: Certificate | None = None
 
+    def table(self) -> display.Table:
+        """One dict per epoch; of a convex fit one per strength that was tried, the untouched model first."""
+        return display.Table(asdict(row) for row in (self.path if self.solver == "convex" else self.history))
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """:meth:`table` as a DataFrame. Raises ImportError where pandas is missing."""
+        return self.table().to_pandas()
+
+    def plot(self) -> "Figure":
+        """Loss and accuracy by epoch, or by strength of a convex fit, as a matplotlib Figure.
+
+        Raises ImportError where matplotlib is missing.
+        """
+        figures = display.drawing()
+        return figures.strengths(self) if self.solver == "convex" else figures.epochs(self)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "solver": self.solver,
+            "accuracy of the untouched model": self.base_accuracy,
+            "accuracy on val": self.val_accuracy,
+            "accuracy on held-out folds": self.fold_accuracy,
+            "best epoch": None if self.solver == "convex" else self.best_epoch,
+            "weights left about free": self.freedom,
+            "numbers": self.parameters,
+            "seconds": self.seconds,
+        }
+        rows = self.table()
+        note = "the training loss became infinite or NaN" if self.diverged else None
+        return display.card(
+            "FitResult", facts, rows.columns, [list(row.values()) for row in rows], notes=(note,)
+        )
+
 
 @dataclass(frozen=True)
 class Task:
@@ -125,4 +164,5 @@ class ManyFits:
         with torch.no_grad():
             for parameter, values in zip(adapter.trainable(), self.tensors, strict=True):
                 parameter.copy_(values[index])
+        adapter.fitted = True
         return self.results[index]

@@ -4,13 +4,16 @@ All are convex fits of the same images in the same folds (or judged by the same 
 compared image by image. The least loss wins, unless a simpler candidate is within one standard error of it.
 """
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from residual_kernels import display
 from residual_kernels.adapters.methods import METHODS, build
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
@@ -26,6 +29,12 @@ from residual_kernels.train.problem import Form, Labels, Problem, labels_of
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import unit_source
 from residual_kernels.zeroshot import ZeroShotHead
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 BASE, VECTORS, PROBE, STREAM = "base", "anchored + class vectors", "probe", "stream"
 # Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is told of, not
@@ -84,6 +93,26 @@ class TuneResult:
         ]
         said = [one for one in (self.why, self.probe, self.warning) if one]
         return "\n".join([*lines, *said])
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """`table` as a DataFrame, a row per candidate. Raises ImportError where pandas is missing."""
+        return display.Table(asdict(one) for one in self.table).to_pandas()
+
+    def plot(self) -> "Figure":
+        """Accuracy of every candidate as a matplotlib Figure. Raises ImportError where matplotlib is missing."""
+        return display.drawing().candidates(self)
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "winner": self.winner,
+            "accuracy of the untouched model": self.base_accuracy,
+            "accuracy": self.accuracy,
+            "images": self.images,
+            "judged by": self.judged_by,
+        }
+        columns = ("candidate", "numbers", "accuracy", "loss", "note")
+        rows = [[one.name, one.numbers, one.accuracy, one.loss, one.note] for one in self.table]
+        return display.card("TuneResult", facts, columns, rows, notes=(self.why, self.probe, self.warning))
 
 
 @dataclass
@@ -170,6 +199,7 @@ def tune(
     if contest.images < FEW:
         what = "validation" if val is not None else "training"
         warning = f"only {contest.images} {what} images judged this; a few more may turn it round"
+    log.info("tune: %s", why)
     return TuneResult(
         winner=winner.name,
         why=why,
@@ -258,6 +288,7 @@ class _Contest:
         seconds = time.perf_counter() - start
         numbers = objective.shape.components + objective.shape.vectors
         self.entries.append(_Entry(name, numbers, judged, freedom, seconds, adapter, objective, found))
+        log.info("tune: %s has loss %.4f and accuracy %.4f", name, judged.loss, judged.accuracy)
 
     def add_stream(self, bases: SpectralBases, train: Iterable, val: Iterable, seed: int) -> None:
         """The stream form by AdamW, judged on the same validation images."""
@@ -332,6 +363,7 @@ class _Contest:
                 adapter = winner.adapter
                 with torch.no_grad():
                     adapter.weight.copy_(1 + winner.objective.delta(theta)[0])
+                adapter.fitted = True
         elif winner.name == STREAM:
             adapter = winner.adapter
         return adapter, head

@@ -66,7 +66,9 @@ def build(
         raise ValueError(f"{record.name} needs bases; fit them with fit_bases")
     if record.start is not None:
         given["init"] = record.start if init is None else init
-    return record.make(tower, bases, seed=seed, **given)
+    adapter = record.make(tower, bases, seed=seed, **given)
+    adapter.method = record.name
+    return adapter
 
 
 def identity(tower: nn.Module) -> TowerAdapter:

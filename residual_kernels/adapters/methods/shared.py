@@ -15,6 +15,8 @@ class SharedResiDual(ResiDual):
     MLPs, alone in their layers, keep a number for each component. Arguments as there, at the output only.
     """
 
+    method = "shared"
+
     def _shared(self, bases: SpectralBases) -> Spread:
         index, total = [], 0
         for kind in bases.kinds:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from residual_kernels import towers
+from residual_kernels import display, towers
 from residual_kernels.towers import Terms
 from residual_kernels.units.cache.shards import MANIFEST, Shards, read_manifest, shard_files
 
@@ -58,6 +58,16 @@ class UnitCache:
     def __repr__(self) -> str:
         shapes = ", ".join(f"{kind} {shape} {dtype}" for kind, (shape, dtype) in self._shapes().items())
         return f"UnitCache(images={len(self)}, {shapes or 'outputs only'}, labels={self.labels is not None})"
+
+    def _repr_html_(self) -> str:
+        facts = {
+            "images": len(self),
+            "labels": "yes" if self.labels is not None else "no",
+            "classes": None if self.class_names is None else len(self.class_names),
+            "tower": self.checksum[:12],
+        }
+        rows = [[kind, *shape, str(dtype)] for kind, (shape, dtype) in self._shapes().items()]
+        return display.card("UnitCache", facts, ("kind", "units", "C", "dtype"), rows)
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {kind: (tuple(value.shape[1:]), value.dtype) for kind, value in self.z.items()}
