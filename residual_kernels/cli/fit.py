@@ -81,16 +81,16 @@ def fit_command(
         typer.Option(help="learning rate, the paper's by default; repeat the option to try several at once"),
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, help="fits from so many starts and orders at once; the best is kept")
+        int, typer.Option(min=1, help="number of random seeds to fit at once; the best fit is kept")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="the first of them")] = 0,
+    seed: Annotated[int, typer.Option(help="the first random seed")] = 0,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="passes over the training images, at most; 30 by default")
     ] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="epochs without a better validation accuracy; 5 by default")
     ] = None,
-    shots: Annotated[int | None, typer.Option(min=1, help="fit on so many images of each class")] = None,
+    shots: Annotated[int | None, typer.Option(min=1, help="fit on this many images of each class")] = None,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="every class counts alike, however many images it has")
     ] = False,

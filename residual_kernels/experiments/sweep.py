@@ -1,7 +1,7 @@
 """Which method is best on which data? Towers x data sets x methods from one YAML file, as the paper's main table.
 
-Every tower encodes a data set once; every fit leaves one small JSON file. A sweep that was stopped goes on where it
-was: finished shards and finished fits are not made again, and a fit whose recipe has changed is.
+Every tower encodes a data set once; every fit leaves one small JSON file. A sweep that was stopped
+resumes: finished shards and fits are kept, and a fit whose recipe has changed is made again.
 """
 
 import functools
@@ -214,7 +214,7 @@ class _TowerWork:
         )
 
     def encoded(self, source: str, folder: Path, labelled: bool) -> UnitCache:
-        """The cache of a data set, in `folder` of this sweep: made, gone on with, or read."""
+        """The cache of a data set, in `folder` of this sweep: made, resumed, or read."""
         images = self.images(source, labelled)
         self.sweep.accounts.append(images.account)
         loader = DataLoader(images, batch_size=self.plan.batch_size, num_workers=self.sweep.workers)

@@ -55,7 +55,7 @@ def _where(facts: Facts) -> str:
         first = max((*facts.raised[:1], *facts.faded[:1]), key=lambda c: abs(c.effect), default=None)
         if first is not None:
             said = (
-                f"The single move that reaches farthest is {component_name(first)}: its weight is "
+                f"The weight that changes the outputs most is that of {component_name(first)}: "
                 f"{signed(first.weight).lstrip('+')}{_apart(facts, first)}."
             )
     heads = [unit for unit in facts.layout if unit.index in facts.unit_lost]

@@ -38,7 +38,7 @@ class UnitMaps:
 
 @dataclass
 class Terms:
-    """What a tower's forward pass leaves for each image: everything exact units are made of.
+    """What a tower's forward pass leaves for each image: per-image quantities from which every unit is computed.
 
     z maps a kind to [N, R, C]; scale, mean [N] (float32 or better) are s and m of the final norm; output [N, D] is the
     tower's own output; tokens its second output where the tower returns one.

@@ -96,7 +96,7 @@ def encode(
     is none.
 
     In a process group (torchrun) the processes share the shards, which must lie on a file system that all see. Each
-    gives the same loader and gets the whole cache. When one dies the others raise RuntimeError; the next run goes on.
+    gives the same loader and gets the whole cache. When one dies the others raise RuntimeError; the next run resumes.
 
     Memory, besides the tower, its batch and the loader: two shards, one being filled and one being written, and 16
     bytes an image for labels and ids when the cache is opened at the end.

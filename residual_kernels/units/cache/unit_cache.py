@@ -178,8 +178,7 @@ class UnitCache:
         manifest = read_manifest(path)
         if not manifest["complete"]:
             raise FileNotFoundError(
-                f"the unit cache at {path} is not finished; encode into the same folder again, which goes on "
-                "where it stopped"
+                f"the unit cache at {path} is not finished; encode into the same folder again, and it resumes"
             )
         run = manifest["run"]
         beyond = [file.name for index, file in shard_files(path).items() if index >= len(manifest["shards"])]
