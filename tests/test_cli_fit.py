@@ -248,7 +248,7 @@ def test_probe_by_name_and_with_validation(run, digits, tmp_path):  # noqa: F811
         "fit", "--data", digits / "c" / "train", "--lr", 0.1, "--epochs", 3, "--out", tmp_path / "b"
     )
     assert code == 2
-    assert "--lr and --epochs belongs to one way of fitting, and auto is told nothing of it" in err
+    assert "--lr and --epochs belong to single methods, and --method auto does not read such options" in err
     assert not (tmp_path / "b").exists()
 
 

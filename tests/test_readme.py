@@ -245,3 +245,23 @@ def test_tables_of_peers_are_the_committed_ones(page, columns):
         assert row[-1] == of_photographs[columns[-1]].split(" ")[0].strip("*")
         if page == "COMPARISON":
             assert row[4:6] == of_digits[4:6]
+
+
+def test_the_table_of_the_stream_is_the_committed_one():
+    truth = json.loads((ROOT / "benchmarks/results/amd-epyc/stream_digits.json").read_text())
+    shown = rows_of(DOCS / "GUIDE.md", "## Inside the tower")
+    assert [row[1:] for row in shown] == [
+        [str(one["parameters"]), str(one["rate"]), f"{one['validation']:.3f}", f"{one['test']:.3f}"]
+        for one in truth
+    ]
+
+
+def test_what_the_readme_says_of_tune_is_the_committed_figure():
+    table = (ROOT / "benchmarks/results/amd-epyc/convex.md").read_text()
+    rows = {
+        cells[0]: cells
+        for cells in ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines())
+    }
+    text = " ".join(README.read_text().split())
+    assert f"reads {rows['digits'][-1]} of the same test third" in text
+    assert f"({rows['photographs'][-1]} where the model reads {rows['photographs'][5]})" in text

@@ -189,15 +189,16 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
 INTRODUCTION = """\
 # Towers
 
-Which image towers have exact units, and in which form. Written by `python tests/towers_table.py`, which builds every
-tower without values and asks for its view; a test keeps this page current, others check that the units of every
-structure sum to the tower's output.
+This page lists the image towers whose units the library computes exactly. `python tests/towers_table.py` writes it: it
+builds every tower without values and asks for its view. A test keeps this page current. Other tests check that the
+units of every structure sum to the tower's output.
 
-* *pooling*: what of the last layer the embedding is made of. Norm before or after an average: both are exact.
+* *pooling*: how the tokens of the last layer become one embedding. With an average, the norm may come before or
+  after it; both are exact.
 * *L × H*: layers and heads of each. *C*: coordinates of a head. *D*: the embedding.
-* *z*: what a cache holds of all heads of one image in float32. With attention pooling a head has no short form, so it
-  holds the heads' outputs themselves (C = D); "Your own tower" says what that costs.
-* Below each list: the towers that are refused, with the reason that the library gives.
+* *z*: the bytes that a cache holds for all heads of one image, in float32. With attention pooling a head has no
+  short form, so the cache holds the heads' outputs themselves (C = D); "Your own tower" says what that costs.
+* Towers that are refused stand below each list, with the reason that the library gives.
 * Wrapped, cast, averaged and quantised towers, the check against the model itself, and a recipe for a tower that nobody
   has seen: [TOWERS_IN_USE.md](TOWERS_IN_USE.md).
 """

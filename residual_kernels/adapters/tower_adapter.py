@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from residual_kernels.display import Table
 
-# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first to
-# come writes the flags down, the last to go puts them back.
+# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first
+# adapter records the flags; the last to detach restores them.
 _frozen: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, bool], weakref.WeakSet[TowerAdapter]]]" = (
     weakref.WeakKeyDictionary()
 )
@@ -327,7 +327,7 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     @abc.abstractmethod
     def features(self, terms: Terms) -> dict[str, Tensor]:
-        """What of y does not depend on the weights, a row per image: a fit on cached units computes it once."""
+        """The part of y that does not depend on the weights, one row per image; a fit on a cache computes it once."""
 
     @torch.no_grad()
     def features_of_images(self, images: Tensor) -> dict[str, Tensor]:

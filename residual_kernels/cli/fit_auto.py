@@ -40,9 +40,10 @@ def check_options(method: str, given: dict[str, bool]) -> None:
     """Raises ValueError for options of a single method."""
     names = [name for name, there in given.items() if there]
     if names:
+        belong = "belongs" if len(names) == 1 else "belong"
         raise ValueError(
-            f"{' and '.join(names)} belongs to one way of fitting, and {method} is told nothing of it; name one with "
-            "--method, such as fine, or leave it out"
+            f"{' and '.join(names)} {belong} to single methods, and --method {method} "
+            "does not read such options; name a method, such as --method fine, or leave them out"
         )
 
 

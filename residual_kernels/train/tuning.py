@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BASE, VECTORS, PROBE, STREAM = "base", "anchored + class vectors", "probe", "stream"
-# Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is told of, not
-# chosen.
+# Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is reported,
+# not chosen.
 CANDIDATES = (BASE, "anchored", "fine", "full", VECTORS, PROBE)
 FEW = 50  # validation images below which an accuracy says little
 
@@ -157,7 +157,7 @@ def tune(
         train: a UnitCache or a loader of (images, labels).
         val: the same; without it, folds of the training images judge.
         candidates: of :data:`CANDIDATES`; all that the bases allow by default. The model itself always competes. The
-            probe is only told of, unless it is named here.
+            probe is only reported, unless it is named here.
         stream_bases: bases with placement="stream": the stream form competes too. It runs the tower at every step, so
             train and val must then be loaders.
         class_weight, shots, seed, labels, val_labels, label_smoothing, folds, freedoms, memory: as in :func:`fit`.
@@ -379,7 +379,7 @@ class _Contest:
             elif one.freedom == 0:
                 note = "not better than where it starts by one standard error"
             elif one.name == PROBE and not self.probe_competes:
-                note = "told of, not chosen: it reads these classes alone"
+                note = "reported, not chosen: it knows these classes alone"
             elif one.judged.loss < winner.judged.loss:
                 note = "better by less than one standard error, and less simple"
             else:
