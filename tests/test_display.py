@@ -14,6 +14,7 @@ from test_towers import build, images_for
 import residual_kernels as rk
 from residual_kernels import display
 from residual_kernels.analysis import analyze
+from residual_kernels.analysis.weights import read_weights
 
 NASTY = ("<script>alert(1)</script>", "b & c", "\x1b[31mred")
 
@@ -211,6 +212,36 @@ def test_results_draw_what_they_hold(tower, cache, bases, head, made, tmp_path):
     saved(evaluation.plot(NASTY), tmp_path)
     with pytest.raises(ValueError, match="must hold 3 names, one per class; got 2"):
         evaluation.plot(("a", "b"))
+
+
+def test_comparisons_and_many_fits(tower, cache, bases, head, made, tmp_path):
+    adapter = made(rk.build("fine", tower, bases, seed=4))
+    many = rk.fit_many(adapter, head, cache, cache, lrs=[0.1, 0.5], epochs=2)
+    assert [row["lr"] for row in many.table()] == [0.1, 0.5]
+    assert [row["val_accuracy"] for row in many.table()] == [one.val_accuracy for one in many.results]
+    many.put(adapter, many.best())
+    compared = rk.train.compare(adapter, head, cache)
+    labels = saved(compared.plot(), tmp_path).axes[0].get_yticklabels()
+    assert {label.get_text() for label in labels} == {"0", "1", "2"}
+    with pytest.raises(ValueError, match="must hold 3 names"):
+        compared.plot(("a",))
+
+
+def test_a_reading_of_weights_is_a_table(tower, cache, bases, made):
+    reading = read_weights(made(rk.build("fine", tower, bases, seed=4)), cache)
+    rows = reading.table()
+    assert [row["effect"] for row in rows] == reading.effect.tolist()
+    assert [row["unit"] for row in rows] == reading.unit.tolist()
+    assert {row["kind"] for row in rows} == {"head"}
+
+
+def test_the_logger_tells_of_bases_and_caches(tower, tmp_path, caplog):
+    images = images_for(tower, 20)
+    with caplog.at_level("INFO", "residual_kernels"):
+        rk.fit_bases(tower, [images])
+        rk.encode(tower, [images], tmp_path / "cache")
+    assert "bases of head from 20 images" in caplog.text
+    assert f"cache of 20 images at {tmp_path / 'cache'}" in caplog.text
 
 
 def test_candidates_are_drawn_and_listed(tower, cache, bases, head, made, tmp_path):

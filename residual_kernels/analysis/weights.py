@@ -12,6 +12,7 @@ from torch import Tensor
 
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.display import Table
 from residual_kernels.ops.reference import coefficients
 from residual_kernels.towers import Unit, UnitLayout
 from residual_kernels.units.cache import UnitCache
@@ -72,6 +73,14 @@ class WeightReading:
             effect=float(self.effect[index]),
             separation=float("nan") if self.separation is None else float(self.separation[index]),
         )
+
+    def table(self) -> Table:
+        """One dict per component: the fields of :class:`Component`, its unit as unit, kind, layer and head."""
+        rows = []
+        for found in (self[j] for j in range(len(self))):
+            row = {**vars(found), "unit": found.unit.index}
+            rows.append(row | {name: getattr(found.unit, name) for name in ("kind", "layer", "head")})
+        return Table(rows)
 
     def raised(self, count: int) -> list[Component]:
         """At most `count` components with weights above 1, those that move embeddings farthest first."""

@@ -1,5 +1,6 @@
 """Where bases come from: one streaming pass over images, or over units kept before."""
 
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -12,6 +13,7 @@ from residual_kernels.towers import Tower, UnitMaps
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import ROWS, UnitSource, unit_source
 
+log = logging.getLogger(__name__)
 MOMENT_ROWS = 2 * ROWS  # of a cache at a time: moments like long products
 
 
@@ -83,6 +85,7 @@ def fit_bases(
         if progress is not None:
             progress(len(terms.output))
     _check_count(sums[OUTPUT].count, "images")
+    log.info("bases of %s from %d images", ", ".join(kinds), sums[OUTPUT].count)
     return from_moments(_shell(view), {kind: total.moments() for kind, total in sums.items()})
 
 

@@ -58,11 +58,7 @@ class Evaluation:
 
         Raises ValueError where `class_names` are not K, and ImportError where matplotlib is missing.
         """
-        classes = len(self.confusion)
-        names = list(map(str, range(classes))) if class_names is None else list(class_names)
-        if len(names) != classes:
-            raise ValueError(f"class_names must hold {classes} names, one per class; got {len(names)}")
-        return display.drawing().confusion(list(map(visible, names)), self.confusion)
+        return display.drawing().confusion(_names(class_names, len(self.confusion)), self.confusion)
 
     def _repr_html_(self) -> str:
         facts = {
@@ -91,6 +87,14 @@ class Comparison:
     mended: int
     broken: int
 
+    def plot(self, class_names: Sequence[str] | None = None) -> "Figure":
+        """Every class's accuracy before and after as a matplotlib Figure; classes are numbers where not named.
+
+        Raises ValueError where `class_names` are not K, and ImportError where matplotlib is missing.
+        """
+        before, after = self.before.class_accuracy, self.after.class_accuracy
+        return display.drawing().class_changes(_names(class_names, len(before)), before, after)
+
     def _repr_html_(self) -> str:
         names = ("accuracy", "balanced_accuracy", "loss")
         rows = [[name, getattr(self.before, name), getattr(self.after, name)] for name in names]
@@ -105,6 +109,14 @@ class Prediction:
     labels: Tensor
     probabilities: Tensor
     class_names: tuple[str, ...]
+
+
+def _names(class_names: Sequence[str] | None, classes: int) -> list[str]:
+    """Names for a figure: the classes' numbers where there are none."""
+    names = list(map(str, range(classes))) if class_names is None else list(map(visible, class_names))
+    if len(names) != classes:
+        raise ValueError(f"class_names must hold {classes} names, one per class; got {len(names)}")
+    return names
 
 
 class Heads:

@@ -142,6 +142,22 @@ class ManyFits:
             raise ValueError(f"this adapter has {len(self.tensors)} trainable tensors; see .tensors")
         return self.tensors[0]
 
+    def table(self) -> display.Table:
+        """One dict per fit: its task, and what its result says in one number each."""
+        names = (
+            "best_epoch",
+            "val_accuracy",
+            "base_accuracy",
+            "fold_accuracy",
+            "freedom",
+            "seconds",
+            "diverged",
+        )
+        return display.Table(
+            {**asdict(task), **{name: getattr(result, name) for name in names}}
+            for task, result in zip(self.tasks, self.results, strict=True)
+        )
+
     def best(self, labels: int = 0) -> int:
         """Number of the fit of this label set that was best on val: by accuracy (balanced accuracy when the classes
         were balanced), then by loss, then the first."""

@@ -1,6 +1,7 @@
 """How is a cache made? In one pass of the tower over the data, which can be interrupted, and shared by processes."""
 
 import contextlib
+import logging
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -43,6 +44,8 @@ from residual_kernels.units.loader import (
     preprocessing_of,
     resumable,
 )
+
+log = logging.getLogger(__name__)
 
 
 def encode(
@@ -124,7 +127,9 @@ def encode(
         "dtype": _dtype_name(dtype),
         "class_names": None if class_names is None else list(class_names),
     }
-    return _on_disk(source, Path(path), run, shard_images, progress, timeout)
+    cache = _on_disk(source, Path(path), run, shard_images, progress, timeout)
+    log.info("cache of %d images at %s", len(cache), path)
+    return cache
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
