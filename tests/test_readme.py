@@ -197,6 +197,19 @@ def test_every_room_is_in_the_table_of_rooms():
     assert rooms <= named, rooms - named
 
 
+def test_every_extra_and_every_method_is_in_its_table():
+    import residual_kernels as rk
+
+    project = (
+        (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    )
+    extras = set(re.findall(r"^(\w+) = \[", project, flags=re.MULTILINE))
+    named = set(re.findall(r"`(\w+)`", "".join(row[0] for row in rows_of(DOCS / "COMMANDS.md", "## Extras"))))
+    assert extras == named
+    methods = {row[0].strip("`") for row in rows_of(DOCS / "METHODS.md", "## The methods")}
+    assert methods == set(rk.METHODS) - {"base"}
+
+
 def test_the_sweep_plan_is_one(tmp_path):
     from residual_kernels.experiments.sweep import SweepPlan
 
