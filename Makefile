@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 RESULTS ?= build/gpu
 PART ?= tests
 
-.PHONY: demo test test-oldest lint docs gpu sanitize clean
+.PHONY: demo test test-oldest lint types docs gpu sanitize clean
 
 demo: $(INSTALLED)  ## the main job on real handwritten digits, offline
 	$(BIN)/residual-kernels demo
@@ -22,9 +22,12 @@ test-oldest:  ## the tests with the oldest release of every dependency that pypr
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[test]"
 	$(OLDEST)/bin/python -m pytest --durations=15
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## mypy, with what [tool.mypy] says
+	$(BIN)/python -m mypy
 
 gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|host|core|wide
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)

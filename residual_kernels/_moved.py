@@ -81,8 +81,7 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
                 raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
             return getattr(target, name)
 
-        module.__getattr__ = from_target
-        module.__dir__ = lambda: dir(target)
+        vars(module).update(__getattr__=from_target, __dir__=lambda: dir(target))
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -103,9 +103,9 @@ class Classifier:
         data = _Labelled(images, numbers)
         train = encode(tower, self._loader(data), self.cache, KINDS, class_names=list(map(str, classes)))
         head = self._head(classes, train)
-        found = tune(tower, fit_bases(tower, train, KINDS), head, train, candidates=self.candidates)
-        self.classes_, self.result_ = classes, found
-        self.adapter_, self.head_ = found.adapter, found.head
+        tuned = tune(tower, fit_bases(tower, train, KINDS), head, train, candidates=self.candidates)
+        self.classes_, self.result_ = classes, tuned
+        self.adapter_, self.head_ = tuned.adapter, tuned.head
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -238,7 +238,7 @@ def _tower(model: nn.Module) -> nn.Module:
     return image_tower(model)
 
 
-def _parameters(cls: type) -> list[str]:
+def _parameters(cls: Any) -> list[str]:
     return [name for name in inspect.signature(cls.__init__).parameters if name != "self"]
 
 
@@ -270,7 +270,7 @@ class _Unlabelled(Dataset):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: int) -> Tensor:
+    def __getitem__(self, index: int) -> Any:
         item = self.images[index]
         return item[0] if isinstance(item, tuple) else item
 
@@ -286,5 +286,5 @@ class _Labelled(_Unlabelled):
         super().__init__(images)
         self.labels = labels
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> Any:
         return super().__getitem__(index), int(self.labels[index])

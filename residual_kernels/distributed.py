@@ -9,7 +9,7 @@ import datetime
 import functools
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -141,4 +141,5 @@ def _group_of(tensor: Tensor) -> dist.ProcessGroup | None:
 @functools.lru_cache(maxsize=1)
 def _control(_default: dist.ProcessGroup) -> dist.ProcessGroup:
     """A gloo group for small messages, whatever backend the tensors travel on."""
-    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
+    return cast(dist.ProcessGroup, group)  # every process is a member, so it is no placeholder

@@ -212,10 +212,10 @@ def is_member(plain: str, name: str) -> bool:
 
 def checked_entry(plain: str, entry: Any) -> dict[str, str]:
     """What an index says of one file, {"name", "sha256"}; a ValueError unless the name is one a FileSet would give."""
-    values = [entry.get("name"), entry.get("sha256")] if isinstance(entry, dict) else [None]
-    if not all(isinstance(value, str) for value in values) or not is_member(plain, values[0]):
+    name, digest = (entry.get("name"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+    if not (isinstance(name, str) and isinstance(digest, str) and is_member(plain, name)):
         raise ValueError(f"the file that it names for {plain[:100]!r} is {str(entry)[:100]!r}")
-    return {"name": values[0], "sha256": values[1]}
+    return {"name": name, "sha256": digest}
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from residual_kernels import schema
 try:
     import fcntl
 except ImportError:  # Windows: writers of one file are not told apart there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
 _GROUP: ContextVar[list | None] = ContextVar("files of `together`", default=None)
 SCHEMA = 1  # of every file this library writes; a reader refuses a newer one
@@ -51,7 +51,8 @@ class Partial:
     """
 
     def __init__(self, place: Path, like: Path | None = None, *, folder: bool = False):
-        self.place, self.old = place, None
+        self.place = place
+        self.old: Path | None = None
         like = place if like is None else like
         made = made_folders(place.parent)
         try:
@@ -240,7 +241,7 @@ def made_folders(folder: Path) -> list[Path]:
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
-    made = []
+    made: list[Path] = []
     for one in reversed(missing):
         one.mkdir(exist_ok=True)
         made.insert(0, one)
@@ -284,8 +285,10 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_csv(path: str | os.PathLike, rows: Iterable[Iterable[Any]]) -> None:
     """Writes rows as CSV, atomically; a spreadsheet takes no cell of it for a formula."""
-    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with atomic_path(path) as temporary, temporary.open("w", **text) as file:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         csv.writer(file).writerows(map(_harmless, row) for row in rows)
 
 

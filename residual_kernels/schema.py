@@ -90,7 +90,7 @@ def typed(value: Any, form: Any, where: str, at: str = "") -> Any:
         return origin(typed(one, inner[0], where, f"{at}[{place}]") for place, one in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: typed(one, inner[1], where, _inside(at, key)) for key, one in value.items()}
-    if dataclasses.is_dataclass(form) and isinstance(value, dict):
+    if isinstance(form, type) and dataclasses.is_dataclass(form) and isinstance(value, dict):
         hints = _hints(form)
         return form(**{key: _field(value, key, hint, where, at) for key, hint in hints.items()})
     if typing.is_typeddict(form) and isinstance(value, dict):
@@ -147,7 +147,7 @@ def _said(form: Any) -> str:
     }
     origin, inner = typing.get_origin(form), typing.get_args(form)
     if form == Count:
-        return Count.__metadata__[0]
+        return typing.get_args(Count)[1]
     if origin in (Union, types.UnionType):
         return " or ".join(map(_said, inner))
     if origin is Literal:

@@ -33,6 +33,9 @@ class ZeroShotHead(nn.Module):
         logit_scale: natural logarithm of the scale; 0.0 for none.
     """
 
+    class_vectors: Tensor
+    logit_scale: Tensor
+
     def __init__(self, class_vectors: Tensor, class_names: Sequence[str], logit_scale: float = 0.0):
         super().__init__()
         if class_vectors.ndim != 2 or class_vectors.shape[1] != len(class_names):
@@ -99,10 +102,10 @@ class ZeroShotHead(nn.Module):
         blank = [t for t in templates if isinstance(t, str) and "{}" not in t]
         if blank:
             raise ValueError(f'templates need a "{{}}" where the class name goes; got {blank[0]!r}')
-        encoder = model
+        encoder: nn.Module | TextSide = model
         if has_text_side(model):
-            encoder = TextSide(model, tokenizer)
-            tokenizer = encoder.tokenize
+            encoder = side = TextSide(model, tokenizer)
+            tokenizer = side.tokenize
         elif not hasattr(model, "encode_text"):
             raise ValueError(
                 f"{type(model).__name__} embeds no text; use ZeroShotHead.from_prototypes on images of each class"
@@ -129,7 +132,8 @@ class ZeroShotHead(nn.Module):
                 f"the text tower embeds into {len(vectors)} numbers but the image tower into {width}"
             )
         if logit_scale is None:
-            logit_scale = float(model.logit_scale.detach()) if hasattr(model, "logit_scale") else 0.0
+            own = getattr(model, "logit_scale", None)
+            logit_scale = 0.0 if own is None else float(own.detach())
         head = cls(vectors, class_names, logit_scale)
         if alike := head.alike():
             warnings.warn(

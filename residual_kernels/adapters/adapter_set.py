@@ -3,13 +3,20 @@
 import copy
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.adapters.unit_sum import at_least_float32, reweighted_sum, tower_itself
+from residual_kernels.adapters.unit_sum import (
+    Rest,
+    SpectralConstants,
+    at_least_float32,
+    reweighted_sum,
+    tower_itself,
+)
 from residual_kernels.towers import Terms
 from residual_kernels.towers.edit import Edit
 from residual_kernels.zeroshot import ZeroShotHead
@@ -21,7 +28,7 @@ class _Member(nn.Module):
     def __init__(self, adapter: TowerAdapter, head: ZeroShotHead | None, key: str):
         super().__init__()
         self.key = key
-        self.weight = nn.Parameter(adapter.weight.detach().clone())
+        self.weight = nn.Parameter(cast(Tensor, adapter.weight).detach().clone())
         self.head = None if head is None else copy.deepcopy(head)
 
     def _apply(self, fn, recurse=True):
@@ -30,6 +37,12 @@ class _Member(nn.Module):
 
 class _Shared(nn.Module):
     """What adapters that differ in their weights alone have in common: the constants of their units, and the rest."""
+
+    removed_mean: Tensor
+    units: Mapping[str, Any]  # these four where the adapters have them
+    rest: Rest
+    spread: nn.Module
+    spectral: SpectralConstants
 
     def __init__(self, adapter: TowerAdapter):
         super().__init__()
@@ -123,8 +136,8 @@ class AdapterSet(TowerAdapter):
         if foreign:
             raise ValueError(f"heads names {', '.join(foreign)}, but the adapters are {', '.join(adapters)}")
         super().__init__(tower)
-        self.members = nn.ModuleDict()
-        self.shared = nn.ModuleDict()
+        self.members = cast("dict[str, _Member]", nn.ModuleDict())  # modules, read as dictionaries
+        self.shared = cast("dict[str, _Shared]", nn.ModuleDict())
         self._active: str | None = None
         self._made = 0
         for name, adapter in adapters.items():
@@ -205,24 +218,26 @@ class AdapterSet(TowerAdapter):
 
     def index(self, names: Sequence[str | None]) -> Tensor:
         """Positions [N] int64 of names, -1 for None, on the tower's device."""
-        for name in set(names) - {None}:
+        for name in {name for name in names if name is not None}:
             self._member(name)
         position = {name: i for i, name in enumerate(self.members)} | {None: -1}
         device = next(self.tower.parameters()).device
         return torch.tensor([position[name] for name in names], dtype=torch.int64, device=device)
 
+    # These four follow the active adapter, where one adapter has them fixed.
+
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[str, ...]:  # type: ignore[override]  # nobody sets it
         """What the tower is asked for by :meth:`collect`: enough for every adapter."""
         return self._kinds(self.shared)
 
     @property
-    def placement(self) -> str:
+    def placement(self) -> str:  # type: ignore[override]  # nobody sets it
         """Where the active adapter works."""
         return "stream" if self._active is not None and self._shared_by(self._active).stream else "output"
 
     @property
-    def adapted(self) -> tuple[str, ...]:
+    def adapted(self) -> tuple[str, ...]:  # type: ignore[override]  # nobody sets it
         """Kinds that a cache must hold for the active adapter."""
         return () if self._active is None else self._shared_by(self._active).reads
 
@@ -284,23 +299,23 @@ class AdapterSet(TowerAdapter):
         return found
 
     def _forward(self, images: Tensor, chosen: "_Member | Tensor", keys: tuple[str, ...] | None):
-        if keys is None and self.shared[chosen.key].leaves_the_tower(chosen.weight):
-            shared = self.shared[chosen.key]
+        if isinstance(chosen, _Member) and self.shared[chosen.key].leaves_the_tower(chosen.weight):
+            shared, weight = self.shared[chosen.key], chosen.weight
             return tower_itself(
                 self._view,
                 images,
                 lambda images: self._view.terms(images, shared.kinds),
-                lambda batch: shared.change(batch, chosen.weight),
+                lambda batch: shared.change(batch, weight),
             )
-        touched = (chosen.key,) if keys is None else keys
-        edits = [self._edit(key, chosen, keys is not None) for key in touched if self.shared[key].stream]
+        touched = (chosen.key,) if isinstance(chosen, _Member) else keys or ()
+        edits = [self._edit(key, chosen) for key in touched if self.shared[key].stream]
         edit = functools.partial(_one_after_another, edits) if edits else None
         batch = self._view.terms(images, self._kinds(touched), edit)
         y = self._read(batch, chosen, keys)
         return y if batch.tokens is None else (y, batch.tokens)
 
     @property
-    def changes_tokens(self) -> bool:
+    def changes_tokens(self) -> bool:  # type: ignore[override]  # nobody sets it
         return self._active is not None and self._shared_by(self._active).stream
 
     def from_units(self, terms: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
@@ -337,6 +352,7 @@ class AdapterSet(TowerAdapter):
         return super().features_of_images(images)
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
+        assert self._active is not None  # else nothing is trainable
         shared = self._shared_by(self._active)
         found = []
         for task, weight in enumerate(weights[0]):
@@ -360,10 +376,10 @@ class AdapterSet(TowerAdapter):
         """[T, J] of the adapters of one group."""
         return torch.stack([member.weight for member in self.members.values() if member.key == key])
 
-    def _edit(self, key: str, chosen: "_Member | Tensor", rowwise: bool) -> Edit:
+    def _edit(self, key: str, chosen: "_Member | Tensor") -> Edit:
         """What a group in the stream does in every block; rows of other groups keep what they have (weights of one)."""
         heads = self.shared[key].units["head"]
-        if not rowwise:
+        if isinstance(chosen, _Member):
             return heads.edit(chosen.weight)
         weights = self._weights(key)
         local = self._local(key, chosen)
@@ -372,13 +388,13 @@ class AdapterSet(TowerAdapter):
 
     def _read(self, terms: Terms, chosen: "_Member | Tensor", keys: tuple[str, ...] | None) -> Tensor:
         """y [N, D] by one adapter, or by each row's own."""
-        if keys is None:
+        if isinstance(chosen, _Member):
             return self.shared[chosen.key](terms, chosen.weight).to(terms.output.dtype)
         y = terms.output
-        keys = [key for key in keys if not self.shared[key].stream]
-        for key in keys:
+        outside = [key for key in keys or () if not self.shared[key].stream]
+        for key in outside:
             local = self._local(key, chosen)
-            if len(keys) == 1:  # no look at the values: what a graph can hold
+            if len(outside) == 1:  # no look at the values: what a graph can hold
                 ours = self.shared[key](terms, self._weights(key), local.clamp_min(0))
                 y = torch.where(local[:, None] < 0, y, ours.to(y.dtype))
                 continue
@@ -401,20 +417,21 @@ class AdapterSet(TowerAdapter):
         softmax and argmax hold. Raises ValueError when a row has no adapter, or its adapter no head.
         """
         chosen, keys = self._chosen(names, len(images))
+        row_names: list[Any]
         if keys is None:
-            wanted = self._active if names is None else names
-            row_names = [wanted]
+            row_names = [self._active if names is None else names]
         else:
             row_names = [None if i < 0 else self.names[i] for i in chosen.tolist()]
-        lacking = [name for name in row_names if name is None or self.members[name].head is None]
+        heads = {name: None if name is None else self.members[name].head for name in row_names}
+        lacking = [name for name, head in heads.items() if head is None]
         if lacking:
             what = "a row without an adapter" if lacking[0] is None else f"adapter {lacking[0]!r}"
             raise ValueError(f"{what} has no head to read it; give heads= to AdapterSet, or head= to add")
         y = self(images, names)
         y = y[0] if isinstance(y, tuple) else y
+        parts = {name: head for name, head in heads.items() if head is not None}
         if keys is None:
-            return self.members[row_names[0]].head(y)
-        parts = {name: self.members[name].head for name in dict.fromkeys(row_names)}
+            return parts[row_names[0]](y)
         classes = max((len(head.class_names) for head in parts.values()), default=0)
         logits = y.new_full(
             (len(y), classes), float("-inf"), dtype=torch.promote_types(y.dtype, torch.float32)

@@ -87,9 +87,10 @@ def attach(
         raise ValueError("give either bases (for a new ResiDual) or adapter (a module made before)")
     if adapter is not None and (rest != "zero" or options):
         raise ValueError("rest and options are for a new ResiDual; this adapter was made with its own")
-    if adapter is None:
+    if bases is not None:
         adapter = ResiDual(tower, bases, rest, **options)
-    elif adapter.tower is not inner(tower):
+    assert adapter is not None
+    if bases is None and adapter.tower is not inner(tower):
         raise ValueError("this adapter wraps another tower than this model's")
     if name is not None:
         return Attachment(model, adapter, owner, {name: adapter})

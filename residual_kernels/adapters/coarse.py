@@ -41,7 +41,7 @@ class CoarseHeads(UnitAdapter):
         spans = [self.layout.span(kind) for kind in kinds]
         self._assemble(rest, bases, units, [span.stop - span.start for span in spans], init, seed)
         self.bases = None
-        if rest == "mean":  # of the bases only the means were read
+        if rest == "mean" and bases is not None:  # of the bases only the means were read
             used = bases.of(*kinds)
             self.bases = used.keep({kind: [0] * len(part.mean) for kind, part in used.parts.items()})
         self.freeze()

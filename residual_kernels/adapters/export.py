@@ -66,6 +66,7 @@ def _write(module: nn.Module, path: Path, images: Tensor, expected: Tensor, veri
             )  # fmt: skip
             # the data file of a large model has this name and ".data": not that of another model's data
             file = part.path / f"{path.stem}-{digest(module.state_dict(), {})[:16]}.onnx"
+            assert program is not None  # None comes of the old exporter alone
             program.save(file)
         else:
             file = part.path / path.name

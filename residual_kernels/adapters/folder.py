@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,8 @@ def save_adapter(
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder for the adapter")
     learned = {name: p for name, p in adapter.named_parameters() if not name.startswith("tower.")}
-    reference, kept = None, {}
+    reference: Reference | None = None
+    kept: dict[str, Tensor] = {}
     if bases is not True:
         reference, kept = _reference(adapter, path, bases)
     with FileSet(path, CONFIG, MEMBERS, _read_files) as files:
@@ -261,7 +262,7 @@ class AdapterFolder:
             )
         given = {} if held is None else {"bases": held}
         try:
-            adapter = cls(tower, **options, **given)
+            adapter = cast(Any, cls)(tower, **options, **given)  # each class has options of its own
         except TypeError as error:  # an option of another type, or bases where none belong
             raise ValueError(
                 f"{self.path / CONFIG} has options that do not fit {cls.__name__}: {error}"
@@ -341,20 +342,25 @@ def _read_files(index: Path) -> dict[str, dict[str, str]]:
 def _members(path: Path) -> dict[str, tuple[Path, str | None]]:
     """(file, its checksum where the config says it) of everything the adapter in the folder `path` is made of."""
     files = {name: (path / one["name"], one["sha256"]) for name, one in _read_files(path / CONFIG).items()}
+    found: dict[str, tuple[Path, str | None]] = dict(files)
     if "files" not in read_json(path / CONFIG, WHAT):  # the first version did not name these two
-        files |= {name: (path / name, None) for name in (HEAD, CLASSES) if (path / name).is_file()}
-    return files
+        found |= {name: (path / name, None) for name in (HEAD, CLASSES) if (path / name).is_file()}
+    return found
 
 
 def _reference(
     adapter: TowerAdapter, path: Path, where: bool | str | os.PathLike
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+) -> tuple[Reference, dict[str, Tensor]]:
     """What the config says of bases that lie elsewhere, and the number of components kept of each unit."""
     if adapter.bases is None:
         raise ValueError(f"this {type(adapter).__name__} rests on no bases; leave the argument bases out")
     sizes = {kind: part.offsets.diff() for kind, part in adapter.bases.parts.items()}
-    reference = {"fingerprint": adapter.bases.fingerprint(), "count": adapter.bases.count, "where": None}
-    if where is not False:
+    reference: Reference = {
+        "fingerprint": adapter.bases.fingerprint(),
+        "count": adapter.bases.count,
+        "where": None,
+    }
+    if not isinstance(where, bool):
         file = Path(where).resolve()
         if file.parent == path.resolve() and is_member(BASES, file.name):
             raise ValueError(
@@ -366,7 +372,7 @@ def _reference(
 
 
 def _referred(
-    bases: SpectralBases, reference: dict[str, Any], sizes: dict[str, Tensor], name: str
+    bases: SpectralBases, reference: Reference, sizes: dict[str, Tensor], name: str
 ) -> SpectralBases:
     """`bases` truncated as the reference says; a ValueError when they are not those it was made of."""
     advice = "give the bases (whole or truncated less) that it was fitted with"

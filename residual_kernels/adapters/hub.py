@@ -88,7 +88,7 @@ class HubAdapter(ModelHubMixin):
         write_json(save_directory / HUB_CONFIG, {"library_name": LIBRARY, "library_version": __version__})
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # its caller hands on what from_pretrained was given, `tower` too
         cls,
         *,
         model_id: str,
@@ -105,7 +105,7 @@ class HubAdapter(ModelHubMixin):
         if not folder.is_dir():
             folder = Path(
                 snapshot_download(
-                    model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                    model_id, revision=revision, cache_dir=_path(cache_dir), force_download=force_download,
                     local_files_only=local_files_only, token=token,
                     allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, CLASSES, *_HASHED],
                 )
@@ -258,7 +258,11 @@ def pull_adapter(
     arguments are huggingface_hub's.
     """
     kept = HubAdapter.from_pretrained(
-        repo_id, tower=tower, bases=bases, revision=revision, cache_dir=cache_dir, token=token,
+        os.fspath(repo_id), tower=tower, bases=bases, revision=revision, cache_dir=_path(cache_dir), token=token,
         local_files_only=local_files_only,
     )  # fmt: skip
     return kept.adapter, kept.head
+
+
+def _path(folder: str | os.PathLike | None) -> Path | None:
+    return None if folder is None else Path(folder)

@@ -24,6 +24,7 @@ class OutputSpectral(TowerAdapter):
     method = "output"
     folds_tower = False
     default_lr = 1e-3
+    bases: SpectralBases
 
     def __init__(
         self,

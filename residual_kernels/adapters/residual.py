@@ -5,7 +5,8 @@ A drop-in module wraps a tower, is called like it, returns what it returns, and 
 tower's terms (z, s, m and the output), or what is changed inside the tower. The others are named here too.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -66,6 +67,8 @@ class ResiDual(UnitAdapter):
     """
 
     weights_on = "components"
+    units: Mapping[str, SpectralConstants]
+    bases: SpectralBases
 
     def __init__(
         self,
@@ -95,7 +98,7 @@ class ResiDual(UnitAdapter):
                 self, "__class__", StreamResiDual
             )  # the door: what was asked for is one of those
             StreamResiDual.__init__(
-                self,
+                cast(StreamResiDual, self),
                 tower,
                 bases,
                 init=init,

@@ -5,8 +5,8 @@
 nothing, to the bit.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class StreamHeads(nn.Module):
     every head of the tower, those of other layers with none.
     """
 
+    unit_offsets: Tensor
+
     def __init__(
         self,
         view: Tower,
@@ -40,7 +42,9 @@ class StreamHeads(nn.Module):
     ):
         super().__init__()
         self.layers = check_layers(view, layers)
-        self.tokens = bases.tokens if tokens is None else tokens
+        chosen = bases.tokens if tokens is None else tokens
+        assert chosen is not None  # bases in the stream have some
+        self.tokens = chosen
         self._run = token_run(view, self.tokens)
         heads, part = view.layout.heads, bases.parts["head"]
         constants, offsets, self.sizes = {}, [torch.zeros(1, dtype=torch.int64)], []
@@ -52,7 +56,7 @@ class StreamHeads(nn.Module):
                 offsets.append(offsets[-1][-1] + held.offsets[1:])
             else:
                 offsets.append(offsets[-1][-1].expand(heads))
-        self.constants = nn.ModuleDict(constants)
+        self.constants = cast(Mapping[str, SpectralConstants], nn.ModuleDict(constants))
         self.register_buffer("unit_offsets", torch.cat(offsets).to(like.device))
 
     def edit(self, weight: Tensor, weight_index: Tensor | None = None) -> Edit:
@@ -101,6 +105,8 @@ class StreamResiDual(WeightedUnits):
     method = "stream"
     changes_tokens = True
     weights_on = "components"
+    units: Mapping[str, StreamHeads]
+    bases: SpectralBases
     default_lr = STREAM_LR
     _originals: dict[str, Tensor] | None = None  # of a tower that the weight is merged into
 
@@ -179,7 +185,7 @@ class StreamResiDual(WeightedUnits):
         changed = fold_into_tower(self._view, self.units["head"], self.weight.detach())
         names = {p: name for name, p in self.tower.named_parameters()}
         self._originals = {names[p]: value for p, value in changed}
-        self._view.guard.accept()
+        self._accept_tower()
         return self.tower
 
     @property
@@ -189,13 +195,13 @@ class StreamResiDual(WeightedUnits):
 
     def unmerge(self) -> None:
         """Puts the tower's own weights back, bit for bit, after :meth:`merge`."""
-        if not self.merged:
+        if self._originals is None:
             raise ValueError("this adapter is not merged into its tower, so there is nothing to undo")
         with torch.no_grad():
             for name, value in self._originals.items():
                 self.tower.get_parameter(name).copy_(value)
         self._originals = None
-        self._view.guard.accept()
+        self._accept_tower()
 
     def detach(self) -> nn.Module:
         if self.merged:

@@ -8,7 +8,7 @@ import abc
 import weakref
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,6 @@ class TowerAdapter(AroundTower, abc.ABC):
     weights_on = "output"  # what a learned number belongs to: "components", "units", "output" or "nothing"
     method: str | None = None  # the name in METHODS that it was built by, or that its class stands for
     fitted = False  # whether :func:`fit` has given it weights
-    merged = False  # whether the weights are folded into the tower's own parameters
     adapted: tuple[str, ...] = ()  # kinds of units that are reweighted: what a cache must hold
     kinds: tuple[str, ...] = ()  # what the tower must be asked for
     _sizes: Sequence[int] = ()  # how many components each adapted kind has
@@ -127,15 +126,29 @@ class TowerAdapter(AroundTower, abc.ABC):
         if self._view.guard is None:
             self._view.guard = FrozenTower(self._view, self.folds_tower)
 
+    @property
+    def _guard(self) -> FrozenTower | None:
+        return cast("FrozenTower | None", self._view.guard)  # which :meth:`_watch_tower` put there
+
+    def _accept_tower(self) -> None:
+        """Takes the tower's weights as they are now for those that the constants are of."""
+        if self._guard is not None:
+            self._guard.accept()
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weights are folded into the tower's own parameters."""
+        return False
+
     def tower_checksum(self) -> str:
         """The checksum of the tower that this adapter is for.
 
         A weight average (EMA) of the whole module rounds frozen weights too: to that rounding they are the same tower.
         """
         checksum = towers.checksum(self.tower)
-        if self.bases is None or checksum == self.bases.checksum or not self._view.guard.rounded():
+        if self.bases is None or checksum == self.bases.checksum:
             return checksum
-        return self.bases.checksum
+        return self.bases.checksum if self._guard is not None and self._guard.rounded() else checksum
 
     def _leave_trainable(self) -> None:
         """Instead of freezing: the tower trains along, but for what is folded into the constants."""
@@ -169,7 +182,7 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     def lock(self, *args: Any, **kwargs: Any) -> None:
         """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded in."""
-        self.tower.lock(*args, **kwargs)
+        cast(Any, self.tower).lock(*args, **kwargs)
         fixed = self._folded_and_trainable()
         if fixed:
             self.tower.requires_grad_(False)
@@ -197,10 +210,8 @@ class TowerAdapter(AroundTower, abc.ABC):
                 state_dict[f"{prefix}tower.{name}"] = state_dict.pop(prefix + name)
             state_dict.update({prefix + name: value for name, value in own.items()})
             self._check_constants(state_dict, prefix)
-        elif self._view.guard is not None and any(
-            prefix + name in state_dict for name in own if name != "weight"
-        ):
-            self._view.guard.forget()  # tower and constants come together
+        elif self._guard is not None and any(prefix + name in state_dict for name in own if name != "weight"):
+            self._guard.forget()  # tower and constants come together
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:

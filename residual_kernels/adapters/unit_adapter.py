@@ -5,9 +5,9 @@ tower, from the reweighted units and what becomes of the others.
 """
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class WeightedUnits(TowerAdapter):
     """
 
     weight: nn.Parameter
+    units: Mapping[str, Any]
 
     def _assemble(
         self,
@@ -72,7 +73,7 @@ class WeightedUnits(TowerAdapter):
         self.adapted = tuple(units)
         self.rest = Rest(rest, self.adapted, self._view, wide(like.dtype))
         self.rest.set_mean(bases, like)
-        self.units = nn.ModuleDict(units)
+        self.units = cast(Mapping[str, Any], nn.ModuleDict(units))  # modules, read as a dictionary
         self._sizes = sizes
         self.spread = nn.Identity() if spread is None else spread.to(like.device)
         self.weight = initial_weight(sum(sizes) if spread is None else spread.count, init, seed, like)
@@ -85,7 +86,7 @@ class WeightedUnits(TowerAdapter):
         return self.spread(self.weight if weight is None else weight)
 
     def constants(self) -> dict[str, nn.Module]:
-        return {"units": self.units, "rest": self.rest, "spread": self.spread}
+        return {"units": cast(nn.Module, self.units), "rest": self.rest, "spread": self.spread}
 
     def weight_of(self, unit) -> Tensor:
         """The weights [K_u] of one adapted unit's components, by layout index, row or (layer, head)."""
@@ -104,6 +105,8 @@ class WeightedUnits(TowerAdapter):
 class Spread(nn.Module):
     """Components that share learned numbers: component j has the weight of number `index[j]`."""
 
+    index: Tensor
+
     def __init__(self, index: Tensor):
         super().__init__()
         self.count = int(index.max()) + 1
@@ -114,12 +117,27 @@ class Spread(nn.Module):
         return weight.index_select(-1, self.index)
 
 
+class UnitConstants(Protocol):
+    """What a module of `units` offers to a :class:`UnitAdapter`."""
+
+    @property
+    def unit_offsets(self) -> Tensor: ...
+
+    def __call__(self, z: Tensor, scale: Tensor, mean: Tensor, weight: Tensor) -> Tensor: ...
+
+    def features(self, z: Tensor, scale: Tensor, mean: Tensor) -> dict[str, Tensor]: ...
+
+    def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor: ...
+
+
 class UnitAdapter(WeightedUnits):
     """An adapter that reweights the units of some kinds and decides what becomes of the rest.
 
     Modules of `units` have ``forward(z, scale, mean, weight)``. With rest="all" the tower's whole output is kept, and
     the units add what `weight - 1` makes of them.
     """
+
+    units: Mapping[str, UnitConstants]
 
     def _assemble(self, rest: str, *arguments: Any, **options: Any) -> None:
         super()._assemble(rest, *arguments, **options)
@@ -141,7 +159,7 @@ class UnitAdapter(WeightedUnits):
         return y if rest is None else y + rest
 
     def features(self, terms: Terms) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for kind in self.adapted:
             one = self.units[kind].features(terms.z[kind], terms.scale, terms.mean)
             found |= {f"{kind}.{name}": value for name, value in one.items()}
@@ -151,7 +169,7 @@ class UnitAdapter(WeightedUnits):
         return found
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
-        y = 0.0
+        y: Tensor | float = 0.0
         factors = self.rest.factors(self.component_weight(weights[0]))
         for kind, weight in zip(self.adapted, factors.split(self._sizes, -1), strict=True):
             own = {
@@ -160,6 +178,7 @@ class UnitAdapter(WeightedUnits):
                 if name.startswith(f"{kind}.")
             }
             y = y + self.units[kind].from_features(own, weight)
+        assert isinstance(y, Tensor)  # some kind is adapted
         if self.rest.rest == "zero":
             return y
         return y + (features["rest"] if self.rest.varies else self.rest.mean)

@@ -3,8 +3,9 @@
 These are the parts that the drop-in modules are assembled from. All of them keep their tensors at float32 or better.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,11 @@ def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 class UnitSum(nn.Module):
     """sum_u weight[u] * x_u over the units of one kind, from their coordinates, without ever making an x_u."""
+
+    A: Tensor
+    b: Tensor
+    g: Tensor
+    e: Tensor
 
     def __init__(self, maps: UnitMaps, dtype: torch.dtype):
         super().__init__()
@@ -88,6 +94,8 @@ class Rest(nn.Module):
     :meth:`factors` says what multiplies them.
     """
 
+    mean: Tensor  # with "mean" alone
+
     def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
         super().__init__()
         self.rest, self.adapted = rest, adapted
@@ -119,7 +127,7 @@ class Rest(nn.Module):
 
     def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
         """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
-        if self.rest != "mean":
+        if self.rest != "mean" or bases is None:  # check_arguments has refused "mean" without bases
             return
         mean = bases.parts[OUTPUT].mean[0]
         for kind in self.adapted:
@@ -178,28 +186,39 @@ def tower_itself(
     output = view.module(images)
     y, *tokens = output if isinstance(output, tuple) else (output,)
     lacking = view.returns_tokens and not tokens
-    learns = change is not None and torch.is_grad_enabled()
-    if not (lacking or learns):
+    learns = change if torch.is_grad_enabled() else None
+    if not lacking and learns is None:
         return output
     batch = collect(images)
-    if learns:
-        y = y + change(batch).to(y.dtype)
+    if learns is not None:
+        y = y + learns(batch).to(y.dtype)
     tokens = [batch.tokens] if lacking else tokens
     return (y, *tokens) if tokens else y
 
 
 def reweighted_sum(
-    units: nn.ModuleDict, sizes: list[int], terms: Terms, weight: Tensor, weight_index: Tensor | None = None
+    units: Mapping[str, Any],
+    sizes: Sequence[int],
+    terms: Terms,
+    weight: Tensor,
+    weight_index: Tensor | None = None,
 ) -> Tensor:
     """The reweighted units of all kinds, [N, D]; `weight` [J], or [T, J] with an index [N], runs through them."""
     return sum(
         unit(terms.z[kind], terms.scale, terms.mean, part, weight_index)
-        for (kind, unit), part in zip(units.items(), weight.split(sizes, dim=-1), strict=True)
+        for (kind, unit), part in zip(units.items(), weight.split(list(sizes), dim=-1), strict=True)
     )
 
 
 class SpectralConstants(nn.Module):
     """proj, bias, slope, offset, basis of one kind (buffers), and their packed form for the backend (derived)."""
+
+    proj: Tensor
+    bias: Tensor
+    slope: Tensor
+    offset: Tensor
+    basis: Tensor
+    unit_offsets: Tensor
 
     def __init__(self, maps: UnitMaps | None, part: KindBases, like: Tensor, backend: str):
         super().__init__()

@@ -46,7 +46,9 @@ class MomentSum:
     def __init__(self, rows: Tensor, constant: Tensor):
         self.rows, self.constant = rows, constant
         self.count = 0
-        self.shift = self.total = self.moment = None
+        self.shift: Tensor | None = None  # until the first rows; total and moment are about it
+        self.total: Tensor
+        self.moment: Tensor
 
     def about(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> None:
         """Takes the mean of these rows for the provisional one, and does not count them."""
@@ -76,7 +78,7 @@ class MomentSum:
 
     def _own(self) -> tuple[int, Tensor, Tensor]:
         """Count, mean and scatter of this process's rows; zeros in the others' shape where it had none."""
-        if self.count:
+        if self.shift is not None and self.count:
             offset = self.total / self.count
             scatter = self.moment - self.count * offset[:, :, None] * offset[:, None, :]
             found = self.count, (self.shift + offset).cpu(), scatter.cpu()

@@ -91,7 +91,7 @@ def fit_bases(
 
 def _agree(view: Tower, source: UnitSource, kinds: tuple[str, ...], placement: str) -> None:
     """Raises ValueError unless all processes fit bases of the same tower and kinds, from the same cache if from one."""
-    cache = (source.count, int(source.ids.sum())) if source.indexed else None
+    cache = None if source.ids is None else (source.count, int(source.ids.sum()))
     asked = {"tower": towers.checksum(view.module), "kinds": kinds, "placement": placement, "cache": cache}
     everyone = distributed.gather(asked)
     different = [name for name in asked if any(other[name] != everyone[0][name] for other in everyone)]
@@ -125,7 +125,7 @@ def _fit_in_stream(view: Tower, source: UnitSource, kinds, tokens: str, progress
     sums = StreamMoments(view, tokens)
     for batch in source.batches():
         with torch.no_grad():
-            view.terms(batch.images, (), sums, every_token=tokens != "class")
+            view.terms(batch.pixels, (), sums, every_token=tokens != "class")
         if progress is not None:
             progress(len(batch))
     _check_count(sums.count, "tokens")

@@ -277,7 +277,7 @@ class SpectralBases:
 
         Components count as float32, so that bases in memory and what :meth:`save` wrote have one fingerprint.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for kind, part in self.parts.items():
             tensors |= {f"{kind}.mean": part.mean, f"{kind}.offsets": part.offsets}
             tensors[f"{kind}.components"] = part.components.float()
@@ -321,7 +321,7 @@ class SpectralBases:
         self, *, moments: bool = False, dtype: torch.dtype = torch.float32
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and header of the file that :meth:`save` writes."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for kind, part in self.parts.items():
             tensors |= {f"{kind}.{name}": value for name, value in vars(part).items()}
             tensors[f"{kind}.components"] = part.components.to(dtype)

@@ -81,7 +81,7 @@ def _with_user_paths(command: Callable) -> Callable:
     def called(**values: Any) -> None:
         command(**{name: _expanded(value) for name, value in values.items()})
 
-    called.__signature__ = inspect.signature(command)
+    vars(called)["__signature__"] = inspect.signature(command)
     return called
 
 

@@ -42,7 +42,7 @@ def _extra(name: str, what: str) -> dict:
     """Whether the libraries of an extra are here, as this package's own metadata lists them."""
     missing = []
     for line in metadata.requires("residual-kernels") or ():
-        library = re.match(r"[\w.-]+", line)[0]
+        library = re.split(r"[^\w.-]", line, maxsplit=1)[0]
         if re.search(rf"extra == ['\"]{name}['\"]", line) and library != "residual-kernels":
             try:
                 metadata.version(library)

@@ -133,6 +133,7 @@ def bases(
 
     Under torchrun its processes share the images.
     """
+    data, files = data or [], files or []
     if merge == bool(data) or merge != bool(files):
         raise typer.BadParameter("give --data, or --merge and the files to merge")
     distributed.initialise()

@@ -16,6 +16,7 @@ from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
 from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
+    CONTEST,
     ClassNames,
     Device,
     FitMethod,
@@ -59,7 +60,7 @@ def fit_command(
             help="auto: what is best of the model, anchored, fine, full and class vectors, never below the model; "
             "probe: a linear probe; or one by name, where stream runs the tower every epoch",
         ),
-    ] = FitMethod.auto,
+    ] = CONTEST,
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,

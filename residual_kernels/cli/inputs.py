@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,6 +19,9 @@ from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.images import Account, Images, find_unreadable, open_images, without
 from residual_kernels.units.cache import MANIFEST, UnitCache, encode
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 SHOWN = 10  # images or classes named on the screen; --json holds all
 
@@ -39,7 +42,7 @@ def prepare(model: str, pretrained: str | None, device: str | None):
     return clip.to(device_of(device)), preprocess, tokenizer
 
 
-def is_cache(source: UnitCache | Images) -> bool:
+def is_cache(source: object) -> "TypeIs[UnitCache]":
     """Whether `--data` named a cache of `encode`."""
     return isinstance(source, UnitCache)
 
@@ -214,6 +217,6 @@ def reads_images(command: Callable) -> Callable:
             mine["batch_size"] = mine.pop("encode_batch")
         command(reader=Reader(**mine), **values)
 
-    called.__signature__ = signature.replace(parameters=parameters)
+    vars(called)["__signature__"] = signature.replace(parameters=parameters)
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return called

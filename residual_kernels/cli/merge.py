@@ -55,7 +55,8 @@ def merge_command(
         expected = _embedding(module(images))
     untouched = copy.deepcopy(clip) if out_file.suffix == WEIGHTS else None
     merged = module.merge()
-    if out_file.suffix == WEIGHTS:
+    error: float | None
+    if untouched is not None:
         error = _write_weights(clip, untouched, out_file, images, expected)
         what = f"all weights of {model}, under the keys they always had"
     else:

@@ -139,9 +139,11 @@ class Rest(str, Enum):
     all = "all"
 
 
-FitMethod = Enum(  # what `fit` may be asked for: a contest, a probe, or a method that learns something
+# What `fit` may be asked for: a contest, a probe, or a method that learns something.
+FitMethod = Enum(  # type: ignore[misc]  # the table of methods has the names: no checker can list them
     "FitMethod", {name: name for name in ("auto", "probe", *(name for name in NAMES if name != BASE))}
 )
+CONTEST = FitMethod("auto")
 
 
 class DType(str, Enum):
@@ -152,6 +154,8 @@ class DType(str, Enum):
 
 def run_folder(run: Path | None, adapter: Path | None) -> Path:
     """The one folder of a fitted adapter that RUN or --adapter names."""
-    if (run is None) == (adapter is None):
-        raise ValueError("name the folder that `fit` wrote once: as RUN or with --adapter")
-    return run or adapter
+    if run is not None and adapter is None:
+        return run
+    if adapter is not None and run is None:
+        return adapter
+    raise ValueError("name the folder that `fit` wrote once: as RUN or with --adapter")

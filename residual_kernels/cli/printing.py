@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.status import Status
@@ -31,8 +31,8 @@ class _Plain(Console):
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(visible(text), **options)
 
-    def status(self, status: str, **options: Any) -> Status:
-        return _Status(Text(visible(status)), console=self, **options)
+    def status(self, status: RenderableType, **options: Any) -> Status:
+        return _Status(Text(visible(str(status))), console=self, **options)
 
     def on_broken_pipe(self) -> None:
         self.reader_gone = True

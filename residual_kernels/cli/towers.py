@@ -18,6 +18,7 @@ from residual_kernels.cli.options import Device, Json, Pretrained
 from residual_kernels.cli.printing import out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.towers import agreement
+from residual_kernels.towers.transformer import TransformerTower
 from residual_kernels.towers.wrappers import inner
 
 TIMM, PYTHON = "timm:", "py:"
@@ -92,7 +93,7 @@ def inspect(tower: nn.Module) -> dict[str, Any]:
     }
 
 
-def _image(view: towers.Tower) -> Tensor:
+def _image(view: TransformerTower) -> Tensor:
     """One image of noise of the tower's size, or of 224 pixels, or of what its patches divide nearby."""
     weight = view.stem_weight
     size = view.image_size

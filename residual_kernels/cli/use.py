@@ -1,13 +1,14 @@
 """eval and predict: what a kept adapter is for."""
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from residual_kernels import train
 from residual_kernels.adapters.folder import AdapterFolder
@@ -31,6 +32,7 @@ from residual_kernels.data.classes import Relabelled, positions
 from residual_kernels.data.images import Images
 from residual_kernels.files import write_csv
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.zeroshot import ZeroShotHead
 
 CHECKED = 1000  # images, at most, that are labelled by the model alone too
 
@@ -41,16 +43,26 @@ def _fitted(model, pretrained, device, adapter_folder: Path):
     return *kept(clip, adapter_folder), preprocess
 
 
-def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, AdapterFolder]:
+@dataclass(frozen=True)
+class Readers:
+    """What an adapter's folder says of its classes: `head` reads the adapter, `base_head` the model alone."""
+
+    head: ZeroShotHead
+    base_head: ZeroShotHead
+    class_names: tuple[str, ...]  # of the class folders
+
+
+def kept(clip, adapter_folder: Path) -> tuple[TowerAdapter, Readers]:
     """An adapter from its folder, on the model's tower; ValueError for a folder without a head."""
     folder = AdapterFolder.open(adapter_folder)
     adapter = folder.adapter(sources.image_tower(clip))
-    if folder.head is None:
+    head = folder.head
+    if head is None:
         raise ValueError(
             f"the adapter at {adapter_folder} was saved without a head; save it again with "
             "save_adapter(adapter, path, head=head)"
         )
-    return adapter, folder
+    return adapter, Readers(head, folder.base_head or head, folder.class_names or head.class_names)
 
 
 def aligned(
@@ -91,14 +103,14 @@ def eval_command(
     source = reader.open(data, preprocess)
     if module.placement == "stream":
         images = reader.only_images(source, data)
-        images = Relabelled(images, positions(images.class_names, folders, data, "the adapter"))
-        source = reader.loader(images)
+        numbers = positions(images.class_names, folders, data, "the adapter")
+        read: UnitCache | DataLoader = reader.loader(Relabelled(images, numbers))
     else:
         kinds = module.adapted
         cache = reader.cached(module.tower, source, kinds, "encoding")
-        source = aligned(cache, folders, data, head.class_names)
-    before = train.evaluate(identity(module.tower), folder.base_head, source)
-    after = train.evaluate(module, head, source)
+        read = aligned(cache, folders, data, head.class_names)
+    before = train.evaluate(identity(module.tower), folder.base_head, read)
+    after = train.evaluate(module, head, read)
     counts = after.confusion.sum(1).tolist()
     if confusion is not None:
         counted = zip(head.class_names, after.confusion.tolist(), strict=True)
@@ -140,7 +152,7 @@ def _warn(before: float, after: float, images: int) -> None:
 
 def _check_on_folders(
     module: TowerAdapter,
-    folder: AdapterFolder,
+    folder: Readers,
     images: Images,
     found: train.Prediction,
     reader: Reader,

@@ -1,6 +1,7 @@
 """Are two data sets' classes the same? One rule: by name; some may be absent, a foreign one is refused."""
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -31,10 +32,18 @@ def positions(names: Sequence[str] | None, known: Sequence[str], source: object,
     return [places[normal(name)] for name in names]
 
 
+class Labelled(Protocol):
+    """Images that are counted, each with its label."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Relabelled(Dataset):
     """Images with their labels renumbered: label k becomes numbers[k]."""
 
-    def __init__(self, images: Dataset, numbers: list[int]):
+    def __init__(self, images: Labelled, numbers: list[int]):
         self.images, self.numbers = images, numbers
 
     def __len__(self) -> int:

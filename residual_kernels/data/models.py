@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -98,7 +98,7 @@ def _files_of(name: str, tag: str | None) -> Iterator[None]:
     import open_clip
 
     text = open_clip.get_model_config(name).get("text_cfg", {})
-    wanted = []  # what it is, repository, names that its file may have
+    wanted: list[tuple[str, str, Sequence[str]]] = []  # what it is, repository, names that its file may have
     if tag is not None:
         found = open_clip.get_pretrained_cfg(name, tag)
         if found.get("hf_hub"):
@@ -139,7 +139,8 @@ def _ask(what: str, instead: str) -> None:
 
 def image_tower(model: nn.Module) -> nn.Module:
     """The image tower of a model that :func:`load_model` gave."""
-    return model.visual if hasattr(model, "visual") else hugging_face.image_tower(model)
+    visual = getattr(model, "visual", None)
+    return hugging_face.image_tower(model) if visual is None else visual
 
 
 class _Processed:
@@ -186,8 +187,9 @@ def _from_transformers(
     options = {"local_files_only": local, **_OWN_CODE}
     try:
         config = transformers.AutoConfig.from_pretrained(place, **options)
-        kind = getattr(transformers, str((config.architectures or ["none"])[0]), None)
-        if not (inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)):
+        kind: Any = getattr(transformers, str((config.architectures or ["none"])[0]), None)
+        known = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
+        if not known:
             raise ValueError(
                 f"{config.architectures} is no class of this transformers ({transformers.__version__})"
             )

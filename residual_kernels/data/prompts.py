@@ -39,7 +39,7 @@ def class_names(source: str | None, folders: tuple[str, ...]) -> tuple[str, ...]
 
 
 def _by_folder(source: str, lines: list[str], folders: tuple[str, ...]) -> tuple[str, ...]:
-    named = {}
+    named: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         folder, _, name = (part.strip() for part in line.partition("\t"))
         if not (folder and name):
@@ -104,7 +104,7 @@ def _from_table(source: str, file: str) -> tuple[str, ...]:
 def _table(file: str) -> dict | None:
     # Read as data: importing clip_benchmark's modules would ask for every library it can use.
     spec = importlib.util.find_spec("clip_benchmark")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         return None
     path = Path(spec.submodule_search_locations[0]) / "datasets" / file
     return json.loads(path.read_text(encoding="utf-8"))

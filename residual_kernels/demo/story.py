@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -165,7 +166,7 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
         )
 
     say("drawing pictures")
-    fine = fitted["fine"][0]
+    fine = cast(ResiDual, fitted["fine"][0])
     after = train.predict(fine, head, test).labels
     learned = read_weights(fine, test)
     heads = fine.layout.select("head")

@@ -74,7 +74,7 @@ def measure(
     if rows < 1 or rounds < 1:
         raise ValueError(f"rows and rounds must be at least 1; got {rows} and {rounds}")
     device = torch.device(device)
-    kept = shape.components(components)
+    kept = shape.components(str(components))
     p = problem(shape, rows, kept, dtype, device)
     total = sum(kept)
     work = {"forward": 2.0 * rows * total * (shape.coordinates + shape.dim)}
@@ -91,7 +91,7 @@ def measure(
     for name, timer in timers.items():
         timer.timeit(1)  # compiles, fills caches
         counts[name] = max(1, math.ceil(ROUND / timer.timeit(1).mean))
-    times = {name: [] for name in timers}
+    times: dict[tuple[str, str], list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
             times[name].append(timer.timeit(counts[name]).mean)

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import torch
 from torch import nn
@@ -145,14 +145,14 @@ def _list(found: dict, key: str, path: str | os.PathLike) -> list:
     return value
 
 
-def _only_known(found: dict, made: type, where: str) -> None:
+def _only_known(found: dict, made: Any, where: str) -> None:
     known = made.__dataclass_fields__
     unknown = [str(key) for key in found if key not in known]
     if unknown:
         raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(known)}")
 
 
-def _made(made: type, row: Any, where: str) -> Any:
+def _made(made: Any, row: Any, where: str) -> Any:
     if not isinstance(row, dict):
         raise ValueError(f"{where} must be a mapping; got {reprlib.repr(row)}")
     _only_known(row, made, where)
@@ -179,7 +179,7 @@ class Sweep:
 
     def run(self) -> list[dict]:
         """Runs what is not there yet and returns a row for every fit: tower, data, method, seed, accuracy and more."""
-        rows = []
+        rows: list[dict] = []
         for tower in self.plan.towers:
             work = _TowerWork(self, tower)
             for data in self.plan.data:
@@ -201,7 +201,11 @@ class _TowerWork:
     def model(self) -> tuple[nn.Module, Callable, Callable]:
         self.sweep.say(f"{self.spec.label}: loading")
         clip, preprocess, tokenizer = sources.load_model(self.spec.model, self.spec.pretrained)
-        return clip.to(self.sweep.device), preprocess, tokenizer
+        return (
+            clip.to(self.sweep.device),
+            preprocess,
+            cast(Callable, tokenizer),
+        )  # without one the head raises
 
     @property
     def tower(self) -> nn.Module:
@@ -291,14 +295,16 @@ class _DataWork:
         else:
             val = self.tower.encoded(self.data.val, place / "val", labelled=True)
         for name, part in (("val", val), ("test", test)):
-            places = positions(part.class_names, train.class_names, f"{self.data.name}: {name}", "train")
+            places = positions(
+                part.class_names, train.class_names or (), f"{self.data.name}: {name}", "train"
+            )
             part.labels = torch.tensor(places)[part.labels]
         return train, val, test
 
     @functools.cached_property
     def head(self) -> ZeroShotHead:
         clip, _, tokenizer = self.tower.model
-        names = prompts.class_names(self.data.class_names, self.parts[0].class_names)
+        names = prompts.class_names(self.data.class_names, self.parts[0].class_names or ())
         for part in self.parts:  # what the head calls these folders
             part.class_names = names
         if tokenizer is None:  # a tower without a text side
@@ -357,7 +363,7 @@ class _DataWork:
             fitted = _of_best(fits)
             adapter.detach()
         else:
-            options = {"energy": self.plan.energy} if method == "fine" else {}
+            options: dict[str, Any] = {"energy": self.plan.energy} if method == "fine" else {}
             adapter = build(method, tower, self.bases, seed=seed, **options)
             fits = training.fit_many(
                 adapter, self.head, train, val, seeds=(seed,), epochs=self.plan.epochs, shots=self.plan.shots,
@@ -418,7 +424,7 @@ class SweepTable:
         lines, marks = [], []
         for tower, method in dict.fromkeys((row["tower"], row["method"]) for row in rows):
             mine = [row for row in rows if (row["tower"], row["method"]) == (tower, method)]
-            by_seed = {}
+            by_seed: dict[int, dict[str, float]] = {}
             for row in mine:
                 by_seed.setdefault(row["seed"], {})[row["data"]] = row["accuracy"]
             cells = [_mean_and_deviation([found[name] for found in by_seed.values()]) for name in columns]
@@ -439,7 +445,9 @@ class SweepTable:
         deviations = [f"{name} (deviation)" for name in self.columns]
         flags = [f"{name} (below the model)" for name in self.columns[:-1]]
         flags += [f"{name} (collapsed seeds)" for name in self.columns[:-1]]
-        rows = [["tower", "method", "learned numbers", *self.columns, *deviations, *flags]]
+        rows: list[list[object]] = [
+            ["tower", "method", "learned numbers", *self.columns, *deviations, *flags]
+        ]
         for place, (tower, method, numbers, cells) in enumerate(self.lines):
             means, spread = zip(*cells, strict=True)
             marks = self.marks[place] if self.marks else [(False, 0, 0)] * len(self.columns[:-1])

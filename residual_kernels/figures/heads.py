@@ -75,7 +75,8 @@ def unit_map(
             text, count = written(form, factor * grid[layer, column]), counts[layer, column]
             axes.text(
                 column, layer, text if count is None else f"{text}\n({count})", ha="center", va="center",
-                fontsize=8 if count is None else 7, color=cell_ink(drawn.cmap, float(drawn.norm(grid[layer, column]))),
+                fontsize=8 if count is None else 7,
+                color=cell_ink(drawn.cmap, float(np.asarray(drawn.norm(grid[layer, column])))),
             )  # fmt: skip
     labels = [str(head) for head in range(heads)] + ["MLP"] * (grid.shape[1] - heads)
     axes.set_xticks(range(len(labels)), labels)
@@ -95,8 +96,9 @@ def written(form: str, value: float) -> str:
     return text.lstrip("+-") if float(text) == 0 else text.replace("-", "−")
 
 
-def _depth(layout: UnitLayout, layer: int) -> tuple[float, ...]:
-    return DEPTH(layer / max(1, layout.layers - 1))
+def _depth(layout: UnitLayout, layer: int | None) -> tuple[float, ...]:
+    """The colour of a layer; units of no layer have the first's."""
+    return DEPTH((layer or 0) / max(1, layout.layers - 1))
 
 
 def _draw_spectra(
@@ -205,7 +207,7 @@ def selection(curves: Sequence[Curve], heads: int, whole: float) -> Figure:
     styles = iter(SERIES)
     for curve in curves:
         share = np.array(curve.kept) / heads
-        if curve.low is not None:
+        if curve.low is not None and curve.high is not None:
             axes.fill_between(share, curve.low, curve.high, color=GREY, alpha=0.2, lw=0)
             axes.plot(share, curve.accuracy, color=GREY, ls=":", marker="o", mfc="white", label=curve.name)
         else:

@@ -8,7 +8,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from matplotlib import rc_context, rcdefaults, rcParams
 from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#8f3d00", ORANGE, "
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#8cc5ea", BLUE, "#0b4f7d"])  # first layer to last
 
 DPI = 130
-DEFAULTS = {  # names of classes may hold a dollar sign, and letters stay letters in an SVG
+DEFAULTS: dict[Any, Any] = {  # names of classes may hold a dollar sign, and letters stay letters in an SVG
     "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "residual_kernels", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 12,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,

@@ -335,10 +335,10 @@ def spectral_reweight_backward(
 ) -> list[Tensor]:
     """The wanted ones of (dweight, dz, dscale, dmean), in this order."""
     if z.dtype == torch.float16:
-        grads = spectral_reweight_backward(
+        exact = spectral_reweight_backward(
             dy.float(), z.float(), scale, mean, weight, weight_index, tensors, sizes, wanted
         )
-        return [g.to(z.dtype) if g.shape == z.shape else g for g in grads]
+        return [g.to(z.dtype) if g.shape == z.shape else g for g in exact]
     if wanted == [True, False, False, False] and _folds(z, weight, weight_index, tensors, sizes):
         return [_folded_dweight(dy, z, scale, mean, tensors)]
     least = _wide(z.dtype)

@@ -98,8 +98,8 @@ def unit_moments(
     z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sums over n of (l - shift) [R, C+2] and of (l - shift)(l - shift)^T [R, C+2, C+2], in float64."""
-    wide = [None if x is None else x.double() for x in (z, scale, mean)]
-    centred = unit_coordinates(*wide)
+    wide = [None if x is None else x.double() for x in (scale, mean)]
+    centred = unit_coordinates(z.double(), *wide)
     if shift is not None:
         centred = centred - shift.double()
     return centred.sum(0), torch.einsum("nri,nrj->rij", centred, centred)

@@ -7,7 +7,8 @@ low-rank form is derived in docs/HOW_IT_WORKS.md.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,8 @@ def _forward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     dim: int,
     backend: str,
 ) -> Tensor:
@@ -46,8 +47,8 @@ def _backward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:
@@ -142,7 +143,7 @@ class _Plainly(torch.autograd.Function):
         ctx.save_for_backward(z, scale, mean, weight, weight_index)
         return _Reweight.forward(z, scale, mean, weight, weight_index, pack)
 
-    backward = _Reweight.backward
+    backward: Any = _Reweight.backward  # with its decorator
 
 
 @torch.library.custom_op("residual_kernels::spectral_reweight", mutates_args=())
@@ -318,7 +319,8 @@ def spectral_reweight_packed(
     elif torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands):
         y = _Plainly.apply(*_plain(operands), pack)
     else:
-        y = _Reweight.forward(*_plain(operands), pack)
+        z, scale, mean, rows, index = _plain(operands)
+        y = _Reweight.forward(z, scale, mean, rows, index, pack)
     return y if weight.ndim == 2 else y.squeeze(0)
 
 
@@ -385,7 +387,7 @@ def _operands(
     return z, scale, mean, tasks, weight_index
 
 
-def _plain(operands: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _plain(operands: tuple[Tensor | None, ...]) -> Any:
     """Tensors whose memory holds their values: a negative view holds them with the other sign."""
     return tuple([x.resolve_neg() if x is not None and x.is_neg() else x for x in operands])
 

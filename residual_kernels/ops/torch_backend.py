@@ -4,6 +4,8 @@ Ragged units are padded to the longest (one batched product reads all coefficien
 (one product writes all components). Matrix products run in z's dtype; everything else in float32 or better.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -110,7 +112,7 @@ def spectral_reweight_backward(
 
     grads = []
     if want_weight:
-        c = _apply_scale(inner, scale) - offset
+        c = _apply_scale(cast(Tensor, inner), scale) - offset
         if weight_index is not None:
             tasks = torch.arange(len(weight), device=z.device)
             chosen = (weight_index[None, :] == tasks[:, None]).to(

@@ -34,12 +34,12 @@ def _sizes(z: Tensor, shift: Tensor) -> tuple[int, int]:
             f"z must be a dense floating tensor [N, R, C]; got {z.dtype} {tuple(z.shape)} ({z.layout})"
         )
     size = (z.shape[1], z.shape[2] + 2)
-    if shift.shape != size or shift.dtype != torch.float64 or shift.device != z.device:
+    if tuple(shift.shape) != size or shift.dtype != torch.float64 or shift.device != z.device:
         raise ValueError(
             f"shift must be float64 [R, C+2] = {size} on {z.device}; "
             f"got {shift.dtype} {tuple(shift.shape)} on {shift.device}"
         )
-    return size
+    return size[0], size[1]
 
 
 @_unit_moments.register_fake

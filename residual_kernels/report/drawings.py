@@ -70,11 +70,12 @@ def in_folder(facts: Facts, ids: list[int], pictures: Images | None) -> Iterator
 
 
 def _ends(facts: Facts, component: Component, ids: list[int], pictures: Images) -> Figure:
-    place = facts.ends.indices.index(component.index)
+    ends = facts.of_components()[1]
+    place = ends.indices.index(component.index)
     words = facts.words.get(component.index, ((), ()))
     sides = (
-        (facts.ends.high[place], facts.ends.high_values[place], words[0]),
-        (facts.ends.low[place], facts.ends.low_values[place], words[1]),
+        (ends.high[place], ends.high_values[place], words[0]),
+        (ends.low[place], ends.low_values[place], words[1]),
     )
     high, low = (
         ([cropped(pictures.picture(ids[row])[0], SIDE) for row in rows.tolist()], values.tolist(), side)

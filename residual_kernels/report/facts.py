@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -113,6 +114,12 @@ class Facts:
         """What the best heads by every score are worth alone, all else dropped, and as many random ones."""
         return self.analysis.selections[0].curves(SCORES) if self.analysis.selections else ()
 
+    def of_components(self) -> tuple[WeightReading, Ends]:
+        """`reading` and `ends` of an adapter whose weights are on components; only these have components to ask for."""
+        assert self.reading is not None
+        assert self.ends is not None
+        return self.reading, self.ends
+
     @property
     def heads(self) -> tuple[Unit, ...]:
         return self.layout.select("head")
@@ -216,18 +223,19 @@ def gather(
     units = [unit for kind in adapted for unit in layout[layout.span(kind)]]
     if adapter.weights_on == "components":
         say("reading the weights")
-        reading = read_weights(adapter, cache, len(head.class_names))
+        residual = cast(ResiDual, adapter)  # the class whose weights are on components
+        reading = read_weights(residual, cache, len(head.class_names))
         weight = {unit.index: reading.unit_weight(unit) for unit in units}
         effect = {unit.index: reading.unit_effect(unit) for unit in units}
         for kind in adapted:
             say(f"setting the weights of every {kind} back to 1 in turn")
-            found = reset_accuracy(adapter, cache, head, kind)
+            found = reset_accuracy(residual, cache, head, kind)
             lost |= {unit.index: value for unit, value in zip(found.units, found.lost.tolist(), strict=True)}
         say("looking for words, and for images at the ends of components")
         chosen = chosen_components(reading, units)
-        ends = component_ends(adapter, cache, chosen, STRIP)
+        ends = component_ends(residual, cache, chosen, STRIP)
         if dictionary is not None:
-            words = _words(adapter, dictionary, reading, chosen)
+            words = _words(residual, dictionary, reading, chosen)
     elif adapter.weights_on == "units":
         weight = dict(zip((unit.index for unit in units), adapter.component_weight().tolist(), strict=True))
 

@@ -207,6 +207,7 @@ def _grid(facts: Facts, measures: list[dict[str, Any]]) -> dict[str, Any]:
     layers, heads = facts.layout.layers, facts.layout.heads
     cells: list[list[Unit | None]] = [[None] * (heads + 1) for _ in range(layers)]
     for unit in facts.mapped:
+        assert unit.layer is not None  # mapped units have one
         cells[unit.layer][heads if unit.head is None else unit.head] = unit
     with_mlp = any(row[heads] is not None for row in cells)
     return {

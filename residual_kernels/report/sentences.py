@@ -74,7 +74,7 @@ def _apart(facts: Facts, component: Component) -> str:
 
 def separated(facts: Facts, index: int) -> tuple[str, str] | None:
     """The classes with the highest and the lowest mean coefficient; None when fewer than two have images."""
-    scores = facts.reading.class_scores(index)
+    scores = facts.of_components()[0].class_scores(index)
     present = (~scores.isnan()).nonzero().flatten()
     if len(present) < 2:
         return None
@@ -86,7 +86,7 @@ def class_ends(
     facts: Facts, index: int, most: int = 3
 ) -> tuple[list[tuple[str, float]], list[tuple[str, float]]]:
     """(classes at the high end, at the low end), each a name and its score, farthest first."""
-    scores = facts.reading.class_scores(index)
+    scores = facts.of_components()[0].class_scores(index)
     present = (~scores.isnan()).nonzero().flatten()
     order = present[scores[present].argsort(descending=True)].tolist()
     named = [(facts.class_names[k], float(scores[k])) for k in order]

@@ -129,7 +129,7 @@ def _units(facts: Facts) -> CsvTable:
 
 
 def _components(facts: Facts) -> CsvTable:
-    reading, rows = facts.reading, []
+    reading, rows = facts.of_components()[0], []
     for index in range(len(reading)):
         c = reading[index]
         high, low = facts.words.get(index, ((), ()))
@@ -146,8 +146,8 @@ def _components(facts: Facts) -> CsvTable:
 
 def _class_scores(facts: Facts) -> CsvTable:
     """Of the components shown: every class's mean coefficient, in standard deviations from the mean of all images."""
-    reading, rows = facts.reading, []
-    for index in sorted(facts.ends.indices):
+    (reading, ends), rows = facts.of_components(), []
+    for index in sorted(ends.indices):
         c = reading[index]
         rows.append((c.unit.kind, c.unit.layer, c.unit.head, c.place, *reading.class_scores(index).tolist()))
     return CsvTable("component-classes", ("kind", "layer", "head", "component", *facts.class_names), rows)

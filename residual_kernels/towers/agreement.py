@@ -230,19 +230,20 @@ def _sum_of_units(view: Runnable, terms: Terms) -> tuple[Tensor, Tensor]:
         units = torch.cat([terms.z[kind] for kind in view.layout.kinds], dim=1)
         wide = units.to(terms.scale.dtype)
         return wide.sum(1), wide.abs().sum(1)
-    wide, like = terms.scale.dtype, view.stem_weight
-    parts = [terms.z["emb"].to(wide), terms.z["mlp"].to(wide)]
-    heads = terms.z["head"].to(wide).unflatten(1, (view.layout.layers, view.layout.heads))
+    dtype, like = terms.scale.dtype, view.stem_weight
+    parts = [terms.z["emb"].to(dtype), terms.z["mlp"].to(dtype)]
+    heads = terms.z["head"].to(dtype).unflatten(1, (view.layout.layers, view.layout.heads))
     for layer in range(view.layout.layers):
         maps = stream_maps(view, layer)
-        added = torch.einsum("nhc,hcw->nw", heads[:, layer], maps.A.to(wide)) + maps.b.sum(0).to(wide)
+        added = torch.einsum("nhc,hcw->nw", heads[:, layer], maps.A.to(dtype)) + maps.b.sum(0).to(dtype)
         parts.append(added[:, None])
     stream = torch.cat(parts, dim=1)
-    gamma, beta = (t.to(wide) for t in view.norm.constants(view.width, like))
-    P, p = (None if t is None else whole(t).to(wide) for t in view.projection())
+    gamma, beta = (t.to(dtype) for t in view.norm.constants(view.width, like))
+    P, p = (None if t is None else whole(t).to(dtype) for t in view.projection())
 
     def out(x: Tensor, m: Tensor, size: bool) -> Tensor:
-        g, b, M, c = (t if t is None or not size else t.abs() for t in (gamma, beta, P, p))
+        g, b = (t.abs() if size else t for t in (gamma, beta))
+        M, c = (t if t is None or not size else t.abs() for t in (P, p))
         x = terms.scale[:, None] * (x + m[:, None]) * g + b
         return (x if M is None else x @ M) + (0 if c is None else c)
 

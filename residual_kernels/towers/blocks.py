@@ -16,7 +16,7 @@ def run_block(block: nn.Module, step: Callable, *args: Any, recompute: bool = Fa
     `recompute` asks for gradient checkpointing. Parameters of a block that `fully_shard` has sharded are gathered for
     the step and for its backward, and freed again after each.
     """
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # absent: nobody has sharded anything
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # absent: nobody has sharded anything
     sharded = fsdp is not None and isinstance(block, fsdp.FSDPModule)
     if recompute:
         plain = step

@@ -1,10 +1,14 @@
 """Which view does a tower have? Its family, told by structure."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from residual_kernels.towers import open_clip, timm
-from residual_kernels.towers.base import Tower, UnsupportedTowerError
+from residual_kernels.towers.base import UnsupportedTowerError
 from residual_kernels.towers.hugging_face import tower as hugging_face
+from residual_kernels.towers.transformer import TransformerTower
 from residual_kernels.towers.wrappers import inner
 
 
@@ -18,7 +22,7 @@ def _is_adapter(tower: nn.Module) -> bool:
     return getattr(tower, "wraps_tower", False) is True
 
 
-def view_inside(tower: nn.Module, check: bool = True) -> Tower:
+def view_inside(tower: nn.Module, check: bool = True) -> TransformerTower:
     """The view of a tower, or of the one inside an adapter or a wrapper.
 
     With `check` the first image that it runs is compared with the model's own forward, unless the adapter was made with
@@ -26,11 +30,11 @@ def view_inside(tower: nn.Module, check: bool = True) -> Tower:
     """
     outer = inner(tower)
     found = view(unwrap(outer))
-    found.check = check and (not _is_adapter(outer) or outer.checks_tower)
+    found.check = check and (not _is_adapter(outer) or bool(outer.checks_tower))
     return found
 
 
-def view(tower: nn.Module) -> Tower:
+def view(tower: nn.Module) -> TransformerTower:
     """The :class:`Tower` view of an image tower, chosen by structure.
 
     Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
@@ -44,7 +48,7 @@ def view(tower: nn.Module) -> Tower:
         raise UnsupportedTowerError(
             f"{kind} is a whole CLIP model; pass its image tower, model.visual, or use attach(model, ...)"
         )
-    families = {
+    families: dict[Any, Callable[[nn.Module], TransformerTower]] = {
         open_clip: open_clip.OpenClipTower,
         timm: timm.TimmTower,
         hugging_face: hugging_face.HuggingFaceTower,

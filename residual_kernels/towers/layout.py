@@ -26,7 +26,7 @@ class UnitLayout(Sequence[Unit]):
 
     def __init__(self, layers: int, heads: int, pool: bool = False):
         self.layers, self.heads, self.pool = layers, heads, pool
-        rows = [("emb", None, None)]
+        rows: list[tuple[str, int | None, int | None]] = [("emb", None, None)]
         rows += [("head", layer, head) for layer in range(layers) for head in range(heads)]
         rows += [("mlp", layer, None) for layer in range(layers)]
         rows += [("pool", None, None)] * pool

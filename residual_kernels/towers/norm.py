@@ -1,6 +1,7 @@
 """What is a norm in numbers? LayerNorm, RMS norm or none: x -> s (x - m) o gamma + beta."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,8 @@ class Norm:
             mean = torch.zeros_like(variance)
         if self.kind == "none":
             return torch.ones_like(mean), mean
-        eps = torch.finfo(x.dtype).eps if self.module.eps is None else self.module.eps
+        own = cast("float | None", self.module.eps)
+        eps = torch.finfo(x.dtype).eps if own is None else own
         return (variance + eps).rsqrt(), mean
 
     def coordinates(self, z: Tensor, attended: Tensor) -> Tensor:
@@ -45,6 +47,13 @@ class Norm:
         """
         scale = self.statistics(attended)[0].to(z.dtype)[..., None, None]
         return torch.cat([z * scale, scale.expand(*z.shape[:-1], 1)], dim=-1)
+
+
+def known_norm(module: nn.Module) -> Norm:
+    """:func:`norm_of` a module that has passed a structure check, so that it is one."""
+    found = norm_of(module)
+    assert found is not None
+    return found
 
 
 def norm_of(module: nn.Module) -> Norm | None:

@@ -5,10 +5,14 @@ Blocks are run here, by structure, with `scaled_dot_product_attention`, for both
 is hooked, swapped or written: the tower is read.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.foreign import Call, Foreign
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.linear import not_numbers, objection
 from residual_kernels.towers.norm import Norm
@@ -41,7 +45,7 @@ def _refuse(reason: str) -> UnsupportedTowerError:
     return UnsupportedTowerError(f"this tower has no exact units here: {reason}; {SUPPORTED}")
 
 
-def _check_structure(tower: nn.Module) -> None:
+def _check_structure(tower: Foreign) -> None:
     kind = type(tower).__name__
     if hasattr(tower, "layer1"):
         raise _refuse(
@@ -74,8 +78,9 @@ def _check_structure(tower: nn.Module) -> None:
         _check_block(index, block)
 
 
-def _check_block(index: int, block: nn.Module) -> None:
-    if (wrapped := around(block) or around(getattr(block, "attn", block))) is not None:
+def _check_block(index: int, block: Foreign) -> None:
+    attn: Foreign = getattr(block, "attn", block)
+    if (wrapped := around(block) or around(attn)) is not None:
         raise _refuse(f"block {index} is wrapped by {wrapped}")
     extra = {name for name, _ in block.named_children()} - _BLOCK_PARTS
     lacking = {"ln_1", "attn", "ln_2", "mlp"} - {name for name, _ in block.named_children()}
@@ -101,7 +106,7 @@ def _check_block(index: int, block: nn.Module) -> None:
         raise _refuse(f"attention of block {index} is scaled cosine attention")
 
 
-def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
+def _head_inputs(attn: Foreign, x: Tensor, first_only: bool) -> Tensor:
     """What attention feeds to its output projection: [N, tokens, width], or [N, 1, width] for the class token alone."""
     rows, tokens, width = x.shape
     queries = 1 if first_only else tokens
@@ -124,12 +129,22 @@ def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
     return attn.ln_inner(out) if hasattr(attn, "ln_inner") else out
 
 
+class _Block(Protocol):
+    """What is read of a block that has passed the check; `ls_1` and `ls_2` where it has LayerScale."""
+
+    ln_1: Call
+    attn: Foreign
+    ln_2: Call
+    mlp: Call
+
+
 class OpenClipTower(TransformerTower):
     """The :class:`~residual_kernels.towers.Tower` view of an open_clip VisionTransformer."""
 
+    module: Foreign
     name = "open_clip.VisionTransformer"
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Foreign):
         _check_structure(module)
         self.module = module
         blocks = module.transformer.resblocks
@@ -143,7 +158,7 @@ class OpenClipTower(TransformerTower):
             self.pooling = AVERAGE if module.final_ln_after_pool else NORMED_AVERAGE
 
     @property
-    def returns_tokens(self) -> bool:
+    def returns_tokens(self) -> bool:  # type: ignore[override]  # the model's own flag
         return self.module.output_tokens
 
     @property
@@ -155,7 +170,7 @@ class OpenClipTower(TransformerTower):
         return self.module.image_size
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         return self.module.transformer.resblocks
 
     @property
@@ -174,7 +189,7 @@ class OpenClipTower(TransformerTower):
         return self.module.proj, None
 
     def out_projection(self, layer: int) -> OutProjection:
-        block = self.module.transformer.resblocks[layer]
+        block: _Block = self.module.transformer.resblocks[layer]
         gamma = getattr(getattr(block, "ls_1", None), "gamma", None)
         return OutProjection(block.attn.out_proj.weight, block.attn.out_proj.bias, gamma)
 
@@ -205,7 +220,7 @@ class OpenClipTower(TransformerTower):
     def block(
         self, index: int, x: Tensor, context: None, first_only: bool, edit: BlockEdit | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        block = self.module.transformer.resblocks[index]
+        block: _Block = self.module.transformer.resblocks[index]
         z = _head_inputs(block.attn, block.ln_1(x), first_only)
         attended = F.linear(z, block.attn.out_proj.weight, block.attn.out_proj.bias)
         attended = block.ls_1(attended) if hasattr(block, "ls_1") else attended

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -72,7 +72,9 @@ def _unusual(parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
         hooks = [*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values()]
         found += [f"a hook stands on {_called(name)} ({_function(hook)})" for hook in hooks]
         if parametrize.is_parametrized(part):
-            found.append(f"{_called(name)} is parametrised ({', '.join(part.parametrizations)})")
+            found.append(
+                f"{_called(name)} is parametrised ({', '.join(cast(nn.ModuleDict, part.parametrizations))})"
+            )
     return found
 
 

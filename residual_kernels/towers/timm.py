@@ -5,17 +5,18 @@ One structure covers VisionTransformer, Eva (EVA01, EVA02, PE, DINOv3), Beit and
 what enters its `proj`; everything else is timm's own code. Nothing is hooked, swapped or written: the tower is read.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.foreign import Call, Foreign
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.linear import objection
-from residual_kernels.towers.norm import Norm, norm_of
+from residual_kernels.towers.norm import Norm, known_norm, norm_of
 from residual_kernels.towers.pooling import AttentionPooler
 from residual_kernels.towers.transformer import (
     ATTENTION,
@@ -74,7 +75,7 @@ def _parts(module: nn.Module) -> set[str]:
     return children | {name for name, _ in module.named_parameters(recurse=False)}
 
 
-def _check_trunk(trunk: nn.Module) -> None:
+def _check_trunk(trunk: Foreign) -> None:
     kind = type(trunk).__name__
     stages = [name for name in ("stages", "layers", "layer1", "stages_0") if hasattr(trunk, name)]
     if stages:
@@ -96,8 +97,9 @@ def _check_trunk(trunk: nn.Module) -> None:
         raise _refuse(f"{kind} has blocks of different shapes ({len(shapes)} kinds)")
 
 
-def _check_block(index: int, block: nn.Module) -> None:
-    if (wrapped := around(block) or around(getattr(block, "attn", block))) is not None:
+def _check_block(index: int, block: Foreign) -> None:
+    attn: Foreign = getattr(block, "attn", block)
+    if (wrapped := around(block) or around(attn)) is not None:
         raise _refuse(f"block {index} is wrapped by {wrapped}")
     parts = _parts(block)
     if lacking := {"norm1", "attn", "norm2", "mlp"} - {name for name, _ in block.named_children()}:
@@ -122,13 +124,13 @@ def _check_block(index: int, block: nn.Module) -> None:
         raise _refuse(f"the norm behind attention of block {index} is {type(block.norm1).__name__}")
 
 
-def _is_post_norm(block: nn.Module) -> bool:
+def _is_post_norm(block: Foreign) -> bool:
     """Whether norms stand behind the branches: timm registers a block's parts in the order in which they run."""
     names = [name for name, _ in block.named_children()]
     return names.index("attn") < names.index("norm1")
 
 
-def _check_pooling(trunk: nn.Module) -> None:
+def _check_pooling(trunk: Foreign) -> None:
     pooler, pool = getattr(trunk, "attn_pool", None), trunk.global_pool
     if pooler is not None:
         if unknown := _parts(pooler) - _POOLER_PARTS or {"latent", "kv"} - _parts(pooler):
@@ -153,7 +155,7 @@ def _check_pooling(trunk: nn.Module) -> None:
         raise _refuse("it normalises twice, before and after pooling")
 
 
-def _check_head(tower: nn.Module, trunk: nn.Module) -> None:
+def _check_head(tower: Foreign, trunk: Foreign) -> None:
     if not isinstance(trunk.head, nn.Identity) and (why := objection(trunk.head)) is not None:
         raise _refuse(f"its head {why}")
     if hasattr(trunk, "head_dist") and not (
@@ -171,7 +173,7 @@ def _check_head(tower: nn.Module, trunk: nn.Module) -> None:
             raise _refuse(f"proj of its head {why}")
 
 
-def _rotate(attn: nn.Module, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
+def _rotate(attn: Foreign, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
     """Rotary position embedding of queries or keys [N, H, tokens, C], as timm applies it: not to prefix tokens."""
     if rope is None:
         return x
@@ -182,12 +184,12 @@ def _rotate(attn: nn.Module, x: Tensor, rope: Tensor | None, like: Tensor) -> Te
     return torch.cat([x[:, :, :prefix], turned], dim=2).type_as(like)
 
 
-def _reads_qkv(attn: nn.Module) -> bool:
+def _reads_qkv(attn: Foreign) -> bool:
     """Whether the attention reads the weight of `qkv` instead of calling it: EVA and BEiT, whose biases are apart."""
     return getattr(attn, "q_bias", None) is not None and not getattr(attn, "qkv_bias_separate", False)
 
 
-def _queries_keys_values(attn: nn.Module, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _queries_keys_values(attn: Foreign, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [N, tokens, ...] before they are split into heads; with `first_only` q of the first token alone."""
     first = x[:, :1] if first_only else x
     if getattr(attn, "qkv", None) is None:
@@ -202,14 +204,16 @@ def _queries_keys_values(attn: nn.Module, x: Tensor, first_only: bool) -> tuple[
         return (q[:, :1] if first_only else q), k, v
     weight = attn.qkv.weight
     if not first_only:
-        return F.linear(x, weight, bias).chunk(3, dim=-1)
+        q, k, v = F.linear(x, weight, bias).chunk(3, dim=-1)
+        return q, k, v
     size = len(weight) // 3
     q = F.linear(first, weight[:size], None if bias is None else bias[:size])
-    return q, *F.linear(x, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
+    k, v = F.linear(x, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
+    return q, k, v
 
 
 def _head_inputs(
-    attn: nn.Module, x: Tensor, rope: Tensor | None, bias: Tensor | None, first_only: bool
+    attn: Foreign, x: Tensor, rope: Tensor | None, bias: Tensor | None, first_only: bool
 ) -> Tensor:
     """What attention feeds to its output projection: [N, tokens, H*C], or [N, 1, H*C] for the first token alone."""
     rows, heads = x.shape[0], attn.num_heads  # len() would fix the batch size of an exported graph
@@ -239,7 +243,7 @@ def _head_inputs(
     return out
 
 
-def _scaled(block: nn.Module, index: int, x: Tensor) -> Tensor:
+def _scaled(block: Foreign, index: int, x: Tensor) -> Tensor:
     """LayerScale of one branch (1 attention, 2 MLP), kept as a module or as a parameter."""
     gamma = getattr(block, f"gamma_{index}", None)
     if gamma is not None:
@@ -247,11 +251,22 @@ def _scaled(block: nn.Module, index: int, x: Tensor) -> Tensor:
     return getattr(block, f"ls{index}", nn.Identity())(x)
 
 
+class _Block(Protocol):
+    """What is read of a block that has passed the check; LayerScale stands at `ls1` or `gamma_1` where there is one."""
+
+    norm1: Foreign
+    attn: Foreign
+    norm2: Call
+    mlp: Call
+
+
 class TimmTower(TransformerTower):
     """The :class:`~residual_kernels.towers.Tower` view of a timm ViT."""
 
-    def __init__(self, module: nn.Module):
-        trunk = getattr(module, "trunk", module)
+    module: Foreign
+
+    def __init__(self, module: Foreign):
+        trunk: Foreign = getattr(module, "trunk", module)
         _check_trunk(trunk)
         _check_pooling(trunk)
         _check_head(module, trunk)
@@ -268,7 +283,7 @@ class TimmTower(TransformerTower):
         self.layout = UnitLayout(len(trunk.blocks), attn.num_heads, getattr(pool, "mlp", None) is not None)
         self._set_pooling(trunk, pool)
 
-    def _set_pooling(self, trunk: nn.Module, pool: nn.Module | None) -> None:
+    def _set_pooling(self, trunk: Foreign, pool: Foreign) -> None:
         self.span = (
             slice(None)
             if getattr(trunk, "pool_include_prefix", pool is not None)
@@ -284,7 +299,7 @@ class TimmTower(TransformerTower):
             self.pooling = NORMED_AVERAGE if isinstance(trunk.fc_norm, nn.Identity) else AVERAGE
 
     @property
-    def trunk(self) -> nn.Module:
+    def trunk(self) -> Foreign:
         return getattr(self.module, "trunk", self.module)
 
     def _linears(self) -> Iterator[nn.Linear]:
@@ -304,18 +319,18 @@ class TimmTower(TransformerTower):
         return None if not embed.strict_img_size or embed.img_size is None else tuple(embed.img_size)
 
     @property
-    def blocks(self) -> nn.Sequential | nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         return self.trunk.blocks
 
     @property
     def norm(self) -> Norm:
         trunk = self.trunk
         outer = self.pooling != ATTENTION and isinstance(trunk.norm, nn.Identity)
-        return norm_of(trunk.fc_norm if outer else trunk.norm)
+        return known_norm(trunk.fc_norm if outer else trunk.norm)
 
     @property
     def outer_norm(self) -> Norm:
-        return norm_of(self.trunk.fc_norm)
+        return known_norm(self.trunk.fc_norm)
 
     def pooler(self) -> AttentionPooler:
         pool = self.trunk.attn_pool
@@ -331,7 +346,8 @@ class TimmTower(TransformerTower):
         return pool.mlp(pool.norm(pooled))
 
     def projection(self) -> tuple[Tensor | None, Tensor | None]:
-        P = p = None
+        P: Tensor | None = None
+        p: Tensor | None = None
         for linear in self._linears():
             weight = linear.weight if P is None else linear.weight.double()
             if p is not None:
@@ -342,7 +358,7 @@ class TimmTower(TransformerTower):
         return P, p
 
     def out_projection(self, layer: int) -> OutProjection:
-        block = self.trunk.blocks[layer]
+        block: _Block = self.trunk.blocks[layer]
         proj = block.attn.proj
         if self.post_norm:
             return OutProjection(proj.weight, proj.bias, norm=norm_of(block.norm1))
@@ -436,14 +452,15 @@ class TimmTower(TransformerTower):
     def block(
         self, index: int, x: Tensor, context: Any, first_only: bool, edit: BlockEdit | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        block, (rope, bias) = self.trunk.blocks[index], context
+        block: _Block = self.trunk.blocks[index]
+        rope, bias = context
         if rope is not None and getattr(self.trunk, "rope_mixed", False):
             rope = rope[index]
         z = _head_inputs(block.attn, x if self.post_norm else block.norm1(x), rope, bias, first_only)
         attended = block.attn.proj(z)
         z = z.unflatten(2, (self.layout.heads, -1))
         if self.post_norm:
-            z = norm_of(block.norm1).coordinates(z, attended)
+            z = known_norm(block.norm1).coordinates(z, attended)
             attended = block.norm1(attended)
         else:
             attended = _scaled(block, 1, attended)

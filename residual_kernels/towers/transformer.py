@@ -280,7 +280,7 @@ class TransformerTower(abc.ABC):
     ) -> Terms:
         """:meth:`terms` of images that have been checked, all at once."""
         x, context = self.embed(images)
-        held = {kind: [] for kind in kinds}
+        held: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         if "emb" in kinds:
             held["emb"].append(self._select(x.unsqueeze(-2)))
         recompute = self.recomputes and torch.is_grad_enabled()
@@ -330,5 +330,7 @@ def _joined(parts: list[Terms]) -> Terms:
         scale=torch.cat([part.scale for part in parts]),
         mean=torch.cat([part.mean for part in parts]),
         output=torch.cat([part.output for part in parts]),
-        tokens=None if parts[0].tokens is None else torch.cat([part.tokens for part in parts]),
+        tokens=None
+        if parts[0].tokens is None
+        else torch.cat([part.tokens for part in parts if part.tokens is not None]),
     )

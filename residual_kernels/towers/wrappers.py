@@ -1,5 +1,7 @@
 """Which module computes? What is inside torch.compile, data parallelism, an EMA or a PeftModel."""
 
+from typing import Any, cast
+
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -33,7 +35,7 @@ def _held(module: nn.Module) -> nn.Module | None:
     if isinstance(module, DataParallel | DistributedDataParallel) or kind.__name__ in _HOLDERS:
         return parts["module"]
     if hasattr(kind, "get_base_model"):  # a PeftModel
-        return module.get_base_model()
+        return cast(Any, module).get_base_model()
     if hasattr(kind, "inject_adapter") and "model" in parts:  # a tuner of PEFT's, without its PeftModel
         return parts["model"]
     return None

@@ -6,8 +6,8 @@ batches, and its results are the same to the bit.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -51,10 +51,23 @@ class UnitBatch:
         self, rows: Tensor, labels: Tensor | None, images: Tensor | None, terms: Callable[[], Terms]
     ):
         self.rows, self.labels, self.images = rows, labels, images
-        self._make, self._terms = terms, None
+        self._make = terms
+        self._terms: Terms | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def truth(self) -> Tensor:
+        """`labels` of a source that was asked for them."""
+        assert self.labels is not None
+        return self.labels
+
+    @property
+    def pixels(self) -> Tensor:
+        """`images` of a loader."""
+        assert self.images is not None
+        return self.images
 
     @property
     def terms(self) -> Terms:
@@ -73,8 +86,9 @@ class LoadedUnits:
     """
 
     indexed = False
-    count = ids = None
-    labels = None  # they come with the batches
+    count: int | None = None
+    ids: Tensor | None = None
+    labels: Tensor | None = None  # they come with the batches
 
     def __init__(
         self,
@@ -87,7 +101,8 @@ class LoadedUnits:
         classes: int | None = None,
     ):
         self.reader, self.view, self.kinds = reader, view, kinds
-        self.policy, self.class_names, self.classes = labels, class_names, classes
+        self.policy, self.classes = labels, classes
+        self.class_names = None if class_names is None else tuple(class_names)
         self.labelled: bool | None = None  # whether the batches have labels, once that is known
         self.repeatable = not isinstance(reader.loader, Iterator)
         self.device = next(view.module.parameters()).device
@@ -231,8 +246,11 @@ class Indexed:
     """A DataLoader that reads a data set by number and in order: what is not needed is not even opened."""
 
     def __init__(self, loader: DataLoader):
-        self.loader, self.size = loader, loader.batch_size
-        whole = len(loader.dataset)
+        self.loader = loader
+        self.size = cast(
+            int, loader.batch_size
+        )  # these loaders cut batches of one size from a counted data set
+        whole = len(cast(Sized, loader.dataset))
         self.count = whole // self.size * self.size if loader.drop_last else whole
 
     def first(self) -> tuple[Any, int] | None:
@@ -240,8 +258,10 @@ class Indexed:
             return None
         return self.loader.collate_fn([self.loader.dataset[0]]), self.size
 
-    def pieces(self, size: int, need: Need, checked: Callable[[Any], tuple[Tensor, Any]]) -> Iterator[Piece]:
-        cuts = _Cuts(self.count, self.size, size, need)
+    def pieces(
+        self, size: int | None, need: Need, checked: Callable[[Any], tuple[Tensor, Any]]
+    ) -> Iterator[Piece]:
+        cuts = _Cuts(self.count, self.size, max(1, self.count) if size is None else size, need)
         of = self.loader
         batches = DataLoader(
             of.dataset, batch_sampler=_Numbers(cuts), num_workers=of.num_workers, collate_fn=of.collate_fn,

@@ -3,9 +3,10 @@
 :func:`unit_source` makes it. A source yields :class:`UnitBatch` objects, whose terms are on one device and checked.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,15 @@ class UnitSource(Protocol):
 
     indexed: bool
     repeatable: bool
-    count: int | None
     labels: Tensor | None
-    ids: Tensor | None
     class_names: tuple[str, ...] | None
     device: torch.device
+
+    @property
+    def count(self) -> int | None: ...
+
+    @property
+    def ids(self) -> Tensor | None: ...
 
     def batches(
         self, size: int | None = None, *, shared: bool = False, ahead: bool = False
@@ -95,7 +100,7 @@ class CachedUnits:
     def along(self, rows: Iterable[Rows], *, ahead: bool = False) -> Iterator[UnitBatch]:
         if not ahead:
             for some in rows:
-                yield self._batch(some, lambda some=some: self._terms(some))
+                yield self._batch(some, functools.partial(self._terms, some))
             return
         with ThreadPoolExecutor(1) as reader:
             waiting: list[UnitBatch] = []
@@ -143,14 +148,13 @@ def unit_source(
             range, or classes of other names or in another order. A loader raises when a batch is read.
     """
     view = towers.view_inside(tower, check)
-    cached = isinstance(data, UnitCache)
     if labelled and class_names is not None:
-        names, sure = (data.class_names, True) if cached else names_of(data)
+        names, sure = (data.class_names, True) if isinstance(data, UnitCache) else names_of(data)
         check_names(class_names, names, sure=sure)
         classes = len(class_names)
     kinds = tuple(kinds)
     more = tuple(kind for kind in also if kind not in kinds)
-    if not cached:
+    if not isinstance(data, UnitCache):
         loader = data.split(IMAGES) if isinstance(data, Tensor) else data
         return LoadedUnits(
             Stream(loader), view, (*kinds, *more), NEEDED if labelled else IGNORED, classes=classes
@@ -158,7 +162,7 @@ def unit_source(
     data.check(view.module, kinds)
     if labelled and data.labels is None:
         raise ValueError("this needs labels; the cache holds only images")
-    if labelled and classes is not None:
+    if labelled and data.labels is not None and classes is not None:
         check_range(data.labels, classes)
     kinds += tuple(kind for kind in more if kind in data.kinds)
     device = next(view.module.parameters()).device if device is None else device
@@ -167,8 +171,8 @@ def unit_source(
 
 def cache_of(data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = ()) -> UnitCache:
     """`data` itself where it is a cache (of this tower, with these kinds); images are encoded in memory."""
-    source = unit_source(data, tower, kinds)
-    if source.indexed:
+    unit_source(data, tower, kinds)  # checks them
+    if isinstance(data, UnitCache):
         return data
     loader = data.split(IMAGES) if isinstance(data, Tensor) else data
     return encode(tower, loader, kinds=kinds)
@@ -176,10 +180,10 @@ def cache_of(data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Ite
 
 def cached_source(
     data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = (), **options
-) -> UnitSource:
+) -> CachedUnits:
     """:func:`unit_source`, but always indexed: images are encoded in memory first, in one pass of the tower."""
     kinds = tuple(kinds)
-    return unit_source(cache_of(data, tower, kinds), tower, kinds, **options)
+    return cast(CachedUnits, unit_source(cache_of(data, tower, kinds), tower, kinds, **options))  # of a cache
 
 
 def rows_within(row_bytes: int, memory: int, most: int = ROWS) -> int:

@@ -9,6 +9,7 @@ files are images, what class each is), `account.py` (what became of everything f
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.base import IDENTITIES, Images
@@ -70,10 +71,10 @@ def open_images(
     """
     if identity not in IDENTITIES:
         raise ValueError(f"identity must be one of {', '.join(IDENTITIES)}; got {identity!r}")
-    shared = {"labelled": labelled, "exif": exif, "identity": identity}
+    shared: dict[str, Any] = {"labelled": labelled, "exif": exif, "identity": identity}
     scheme, _, rest = os.fspath(source).partition(":")
-    columns = {"image_column": image_column, "label_column": label_column}
-    columns = {name: value for name, value in columns.items() if value is not None}
+    named = {"image_column": image_column, "label_column": label_column}
+    columns = {name: value for name, value in named.items() if value is not None}
     if columns and scheme != "hf":
         raise ValueError(f"{', '.join(columns)} belong to a Hugging Face data set (hf:NAME), not to {source}")
     if scheme in _BY_NAME and rest:

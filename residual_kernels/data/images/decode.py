@@ -106,7 +106,7 @@ def rgb(image: Image.Image, *, exif: bool = True) -> Image.Image:
     Grey images of more than 8 bits are scaled by the range of their mode. Images of float or 32-bit numbers have no
     range of their own, so they are refused (ValueError).
     """
-    turn = _UPRIGHT.get(_orientation(image)) if exif else None
+    turn = _UPRIGHT.get(_orientation(image) or 0) if exif else None
     found = _eight_bits(image).convert("RGB")
     return found if turn is None else found.transpose(turn)
 

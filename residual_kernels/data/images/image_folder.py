@@ -66,6 +66,7 @@ class ImageFiles(Images):
 
     def _list(self) -> tuple[dict[str, zipfile.ZipInfo | None], set[str]]:
         """(name -> member of the zip, names of the folders directly below the path)."""
+        found: list[tuple[str, bool, zipfile.ZipInfo | None]]
         if self.archive is None:
             found = [(name, folder, None) for name, folder in walk(self.path, self.account)]
         else:
@@ -86,6 +87,7 @@ class ImageFiles(Images):
         if member.file_size > MAX_BYTES:
             raise UnreadableImage(f"{self.where(index)}{MARK}it would take {member.file_size:,} bytes")
         if self._handle is None or self._handle[0] != os.getpid():
+            assert self.archive is not None  # members are of an archive
             self._handle = (os.getpid(), zipfile.ZipFile(self.archive))
         return self._handle[1].read(member)
 

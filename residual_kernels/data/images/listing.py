@@ -73,7 +73,8 @@ def walk(root: Path, account: Account | None = None) -> Iterator[tuple[str, bool
     """
     top = os.path.realpath(root)
     seen: dict[tuple[int, int], str] = {_identity(root): "the folder itself"}
-    folders, links = [("", root)], []
+    folders: list[tuple[str, Path]] = [("", root)]
+    links: list[tuple[str, Path]] = []
     while folders or links:
         if folders:
             prefix, path = folders.pop()

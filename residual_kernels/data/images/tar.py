@@ -113,7 +113,9 @@ def _enter(
 
 
 def _label(shard: Path, file: tarfile.TarFile, name: str, member: tarfile.TarInfo) -> int:
-    text = file.extractfile(member).read(_LABEL_BYTES).decode("utf-8-sig", "replace").strip()
+    inside = file.extractfile(member)
+    assert inside is not None  # a label is a regular file
+    text = inside.read(_LABEL_BYTES).decode("utf-8-sig", "replace").strip()
     if not (text.isascii() and text.isdecimal() and len(text) <= _DIGITS):
         raise ValueError(f"{shard}: {name} holds {text[:20]!r}; it must be a class number, counted from 0")
     return int(text)
@@ -128,13 +130,13 @@ def _labelled(groups: list[_Group], account: Account) -> list[Sample]:
     for group in groups:
         for name, (offset, size) in group.images.items():
             stem = name[: -len(ending_of(name))]
-            label = group.labels.get(stem, group.labels.get(group.key))
-            if label is None:
+            number = group.labels.get(stem, group.labels.get(group.key))
+            if number is None:
                 for one in (stem, group.key):
                     if len(apart.get(one, ())) == 1:
-                        label = apart[one][0]
+                        number = apart[one][0]
                         break
-            found.append(Sample(stem, offset, size, label))
+            found.append(Sample(stem, offset, size, number))
     account.found += len(found)
     return found
 

@@ -169,7 +169,7 @@ def _state(item: Any) -> object:
     return None if os.path.isdir(item) else (found.st_size, found.st_mtime_ns)
 
 
-def _torchvision_class(name: str) -> type:
+def _torchvision_class(name: str) -> Any:
     import torchvision
 
     if name.lower() in (folder.lower() for folder in _FOLDERS):
@@ -201,7 +201,7 @@ def _torchvision_class(name: str) -> type:
     return made
 
 
-def _part_option(made: type, part: str | None) -> dict[str, Any]:
+def _part_option(made: Any, part: str | None) -> dict[str, Any]:
     """How this class is asked for a part (train, test ...): `split`, `train`, or not at all."""
     parameters = inspect.signature(made.__init__).parameters
     asked = f"torchvision:{made.__name__}"

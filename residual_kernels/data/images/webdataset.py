@@ -139,7 +139,7 @@ def _source(shards: list[Path]) -> str:
 
 def _unique(names: Iterable[str]) -> Iterator[str]:
     """The names, with #2, #3 ... behind those that come again."""
-    seen = Counter()
+    seen: Counter[str] = Counter()
     for name in names:
         seen[name] += 1
         yield name if seen[name] == 1 else f"{name}#{seen[name]}"

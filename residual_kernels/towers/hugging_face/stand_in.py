@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.towers.foreign import Foreign
 from residual_kernels.towers.hugging_face.tower import recognises, vision_model
 
 _UNKNOWN = (
@@ -19,7 +20,9 @@ class StandIn(nn.Module):
     `as_token`), y stands in its place. Until :meth:`release` the adapter returns (y, tokens).
     """
 
-    def __init__(self, adapter: nn.Module, replaced: nn.Module, as_token: bool):
+    residual: Foreign  # an adapter: towers know none
+
+    def __init__(self, adapter: Foreign, replaced: Foreign, as_token: bool):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         super().__init__()
@@ -59,7 +62,7 @@ def check_place(model: nn.Module) -> None:
         )
 
 
-def places(model: nn.Module, adapter: nn.Module) -> dict[str, nn.Module]:
+def places(model: Foreign, adapter: nn.Module) -> dict[str, nn.Module]:
     """What is to stand at which attribute of `model`, so that it embeds images by `adapter`."""
     wrapped = hasattr(model, "vision_model")
     found: dict[str, nn.Module] = (

@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from residual_kernels.towers.foreign import Foreign
+
 
 class TextSide:
     """`encode_text` and a tokenizer of open_clip's kind, of CLIPModel, SiglipModel or BlipForImageTextRetrieval.
@@ -13,7 +15,7 @@ class TextSide:
     `tokenizer` is the model's own, or its processor.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Callable):
+    def __init__(self, model: Foreign, tokenizer: Callable):
         self.model = model
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.length = model.config.text_config.max_position_embeddings

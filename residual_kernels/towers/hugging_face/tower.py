@@ -8,12 +8,15 @@ names have changed over its versions.
 
 import inspect
 import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.foreign import Foreign
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.linear import objection
 from residual_kernels.towers.norm import Norm
@@ -53,12 +56,17 @@ _POOLER_PARTS = {"attention", "layernorm", "mlp"}  # beside the parameter `probe
 def _first(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
     """The first of these parts that `module` has."""
     for name in names:
-        found = module
+        found: Any = module
         for step in name.split("."):
             found = getattr(found, step, None)
         if isinstance(found, nn.Module):
             return found
     return None
+
+
+def _part(module: nn.Module, names: tuple[str, ...]) -> Foreign:
+    """:func:`_first` of a module that has passed the check, so that there is one."""
+    return _first(module, names)
 
 
 def _children(module: nn.Module) -> set[str]:
@@ -98,8 +106,12 @@ class ImageTower(nn.Module):
         """Height and width of its images; None where it interpolates its positions to any size."""
         if "interpolate_pos_encoding" not in inspect.signature(self.embeddings.forward).parameters:
             return None
-        held = self.embeddings
-        places = (held, getattr(held, "patch_embeddings", None), getattr(held, "config", None))
+        held: Foreign = self.embeddings
+        places: tuple[Foreign, ...] = (
+            held,
+            getattr(held, "patch_embeddings", None),
+            getattr(held, "config", None),
+        )
         size = next(place.image_size for place in places if hasattr(place, "image_size"))
         return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -149,7 +161,7 @@ def image_tower(model: nn.Module) -> ImageTower:
     return held
 
 
-def vision_model(model: nn.Module) -> nn.Module:
+def vision_model(model: Foreign) -> Foreign:
     """The part of a transformers model that has the embeddings and the blocks; the model itself where it has them."""
     kind, inner = type(model).__name__, getattr(model, "vision_model", None)
     allowed = _WHOLE | {"vision_model"}
@@ -171,10 +183,10 @@ def vision_model(model: nn.Module) -> nn.Module:
     return inner
 
 
-def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
+def _parts(model: nn.Module) -> dict[str, Foreign]:
     """What an ImageTower is made of; refuses what it does not know."""
     inner, kind = vision_model(model), type(model).__name__
-    found = {
+    found: dict[str, Foreign] = {
         "embeddings": _first(inner, ("embeddings",)), "pre_norm": _first(inner, _PRE_NORM),
         "layers": _first(inner, _LAYERS), "norm": _first(inner, _FINAL_NORM), "pooler": _first(inner, ("head",)),
         "projection": _first(model, _PROJECTIONS),
@@ -200,19 +212,19 @@ def _parts(model: nn.Module) -> dict[str, nn.Module | None]:
     _check_embeddings(kind, found["embeddings"])
     for index, layer in enumerate(found["layers"]):
         _check_layer(index, layer)
-    attentions = [_first(layer, _ATTENTION) for layer in found["layers"]]
-    if len({(_heads(attn), _first(attn, _OUT).in_features) for attn in attentions}) > 1:
+    attentions = [_part(layer, _ATTENTION) for layer in found["layers"]]
+    if len({(_heads(attn), _part(attn, _OUT).in_features) for attn in attentions}) > 1:
         raise _refuse(f"{kind} has layers with other heads than the first, as pruned ones have")
     if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
         raise _refuse(f"{kind} normalises its class token twice (BlipForImageTextRetrieval does not)")
     return found
 
 
-def _has_class_token(embeddings: nn.Module) -> bool:
+def _has_class_token(embeddings: Foreign) -> bool:
     return any(hasattr(embeddings, name) for name in ("class_embedding", "cls_token"))
 
 
-def _check_embeddings(kind: str, embeddings: nn.Module) -> None:
+def _check_embeddings(kind: str, embeddings: Foreign) -> None:
     parameters = inspect.signature(embeddings.forward).parameters.values()
     more = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD][1:]
     if more:
@@ -224,7 +236,7 @@ def _check_embeddings(kind: str, embeddings: nn.Module) -> None:
         raise _refuse(f"{kind} drops patches at random (random_masking)")
 
 
-def _check_layer(index: int, layer: nn.Module) -> None:
+def _check_layer(index: int, layer: Foreign) -> None:
     if (wrapped := around(layer)) is not None:
         raise _refuse(f"block {index} is wrapped by {wrapped}")
     extra = _children(layer) - _BLOCK_PARTS
@@ -235,7 +247,7 @@ def _check_layer(index: int, layer: nn.Module) -> None:
     lacking = [name for name, names in needed.items() if _first(layer, names) is None]
     if lacking:
         raise _refuse(f"block {index} lacks {', '.join(lacking)}")
-    attn = _first(layer, _ATTENTION)
+    attn = _part(layer, _ATTENTION)
     inside = [
         part for part in (attn, _first(attn, ("attention",)), _first(attn, ("output",))) if part is not None
     ]
@@ -257,17 +269,17 @@ def recognises(tower: nn.Module) -> bool:
     return any(isinstance(getattr(part, "embeddings", None), nn.Module) for part in (tower, inner))
 
 
-def _asking(attn: nn.Module) -> nn.Module:
+def _asking(attn: Foreign) -> Foreign:
     """The part of an attention that holds its settings."""
     return getattr(attn, "attention", attn)
 
 
-def _heads(attn: nn.Module) -> int:
+def _heads(attn: Foreign) -> int:
     held = _asking(attn)
     return held.num_heads if hasattr(held, "num_heads") else held.num_attention_heads
 
 
-def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
+def _head_inputs(attn: Foreign, x: Tensor, first_only: bool) -> Tensor:
     """What attention feeds to its output projection: [N, tokens or 1, H, C]."""
     asking, heads = x[:, :1] if first_only else x, _heads(attn)
     if hasattr(attn, "qkv") and not (first_only and type(attn.qkv) is nn.Linear):
@@ -279,7 +291,7 @@ def _head_inputs(attn: nn.Module, x: Tensor, first_only: bool) -> Tensor:
         rows = zip((asking, x, x), weights, biases, strict=True)
         q, k, v = (F.linear(row, weight, bias) for row, weight, bias in rows)
     else:
-        q, k, v = (_first(attn, names)(row) for names, row in zip(_QKV, (asking, x, x), strict=True))
+        q, k, v = (_part(attn, names)(row) for names, row in zip(_QKV, (asking, x, x), strict=True))
     attn = _asking(attn)
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     chosen = getattr(getattr(attn, "config", None), "_attn_implementation", None) or "sdpa"
@@ -303,21 +315,24 @@ def _rate(dropout: nn.Module | float | None) -> float:
     return dropout or 0.0
 
 
-def _mlp(layer: nn.Module, x: Tensor) -> Tensor:
+def _mlp(layer: Foreign, x: Tensor) -> Tensor:
     return layer.mlp(x) if hasattr(layer, "mlp") else layer.output.dense(layer.intermediate(x))
 
 
 class HuggingFaceTower(TransformerTower):
     """The :class:`~residual_kernels.towers.Tower` view of the image tower of a transformers model."""
 
+    module: Foreign
+
     name = "transformers.ImageTower"
 
     def __init__(self, module: nn.Module):
-        self.module = tower = image_tower(module)
-        attn = _first(tower.layers[0], _ATTENTION)
+        self.module = image_tower(module)
+        tower = self.module
+        attn = _part(tower.layers[0], _ATTENTION)
         self.width = tower.norm.normalized_shape[0]
         self.layout = UnitLayout(len(tower.layers), _heads(attn), pool=tower.pooler is not None)
-        self.head_width = _first(attn, _OUT).in_features // self.layout.heads
+        self.head_width = _part(attn, _OUT).in_features // self.layout.heads
         self.dim = self.width if tower.projection is None else tower.projection.out_features
         if tower.pooler is not None:
             self.pooling, self.span, self.head_width = ATTENTION, slice(None), self.dim
@@ -340,7 +355,7 @@ class HuggingFaceTower(TransformerTower):
         return self.module.image_size
 
     @property
-    def blocks(self) -> nn.ModuleList:
+    def blocks(self) -> Sequence[nn.Module]:
         return self.module.layers
 
     @property
@@ -358,7 +373,7 @@ class HuggingFaceTower(TransformerTower):
         return (None, None) if held is None else (held.weight.T, held.bias)
 
     def out_projection(self, layer: int) -> OutProjection:
-        out = _first(_first(self.module.layers[layer], _ATTENTION), _OUT)
+        out = _part(_part(self.module.layers[layer], _ATTENTION), _OUT)
         gamma = getattr(getattr(self.module.layers[layer], "layer_scale1", None), "lambda1", None)
         return OutProjection(out.weight, out.bias, gamma)
 
@@ -388,7 +403,7 @@ class HuggingFaceTower(TransformerTower):
     def inexact(self) -> list[str]:
         found = []
         for layer in self.module.layers:
-            held = _asking(_first(layer, _ATTENTION))
+            held = _asking(_part(layer, _ATTENTION))
             if any(
                 _rate(getattr(held, name, 0.0)) for name in ("dropout", "attention_dropout", "dropout_prob")
             ):
@@ -423,14 +438,14 @@ class HuggingFaceTower(TransformerTower):
         self, index: int, x: Tensor, context: None, first_only: bool, edit: BlockEdit | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         layer = self.module.layers[index]
-        attn = _first(layer, _ATTENTION)
-        z = _head_inputs(attn, _first(layer, _NORM_1)(x), first_only)
-        attended = _first(attn, _OUT)(z.flatten(2))
+        attn = _part(layer, _ATTENTION)
+        z = _head_inputs(attn, _part(layer, _NORM_1)(x), first_only)
+        attended = _part(attn, _OUT)(z.flatten(2))
         attended = layer.layer_scale1(attended) if hasattr(layer, "layer_scale1") else attended
         if edit is not None:
             attended = edit(z, attended)
         x = (x[:, :1] if first_only else x) + attended
-        mlp = _mlp(layer, _first(layer, _NORM_2)(x))
+        mlp = _mlp(layer, _part(layer, _NORM_2)(x))
         mlp = layer.layer_scale2(mlp) if hasattr(layer, "layer_scale2") else mlp
         return x + mlp, z, mlp
 

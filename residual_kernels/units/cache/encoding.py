@@ -168,7 +168,7 @@ def _in_memory(source: LoadedUnits, dtype: torch.dtype, progress: Callable[[int]
     joined = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
     return UnitCache(
         {kind: joined[f"z.{kind}"] for kind in source.kinds},
-        *(joined.get(name) for name in ("scale", "mean", "output", "labels", "ids")),
+        joined["scale"], joined["mean"], joined["output"], joined.get("labels"), joined["ids"],
         towers.checksum(source.view.module), source.class_names,
     )  # fmt: skip
 
@@ -214,10 +214,10 @@ def _on_disk(
             first = int(batch.rows[0])
             shard = first // size
             if shard in mine:
-                if mine[shard][1]["first_image"] != image_digest(batch.images):
+                if mine[shard][1]["first_image"] != image_digest(batch.pixels):
                     raise _changed(path / mine[shard][0]["file"], first)
                 continue
-            writer.add(first, _columns(batch, source.kinds, dtype), batch.images)
+            writer.add(first, _columns(batch, source.kinds, dtype), batch.pixels)
             if progress is not None:
                 progress(len(batch))
         writer.finish()
@@ -264,7 +264,7 @@ def _check_first(path: Path, source: LoadedUnits) -> None:
     """Raises ValueError unless a finished cache begins with the image that the data begin with."""
     first = source.sample()
     _, header = map_tensors(path / shard_name(0), SHARD, ShardHeader)
-    if first is None or header["first_image"] != image_digest(first[0].images):
+    if first is None or header["first_image"] != image_digest(first[0].pixels):
         raise _changed(path / shard_name(0), 0)
 
 

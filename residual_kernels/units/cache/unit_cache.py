@@ -45,7 +45,7 @@ class UnitCache:
         checksum: str,
         class_names: Sequence[str] | None = None,
     ):
-        self.z, self.scale, self.mean, self.output = z, scale, mean, output
+        self._z, self._scale, self._mean, self._output = z, scale, mean, output
         self._describe(labels, ids, checksum, class_names)
 
     def _describe(self, labels, ids, checksum, class_names) -> None:
@@ -71,6 +71,22 @@ class UnitCache:
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {kind: (tuple(value.shape[1:]), value.dtype) for kind, value in self.z.items()}
+
+    @property
+    def z(self) -> Mapping[str, Tensor]:
+        return self._z
+
+    @property
+    def scale(self) -> Tensor:
+        return self._scale
+
+    @property
+    def mean(self) -> Tensor:
+        return self._mean
+
+    @property
+    def output(self) -> Tensor:
+        return self._output
 
     @property
     def kinds(self) -> tuple[str, ...]:
