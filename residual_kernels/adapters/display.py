@@ -54,11 +54,12 @@ def table(adapter: "TowerAdapter") -> display.Table:
     """One row per component; see :meth:`TowerAdapter.table`."""
     weights = adapter.component_weight().detach().double().cpu()
     rows: list[dict[str, Any]] = []
+    owners: list[tuple[int | None, str, int | None, int | None, int, Tensor | None]] = []
+    ratio: Tensor | None
     if not adapter.adapted:
-        ratio = adapter.bases.parts[OUTPUT].ratio(0)
-        owners = [(None, OUTPUT, None, None, len(weights), ratio)]
+        assert adapter.bases is not None  # weights at the output are on its components
+        owners.append((None, OUTPUT, None, None, len(weights), adapter.bases.parts[OUTPUT].ratio(0)))
     else:
-        owners = []
         for kind in adapter.adapted:
             for unit in adapter.layout.select(kind):
                 count, ratio = len(adapter.weight_of(unit)), None
