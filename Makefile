@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 INSTALLED := $(VENV)/.installed
 
+JOBS ?= 2
 RESULTS ?= build/gpu
 PART ?= tests
 
@@ -14,7 +15,7 @@ demo: $(INSTALLED)  ## the main job on real handwritten digits, offline
 	$(BIN)/residual-kernels demo
 
 test: $(INSTALLED) lint  ## everything that guards main
-	$(BIN)/python -m pytest --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15
 
 test-oldest:  ## the tests with the oldest release of every dependency that pyproject.toml allows; best with PYTHON=python3.10
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
