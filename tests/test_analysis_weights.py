@@ -191,7 +191,7 @@ def test_errors(digits):
         weights.reset_accuracy(residual, unlabelled, head)
     with pytest.raises(ValueError, match="not adapted"):
         weights.reset_accuracy(fitted(digits, ("mlp",)), cache, head)
-    with pytest.raises(ValueError, match="the head has 2 classes"):
+    with pytest.raises(ValueError, match="head's classes are not the data's: 0 is 'a'"):
         weights.reset_accuracy(residual, cache, rk.ZeroShotHead(head.class_vectors[:, :2], ("a", "b")))
     for wrong in ([], [-1], [240]):
         with pytest.raises(ValueError, match="components 0 to 239"):

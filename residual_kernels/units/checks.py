@@ -76,7 +76,7 @@ def check_names(head: Sequence[str], data: Sequence[str] | None, *, sure: bool =
     if data is None or _numbers(head) or _numbers(data):
         return
     ours, theirs = [_plain(name) for name in head], [_plain(name) for name in data]
-    if ours == theirs:
+    if ours[: len(theirs)] == theirs:  # a head may know more classes, behind those of the data
         return
     common = set(ours) & set(theirs)
     if not (sure or common):
