@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from residual_kernels import display
 from residual_kernels.analysis.selection import SelectionCurves
@@ -95,14 +95,20 @@ class Analysis:
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Writes analysis.json, units.csv, components.csv, similarity-*.csv and selection.csv; returns their paths."""
         folder = Path(folder)
-        tables = {"units.csv": self._unit_table(), "components.csv": self._component_table()}
+        tables: dict[str, Iterable[list]] = {
+            "units.csv": self._unit_table(),
+            "components.csv": self._component_table(),
+        }
         names = [
             f"{row.kind} {row.index}" if row.head is None else f"L{row.layer}H{row.head}"
             for row in self.units
         ]
         for weights, matrix in self.similarity.items():
-            rows = [["", *names], *([name, *line] for name, line in zip(names, matrix, strict=True))]
-            tables[f"similarity-{weights}.csv"] = rows
+            matrix_rows: list[list] = [
+                ["", *names],
+                *([name, *line] for name, line in zip(names, matrix, strict=True)),
+            ]
+            tables[f"similarity-{weights}.csv"] = matrix_rows
         if self.selections:
             tables["selection.csv"] = self._selection_table()
         with together():
@@ -166,7 +172,7 @@ class Analysis:
             import torch
 
             return figures.similarity(layout, torch.tensor(next(iter(self.similarity.values()))))
-        if of == "selection":
+        if of == "selection" and curves is not None:
             return figures.selection(curves.curves(), curves.total, curves.base)
         if of == "dimension":
             return figures.dimensions(layout, self._dimensions())
@@ -176,7 +182,7 @@ class Analysis:
     def _dimensions(self) -> dict:
         import torch
 
-        found = {
+        found: dict[str, list[Any]] = {
             f"components for {self.energies[-1]:.0%} of the variance": [row.linear[-1] for row in self.units],
             "participation ratio": [row.participation for row in self.units],
             "TwoNN": [row.two_nn for row in self.units],
@@ -224,7 +230,9 @@ class Analysis:
     def _selection_table(self) -> Iterator[list]:
         yield ["of", "rest", "score", "seed", "fraction", "kept", "accuracy"]
         for curves in self.selections:
-            named = [(name, "", values) for name, values in curves.accuracy.items()]
+            named: list[tuple[str, str | int, tuple[float, ...]]] = [
+                (name, "", values) for name, values in curves.accuracy.items()
+            ]
             named += [
                 ("random", seed, values) for seed, values in zip(curves.seeds, curves.random, strict=True)
             ]

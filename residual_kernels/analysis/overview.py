@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,23 +141,23 @@ def analyze(
             scores["spearman"] = rank_correlations(view.module, cache, kind)
             if head is not None:
                 scores["spearman_classes"] = rank_correlations(view.module, cache, kind, properties=head)
-    if "components" in labelled:
+    if head is not None and "components" in labelled:
         with step("variance between classes"):
             apart = variance_between_classes(view.module, cache, bases, len(head.class_names), kind)
-    if "accuracy" in labelled:
+    if head is not None and "accuracy" in labelled:
         with step("accuracy of units"):
             scores["accuracy"] = own_accuracy(view.module, cache, head, kind)
     curves = []
-    options = {"kind": kind, "bases": bases, "fractions": fractions, "seeds": list(seeds)}
-    if "selection" in labelled:
+    options: dict[str, Any] = {"kind": kind, "bases": bases, "fractions": fractions, "seeds": list(seeds)}
+    if head is not None and "selection" in labelled:
         with step("selection of units"):
             by = {**scores, "variance": part.total_variance}
             for rest in rests:
                 curves.append(selection_curves(view.module, cache, head, by, rest=rest, **options))
-    if "components" in labelled:
+    if head is not None and "components" in labelled:
         with step("selection of components"):
-            by = {"variance": part.variance, "pearson": along, "between_classes": apart}
-            by = {name: score for name, score in by.items() if score is not None}
+            every = {"variance": part.variance, "pearson": along, "between_classes": apart}
+            by = {name: score for name, score in every.items() if score is not None}
             curves.append(selection_curves(view.module, cache, head, by, of="components", **options))
     spoken, told = None, {}
     if dictionary is not None and "words" in wanted:
@@ -192,7 +193,7 @@ def _unit_rows(view, kind, variance, linear, participation, nonlinear, scores, s
             participation=float(participation[place]),
             two_nn=float(nonlinear[place]),
             words=None if spoken is None else spoken[place],
-            **{name: float(scores[name][place]) if name in scores else None for name in named},
+            **cast(Any, {name: float(scores[name][place]) if name in scores else None for name in named}),
         )
         rows.append(row)
     return tuple(rows)

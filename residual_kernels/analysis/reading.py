@@ -127,16 +127,20 @@ def coordinates(
         Q, T = torch.linalg.qr(M.transpose(1, 2))  # [., D, r], [., r, C+2]
         short_map = T.transpose(1, 2).to(dtype)
         points = torch.empty(len(group), len(rows), size, dtype=dtype)
-        shift, start = None, 0
-        square = 0.0
+        shift: Tensor | None = None
+        square: Tensor | None = None
+        start = 0
         for batch in source.along(map(_run, rows.split(ROWS))):
             local = short(batch.terms, group, first)
-            square = square + local.square().sum(0)
+            squares = local.square().sum(0)
+            square = squares if square is None else square + squares
             if shift is None:  # provisional: subtracted in float64, before anything is rounded or multiplied
                 shift = local.mean(0)
             local = (local - shift).to(dtype).transpose(0, 1)  # [G, n, C+2]
             points[:, start : start + len(batch)] = (local @ short_map).to(points.device)
             start += len(batch)
+        assert shift is not None  # there is an image at least
+        assert square is not None
         centre = points.mean(1, dtype=torch.float64)  # [G, r]
         points -= centre.to(dtype)[:, None, :]
         size_of = (square.sum(1) / len(rows) * M.square().sum((1, 2))).to(points.device)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -61,7 +62,8 @@ def cross_moments(
     grouped = list(groups(chosen, 16 * width * (width + 2 * view.dim)))
     source = (cached_source if len(grouped) > 1 else unit_source)(data, view.module, (kind,))
     for group in grouped:
-        count, shift = 0, None
+        count = 0
+        shift: Tensor | None = None
         for batch in source.batches():
             terms = batch.terms
             local, out = short(terms, group, first), terms.output.double()
@@ -80,7 +82,7 @@ def cross_moments(
             ahead += out.sum(0, dtype=torch.float64)
             cross += (local.flatten(1).T @ out).double()
             square += (out.T @ out).double()
-        if count < 2:
+        if shift is None or count < 2:
             raise ValueError(f"scores need at least 2 images; got {count}")
         mean, centred = total / count, ahead / count
         yield CrossMoments(
@@ -174,7 +176,7 @@ def rank_correlations(
     out = out - out.mean(0)
     out = (out if basis is None else out @ basis).to(cache.output.dtype).T.contiguous()  # [k, N]
     target = _centred_ranks(out)
-    found = []
+    found: list[Tensor] = []
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy sorts on one core, without the GIL
         for group in coordinates(tower, cache, kind, units):
 
@@ -189,7 +191,8 @@ def rank_correlations(
 
 def _spearman(points: Tensor, axes: Tensor, target: Tensor) -> Tensor:
     """Mean over k coordinates of the rank correlation of points @ axes with ranks `target` [k, N], centred."""
-    size, total = max(1, RANK_BYTES // (8 * len(points))), 0.0
+    size = max(1, RANK_BYTES // (8 * len(points)))
+    total: Tensor | float = 0.0
     for start in range(0, len(target), size):
         part = slice(start, start + size)
         ranks = _centred_ranks(axes[:, part].T @ points.T)
@@ -197,7 +200,7 @@ def _spearman(points: Tensor, axes: Tensor, target: Tensor) -> Tensor:
         scale = (ranks.square().sum(1) * other.square().sum(1)).sqrt()
         shared = (ranks * other).sum(1)
         total = total + torch.where(scale > 0, shared / scale.clamp_min(1.0), 0.0).sum()
-    return total / len(target)
+    return cast(Tensor, total) / len(target)  # of one coordinate at least
 
 
 def _centred_ranks(values: Tensor) -> Tensor:
@@ -230,8 +233,8 @@ def _sorted(values: Tensor) -> tuple[Tensor, Tensor]:
     bits ^= (bits >> 63) & 0x7FFFFFFF  # negative numbers rise too
     keys = (bits << 32) | np.arange(values.shape[1])
     keys.sort(axis=1)
-    keys = torch.from_numpy(keys)
-    return keys >> 32, keys & 0xFFFFFFFF
+    joined = torch.from_numpy(keys)
+    return joined >> 32, joined & 0xFFFFFFFF
 
 
 def class_maps(view: Tower, units: list[Unit], head: ZeroShotHead) -> tuple[Tensor, Tensor]:
@@ -272,7 +275,7 @@ def own_accuracy(
         maps, constant = class_maps(view, group, head)
         hits, count = torch.zeros(len(group), dtype=torch.float64), 0
         for batch in source.batches():
-            terms, labels = batch.terms, batch.labels
+            terms, labels = batch.terms, batch.truth
             dtype = terms.output.dtype
             local = short(terms, group, first).to(dtype).transpose(0, 1)
             for start in range(0, len(group), 64):  # [64, n, K] at a time
@@ -330,14 +333,15 @@ def variance_between_classes(
     """
     view = towers.view_inside(tower)
     read = ComponentReader(view, bases, kind)
-    sums = counts = None
+    sums: Tensor | None = None
+    counts: Tensor | None = None
     for batch in unit_source(data, view.module, (kind,), labelled=True, classes=classes).batches():
-        terms, labels = batch.terms, batch.labels
+        terms, labels = batch.terms, batch.truth
         members = torch.nn.functional.one_hot(labels, classes).double().to(terms.output.device)
         added = members.T @ read(terms).double().T
         sums = added if sums is None else sums + added
         counts = members.sum(0) if counts is None else counts + members.sum(0)
-    if sums is None:
+    if sums is None or counts is None:
         raise ValueError("there are no images to score on")
     share = counts / counts.sum()
     means = sums / counts.clamp_min(1)[:, None]

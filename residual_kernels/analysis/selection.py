@@ -100,12 +100,12 @@ def ablate(
     kinds = tuple(kind for kind in KINDS if any(unit.kind == kind for unit in chosen))
     _check_rest(view, rest, bases, kinds)
     offset = torch.zeros(view.dim, dtype=torch.float64)
-    if rest == "mean":
+    if rest == "mean" and bases is not None:  # which _check_rest has seen to
         offset = bases.parts[OUTPUT].mean[0].clone()
     chosen_maps = []
     for kind in kinds:
         units = [unit for unit in chosen if unit.kind == kind]
-        if rest == "mean":
+        if rest == "mean" and bases is not None:
             for unit in units:
                 offset -= bases.mean(unit)
         chosen_maps.append((units, view.layout.span(kind).start, map_rows(view, units)))
@@ -228,10 +228,10 @@ def selection_curves(
     source = cached_source(data, view.module, (kind,), labelled=True, class_names=head.class_names)
     candidates = (
         _ComponentProducts(view, kind, head, bases, rest)
-        if of == "components"
+        if of == "components" and bases is not None
         else _UnitProducts(view, kind, head, bases if rest == "mean" else None)
     )
-    orders = {}
+    orders: dict[str | int, Tensor] = {}
     for name, score in scores.items():
         if score.shape != (candidates.total,) or score.isnan().any():
             raise ValueError(
@@ -247,16 +247,16 @@ def selection_curves(
     right = 0
     bounds = list(zip((0, *kept[:-1]), kept, strict=True))
     for batch in source.batches(rows_within(candidates.bytes_a_row, BATCH_BYTES)):
-        terms, labels = batch.terms, batch.labels
+        terms, labels = batch.terms, batch.truth
         named = head(terms.output.to(head.class_vectors.device)).argmax(1)
         right += int((named.cpu() == labels).sum())
         candidates.load(terms)
-        for name, order in orders.items():
+        for key, order in orders.items():
             products = candidates.base.to(terms.output).expand(len(labels), -1)
             for place, (low, high) in enumerate(bounds):
                 if high > low:
                     products = products + candidates.add(order[low:high].to(source.device))
-                hits[name][place] += (products.argmax(1).cpu() == labels).sum()
+                hits[key][place] += (products.argmax(1).cpu() == labels).sum()
     share = {name: tuple((count / source.count).tolist()) for name, count in hits.items()}
     return SelectionCurves(
         of=of, kind=kind, rest=rest, total=candidates.total, fractions=fractions, kept=kept,

@@ -237,8 +237,9 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
         shift = c.mean(0) if shift is None else shift  # a provisional mean, so that squares do not cancel
         c -= shift
         squares += c.square().sum(0)
-        place = torch.zeros(len(c), dtype=torch.int64) if labels is None else batch.labels.long()
+        place = torch.zeros(len(c), dtype=torch.int64) if labels is None else batch.truth.long()
         sums.index_add_(0, place.to(device), c)
+    assert shift is not None  # there are two images at least
     whole = sums.sum(0)
     scatter = (squares - whole.square() / len(cache)).clamp_min(0)
     std = (scatter / (len(cache) - 1)).sqrt().cpu()
@@ -330,7 +331,7 @@ def reset_accuracy(
     written = to_one[:, None] * (constants.basis @ vectors)  # [J, K]
     hits = torch.zeros(len(runs) + 1, dtype=torch.int64, device=device)
     for batch in source.batches(rows_within(max(bounds[-1], vectors.shape[1]), BATCH_NUMBERS, MOST_ROWS)):
-        terms, truth = batch.terms, batch.labels.to(device)
+        terms, truth = batch.terms, batch.truth.to(device)
         logits = residual.from_units(terms).to(vectors) @ vectors
         c = constants.features(terms.z[kind], terms.scale, terms.mean)["c"]
         hits[0] += (logits.argmax(1) == truth).sum()

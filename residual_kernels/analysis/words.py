@@ -152,7 +152,9 @@ def pursue(
     lengths = left.norm(dim=1)
     local = left @ frame.T  # [W, r]; both are atoms less their part in the span of those chosen
     moment = rows.double().T @ rows.double()
-    chosen, directions, first = [], [], None
+    chosen: list[int] = []
+    directions: list[Tensor] = []
+    first: float | None = None
     for _ in range(count):
         spent = left.norm(dim=1) <= 1e-8 * lengths
         root = ((local @ moment) * local).sum(1).clamp_min(0).sqrt()

@@ -7,6 +7,7 @@ No function here waits for the device, except `pack`, which reads the unit offse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def problem_of(
         longest=constants.longest,
         kind=kind,
         hip=torch.version.hip is not None,
-        wanted=tuple(wanted),
+        wanted=cast("tuple[bool, bool, bool, bool]", tuple(wanted)),
         workspace=routes.allowed_workspace(),
     )
 
@@ -181,9 +182,9 @@ def explain(
     return plan_forward(problem), plan_backward(problem)
 
 
-def _detour(*tensors: Tensor | None) -> list[Tensor | None]:
+def _detour(*tensors: Tensor) -> list[Tensor]:
     """bfloat16 as float32: the interpreter computes bfloat16 on its bits."""
-    return [x.to(torch.float32) if x is not None and x.dtype == torch.bfloat16 else x for x in tensors]
+    return [x.to(torch.float32) if x.dtype == torch.bfloat16 else x for x in tensors]
 
 
 def _on(device: torch.device):

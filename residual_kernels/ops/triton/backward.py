@@ -10,6 +10,8 @@ unit and walks the unit's components. t is made inside it, or read where one pro
 over rows and units leave as partial sums and are added in a fixed order.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -183,7 +185,7 @@ def backward(
     z, constants, index = call.z, call.constants, call.index
     rows, tasks, units = z.shape[0], call.weight.shape[0], constants.units
     given, indexed = t is not None, index is not None
-    float32 = {"dtype": torch.float32}
+    float32: dict[str, Any] = {"dtype": torch.float32}
     key = ("backward", call.key, given, None if given else dy.stride(), tuple(wanted))
     launch, row_tiles = kept(key, lambda: _prepare(call, dy, given, wanted))
     dweight = None
@@ -207,7 +209,7 @@ def backward(
         dmean,
     )
     if dweight is not None:
-        if indexed:
+        if index is not None:
             chosen = index[None, :] == torch.arange(tasks, device=z.device)[:, None]
             dweight = (chosen.to(torch.float32) @ dweight).index_select(1, constants.slots)
         else:

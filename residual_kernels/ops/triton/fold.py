@@ -10,6 +10,8 @@ The fold and its gradient, in Triton; the large products are the vendor's. With
                dscale[n]  = z[n] . (dy F^T)[n] + dy[n] . (a + m[n] g);   dmean[n] = s[n] dy[n] . g
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -279,7 +281,7 @@ def folded_backward(
     rows, units, width = z.shape
     dim = constants.dim
     tiles, gradient = tiles_of(problem), gradient_tiles(problem)
-    float32 = {"dtype": torch.float32, "device": z.device}
+    float32: dict[str, Any] = {"dtype": torch.float32, "device": z.device}
     dweight = torch.zeros(weight.shape, **float32) if want_weight else None
     dz = torch.zeros((rows, units * width), **float32) if want_z and len(weight) > 1 else None
     if want_z and dz is None:

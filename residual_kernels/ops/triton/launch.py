@@ -6,14 +6,14 @@ kernel is called by itself.
 """
 
 from collections.abc import Callable, Hashable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import triton
 from torch import Tensor
 
 Made = TypeVar("Made")
 MOST = 4096  # things kept; a program that goes through more shapes than that starts again
-_kept: dict[Hashable, object] = {}
+_kept: dict[Hashable, Any] = {}
 
 
 def kept(key: Hashable, make: Callable[[], Made]) -> Made:
@@ -52,7 +52,7 @@ class Launch:
         names = list(kernel.arg_names)
         self.values = [arguments.get(name) for name in names]
         self.places = [names.index(name) for name in moving]
-        self.compiled: dict[int, object] = {}
+        self.compiled: dict[int, Any] = {}
 
     def __call__(self, *moving: Tensor | None) -> None:
         values = self.values.copy()

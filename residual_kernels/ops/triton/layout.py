@@ -8,6 +8,7 @@ proj = basis = 0 and bias = slope = offset = 0: its coefficient is 0. `weight` a
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,4 +169,5 @@ def padded_bounds(kept: list[int]) -> list[int]:
 
 def constants_of(tensors: Sequence[Tensor], sizes: Sequence[int]) -> Constants:
     """The constants of a pack by name."""
-    return Constants(*tensors[:TENSORS], *sizes[:SIZES])
+    fields: tuple[Any, ...] = (*tensors[:TENSORS], *sizes[:SIZES])  # in the order of the record
+    return Constants(*fields)

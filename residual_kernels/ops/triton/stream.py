@@ -9,6 +9,8 @@ once, and a step over rows is two products and nothing else. Where every unit ke
 is no workspace at all.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -88,24 +90,20 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
     dz = z.new_empty(z.shape) if want_z else None
     one_shape = want_z and width % 8 == 0 and constants.padded == units * width and p.longest == width
     most = rows if one_shape else min(routes.workspace_rows(p), rows)
-    t = dz.view(rows, -1) if one_shape else z.new_empty((most, constants.padded))
+    t = dz.view(rows, -1) if one_shape and dz is not None else z.new_empty((most, constants.padded))
     weight = contiguous_rows(call.weight)
     dweight = None
     for first in range(0, rows, most):
         count = min(most, rows - first)
         part = call.rows(first, count)
         torch.mm(dy[0, first : first + count], constants.narrow_basis.T, out=t[:count])
-        launch, splits = kept(
-            ("stream", part.key, want_weight, want_z), lambda part=part: _prepare(part, wanted)
-        )
-        partial = z.new_empty((splits, constants.components), dtype=float32) if want_weight else None
+        launch, splits = kept(("stream", part.key, want_weight, want_z), partial(_prepare, part, wanted))
+        sums = z.new_empty((splits, constants.components), dtype=float32) if want_weight else None
         out = None if dz is None else dz[first : first + count]
-        launch(
-            t, part.z, weight, constants.proj, constants.bias, constants.offset, constants.runs, partial, out
-        )
-        if partial is not None:
+        launch(t, part.z, weight, constants.proj, constants.bias, constants.offset, constants.runs, sums, out)
+        if sums is not None:
             more = z.new_empty(constants.components, dtype=float32)
-            sum_partials(partial, more)
+            sum_partials(sums, more)
             dweight = more[None] if dweight is None else dweight.add_(more)
     return [grad for grad in (dweight, dz) if grad is not None]
 

@@ -50,7 +50,10 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
     dz = z.new_empty(z.shape) if wanted[1] else None
     most = kept(("rows", call.key), lambda: min(routes.workspace_rows(p), rows))
     workspace = z.new_empty(tasks * most * constants.padded)
-    dweight, dscales, dmeans = None, [], []
+    dweight: Tensor | None = None
+    more: Tensor | None
+    dscales: list[Tensor | None] = []
+    dmeans: list[Tensor | None] = []
     for first in range(0, rows, most):
         count = min(most, rows - first)
         part, upstream = call.rows(first, count), dy[:, first : first + count]
@@ -66,9 +69,10 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
             more, dscale, dmean = general.backward(part, upstream, t, wanted, own)
             dscales.append(dscale)
             dmeans.append(dmean)
-        dweight = more if dweight is None else dweight.add_(more)
+        dweight = more if dweight is None or more is None else dweight.add_(more)
     grads = [grad for grad in (dweight, dz) if grad is not None]
-    return grads + [torch.cat(parts) for parts, want in ((dscales, wanted[2]), (dmeans, wanted[3])) if want]
+    pieces = [parts for parts, want in ((dscales, wanted[2]), (dmeans, wanted[3])) if want]
+    return grads + [torch.cat([part for part in parts if part is not None]) for parts in pieces]
 
 
 def blocks_of(p: Problem) -> int:

@@ -205,7 +205,8 @@ def unit_moments(
     splits = max(1, min(-(-PROGRAMS // units), -(-rows // (4 * block_n))))
     per_split = -(-min(-(-rows // splits), ROWS_PER_SPLIT) // block_n) * block_n
     shift = shift.to(torch.float32).contiguous()
-    total = moment = None
+    total: Tensor | None = None
+    moment: Tensor | None = None
     for first in range(0, rows, splits * per_split):
         part = slice(first, first + splits * per_split)
         tile = z[part]
@@ -225,4 +226,6 @@ def unit_moments(
         moment_part = moments.sum(0, dtype=torch.float64)
         total = total_part if total is None else total.add_(total_part)
         moment = moment_part if moment is None else moment.add_(moment_part)
+    assert total is not None  # a call without rows never comes here
+    assert moment is not None
     return total, moment + moment.transpose(1, 2)
