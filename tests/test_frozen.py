@@ -220,3 +220,46 @@ def test_other_doors_to_features_tell_the_truth():
         standing.forward_head(timm.forward_features(pictures))
     assert hasattr(standing, "forward_head")
     assert not hasattr(residual, "forward_head")
+
+
+@pytest.mark.parametrize("where", ["attn.proj", "ls1"])
+def test_a_folded_weight_that_is_computed_from_others_is_watched(where):
+    import timm
+
+    torch.manual_seed(0)
+    tower = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, init_values=0.5,
+        num_classes=16,
+    ).eval()  # fmt: skip
+    images = torch.randn(4, 3, 32, 32)
+    part = tower.blocks[1].get_submodule(where)
+    name = "weight" if where == "attn.proj" else "gamma"
+    torch.nn.utils.parametrize.register_parametrization(part, name, torch.nn.Identity())
+    residual = rk.ResiDual(tower, rk.fit_bases(tower, [images]))
+    residual(images)
+    with torch.no_grad():
+        getattr(part.parametrizations, name).original.mul_(1.7)
+    with pytest.raises(ValueError, match="have changed since it was made"):
+        residual(images)
+
+
+def test_a_replaced_parameter_and_a_replaced_module_are_noticed():
+    def made():
+        model = rk.load_bundled()[0]
+        images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return model.visual, rk.ResiDual(model.visual, rk.fit_bases(model.visual, [images])), images
+
+    tower, residual, images = made()
+    tower.proj = torch.nn.Parameter(tower.proj.detach().clone(), requires_grad=False)  # the same values
+    residual(images)
+    tower.proj = torch.nn.Parameter(tower.proj.detach().flip(0), requires_grad=False)
+    with pytest.raises(ValueError, match=r"have changed since it was made \(proj"):
+        residual(images)
+    tower, residual, images = made()
+    tower.ln_post = torch.nn.LayerNorm(tower.ln_post.normalized_shape).requires_grad_(False)
+    with pytest.raises(ValueError, match="have changed since it was made"):
+        residual(images)
+    tower, residual, images = made()
+    tower.ln_post = torch.nn.Identity()
+    with pytest.raises(ValueError, match="have been replaced since it was made"):
+        residual(images)

@@ -51,6 +51,28 @@ class _Seen:
         return float(moved.nan_to_num(nan=float("inf")))
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is registered: its module's parameters, and where that module is registered."""
+
+    parameters: dict[str, Any]
+    leaf: str
+    module: nn.Module
+    siblings: dict[str, Any]
+    name: str
+
+    @classmethod
+    def of(cls, tower: nn.Module, name: str) -> "_Place":
+        at, _, leaf = name.rpartition(".")
+        module = tower.get_submodule(at)
+        above, _, own = at.rpartition(".")
+        siblings = tower.get_submodule(above)._modules if at else {"": module}
+        return cls(module._parameters, leaf, module, siblings, own)
+
+    def replaced(self) -> bool:
+        return self.siblings.get(self.name) is not self.module
+
+
 class FrozenTower:
     """Watches the weights of a tower that an adapter stands on; called before each run of the tower.
 
@@ -62,16 +84,18 @@ class FrozenTower:
     def __init__(self, view: Tower, folded: bool):
         self._view = view
         self._folded = tuple(view.constant_parameters()) if folded else ()
-        self._places: list[tuple[dict[str, Any], str]] | None = None
+        self._places: list[_Place] | None = None
+        self._ids: list[int] | None = None
         self.accept()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_places": None}  # of this very tower
+        return vars(self) | {"_places": None, "_ids": None}  # of this very tower
 
     def accept(self) -> None:
         """Takes the tower's weights as they are now for those that the constants are of."""
         self._seen = {name: _Seen.of(p) for name, p in self._numbers(self._view.module.named_parameters())}
-        self._versions = [_version(held[name]) for held, name in self._held()]
+        current = list(self._current().values())
+        self._versions, self._ids = [_version(p) for p in current], [id(p) for p in current]
         self._pending = False
 
     def forget(self) -> None:
@@ -85,25 +109,40 @@ class FrozenTower:
             if not p.is_meta and not hasattr(p, "full_tensor") and p.numel()
         ]
 
-    def _held(self) -> list[tuple[dict[str, Any], str]]:
+    def _held(self) -> "list[_Place]":
         """Where each folded parameter is registered: it may be replaced there."""
         if self._places is None:
-            places = [name.rpartition(".") for name in self._folded]
-            self._places = [(self._view.module.get_submodule(at)._parameters, leaf) for at, _, leaf in places]
+            self._places = [_Place.of(self._view.module, name) for name in self._folded]
         return self._places
+
+    def _current(self) -> dict[str, nn.Parameter]:
+        """The folded parameters as they are registered now; ValueError where one is gone."""
+        self._places = None  # modules may have been replaced
+        try:
+            return {
+                name: place.parameters[place.leaf]
+                for name, place in zip(self._folded, self._held(), strict=True)
+            }
+        except (AttributeError, KeyError) as error:
+            raise ValueError(
+                f"the tower's parts that are folded into this adapter's constants have been replaced since it was made "
+                f"({error}). Put them back, or detach, fit bases of this tower and make the adapter anew"
+            ) from error
 
     def __call__(self) -> None:
         """Raises ValueError where folded parameters have changed by more than rounding, or would train."""
         thawed = torch.is_grad_enabled()
-        for (held, name), version in zip(self._held(), self._versions, strict=True):
-            p = held[name]
-            if _version(p) != version or (thawed and p.requires_grad):
+        if self._ids is None or self._pending or self._places is None:
+            return self._look()
+        for place, version, known in zip(self._places, self._versions, self._ids, strict=True):
+            p = place.parameters.get(place.leaf)
+            if id(p) != known or place.replaced() or _version(p) != version or (thawed and p.requires_grad):
                 return self._look()
 
     def _look(self) -> None:
         if self._pending:
             self.accept()
-        current = {name: held[leaf] for name, (held, leaf) in zip(self._folded, self._held(), strict=True)}
+        current = self._current()
         training = [name for name, p in current.items() if p.requires_grad]
         if training and torch.is_grad_enabled():
             raise ValueError(
@@ -119,7 +158,7 @@ class FrozenTower:
                 "tower's weights back, or detach, fit bases of this tower and make the adapter anew. A weight average "
                 "(EMA) should leave frozen parameters out: averaging adds rounding to them"
             )
-        self._versions = [_version(p) for p in current.values()]
+        self._versions, self._ids = [_version(p) for p in current.values()], list(map(id, current.values()))
 
     def _moved(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
         """Of those that changed by more than rounding, how far."""

@@ -1,5 +1,6 @@
 """What does the library know of an image tower? The protocol of a view, and the records that views hand out."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -98,6 +99,14 @@ class Tower(Protocol):
     def out_projection(self, layer: int) -> OutProjection: ...
 
     def constant_parameters(self) -> dict[str, nn.Parameter]: ...
+
+
+_ORIGINAL = re.compile(r"(?:parametrizations\.(\w+)\.original\d*|(\w+?)_(?:orig|g|v))$")
+
+
+def registered_name(name: str) -> str:
+    """The name of the weight that a parameter makes: itself, or what a parametrisation or pruning computes from it."""
+    return _ORIGINAL.sub(lambda found: found[1] or found[2], name)
 
 
 class UnsupportedTowerError(ValueError):

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.base import OutProjection, UnsupportedTowerError, registered_name
 from residual_kernels.towers.foreign import Call, Foreign
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.linear import not_numbers, objection
@@ -195,11 +195,11 @@ class OpenClipTower(TransformerTower):
 
     def constant_parameters(self) -> dict[str, nn.Parameter]:
         names = {"ln_post.weight", "ln_post.bias", "proj"}
-        found = {name: p for name, p in self.module.named_parameters() if name in names}
+        found = {name: p for name, p in self.module.named_parameters() if registered_name(name) in names}
         for index, block in enumerate(self.module.transformer.resblocks):
             prefix = f"transformer.resblocks.{index}"
             for name, p in block.named_parameters():
-                if name.startswith("attn.out_proj.") or name == "ls_1.gamma":
+                if name.startswith("attn.out_proj.") or registered_name(name) == "ls_1.gamma":
                     found[f"{prefix}.{name}"] = p
         return found
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
+from residual_kernels.towers.base import OutProjection, UnsupportedTowerError, registered_name
 from residual_kernels.towers.foreign import Call, Foreign
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.linear import objection
@@ -374,7 +374,7 @@ class TimmTower(TransformerTower):
         for name, p in self.module.named_parameters():
             part, _, rest = name.removeprefix(prefix).partition(".")
             if part == "blocks":
-                wanted = rest.partition(".")[2] in of_block
+                wanted = registered_name(rest.partition(".")[2]) in of_block
             else:
                 wanted = part in ("norm", "fc_norm", "head")
             if wanted:

@@ -384,9 +384,12 @@ class HuggingFaceTower(TransformerTower):
             if part is not None
             for p in part.parameters()
         }
-        for layer in range(self.layout.layers):
-            out = self.out_projection(layer)
-            held |= {id(p) for p in (out.weight, out.bias, out.gamma) if p is not None}
+        for (
+            layer
+        ) in self.module.layers:  # parameters of the modules: a parametrised weight is computed from them
+            out, scale = _part(_part(layer, _ATTENTION), _OUT), getattr(layer, "layer_scale1", None)
+            for part in (out, scale):
+                held |= set() if part is None else {id(p) for p in part.parameters()}
         return {name: p for name, p in self.module.named_parameters() if id(p) in held}
 
     @property
