@@ -154,7 +154,7 @@ def main() -> None:
                 "encode", "--data", str(place / "images"), "--out", str(place / "cache"), "--kinds", "head", "--kinds",
                 "mlp",
             ],
-            ["fit", "--data", str(place / "cache"), "--out", str(place / "run"), "--epochs", "3"],
+            ["fit", "--data", str(place / "cache"), "--out", str(place / "run"), "--method", "fine", "--epochs", "3"],
         ):  # fmt: skip
             if ended(start(arguments, place)):
                 raise SystemExit((place / "errors").read_text())

@@ -314,7 +314,6 @@ def test_paths_are_expanded_unless_they_exist_as_written(tmp_path, monkeypatch):
     put(tmp_path / "data" / "~", "0.png", "1.png")
     monkeypatch.chdir(tmp_path / "data")
     assert len(open_images("~", same, labelled=False)) == 2
-    assert str(user_path("$NOT_SET_ANYWHERE/x")) == "$NOT_SET_ANYWHERE/x"
 
 
 def test_a_flat_folder_has_no_labels_where_none_are_asked(tmp_path):
@@ -602,3 +601,17 @@ def test_names_that_are_no_unicode_are_kept(tmp_path):
     found = open_images(tmp_path, same)
     assert found.names == [f"cat/{name}"]
     assert found.fingerprint().startswith("1 images")
+
+
+def test_lab_is_refused_by_name(tmp_path):
+    Image.new("LAB", (4, 4)).save(tmp_path / "a.tif")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "a.tif").rename(tmp_path / "c" / "a.tif")
+    with pytest.raises(ValueError, match=r"c/a.tif is not a readable image: .*CIELAB"):
+        open_images(tmp_path, lambda picture: picture)[0]
+
+
+@pytest.mark.parametrize("path", ["$NOT_SET_ANYWHERE/o", "${NOT_SET_ANYWHERE}", "~nobody_of_this_name/o"])
+def test_a_path_with_an_unknown_name_is_no_folder_to_make(path):
+    with pytest.raises(ValueError, match="which is not set here"):
+        user_path(path)

@@ -136,7 +136,9 @@ class FrozenTower:
             return self._look()
         for place, version, known in zip(self._places, self._versions, self._ids, strict=True):
             p = place.parameters.get(place.leaf)
-            if id(p) != known or place.replaced() or _version(p) != version or (thawed and p.requires_grad):
+            if p is None or id(p) != known or place.replaced():
+                return self._look()
+            if _version(p) != version or (thawed and p.requires_grad):
                 return self._look()
 
     def _look(self) -> None:

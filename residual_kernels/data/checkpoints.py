@@ -40,6 +40,8 @@ def reason(error: BaseException) -> str:
     found = re.search(r"WeightsUnpickler error: (.*)", text)
     if found is not None:
         what = found[1].strip().rstrip(".")
+        if not what:
+            return "it is not a checkpoint"
         return (
             f"it holds more than tensors ({what}), and loading that could run code; save it as .safetensors"
         )

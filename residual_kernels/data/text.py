@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -23,7 +24,13 @@ def user_path(text: str | os.PathLike) -> Path:
     path = Path(text)
     if "~" not in str(path) and "$" not in str(path):
         return path
-    return path if path.exists() else Path(os.path.expanduser(os.path.expandvars(path)))
+    if path.exists():
+        return path
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    unknown = re.search(r"^~[^/]*|\$\{?\w+\}?", expanded)
+    if unknown is not None:  # a typing error, not the name of a folder to make
+        raise ValueError(f"{path} names {unknown[0]}, which is not set here; write the path out")
+    return Path(expanded)
 
 
 def normal(name: str) -> str:

@@ -119,6 +119,8 @@ def _orientation(image: Image.Image) -> int | None:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
+    if image.mode == "LAB":  # some versions of Pillow convert it without the illuminant that the file means
+        raise ValueError("its colours are CIELAB (mode LAB); save it as RGB")
     deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if deep and image.format in _FULL_RANGE:
         tags = getattr(image, "tag_v2", {})
