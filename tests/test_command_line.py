@@ -288,6 +288,31 @@ def test_an_image_replaced_by_another_of_its_size_is_noticed(run, tmp_path):
     assert "holds a cache of other data" in err
 
 
+def test_an_option_that_a_cache_disagrees_with_is_named(run, photos, tmp_path):
+    (photos / "cat" / "bad.png").write_bytes(b"x")
+    read = ("--data", photos, "--unreadable", "skip")
+    cache = tmp_path / "c"
+    assert run("encode", *read, "--orientation", "stored", "--out", cache)[0] == 0
+    fit = ("fit", "--method", "coarse", "--epochs", 1, "--data", cache)
+    for command in (fit, ("analyze", "--data", cache)):
+        code, _, err = run(*command, "--out", tmp_path / "new", "--orientation", "exif")
+        assert code == 2, command
+        assert "was made with --orientation stored, so --orientation exif" in err
+        code, _, err = run(*command, "--out", tmp_path / "new", "--unreadable", "fail")
+        assert code == 2
+        assert "made with --unreadable skip, without 1 of 7 images" in err
+    code, _, err = run(*fit, "--out", tmp_path / "a", "--orientation", "stored", "--label-column", "x")
+    assert code == 0, err
+    assert "--label-column changes nothing here" in err
+    code, _, err = run(*fit, "--val", photos, "--unreadable", "skip", "--out", tmp_path / "b")
+    assert code == 0, err
+    assert "is read upright (--orientation exif), and" in err
+    for options, ends in (((), 0), (("--orientation", "exif"), 2)):
+        code, _, err = run("eval", tmp_path / "a", "--data", cache, *options)
+        assert code == ends, err
+        assert ("was read" in err, "was made with" in err) == (False, bool(options))
+
+
 # --- classes ------------------------------------------------------------------------------------------------
 
 

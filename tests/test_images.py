@@ -99,7 +99,7 @@ def test_layouts_that_cannot_be_labelled(folder, archive, tmp_path):
         ImageFiles(archive / "test", pixels)
     with pytest.raises(FileNotFoundError, match="nearest are data"):
         ImageFiles(tmp_path / "dta", pixels)
-    with pytest.raises(ValueError, match="neither a folder nor a zip"):
+    with pytest.raises(ValueError, match="neither a folder nor a readable zip: it is a single image"):
         ImageFiles(folder / "train" / "cat" / "a.png", pixels)
 
 

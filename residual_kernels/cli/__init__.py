@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, MutableMapping
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from residual_kernels import __version__
-from residual_kernels.cli import printing
+from residual_kernels.cli import apart, printing
+from residual_kernels.cli.given import GIVEN
 from residual_kernels.data.text import user_path
 
 
@@ -57,7 +59,7 @@ class _Loaded(MutableMapping):
             entry = COMMANDS[name]
             module = importlib.import_module(f"residual_kernels.cli.{entry.module}")
             alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-            alone.command(name)(_with_user_paths(getattr(module, entry.function)))
+            alone.command(name, cls=_Command)(_with_user_paths(getattr(module, entry.function)))
             self._made[name] = get_command(alone)
         return self._made[name]
 
@@ -74,14 +76,38 @@ class _Loaded(MutableMapping):
         return len(COMMANDS)
 
 
+class _Command(TyperCommand):
+    """A command that takes no empty text (as a path it would mean the working folder) and notes what was given."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, one in zip(["", *args], args, strict=False):
+            option = before if one == "" else one[:-1]
+            if one == "" or re.fullmatch("--[a-z-]+=", one):
+                raise ValueError(
+                    f"{option if option.startswith('-') else 'an argument'} is empty; write a value after it"
+                )
+        rest = super().parse_args(ctx, args)
+        sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+        GIVEN.set(
+            frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
+        )
+        return rest
+
+
 def _with_user_paths(command: Callable) -> Callable:
-    """A command whose paths are read as a shell reads them: ``~`` and variables are expanded."""
+    """A command whose paths are read as a shell reads them, and whose outputs each have a place of their own.
+
+    ``~`` and variables are expanded.
+    """
+    signature = inspect.signature(command)
 
     @functools.wraps(command)
     def called(**values: Any) -> None:
-        command(**{name: _expanded(value) for name, value in values.items()})
+        values = {name: _expanded(value) for name, value in values.items()}
+        apart.check(*apart.options_of(signature, values))
+        command(**values)
 
-    vars(called)["__signature__"] = inspect.signature(command)
+    vars(called)["__signature__"] = signature
     return called
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from residual_kernels.analysis import Analysis, TextDictionary, analyze
 from residual_kernels.analysis.findings import FILE
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.apart import ANALYSIS_FILES
 from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     ClassNames,
@@ -20,7 +21,7 @@ from residual_kernels.cli.options import (
     Templates,
     Words,
 )
-from residual_kernels.cli.outputs import new_folder
+from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import out, status, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
@@ -40,7 +41,10 @@ def analyze_command(
         ),
     ],
     out_folder: Annotated[
-        Path, typer.Option("--out", callback=new_folder, help="folder for analysis.json and the CSV tables")
+        Path,
+        typer.Option(
+            "--out", callback=folder_of(*ANALYSIS_FILES), help="folder for analysis.json and the CSV tables"
+        ),
     ],
     reader: Reader,
     bases_file: Annotated[

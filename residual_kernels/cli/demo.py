@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from residual_kernels.cli.apart import PICTURES
 from residual_kernels.cli.doctor import facts
 from residual_kernels.cli.options import Json
-from residual_kernels.cli.outputs import new_folder
+from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import out, status, write_numbers
 
 
@@ -33,7 +34,7 @@ def doctor(json_file: Json = None) -> None:
 
 def demo(
     folder: Annotated[
-        Path, typer.Option("--out", callback=new_folder, help="folder for the pictures")
+        Path, typer.Option("--out", callback=folder_of(*PICTURES), help="folder for the pictures")
     ] = Path("demo"),
     json_file: Json = None,
 ) -> None:

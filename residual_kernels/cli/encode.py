@@ -10,6 +10,7 @@ import typer
 from residual_kernels import distributed
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.apart import CACHE_FILES
 from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     Data,
@@ -24,7 +25,7 @@ from residual_kernels.cli.options import (
     Pretrained,
     Tokens,
 )
-from residual_kernels.cli.outputs import new_file, new_folder
+from residual_kernels.cli.outputs import folder_of, new_file
 from residual_kernels.cli.printing import bar, err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.units.cache import DTYPES, encode, kept_images
@@ -36,7 +37,9 @@ def encode_command(
     out_folder: Annotated[
         Path,
         typer.Option(
-            "--out", callback=new_folder, help="folder for the cache; an interrupted run resumes there"
+            "--out",
+            callback=folder_of(*CACHE_FILES),
+            help="folder for the cache; an interrupted run resumes there",
         ),
     ],
     reader: Reader,

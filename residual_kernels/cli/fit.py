@@ -13,6 +13,7 @@ from residual_kernels.adapters.folder import CONFIG, save_adapter
 from residual_kernels.adapters.methods import METHODS, Method, build, identity
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.cli.apart import ADAPTER_FILES
 from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
 from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
@@ -27,7 +28,7 @@ from residual_kernels.cli.options import (
     Templates,
     Tokens,
 )
-from residual_kernels.cli.outputs import new_file, new_folder
+from residual_kernels.cli.outputs import folder_of, new_file
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
@@ -44,7 +45,9 @@ def fit_command(
     data: Annotated[
         Path, typer.Option(help="labelled training images (as for `encode`), or a cache of `encode`")
     ],
-    out_folder: Annotated[Path, typer.Option("--out", callback=new_folder, help="folder for the adapter")],
+    out_folder: Annotated[
+        Path, typer.Option("--out", callback=folder_of(*ADAPTER_FILES), help="folder for the adapter")
+    ],
     reader: Reader,
     val: Annotated[
         Path | None,

@@ -13,12 +13,16 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from residual_kernels import distributed
 from residual_kernels.cli import options
+from residual_kernels.cli.given import GIVEN
 from residual_kernels.cli.options import Identity, OnUnreadable, Orientation
 from residual_kernels.cli.printing import bar, err, out
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.images import Account, Images, find_unreadable, open_images, without
+from residual_kernels.data.images.base import reading_of
+from residual_kernels.data.images.decode import MARK
 from residual_kernels.units.cache import MANIFEST, UnitCache, encode
+from residual_kernels.units.cache.shards import read_manifest
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -60,7 +64,9 @@ class Reader:
     identity: Identity = Identity.auto
     image_column: str | None = None
     label_column: str | None = None
+    asked: frozenset[str] = frozenset()  # parameters of the command that the user wrote out
     accounts: list[Account] = field(default_factory=list)  # of every source that was read
+    upright: dict[str, bool] = field(default_factory=dict)  # source -> whether EXIF orientation was applied
 
     @property
     def left_out(self) -> list[str]:
@@ -76,13 +82,18 @@ class Reader:
             image_column=self.image_column, label_column=self.label_column,
         )  # fmt: skip
         first = distributed.rank() == 0
+        lost = dict(
+            found.account.left_out
+        )  # what no reading is needed for, such as links to nothing in a shard
         if skip:
             with bar("looking for unreadable images", len(found), quiet=not first) as step:
                 bad = find_unreadable(found, self.workers, step)
-            if bad and first:
-                self._name(path, len(found), list(bad.values()))
+            if (bad or lost) and first:
+                reasons = [f"{name}{MARK}{reason}" for name, reason in lost.items()]
+                self._name(path, len(found) + len(lost), [*reasons, *bad.values()])
             found = without(found, bad)
         self.accounts.append(found.account)
+        self._note_orientation(path, found.exif)
         if first:
             for line in found.account.warnings():
                 err.print(line, soft_wrap=True)
@@ -98,8 +109,50 @@ class Reader:
     def open(self, path: Path, preprocess: Callable, labelled: bool | None = True) -> UnitCache | Images:
         """The cache or the images that `path` names."""
         if (path / MANIFEST).is_file():
+            self._check_cache(path)
             return UnitCache.load(path)
         return self.images(path, preprocess, labelled)
+
+    def _check_cache(self, path: Path) -> None:
+        """Raises ValueError where an option that was given says otherwise than how the images of a cache were read."""
+        made = reading_of(read_manifest(path)["run"]["data"])
+        for name in ("image_column", "label_column"):
+            if name in self.asked:
+                self._no_effect(f"--{name.replace('_', '-')}", path)
+        if made is None:
+            if "orientation" in self.asked:
+                self._no_effect(f"--orientation {self.orientation.value}", path)
+            return
+        there = Orientation.exif if made.exif else Orientation.stored
+        if "orientation" in self.asked and self.orientation is not there:
+            raise ValueError(
+                f"the cache at {path} was made with --orientation {there.value}, so --orientation "
+                f"{self.orientation.value} cannot be had from it; encode the images again, or leave the option out"
+            )
+        if "unreadable" in self.asked and self.unreadable is OnUnreadable.fail and made.left_out:
+            raise ValueError(
+                f"the cache at {path} was made with --unreadable skip, without {made.left_out} of {made.found} images; "
+                "encode the images again, or leave --unreadable fail out"
+            )
+        self._note_orientation(path, made.exif)
+
+    def _no_effect(self, option: str, path: Path) -> None:
+        err.print(
+            f"{option} changes nothing here: {path} is a cache, whose images were read when it was made",
+            soft_wrap=True,
+        )
+
+    def _note_orientation(self, path: Path, exif: bool) -> None:
+        """Says so where one source was read upright and another as stored."""
+        other = next((source for source, upright in self.upright.items() if upright is not exif), None)
+        self.upright[str(path)] = exif
+        if other is not None and distributed.rank() == 0:
+            words = ("as stored (--orientation stored)", "upright (--orientation exif)")
+            err.print(
+                f"{path} is read {words[exif]}, and {other} was read {words[not exif]}; photographs that carry an "
+                "orientation differ between them",
+                soft_wrap=True,
+            )
 
     def only_images(self, source: UnitCache | Images, path: Path) -> Images:
         """`source` where it is images; a ValueError for a cache, which cannot tell what works inside the tower."""
@@ -215,7 +268,7 @@ def reads_images(command: Callable) -> Callable:
         mine["root"] = mine.pop("data_root")
         if "encode_batch" in mine:
             mine["batch_size"] = mine.pop("encode_batch")
-        command(reader=Reader(**mine), **values)
+        command(reader=Reader(**mine, asked=GIVEN.get()), **values)
 
     vars(called)["__signature__"] = signature.replace(parameters=parameters)
     called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from residual_kernels.cli import printing
@@ -36,12 +37,26 @@ def new_folder(path: Path | None) -> Path | None:
     return path
 
 
+def folder_of(*own: str) -> Callable[[Path | None], Path | None]:
+    """:func:`new_folder` for a folder in which the command itself writes files of these names (patterns)."""
+
+    def probed(path: Path | None) -> Path | None:
+        return new_folder(path)
+
+    vars(probed)["own"] = own
+    return probed
+
+
 def json_file(path: Path | None) -> Path | None:
     """:func:`new_file`, or ``-`` for standard output."""
     if path is not None and os.fspath(path) == printing.STDOUT:
         printing.json_to_stdout()
         return path
     return new_file(path)
+
+
+for _probe in (new_file, json_file):  # `apart` tells outputs from inputs by this mark; None: a file
+    vars(_probe)["own"] = None
 
 
 def _mode(path: Path) -> int | None:

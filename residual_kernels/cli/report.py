@@ -1,10 +1,12 @@
 """report: what a fitted adapter learned, on one page."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from residual_kernels.cli import apart
 from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     Adapter,
@@ -18,7 +20,7 @@ from residual_kernels.cli.options import (
     run_folder,
 )
 from residual_kernels.cli.outputs import new_file
-from residual_kernels.cli.printing import out, status, write_numbers
+from residual_kernels.cli.printing import STDOUT, out, status, write_numbers
 from residual_kernels.cli.use import aligned, kept
 from residual_kernels.data import models as sources
 from residual_kernels.data.images import Images
@@ -52,6 +54,13 @@ def report(
     run = run_folder(run, adapter)
     page = out_file or run / "report.html"
     check_page(page)
+    outputs = [
+        apart.Output("--out", page),
+        apart.Output("the folder beside --out", page.with_suffix(""), apart.PICTURES),
+    ]
+    if json_file is not None and os.fspath(json_file) != STDOUT:
+        outputs.append(apart.Output("--json", json_file))
+    apart.check(outputs, {"RUN": run, "--data": data, "--images": images, "--words": dictionary})
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     module, folder = kept(clip, run)
     head, folders = folder.head, folder.class_names

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 from rich.markdown import Markdown
 
+from residual_kernels.cli.apart import SWEEP_FILES
 from residual_kernels.cli.inputs import device_of
 from residual_kernels.cli.options import DataRoot, Device, Download, Json, Workers
-from residual_kernels.cli.outputs import new_folder
+from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import out, status, write_numbers
 from residual_kernels.experiments.sweep import Sweep, SweepPlan, SweepTable
 
@@ -21,7 +22,7 @@ def sweep(
         Path,
         typer.Option(
             "--out",
-            callback=new_folder,
+            callback=folder_of(*SWEEP_FILES),
             help="folder for caches, results and the table; a stopped sweep resumes there",
         ),
     ],

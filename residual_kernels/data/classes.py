@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from residual_kernels.data.text import normal
+from residual_kernels.data.text import normal, some
 
 
 def positions(names: Sequence[str] | None, known: Sequence[str], source: object, of: str) -> list[int]:
@@ -26,8 +26,8 @@ def positions(names: Sequence[str] | None, known: Sequence[str], source: object,
     foreign = [name for name in names if normal(name) not in places]
     if foreign:
         raise ValueError(
-            f"{source} has classes that {of} was not fitted to: {', '.join(foreign[:5])}; it knows "
-            f"{', '.join(known[:5])}{' ...' if len(known) > 5 else ''} (some of them may be absent)"
+            f"{source} has classes that {of} was not fitted to: {some(foreign)}; it knows "
+            f"{some(known)} (some of them may be absent)"
         )
     return [places[normal(name)] for name in names]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from residual_kernels.data.models import BUNDLED
-from residual_kernels.data.text import normal, read_lines
+from residual_kernels.data.text import normal, read_lines, some
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed
@@ -49,7 +49,7 @@ def _by_folder(source: str, lines: list[str], folders: tuple[str, ...]) -> tuple
     lacking = [folder for folder in folders if normal(folder) not in named]
     if lacking:
         raise ValueError(
-            f"{source} has no name for {', '.join(lacking[:5])} ({len(lacking)} of {len(folders)})"
+            f"{source} has no name for {some(lacking)} ({len(lacking)} of {len(folders)} classes)"
         )
     return tuple(named[normal(folder)] for folder in folders)
 

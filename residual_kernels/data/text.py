@@ -4,11 +4,13 @@ import codecs
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from residual_kernels.schema import read_bytes
 
 LONGEST = 2**26  # bytes of a text
+SHOWN = 5  # names in a message
 
 _MARKS = (  # longest first: UTF-32's mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -21,6 +23,8 @@ _MARKS = (  # longest first: UTF-32's mark begins with that of UTF-16
 
 def user_path(text: str | os.PathLike) -> Path:
     """A path with ``~`` and environment variables expanded; one that exists as it is written is taken so."""
+    if not os.fspath(text):  # Path would make it the working folder
+        raise ValueError("an empty path names nothing; write `.` for the working folder")
     path = Path(text)
     if "~" not in str(path) and "$" not in str(path):
         return path
@@ -31,6 +35,12 @@ def user_path(text: str | os.PathLike) -> Path:
     if unknown is not None:  # a typing error, not the name of a folder to make
         raise ValueError(f"{path} names {unknown[0]}, which is not set here; write the path out")
     return Path(expanded)
+
+
+def some(names: Sequence[str]) -> str:
+    """Names in a message: the first five, and how many more there are."""
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def normal(name: str) -> str:

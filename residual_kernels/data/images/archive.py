@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from residual_kernels.data.images.account import Account
+from residual_kernels.data.images.foreign import what_it_is
 from residual_kernels.data.images.listing import is_system, plain_name
 from residual_kernels.data.models import nearest
 
@@ -22,7 +23,13 @@ def split_archive(path: Path) -> tuple[Path | None, str]:
         if parent.is_file():
             inside = path.relative_to(parent).as_posix()
             if not zipfile.is_zipfile(parent):
-                raise ValueError(f"{parent} is neither a folder nor a zip of one")
+                what = what_it_is(parent)
+                told = (
+                    f"neither a folder nor a readable zip: it is {what}"
+                    if what
+                    else "neither a folder nor a zip of one"
+                )
+                raise ValueError(f"{parent} is {told}")
             return parent, "" if inside == "." else f"{inside}/"
     siblings = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
     hint = f"; {nearest(path.name, siblings)}" if siblings else ""

@@ -2,7 +2,9 @@
 
 import abc
 import hashlib
+import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from PIL.Image import Image
@@ -108,6 +110,24 @@ class Images(Dataset, abc.ABC):
         if self.class_names is not None:
             counts = torch.bincount(self.labels, minlength=len(self.class_names)).tolist()
             self.account.classes = [(name, None, n) for name, n in zip(self.class_names, counts, strict=True)]
+
+
+class Reading(NamedTuple):
+    """How a data set was read, as its fingerprint tells."""
+
+    exif: bool
+    left_out: int  # images that could not be read
+    found: int
+
+
+def reading_of(fingerprint: str | None) -> Reading | None:
+    """How the data set with this :meth:`Images.fingerprint` was read; None for a text of another kind."""
+    form = r"(?:(\d+) of )?(\d+) images \(\w+\), EXIF orientation (applied|ignored), identity by .*"
+    told = re.fullmatch(form, fingerprint or "")
+    if told is None:
+        return None
+    found = int(told[2])
+    return Reading(told[3] == "applied", found - int(told[1] or found), found)
 
 
 def _add(total: "hashlib._Hash", *values: object) -> None:

@@ -11,7 +11,7 @@ from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.base import Images
 from residual_kernels.data.images.decode import MARK, UnreadableImage
 from residual_kernels.data.images.listing import class_order
-from residual_kernels.data.text import user_path
+from residual_kernels.data.text import some, user_path
 
 _LABELS = (
     "label",
@@ -112,16 +112,16 @@ class HuggingFaceImages(Images):
 
     def _asked(self, data: Any, column: str) -> Any:
         if column not in data.features:
-            raise ValueError(f"{self.source} has no column {column}; it has {', '.join(data.features)}")
+            raise ValueError(f"{self.source} has no column {column}; it has {some(list(data.features))}")
         return data.features[column]
 
     def _only(self, columns: list[str], data: Any, what: str, option: str) -> str:
         if len(columns) == 1:
             return columns[0]
-        found = f"has several: {', '.join(columns)}" if columns else "has none"
+        found = f"has several: {some(columns)}" if columns else "has none"
         raise ValueError(
             f"{self.source} must have exactly one column of {what}; it {found}; say which with {option} "
-            f"({', '.join(data.features)})"
+            f"({some(list(data.features))})"
         )
 
     def _classes(self, data: Any) -> tuple[tuple[str, ...], torch.Tensor]:
@@ -195,9 +195,7 @@ def _load(name: str, part: str | None, root: Path | None, download: bool):
         raise ValueError(f"hf:{name} cannot be read here ({reason}){missing}") from error
     if isinstance(data, datasets.DatasetDict):
         if part not in data:
-            raise ValueError(
-                f"say which part of hf:{name}: {', '.join(f'hf:{name}@{found}' for found in data)}"
-            )
+            raise ValueError(f"say which part of hf:{name}: {some([f'hf:{name}@{found}' for found in data])}")
         return data[part]
     if part is not None:
         raise ValueError(f"hf:{name} comes in one part; leave @{part} out")

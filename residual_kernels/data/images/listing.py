@@ -11,7 +11,7 @@ from torch import Tensor
 
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.decode import image_endings
-from residual_kernels.data.text import normal
+from residual_kernels.data.text import normal, some
 
 NO_ENDING = "(no ending)"
 _SYSTEM = frozenset(  # what operating systems and storage boxes leave behind; so are names that begin with a dot
@@ -147,7 +147,7 @@ def by_folder(
         raise ValueError(f"{path} must hold one folder per class, but {loose[0]} lies outside of any")
     tops = [name.partition("/")[0] for name in names]
     if _holds_parts(names, set(tops)):
-        inner = ", ".join(sorted(set(tops))[:4])
+        inner = some(sorted(set(tops)))
         raise ValueError(
             f"the folders of {path} ({inner}) hold folders, not images; name one of them, such as {path / tops[0]}"
         )
@@ -157,12 +157,10 @@ def by_folder(
     classes = class_order(spelled)
     empty = sorted({normal(name) for name in folders} - set(classes))
     if empty:
-        raise ValueError(f"class without images in {path}: {', '.join(empty)}")
+        raise ValueError(f"class without images in {path}: {some(empty)}")
     twice = [name for name, forms in spelled.items() if len(forms) > 1]
     if twice:
-        account.notes.append(
-            f"folders whose names differ only in Unicode form are one class: {', '.join(twice)}"
-        )
+        account.notes.append(f"folders whose names differ only in Unicode form are one class: {some(twice)}")
     index = {form: label for label, name in enumerate(classes) for form in spelled[name]}
     return classes, torch.tensor([index[top] for top in tops])
 

@@ -1,5 +1,6 @@
 """Samples of one shard, from its tar headers alone."""
 
+import posixpath
 import re
 import tarfile
 from collections.abc import Iterator
@@ -8,7 +9,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from residual_kernels.data.images.account import Account
-from residual_kernels.data.images.decode import image_endings
+from residual_kernels.data.images.decode import MARK, UnreadableImage, image_endings
+from residual_kernels.data.images.foreign import what_it_is
 from residual_kernels.data.images.listing import ending_of, is_system, plain_name
 
 _LABEL = ".cls"
@@ -18,6 +20,7 @@ _KEY = re.compile(
 _LABEL_BYTES = 64  # more is no number
 _DIGITS = 6  # of a class number: names are made for every number up to the highest
 _CHUNK = 2**20
+_DEPTH = 40  # links to folders on the way to a file, as systems allow them
 
 
 @dataclass(frozen=True)
@@ -48,19 +51,20 @@ def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
     Args:
         shard: the tar file.
         account: counts the images, and what is no image.
-        skip: whether damage ends the reading instead of raising.
+        skip: whether damage ends the reading, and links to nothing are left out, instead of raising.
     """
     if not shard.is_file():
         raise FileNotFoundError(f"there is no shard {shard}")
     groups: list[_Group] = []
     try:
         with tarfile.open(shard, "r:") as file:
-            for name, member in _members(file, account):
+            for name, member in _members(shard, file, account, skip):
                 _enter(groups, shard, file, name, member, account)
             end = file.offset
         damage = _damage(shard, end)
     except tarfile.TarError as error:
-        damage = f"{shard} is not a readable (uncompressed) tar file: {error}"
+        what = what_it_is(shard) if not groups else None
+        damage = f"{shard} is {what or f'not a readable (uncompressed) tar file: {error}'}"
     except EOFError as error:
         damage = f"{shard} is cut short: {error}"
     if damage is not None:
@@ -70,27 +74,92 @@ def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
     return _labelled(groups, account)
 
 
-def _members(file: tarfile.TarFile, account: Account) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """(name, member with the bytes) of every file; a link is the member that it leads to."""
-    kept: dict[str, tarfile.TarInfo] = {}
-    for member in file:
-        name = plain_name(member.name)
-        if name is None or is_system(name):
-            continue
-        if member.islnk() or member.issym():
-            target = member.linkname
-            if member.issym():
-                target = f"{name.rpartition('/')[0]}/{target}"
-            found = kept.get(plain_name(target) or "")
-            if found is None:
-                if ending_of(name) in image_endings():
-                    account.found += 1
-                    account.left_out[name] = f"a link to {member.linkname}, which does not stand before it"
-                continue
-            member = found
+def _members(
+    shard: Path, file: tarfile.TarFile, account: Account, skip: bool
+) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    """(name, member with the bytes) of every file; a link is the member that it leads to, before or behind it."""
+    members: list[tuple[str, tarfile.TarInfo]] = []
+    cut: EOFError | tarfile.TarError | None = None
+    try:
+        for member in file:
+            name = plain_name(member.name)
+            if name is None and ending_of(member.name) in image_endings():
+                account.found += 1
+                account.left_out[f"{shard.name}/{member.name}"] = "its name leads out of the archive"
+            if name is not None and not is_system(name):
+                members.append((name, member))
+    except (EOFError, tarfile.TarError) as error:  # what stands before is read
+        cut = error
+    links = _Links(members)
+    for number, (name, member) in enumerate(members):
         if member.isfile():
-            kept[name] = member
             yield name, member
+        elif member.islnk() or member.issym():
+            found = links.follow(number)
+            if found is not None:
+                yield name, found
+            elif ending_of(name) in image_endings():
+                reason = f"it is a link to {member.linkname}, and no file of that name is in the archive"
+                if not skip and cut is None:
+                    raise UnreadableImage(f"{shard}/{name}{MARK}{reason}")
+                account.found += 1
+                account.left_out[f"{shard.name}/{name}"] = reason
+            elif ending_of(name) == _LABEL and not skip:
+                raise ValueError(
+                    f"{shard}: the label {name} is a link to {member.linkname}, which is not there"
+                )
+    if cut is not None:
+        raise cut
+
+
+class _Links:
+    """Where the links of an archive lead: to the nearest member of that name before them, else the first behind."""
+
+    def __init__(self, members: list[tuple[str, tarfile.TarInfo]]):
+        self.members = members
+        self.places: dict[str, list[int]] = {}
+        self.folders: dict[str, str] = {}  # links that may lead to folders
+        for number, (name, member) in enumerate(members):
+            if not member.isdir():
+                self.places.setdefault(name, []).append(number)
+            if member.issym():
+                self.folders[name] = _target(name, member)
+
+    def follow(self, number: int) -> tarfile.TarInfo | None:
+        """The file that a link leads to, over other links; None where it leads to nothing or to itself."""
+        seen: set[int] = set()
+        while number not in seen:
+            seen.add(number)
+            name, member = self.members[number]
+            if member.isfile():
+                return member
+            there = self.places.get(self._real(_target(name, member)), [])
+            before = [place for place in there if place < number]
+            if not there:
+                return None
+            number = before[-1] if before else there[0]
+        return None
+
+    def _real(self, name: str) -> str:
+        """A name with links to folders in its path resolved."""
+        for _ in range(_DEPTH):
+            parts = name.split("/")
+            above = next((one for one in _prefixes(parts) if one in self.folders), None)
+            if above is None:
+                break
+            name = posixpath.normpath(self.folders[above] + name[len(above) :])
+        return name
+
+
+def _prefixes(parts: list[str]) -> Iterator[str]:
+    return ("/".join(parts[:length]) for length in range(1, len(parts)))
+
+
+def _target(name: str, member: tarfile.TarInfo) -> str:
+    """The name that a link of this name leads to; one that leads out of the archive begins with ``..`` or ``/``."""
+    if not member.issym():  # a hard link: counted from the top
+        return plain_name(member.linkname) or ".."
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
 
 
 def _enter(
