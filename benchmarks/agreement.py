@@ -17,6 +17,7 @@ import residual_kernels as rk
 from residual_kernels import towers
 from residual_kernels.data.models import image_tower, load_model
 from residual_kernels.towers import agreement
+from residual_kernels.towers.watch import Watch
 
 REPEATS = 5
 
@@ -42,7 +43,7 @@ def measure(name: str, images: int, batch: int, device: str, dtype: torch.dtype)
     pictures = torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     batches = max(1, images // batch)
     check = seconds(lambda: agreement.compare(view, pictures[:1]))
-    watch = agreement.Watch(tower)
+    watch = Watch(tower)
     unchanged = seconds(lambda: [watch.unchanged() for _ in range(100)]) / 100
     encode = (
         seconds(lambda: rk.encode(tower, [pictures] * batches, check=False), 1) * 1000 / (batches * batch)

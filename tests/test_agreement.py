@@ -16,7 +16,7 @@ from torch import nn
 
 import residual_kernels as rk
 from residual_kernels import towers
-from residual_kernels.towers import agreement
+from residual_kernels.towers import agreement, watch
 
 
 def blocks_of(tower):
@@ -204,9 +204,9 @@ def test_every_block_agrees_far_below_the_bound(monkeypatch):
 
 def test_runs_once_until_something_changes(monkeypatch):
     calls = []
-    original = agreement._check
+    original = agreement.check
     monkeypatch.setattr(
-        agreement, "_check", lambda view, image: calls.append(len(image)) or original(view, image)
+        agreement, "check", lambda view, image: calls.append(len(image)) or original(view, image)
     )
     tower = build()
     images = images_for(tower, 4)
@@ -254,8 +254,8 @@ def test_costs_nothing_in_compiled_and_exported_code(monkeypatch):
     def never(*_):
         raise AssertionError("the check ran")
 
-    monkeypatch.setattr(agreement, "_check", never)
-    monkeypatch.setattr(agreement.Watch, "unchanged", never)
+    monkeypatch.setattr(agreement, "check", never)
+    monkeypatch.setattr(watch.Watch, "unchanged", never)
     compiled = torch.compile(residual, backend="eager", fullgraph=True)
     assert relative(compiled(images), expected) < 1e-6
     with torch.no_grad():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import Tower
+from residual_kernels.towers.watch import counter
 
 _SAMPLE = 256  # values of a parameter that are kept
 # What is called rounding: an average of equal weights (d a + (1 - d) a) is off by this much after a few steps.
@@ -83,7 +84,8 @@ class FrozenTower:
 
     def __init__(self, view: Tower, folded: bool):
         self._view = view
-        self._folded = tuple(view.constant_parameters()) if folded else ()
+        view.folded = {n: tuple(p.shape) for n, p in view.constant_parameters().items()} if folded else None
+        self._folded = tuple(view.folded or ())
         self._places: list[_Place] | None = None
         self._ids: list[int] | None = None
         self.accept()
@@ -95,7 +97,7 @@ class FrozenTower:
         """Takes the tower's weights as they are now for those that the constants are of."""
         self._seen = {name: _Seen.of(p) for name, p in self._numbers(self._view.module.named_parameters())}
         current = list(self._current().values())
-        self._versions, self._ids = [_version(p) for p in current], [id(p) for p in current]
+        self._versions, self._ids = [counter(p) for p in current], [id(p) for p in current]
         self._pending = False
 
     def forget(self) -> None:
@@ -138,8 +140,12 @@ class FrozenTower:
             p = place.parameters.get(place.leaf)
             if p is None or id(p) != known or place.replaced():
                 return self._look()
-            if _version(p) != version or (thawed and p.requires_grad):
+            if counter(p) != version or (thawed and p.requires_grad):
                 return self._look()
+
+    def compare(self) -> None:
+        """The same whatever the counters say: all values are summed. Writes through ``.data`` raise no counter."""
+        self._look()
 
     def _look(self) -> None:
         if self._pending:
@@ -160,7 +166,7 @@ class FrozenTower:
                 "tower's weights back, or detach, fit bases of this tower and make the adapter anew. A weight average "
                 "(EMA) should leave frozen parameters out: averaging adds rounding to them"
             )
-        self._versions, self._ids = [_version(p) for p in current.values()], list(map(id, current.values()))
+        self._versions, self._ids = [counter(p) for p in current.values()], list(map(id, current.values()))
 
     def _moved(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
         """Of those that changed by more than rounding, how far."""
@@ -175,10 +181,6 @@ class FrozenTower:
     def rounded(self) -> bool:
         """Whether all of the tower's weights are still those it was frozen with, up to rounding."""
         return not self._moved(dict(self._view.module.named_parameters()))
-
-
-def _version(p: Tensor) -> int | None:
-    return None if p.is_inference() else p._version
 
 
 def _some(names: list[str]) -> str:

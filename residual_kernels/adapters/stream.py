@@ -182,6 +182,7 @@ class StreamResiDual(WeightedUnits):
                 f"{self.neighbours()} more adapters live on this tower, and merging would change it beneath them; "
                 "detach them, or merge a copy (copy.deepcopy)"
             )
+        self.still()
         changed = fold_into_tower(self._view, self.units["head"], self.weight.detach())
         names = {p: name for name, p in self.tower.named_parameters()}
         self._originals = {names[p]: value for p, value in changed}

@@ -18,7 +18,7 @@ from residual_kernels.adapters import display
 from residual_kernels.adapters.frozen import FrozenTower
 from residual_kernels.adapters.unit_sum import at_least_float32
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.towers import Terms
+from residual_kernels.towers import Terms, agreement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -135,6 +135,32 @@ class TowerAdapter(AroundTower, abc.ABC):
         if self._guard is not None:
             self._guard.accept()
 
+    def still(self) -> None:
+        """Raises ValueError, in words, where the tower is no longer made as it was: blocks, pooling, folded weights.
+
+        A glance, which every run takes by itself; :meth:`check` looks at the numbers too.
+        """
+        self._view.still()
+
+    @torch.no_grad()
+    def check(self, images: Tensor | None = None) -> None:
+        """Raises ValueError unless this adapter is still what its weights and its tower say. A look by hand.
+
+        Every plain forward notices most changes by itself. This is for what it cannot see: writes through ``.data``,
+        which raise no version counter, and code from ``torch.compile`` or ``torch.export``, which looks at nothing.
+
+        Args:
+            images: [N, 3, H, W]; the first is compared with the tower's own forward.
+
+        Folded weights are compared by checksums of all their values, to a few roundings.
+        """
+        self.still()
+        if self._guard is not None:
+            self._guard.compare()
+        if images is not None:
+            self._view.check_images(images)
+            agreement.check(self._view, images[:1])
+
     @property
     def merged(self) -> bool:
         """Whether the weights are folded into the tower's own parameters."""
@@ -144,7 +170,9 @@ class TowerAdapter(AroundTower, abc.ABC):
         """The checksum of the tower that this adapter is for.
 
         A weight average (EMA) of the whole module rounds frozen weights too: to that rounding they are the same tower.
+        Raises ValueError where the tower is no longer made as it was.
         """
+        self.still()
         checksum = towers.checksum(self.tower)
         if self.bases is None or checksum == self.bases.checksum:
             return checksum

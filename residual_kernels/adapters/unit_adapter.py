@@ -189,6 +189,7 @@ class UnitAdapter(WeightedUnits):
         return super().forward(images)
 
     def merge(self) -> nn.Module:
+        self.still()
         fold = Fold(self.dim, self.weight.device)
         factors = self.rest.factors(self.component_weight().detach())
         others_stay = self.rest.rest == "sum" and bool(self.rest.others)

@@ -2,7 +2,7 @@
 
 A view reads a tower: it calls its norms and MLPs and writes out its attention. Whatever changes what a block's own call
 computes (a hook, a subclass, a patched method) would be passed over. So the first image that a view sees goes both
-ways, and again after any module, hook, forward or parametrisation of the tower has changed:
+ways, and again after the tower is no longer made as it was (:mod:`residual_kernels.towers.watch`):
 
 * the output must agree, and so must the sum of the units;
 * to the rounding of the tower's dtype. A difference above a first, tight bound is looked at block by block, each from
@@ -14,6 +14,7 @@ not run in code that is compiled, exported, traced, transformed or captured in a
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from residual_kernels.towers.base import Edit, Terms, Tower, UnsupportedTowerErr
 from residual_kernels.towers.blocks import whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.watch import Watch
 
 # Relative differences of output and sum that need no second look: this many roundings, at most one part in 50.
 ROUNDINGS, AT_MOST = 64, 0.02
@@ -62,6 +64,8 @@ class Runnable(Tower, Protocol):
 
     def own(self, images: Tensor) -> Tensor: ...
 
+    def beside(self) -> Sequence[nn.Module]: ...
+
     def run(
         self, images: Tensor, kinds: tuple[str, ...], edit: Edit | None = None, every_token: bool = False
     ) -> Terms: ...
@@ -75,48 +79,14 @@ class Runnable(Tower, Protocol):
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
-class Watch:
-    """Notices that a module's parts, forwards, hooks or parametrisations are no longer those it had."""
-
-    def __init__(self, module: nn.Module):
-        self._seen = [(part, *_state(part)) for part in module.modules()]
-        self.mark = hash(tuple(_mark(entry) for entry in self._seen))
-
-    def unchanged(self) -> bool:
-        """Whether all is as it was; about a third of a microsecond a module."""
-        for part, kind, forward, own, size, hooks, before, children in self._seen:
-            held = part.__dict__
-            if (
-                part.__class__ is not kind
-                or kind.forward is not forward
-                or len(held) != size
-                or held.get("forward") is not own
-                or tuple(held["_forward_hooks"]) != hooks
-                or tuple(held["_forward_pre_hooks"]) != before
-                or tuple(held["_modules"].values()) != children
-            ):
-                return False
-        return True
+# What was found in agreement: of each tower the marks of its structure with the versions of its parameters. A LoRA that
+# was all zeros when it was checked is checked again after it has trained. Several, for a setting that goes to and fro.
+_agreed: "WeakKeyDictionary[nn.Module, deque[tuple[int, int]]]" = WeakKeyDictionary()
+_KEPT = 8
 
 
-def _state(part: nn.Module) -> tuple:
-    held, kind = part.__dict__, part.__class__
-    hooks, before = tuple(held["_forward_hooks"]), tuple(held["_forward_pre_hooks"])
-    return kind, kind.forward, held.get("forward"), len(held), hooks, before, tuple(held["_modules"].values())
-
-
-def _mark(entry: tuple) -> tuple:
-    part, kind, forward, own, size, hooks, before, children = entry
-    return id(part), id(kind), id(forward), id(own), size, hooks, before, tuple(map(id, children))
-
-
-# What was found in agreement: of each tower the mark of its structure and the versions of its parameters. A LoRA that
-# was all zeros when it was checked is checked again after it has trained.
-_agreed: "WeakKeyDictionary[nn.Module, tuple[int, int]]" = WeakKeyDictionary()
-
-
-def agreed(view: Runnable, images: Tensor) -> Watch | None:
-    """Checks a view on the first of `images` unless that was done; a Watch of the tower it holds for.
+def agreed(view: Runnable, images: Tensor, before: Watch | None = None) -> Watch | None:
+    """Checks a view on the first of `images` unless that was done; a Watch of the tower it holds for, after `before`.
 
     None where no check can be made in this call (compiled, traced or transformed code, training mode with parts that
     are dropped at random): then the next call asks again. Raises UnsupportedTowerError where the model computes
@@ -124,12 +94,13 @@ def agreed(view: Runnable, images: Tensor) -> Watch | None:
     """
     if not eager(images) or (view.module.training and view.unsteady()):
         return None
-    watch = Watch(view.module)
+    watch = Watch(view.module, view.beside(), before)
     parameters = [p for p in view.module.parameters() if not p.is_inference()]
     found = watch.mark, sum(p._version for p in parameters)
-    if _agreed.get(view.module) != found:
-        _check(view, images[:1].detach())
-        _agreed[view.module] = found
+    known = _agreed.setdefault(view.module, deque(maxlen=_KEPT))
+    if found not in known:
+        check(view, images[:1].detach())
+        known.append(found)
     return watch
 
 
@@ -158,7 +129,8 @@ class Agreement:
     place: str | None
 
 
-def _check(view: Runnable, image: Tensor) -> None:
+def check(view: Runnable, image: Tensor) -> None:
+    """Raises UnsupportedTowerError where the model computes something else than the view, seen on one image."""
     found = compare(view, image)
     if found.place is not None:
         raise UnsupportedTowerError(
@@ -276,7 +248,9 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
     if silent:
         return f"its own forward does not run block {silent[0]} ({suspects.kind(blocks[silent[0]])})"
     if _part(x, entered, x):
-        return f"the streams part before the first block{suspects.outside(view.module, blocks)}"
+        return (
+            f"the streams part before the first block{suspects.outside(view.module, blocks, view.beside())}"
+        )
     x = entered.reshape(x.shape)
     for index, block in enumerate(blocks):
         ours, _, _ = view.block(index, x, context, False, None)
@@ -293,7 +267,7 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
         x = left[index].reshape(x.shape)
     ours = view.finish(x)[0]
     if _part(ours, own, own):
-        return f"the streams part behind the last block{suspects.outside(view.module, blocks)}"
+        return f"the streams part behind the last block{suspects.outside(view.module, blocks, view.beside())}"
     return None
 
 
@@ -342,5 +316,6 @@ def _where_sums_part(view: Runnable, image: Tensor, terms: Terms, total: Tensor,
             )
     eps = _eps(terms.output)
     if ((total - terms.output.to(total.dtype)).abs() > 4 * eps * size).any():
-        return f"the final norm or projection is not what its weights say{suspects.outside(view.module, view.blocks)}"
+        where = suspects.outside(view.module, view.blocks, view.beside())
+        return f"the final norm or projection is not what its weights say{where}"
     return None

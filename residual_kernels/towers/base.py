@@ -1,7 +1,7 @@
 """What does the library know of an image tower? The protocol of a view, and the records that views hand out."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,12 +82,19 @@ class Tower(Protocol):
     returns_tokens: bool  # whether the call also returns tokens
     check: bool  # whether the first image is compared with the model's own forward
     guard: Callable[[], None] | None  # asked before each run
+    folded: Mapping[str, tuple[int, ...]] | None  # parameters in an adapter's constants, and their shapes
 
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps: ...
 
     def check_images(self, images: Tensor) -> None: ...
 
     def check_mode(self) -> None: ...
+
+    def still(self) -> None: ...
+
+    def stamp(self) -> None: ...
+
+    def same_weights(self) -> None: ...
 
     def terms(
         self, images: Tensor, kinds: Iterable[str], edit: Edit | None = None, every_token: bool = False

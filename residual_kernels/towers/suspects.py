@@ -2,12 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from types import FunctionType
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrize
 
 _HOMES = ("torch", "open_clip", "timm", "transformers", "residual_kernels")
+_LIBRARIES = (
+    *_HOMES,
+    "peft",
+    "accelerate",
+    "typing",
+    "abc",
+    "huggingface_hub",
+)  # whose functions are no patches
 _MOST = 3  # findings that a message names
 
 
@@ -31,14 +41,19 @@ def inside(block: nn.Module, blocks: Sequence[nn.Module]) -> str:
     return _sentence(found, kind(block))
 
 
-def outside(tower: nn.Module, blocks: Iterable[nn.Module]) -> str:
-    """ ", where ..." with what is unusual in a tower outside its blocks."""
+def outside(tower: nn.Module, blocks: Iterable[nn.Module], beside: Iterable[nn.Module] = ()) -> str:
+    """ ", where ..." with what is unusual in a tower outside its blocks, and in modules beside it."""
     inner = {part for block in blocks for part in block.modules()}
-    found = _unusual((name, part) for name, part in tower.named_modules() if part not in inner)
+    around = [(f"the {type(part).__name__}", part) for part in beside]
+    found = _unusual([*((name, part) for name, part in tower.named_modules() if part not in inner), *around])
     return _sentence(found, kind(tower))
 
 
 def _sentence(found: list[str], known: str) -> str:
+    for_all = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+    found += [
+        f"a hook stands on all modules ({_function(hook)})" for hooks in for_all for hook in hooks.values()
+    ]
     found = list(dict.fromkeys(found))
     if not found:
         return f", where nothing unusual is seen: {known} computes something that is not known here"
@@ -62,8 +77,13 @@ def _unusual(parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
             )
         elif home not in _HOMES and home != "peft":
             found.append(f"{_called(name)} is {kind(part)}")
-        elif getattr(type(part).forward, "__module__", "").partition(".")[0] not in (*_HOMES, "peft"):
-            found.append(f"{type(part).__name__}.forward was replaced by {_function(type(part).forward)}")
+        else:
+            found += [
+                f"{owner.__name__}.{method} was replaced by {_function(value)}"
+                for owner in type(part).__mro__
+                for method, value in vars(owner).items()
+                if isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in _LIBRARIES
+            ]
         if "_hf_hook" in held:
             found.append(f"accelerate has put a hook on {_called(name)} ({type(held['_hf_hook']).__name__})")
         else:

@@ -5,7 +5,7 @@ token and makes the constants, for any of the poolings below. Nothing is hooked,
 """
 
 import abc
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import agreement
-from residual_kernels.towers.base import Edit, OutProjection, Terms, UnitMaps
+from residual_kernels.towers.base import Edit, OutProjection, Terms, UnitMaps, UnsupportedTowerError
 from residual_kernels.towers.blocks import run_block, whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.layout import UnitLayout, check_kinds
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, attended
+from residual_kernels.towers.watch import Watch, counter, difference
 
 # Where a tower needs every token's terms until the last layer is done (average pooling after the norm, attention
 # pooling), images are taken in groups so that these stay within this many bytes.
@@ -66,12 +67,14 @@ class TransformerTower(abc.ABC):
     guard: Callable[[], None] | None = (
         None  # asked before each run, in plain calls: an adapter's view of its weights
     )
-    _watch: agreement.Watch | None = None
+    folded: Mapping[str, tuple[int, ...]] | None = (
+        None  # parameters in an adapter's constants, and their shapes
+    )
+    _watch: Watch | None = None
+    _stamp: dict[str, tuple[int, int | None]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in vars(self).items() if name != "_watch"
-        }  # of these very modules
+        return vars(self) | {"_watch": None, "_stamp": None}  # of these very modules
 
     # Where the parts are.
 
@@ -169,6 +172,68 @@ class TransformerTower(abc.ABC):
         output = self.module(images)
         return output[0] if isinstance(output, tuple) else output
 
+    def beside(self) -> list[nn.Module]:
+        """Modules outside of `module` that :meth:`own` runs."""
+        return []
+
+    def afresh(self) -> "TransformerTower":
+        """A new view of the same tower, as it is made now."""
+        build: Callable[[nn.Module], TransformerTower] = type(self)  # a subclass is made of the module alone
+        return build(self.module)
+
+    # Whether it is still what it was.
+
+    def still(self) -> None:
+        """Raises ValueError, in words, where the tower is no longer made as it was when this view was.
+
+        Costs a glance where nothing has changed since the last run.
+        """
+        if self._watch is not None and self._watch.unchanged():
+            return
+        kind: type[ValueError] = ValueError
+        try:
+            what = difference(self, self.afresh(), self.folded)
+        except UnsupportedTowerError as error:
+            kind, what = UnsupportedTowerError, str(error)
+        if what is not None:
+            made, anew = (
+                ("this adapter was made", "detach, fit bases of the tower as it is and make the adapter anew")
+                if self.guard is not None
+                else ("it was read", "decompose it again")
+            )
+            raise kind(f"the tower has changed since {made}: {what}. Undo that, or {anew}")
+
+    def stamp(self) -> None:
+        """Remembers the weights that the maps are made of, for :meth:`same_weights`."""
+        self._stamp = {name: (id(p), counter(p)) for name, p in self.constant_parameters().items()}
+
+    def same_weights(self) -> None:
+        """Raises ValueError where the maps are no longer made of the weights that :meth:`stamp` saw."""
+        self.still()
+        if self._stamp is None:
+            return
+        now = {name: (id(p), counter(p)) for name, p in self.constant_parameters().items()}
+        if changed := [name for name in self._stamp | now if now.get(name) != self._stamp.get(name)]:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise ValueError(
+                f"{changed[0]}{more}, of which units are made, has been written, replaced or taken away since these "
+                "images ran; decompose them again"
+            )
+
+    def _look(self, images: Tensor) -> None:
+        """Before a run in plain code: the tower is still what it was, and computes what this view computes."""
+        if self._watch is None or not self._watch.unchanged():
+            if self._watch is not None or self.guard is not None:  # else it was made a moment ago
+                self.still()
+            before = self._watch
+            self._watch = (
+                agreement.agreed(self, images, before)
+                if self.check
+                else Watch(self.module, self.beside(), before)
+            )
+        if self.guard is not None:
+            self.guard()
+
     # What is made of them.
 
     @property
@@ -262,11 +327,8 @@ class TransformerTower(abc.ABC):
                 f"this tower is in training mode and has {', '.join(found)}, with which its output is no sum of units; "
                 "call .eval() on it"
             )
-        if self.guard is not None and agreement.eager(images):
-            self.guard()
-        if self.check and not torch.compiler.is_compiling():
-            if self._watch is None or not self._watch.unchanged():
-                self._watch = agreement.agreed(self, images)
+        if not torch.compiler.is_compiling() and agreement.eager(images):
+            self._look(images)
         if not self._keeps_tokens or _exporting():  # a graph for any batch size takes the batch whole
             return self.run(images, kinds, edit, every_token)
         units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}

@@ -55,6 +55,7 @@ def source_of(adapter: TowerAdapter, data: "UnitCache | Tensor | Iterable", **op
         raise ValueError(
             f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
         )
+    adapter.still()
     return unit_source(
         data, adapter.tower, adapter.adapted, also=adapter.kinds, device=adapter.device, **options
     )

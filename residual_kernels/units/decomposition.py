@@ -37,7 +37,8 @@ class Decomposition:
         """Units in the output space, [N, U, D] in layout order, float32 or better.
 
         All of them by default, and then ``units().sum(1)`` equals ``output``; `kind`, `layer` and `head` select.
-        Raises ValueError when no unit matches, or when the kind was not collected.
+        Raises ValueError when no unit matches, when the kind was not collected, or when the tower, whose weights are
+        read here, has changed since.
         """
         chosen = self.layout.select(kind, layer, head)
         found = []
@@ -50,6 +51,7 @@ class Decomposition:
     def _expand(self, kind: str, rows: list[Unit]) -> Tensor:
         if kind not in self.terms.z:
             raise ValueError(f"kind {kind!r} was not collected; call decompose with kinds that include it")
+        self._tower.same_weights()
         index = [unit.index - self.layout.span(kind).start for unit in rows]
         maps = self._tower.maps(kind, index)
         return expand(maps, self.terms.z[kind][:, index], self.terms.scale, self.terms.mean)
@@ -81,4 +83,5 @@ def decompose(
     view.check_images(images)
     check_finite(images)
     terms = view.terms(images, kinds)
+    view.stamp()
     return Decomposition(output=terms.output, layout=view.layout, terms=terms, _tower=view)

@@ -98,6 +98,11 @@ class ImageTower(nn.Module):
         self.embeddings, self.pre_norm, self.layers = embeddings, pre_norm, layers
         self.norm, self.pooler, self.projection = norm, pooler, projection
 
+    def parts(self) -> dict[str, nn.Module | None]:
+        """What it was made of, by the names of its arguments."""
+        names = ("embeddings", "pre_norm", "layers", "norm", "pooler", "projection")
+        return {name: getattr(self, name) for name in names}
+
     # The mode is the parts': the model that they belong to does not know this module.
     training = property(lambda self: self.embeddings.training, lambda self, mode: None)
 
@@ -139,8 +144,11 @@ class ImageTower(nn.Module):
 
 
 _towers: "weakref.WeakKeyDictionary[nn.Module, ImageTower]" = weakref.WeakKeyDictionary()
-# The vision model that a tower's parts are of, for the check against its own forward. A copy of a tower has none.
-_sources: "weakref.WeakKeyDictionary[ImageTower, weakref.ref[nn.Module]]" = weakref.WeakKeyDictionary()
+# The model that a tower's parts are of and its vision model, for the check against their own forward. A copy of a tower
+# has none.
+_sources: "weakref.WeakKeyDictionary[ImageTower, tuple[weakref.ref, weakref.ref]]" = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def image_tower(model: nn.Module) -> ImageTower:
@@ -155,10 +163,24 @@ def image_tower(model: nn.Module) -> ImageTower:
         return model
     parts = _parts(model)
     held = _towers.get(model)
-    if held is None or any(getattr(held, name) is not part for name, part in parts.items()):
+    if held is None or held.parts() != parts:
         held = _towers[model] = ImageTower(**parts)
-    _sources[held] = weakref.ref(vision_model(model))
+    _sources[held] = weakref.ref(model), weakref.ref(vision_model(model))
     return held
+
+
+def _source(tower: ImageTower) -> tuple[Foreign | None, Foreign | None]:
+    """(the whole model, its vision model) that a tower is of; no whole model while an adapter stands in it."""
+    model, source = (held() for held in _sources.get(tower, (lambda: None, lambda: None)))
+    return model if model is not None and source is not None and _in_place(model, source) else None, source
+
+
+def _in_place(model: Foreign, source: nn.Module) -> bool:
+    """Whether a whole model's vision model is this one, and no adapter."""
+    held = (
+        getattr(model, name, None) for name in ("vision_model", getattr(model, "base_model_prefix", "") or "")
+    )
+    return model is source or any(part is source for part in held)
 
 
 def vision_model(model: Foreign) -> Foreign:
@@ -193,13 +215,21 @@ def _parts(model: nn.Module) -> dict[str, Foreign]:
     }  # fmt: skip
     if isinstance(found["projection"], nn.Identity):  # taken off
         found["projection"] = None
-    if found["projection"] is not None and (why := objection(found["projection"])) is not None:
-        raise _refuse(f"the projection of {kind} {why}")
     lacking = [name for name in ("embeddings", "layers", "norm") if found[name] is None]
     extra = _children(inner) - {"embeddings", "encoder", "layers", "pooler", "head", *_PRE_NORM, *_FINAL_NORM}
     if lacking or extra:
         named = ", ".join(lacking or sorted(extra))
         raise _refuse(f"the vision model of {kind} {'lacks' if lacking else 'has unknown parts'} {named}")
+    _check_parts(kind, found)
+    if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
+        raise _refuse(f"{kind} normalises its class token twice (BlipForImageTextRetrieval does not)")
+    return found
+
+
+def _check_parts(kind: str, found: dict[str, Foreign]) -> None:
+    """Refuses parts of an ImageTower that units cannot be made of."""
+    if found["projection"] is not None and (why := objection(found["projection"])) is not None:
+        raise _refuse(f"the projection of {kind} {why}")
     if not isinstance(found["norm"], nn.LayerNorm):
         raise _refuse(f"the final norm of {kind} is {type(found['norm']).__name__}, not LayerNorm")
     if found["pooler"] is not None:
@@ -215,9 +245,6 @@ def _parts(model: nn.Module) -> dict[str, Foreign]:
     attentions = [_part(layer, _ATTENTION) for layer in found["layers"]]
     if len({(_heads(attn), _part(attn, _OUT).in_features) for attn in attentions}) > 1:
         raise _refuse(f"{kind} has layers with other heads than the first, as pruned ones have")
-    if found["projection"] is not None and hasattr(model, "visual_projection") and found["pre_norm"] is None:
-        raise _refuse(f"{kind} normalises its class token twice (BlipForImageTextRetrieval does not)")
-    return found
 
 
 def _has_class_token(embeddings: Foreign) -> bool:
@@ -327,8 +354,10 @@ class HuggingFaceTower(TransformerTower):
     name = "transformers.ImageTower"
 
     def __init__(self, module: nn.Module):
-        self.module = image_tower(module)
-        tower = self.module
+        tower: Foreign = image_tower(module)
+        self.module = tower
+        if isinstance(inside(module), ImageTower):  # its parts may have changed since it was made of them
+            _check_parts("this model", tower.parts())
         attn = _part(tower.layers[0], _ATTENTION)
         self.width = tower.norm.normalized_shape[0]
         self.layout = UnitLayout(len(tower.layers), _heads(attn), pool=tower.pooler is not None)
@@ -419,15 +448,35 @@ class HuggingFaceTower(TransformerTower):
 
     def own(self, images: Tensor) -> Tensor:
         tower = self.module
-        source = _sources.get(tower, lambda: None)()
+        model, source = _source(tower)
         if source is None or _first(source, _LAYERS) is not tower.layers:
             return super().own(images)
+        if model is not None and hasattr(model, "get_image_features"):
+            features = model.get_image_features(pixel_values=images)
+            return getattr(features, "pooler_output", features)
         output = source(pixel_values=images)
         normed = (
             tower.pre_norm is None and tower.pooler is None
         )  # then its tokens are, and the first is the embedding
         pooled = output.last_hidden_state[:, 0] if normed else output.pooler_output
         return pooled if tower.projection is None else tower.projection(pooled)
+
+    def beside(self) -> list[nn.Module]:
+        model, source = _source(self.module)
+        within = set(self.module.modules())
+        found = [] if source is None else [part for part in source.modules() if part not in within]
+        return found if model is None or model is source else [model, *found]
+
+    def afresh(self) -> TransformerTower:
+        model, source = _source(self.module)
+        if model is None or source is None:
+            return super().afresh()
+        fresh = HuggingFaceTower(model)
+        if fresh.module is not self.module:
+            ours, theirs = self.module.parts(), fresh.module.parts()
+            other = [name for name in ours if ours[name] is not theirs[name]]
+            raise _refuse(f"{type(model).__name__} has other parts than it had ({', '.join(other)})")
+        return fresh
 
     def token_count(self, images: Tensor) -> int:
         stem = self._stem
