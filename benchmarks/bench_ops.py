@@ -4,8 +4,10 @@
     pytest benchmarks/bench_ops.py --benchmark-only   # one provider at a time, with pytest-benchmark's statistics
 
 Within a group (operator, shape, components, rows, dtype, mode) the providers take turns, round after round, with this
-machine's own fp32 matrix product between them: compare rows of one group only. FLOP are those of the formula, and what
-a provider recomputes or wastes is not counted in its favour: forward 2 N J (C + D), backward for weight 2 N J D.
+machine's own fp32 matrix product and its roofs between them: compare rows of one group only. The roof of arithmetic is
+the multiply-adds that all threads reach in registers (bfloat16: the processor's own dot products, where it has them).
+FLOP are those of the formula, and what a provider recomputes or wastes is not counted in its favour: forward
+2 N J (C + D), backward for weight 2 N J D.
 """
 
 import argparse
@@ -24,10 +26,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_clock import cpu_name, interleaved
+from benchmarks.cpu_clock import copy_bandwidth, cpu_name, interleaved, machine_name
 from residual_kernels import ops
 from residual_kernels.experiments.shapes import SHAPES, Operands, Shape, problem
-from residual_kernels.ops import backends, reference, torch_backend
+from residual_kernels.ops import backends, cpp_backend, reference, torch_backend
 
 GEMM_SIZE = 2048
 Forward = Callable[[Tensor, Tensor], Tensor]  # (z or units, weight) -> y
@@ -164,6 +166,28 @@ def runner(name: str, forward: Forward, p: Operands, mode: str) -> Callable[[], 
     return run
 
 
+def measured(
+    runs: dict[str, Callable[[], object]], dtype: torch.dtype, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Seconds of every run in every round, and the roofs of the same rounds."""
+    threads = torch.get_num_threads()
+    peaks: list[float] = []
+    copy = copy_bandwidth()
+    others = {
+        "sgemm": gemm_runner(),
+        "copy": copy,
+        "peak": lambda: peaks.append(cpp_backend.peak(threads, dtype)),
+    }
+    times = interleaved({**runs, **others}, rounds)
+    roof = {
+        "peak_gflops": statistics.median(peaks) / 1e9,
+        "sgemm_gflops": 2.0 * GEMM_SIZE**3 / statistics.median(times.pop("sgemm")) / 1e9,
+        "copy_gb_s": copy() / statistics.median(times.pop("copy")) / 1e9,
+    }
+    times.pop("peak")
+    return times, roof
+
+
 def gemm_runner() -> Callable[[], Tensor]:
     a, b = torch.randn(GEMM_SIZE, GEMM_SIZE), torch.randn(GEMM_SIZE, GEMM_SIZE)
     return lambda: a @ b
@@ -207,8 +231,7 @@ def bench_reweight(
             runs[name] = runner(name, PROVIDERS[name](p), p, mode)
             runs[name]()  # warm: compiles, packs, touches memory
         memory = {name: extra_memory(run) for name, run in runs.items()}
-        times = interleaved({**runs, "sgemm": gemm_runner()}, rounds)
-        gemm = 2.0 * GEMM_SIZE**3 / statistics.median(times.pop("sgemm"))
+        times, roof = measured(runs, dtype, rounds)
         for name, values in times.items():
             rate = flop(shape, sum(components), rows, mode) / statistics.median(values)
             table.append(
@@ -216,7 +239,7 @@ def bench_reweight(
                     "operator": "spectral_reweight", "shape": shape.name, "components": kind, "J": sum(components),
                     "N": rows, "dtype": str(dtype).removeprefix("torch."), "mode": mode, "provider": name,
                     "median_s": statistics.median(values), "best_s": min(values), "rounds": rounds,
-                    "gflops": rate / 1e9, "sgemm_gflops": gemm / 1e9, "share_of_sgemm": rate / gemm,
+                    "gflops": rate / 1e9, **roof, "share_of_peak": rate / 1e9 / roof["peak_gflops"],
                     "extra_bytes": memory[name],
                 }
             )  # fmt: skip
@@ -243,8 +266,7 @@ def bench_moments(shape: Shape, rows: int, rounds: int) -> list[dict]:
     for run in runs.values():
         run()
     memory = {name: extra_memory(run) for name, run in runs.items()}
-    times = interleaved({**runs, "sgemm": gemm_runner()}, rounds)
-    gemm = 2.0 * GEMM_SIZE**3 / statistics.median(times.pop("sgemm"))
+    times, roof = measured(runs, torch.float32, rounds)
     size = shape.coordinates + 2
     table = []
     for name, values in times.items():
@@ -253,8 +275,10 @@ def bench_moments(shape: Shape, rows: int, rounds: int) -> list[dict]:
             {
                 "operator": "unit_moments", "shape": shape.name, "components": "-", "J": 0, "N": rows,
                 "dtype": "float32", "mode": "fwd", "provider": name, "median_s": statistics.median(values),
-                "best_s": min(values), "rounds": rounds, "gflops": rate / 1e9, "sgemm_gflops": gemm / 1e9,
-                "share_of_sgemm": rate / gemm, "extra_bytes": memory[name],
+                "best_s": min(values), "rounds": rounds, "gflops": rate / 1e9, **roof,
+                "share_of_peak": rate / 1e9 / roof["peak_gflops"],
+                "share_of_copy": p.z.numel() * 4 / statistics.median(values) / 1e9 / roof["copy_gb_s"],
+                "extra_bytes": memory[name],
             }
         )  # fmt: skip
     return table
@@ -271,25 +295,33 @@ def markdown(record: dict) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, instruction set "
         f"{machine['instruction_set']}. Command: `{machine['command']}`.",
         "",
-        "Medians of interleaved rounds. `time / cpp`: how many times the compiled backend's time. `of sgemm`: the "
-        "formula's FLOP per second over this machine's fp32 matrix product in the same rounds. `extra`: growth of the "
-        "process.",
+        "Medians of interleaved rounds. `time / cpp`: how many times the compiled backend's time. `of peak`: the "
+        "formula's FLOP per second over the multiply-adds the same threads reach in registers, in the same rounds. "
+        "`extra`: growth of the process.",
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in record["rows"]:
-        # What was measured together stands beside one and the same matrix product.
-        run = row["sgemm_gflops"]
-        key = (row["operator"], row["shape"], row["components"], row["N"], row["dtype"], row["mode"], run)
+        # What was measured together stands beside one and the same roof.
+        key = (
+            row["operator"],
+            row["shape"],
+            row["components"],
+            row["N"],
+            row["dtype"],
+            row["mode"],
+            row["peak_gflops"],
+        )
         groups.setdefault(key, []).append(row)
-    for (operator, shape, components, rows, dtype, mode, gemm), members in groups.items():
+    for (operator, shape, components, rows, dtype, mode, peak), members in groups.items():
         about = f"{operator}, {shape}, " + ("" if operator == "unit_moments" else f"K {components}, ")
+        first = members[0]
         lines += [
             "",
-            f"## {about}N = {rows}, {dtype}, {mode} (sgemm {gemm:.0f} GFLOP/s)",
+            f"## {about}N = {rows}, {dtype}, {mode}",
             "",
-        ]
-        lines += [
-            "| provider | ms | time / cpp | GFLOP/s | of sgemm | extra MB |",
+            f"Peak {peak:.0f} GFLOP/s, sgemm {first['sgemm_gflops']:.0f} GFLOP/s, copy {first['copy_gb_s']:.0f} GB/s.",
+            "",
+            "| provider | ms | time / cpp | GFLOP/s | of peak | extra MB |",
             "|---|---|---|---|---|---|",
         ]
         own = next((m["median_s"] for m in members if m["provider"] == "cpp"), None)
@@ -298,13 +330,9 @@ def markdown(record: dict) -> str:
             extra = "-" if m["extra_bytes"] is None else f"{m['extra_bytes'] / 2**20:.1f}"
             lines.append(
                 f"| {m['provider']} | {m['median_s'] * 1e3:.1f} | {ratio} | {m['gflops']:.1f} "
-                f"| {100 * m['share_of_sgemm']:.0f} % | {extra} |"
+                f"| {100 * m['share_of_peak']:.0f} % | {extra} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def measure(rounds: int, budget: float) -> list[dict]:
@@ -352,10 +380,10 @@ def measure(rounds: int, budget: float) -> list[dict]:
 
 
 def main() -> None:
-    from residual_kernels.ops import cpp_backend
-
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for ops.json and ops.md; default: results/<cpu>")
+    parser.add_argument(
+        "--out", type=Path, help="folder for ops.json and ops.md; default: results/<processor and set>"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--budget", type=float, default=540.0, help="seconds after which no further group is started"
@@ -372,7 +400,7 @@ def main() -> None:
         },
         "rows": measure(arguments.rounds, arguments.budget),
     }
-    out = arguments.out or Path(__file__).parent / "results" / slug(cpu_name())
+    out = arguments.out or Path(__file__).parent / "results" / machine_name()
     out.mkdir(parents=True, exist_ok=True)
     (out / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(record)

@@ -1,9 +1,14 @@
 """How the CPU benchmarks take time: variants in turns, so that what the machine does meanwhile falls on all alike."""
 
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
+
+from residual_kernels.ops import cpp_backend
 
 
 def cpu_name() -> str:
@@ -14,6 +19,32 @@ def cpu_name() -> str:
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
         platform.processor() or platform.machine(),
     )
+
+
+def machine_name() -> str:
+    """The folder of results of this machine: its processor and the instruction set in use, as amd-zen5-avx512bf16."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    family = next(iter(re.findall(r"^cpu family\s*: (\d+)", text, re.MULTILINE)), "")
+    cores = {"23": "amd-zen2", "25": "amd-zen4" if "avx512f" in text else "amd-zen3", "26": "amd-zen5"}
+    name = cores.get(family) if "AuthenticAMD" in text else None
+    return f"{name or slug(cpu_name())}-{cpp_backend.instruction_set()[0]}"
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def copy_bandwidth() -> Callable[[], float]:
+    """A run that copies 256 MB and gives the bytes moved: read once, written once."""
+    source = torch.ones(2**26)
+    target = torch.empty_like(source)
+
+    def run() -> float:
+        target.copy_(source)
+        return 2.0 * source.numel() * source.element_size()
+
+    return run
 
 
 def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:

@@ -74,10 +74,24 @@ void begin_tiles() {
 
 void end_tiles() { _tile_release(); }
 
+// As peak.h has it for multiply-adds: four sums, as in `multiply`.
+double tile_peak(int64_t steps) {
+  begin_tiles();
+  ZERO(0); ZERO(1); ZERO(2); ZERO(3); ZERO(4); ZERO(5); ZERO(6); ZERO(7);
+  for (int64_t step = 0; step < steps; ++step) {
+    MULTIPLY(0, 4, 6);
+    MULTIPLY(1, 4, 7);
+    MULTIPLY(2, 5, 6);
+    MULTIPLY(3, 5, 7);
+  }
+  end_tiles();
+  return 4.0 * 2 * steps * SIDE * SIDE * DEPTH_OF_TILE;
+}
+
 }  // namespace
 #endif
 
 #include "on_tiles.h"
 
 const residual_kernels::Kernels residual_kernels::amx_kernels{VECTOR_BYTES, TILE_V, forward_on_tiles, backward_on_tiles,
-                                                              moments};
+                                                              moments, tile_peak};

@@ -48,6 +48,20 @@ void multiply(const Tiles& x) {
     else multiply_rows<1>(x.steps, a, {x.b0}, c, x.stride, x.add);
   }
 }
+
+// As peak.h has it for multiply-adds.
+double tile_peak(int64_t steps) {
+  constexpr int SUMS = 16;
+  __m512 sum[SUMS];
+  volatile float tiny = 1e-3f;
+  const __m512bh factor = (__m512bh)_mm512_set1_ps(tiny);
+  UNROLL for (int i = 0; i < SUMS; ++i) sum[i] = _mm512_set1_ps(tiny);
+  for (int64_t step = 0; step < steps; ++step)
+    UNROLL for (int i = 0; i < SUMS; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], factor, factor);
+  for (int i = 1; i < SUMS; ++i) sum[0] += sum[i];
+  tiny = sum_lanes<float>((Vector<float>)sum[0]);
+  return 4.0 * steps * SUMS * VectorOf<float>::lanes;
+}
 #endif
 
 void begin_tiles() {}
@@ -58,4 +72,4 @@ void end_tiles() {}
 #include "on_tiles.h"
 
 const residual_kernels::Kernels residual_kernels::avx512bf16_kernels{VECTOR_BYTES, TILE_V, forward_on_tiles,
-                                                                     backward_on_tiles, moments};
+                                                                     backward_on_tiles, moments, tile_peak};

@@ -5,11 +5,14 @@
 
 #include <array>
 #include <new>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace residual_kernels;
@@ -175,6 +178,23 @@ void moments(int set, int dtype, int threads, const Strides& sizes, uintptr_t z,
   if (!chosen.moments(call)) throw std::bad_alloc();
 }
 
+// FLOP done by `threads` threads together, each `steps` rounds of the register loop of a set.
+double peak(int set, int threads, int64_t steps) {
+  const Kernels& chosen = kernels_of(set);
+  check(threads >= 1 && steps >= 1, "threads and steps are at least 1");
+  struct Call {
+    const Kernels* kernels;
+    int64_t steps;
+    std::vector<double> flop;
+  } call{&chosen, steps, std::vector<double>(threads)};
+  py::gil_scoped_release unlocked;
+  parallel_for(threads, threads, [](const void* context, int64_t i) {
+    Call& mine = *const_cast<Call*>(static_cast<const Call*>(context));
+    mine.flop[i] = mine.kernels->peak(mine.steps);
+  }, &call);
+  return std::accumulate(call.flop.begin(), call.flop.end(), 0.0);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpp, module) {
@@ -184,6 +204,7 @@ PYBIND11_MODULE(_cpp, module) {
   module.def("sum_forward", &sum_forward);
   module.def("sum_backward", &sum_backward);
   module.def("moments", &moments);
+  module.def("peak", &peak);
   module.def("layout", [](int set) {
     const Kernels& chosen = kernels_of(set);
     return py::make_tuple(chosen.vector_bytes, chosen.vectors_in_panel);

@@ -80,6 +80,7 @@ struct Kernels {
   bool (*forward)(const Forward&);
   bool (*backward)(const Backward&);
   bool (*moments)(const Moments&);
+  double (*peak)(int64_t steps);  // FLOP done in `steps` rounds of the set's own product, in registers; see peak.h
 };
 
 // Null where the set is not part of this build.

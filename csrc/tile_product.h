@@ -29,6 +29,14 @@ void emulated_product(const Bfloat16* a, const Bfloat16* b, int64_t steps, float
     }
 }
 
+double tile_peak(int64_t steps) {  // there is no register loop to emulate: products of tiles of zeros
+  static const Bfloat16 zeros[TILE_NUMBERS] = {};
+  float c[SIDE * SIDE] = {};
+  emulated_product(zeros, zeros, 1, c, SIDE, false);
+  for (int64_t step = 1; step < steps; ++step) emulated_product(zeros, zeros, 1, c, SIDE, true);
+  return 2.0 * steps * SIDE * SIDE * DEPTH_OF_TILE;
+}
+
 void multiply(const Tiles& x) {
   for (int i = 0; i < (x.a1 ? 2 : 1); ++i)
     for (int j = 0; j < (x.b1 ? 2 : 1); ++j)

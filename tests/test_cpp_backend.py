@@ -468,3 +468,14 @@ def test_unit_moments_of_any_strides(instruction_set):
     for view in (z.transpose(0, 2).contiguous().transpose(0, 2), z.repeat_interleave(2, dim=2)[:, :, ::2]):
         assert_same_bits(_moments(view, scale), plain)
     assert_same_bits(_moments(z[:1].expand(90, 3, 20), scale), _moments(z[:1].repeat(90, 1, 1), scale))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_peak_counts_what_its_loop_does(name):
+    """Twice the rounds are twice the FLOP, and every thread does its own."""
+    at = cpp_backend.INSTRUCTION_SETS.index(name)
+    one = _cpp.peak(at, 1, 10)
+    assert one > 0
+    assert [_cpp.peak(at, 1, 20), _cpp.peak(at, 2, 10)] == [2 * one, 2 * one]
+    with pytest.raises(ValueError, match="at least 1"):
+        _cpp.peak(at, 0, 10)

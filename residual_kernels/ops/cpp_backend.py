@@ -10,6 +10,7 @@ time.
 """
 
 import os
+import time
 
 import torch
 from torch import Tensor
@@ -60,6 +61,23 @@ def instruction_set() -> tuple[str, dict[str, str]]:
         others = dict.fromkeys(INSTRUCTION_SETS, f"{ENVIRONMENT_VARIABLE} asks for {chosen}")
     faster = INSTRUCTION_SETS[INSTRUCTION_SETS.index(chosen) + 1 :]
     return chosen, {name: reasons[name] or others[name] for name in faster}
+
+
+def peak(threads: int, dtype: torch.dtype = torch.float32, steps: int = 500_000, runs: int = 10) -> float:
+    """The FLOP per second that `threads` cores reach in registers alone: the roof of the operators.
+
+    bfloat16 is counted with the processor's own products where the set in use has them, else with float32's. The best
+    of `runs` counts, each of `steps` rounds of a register loop (about a millisecond).
+    """
+    at = _number()
+    if dtype != torch.bfloat16 and INSTRUCTION_SETS[at] in ON_TILES:
+        at = INSTRUCTION_SETS.index("avx512")
+    best = 0.0
+    for _ in range(runs):
+        start = time.perf_counter()
+        flop = _cpp.peak(at, threads, steps)
+        best = max(best, flop / (time.perf_counter() - start))
+    return best
 
 
 def _number() -> int:
