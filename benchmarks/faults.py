@@ -1,7 +1,7 @@
 """Every writer of the library, stopped at every call that changes a file.
 
-    python -m benchmarks.faults --results benchmarks/results/faults       # all of it, about 20 minutes on one core
-    python -m benchmarks.faults --share 0.05 --seed 1 --writers adapter   # a sample
+    TMPDIR=/dev/shm python -m benchmarks.faults --results benchmarks/results/faults   # all of it
+    python -m benchmarks.faults --share 0.05 --seed 1 --writers save_adapter encode   # a sample
 
 A child process runs the writer with the k-th of its calls failing (a full disk from there on, or once EIO, EACCES or
 EBUSY), or ending the process before it (SIGKILL), or in the middle of a write. The calls are counted below libc
@@ -16,8 +16,6 @@ EBUSY), or ending the process before it (SIGKILL), or in the middle of a write. 
 import argparse
 import ctypes
 import errno
-import functools
-import hashlib
 import json
 import os
 import random
@@ -30,203 +28,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from benchmarks.writers import FOREIGN, Writer, files_in, visible, writers
 
 ONCE, FROM_THERE, KILL, TORN = range(4)  # of faults.c
 STOPS = {
     "SIGKILL": (KILL, 0), "SIGKILL inside a write": (TORN, 0), "disk full": (FROM_THERE, errno.ENOSPC),
     "EIO": (ONCE, errno.EIO), "EACCES": (ONCE, errno.EACCES), "EBUSY": (ONCE, errno.EBUSY),
 }  # fmt: skip
-FOREIGN = ("mine.txt", "sub/code.py", ".hidden.part", "head.safetensors.bak")
-
-
-@dataclass(frozen=True)
-class Writer:
-    """What writes into a folder. `old` makes the state that is written over; None where only a new folder is allowed.
-
-    Files that a reader takes by themselves (a page, its figures) are whole one by one after a kill: `at_once` is False.
-    """
-
-    name: str
-    new: Callable[[Path], object]
-    old: Callable[[Path], object] | None = None
-    view: Callable[[Path], dict] | None = None
-    at_once: bool = True
-    rarely: float = 1.0  # share of its stops: it takes seconds and makes hundreds of calls
-
-
-def files_in(folder: Path) -> dict[str, str]:
-    """Digest of every file, by its path in the folder."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def visible(folder: Path) -> dict[str, str]:
-    """The files that a reader would open: not those of others, and not those being written."""
-    return {
-        name: digest
-        for name, digest in files_in(folder).items()
-        if name not in FOREIGN and ".part" not in name and not name.startswith(".")
-    }
-
-
-def adapter_view(folder: Path) -> dict[str, str]:
-    """What an adapter's config leads to."""
-    index = folder / "adapter.json"
-    if not index.is_file():
-        return {}
-    found = {"adapter.json": hashlib.sha256(index.read_bytes()).hexdigest()}
-    for plain, entry in json.loads(index.read_text())["files"].items():
-        found[plain] = hashlib.sha256((folder / entry["name"]).read_bytes()).hexdigest()
-    return found
-
-
-def cache_view(folder: Path) -> dict[str, str]:
-    """A finished cache's files; nothing while it is not finished."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file() or not json.loads(manifest.read_text())["complete"]:
-        return {}
-    return visible(folder)
-
-
-def writers(names: list[str] | None = None) -> list[Writer]:
-    import open_clip.transformer
-    import torch
-
-    import residual_kernels as rk
-    from residual_kernels import files
-    from residual_kernels.adapters import export, hub
-    from residual_kernels.analysis import overview
-    from residual_kernels.experiments.sweep import SweepTable
-    from residual_kernels.report import gather, write_report
-    from residual_kernels.report.facts import Source
-    from residual_kernels.train import checkpoints
-
-    torch.manual_seed(0)
-    tower = open_clip.transformer.VisionTransformer(
-        image_size=16, patch_size=8, width=32, layers=2, heads=2, mlp_ratio=2, output_dim=16
-    ).eval()
-    images = torch.randn(24, 3, 16, 16)
-    bases = rk.fit_bases(tower, [images])
-    one, two = (rk.ResiDual(tower, bases.truncate(components=k), init="normal") for k in (2, 3))
-    heads = [rk.ZeroShotHead(torch.randn(16, 2), ["a", name]) for name in "bc"]
-    rows = [
-        {"tower": "t", "data": "d", "method": m, "seed": 0, "accuracy": a, "parameters": 3}
-        for m, a in (("base", 0.5), ("fine", 0.75))
-    ]
-    cache = rk.encode(tower, [(images, torch.arange(24) % 2)], class_names="ab")
-    merged = two.merge()
-
-    @functools.cache
-    def found():
-        return overview.analyze(tower, cache, heads[0], bases, None, points=3, seeds=range(1))
-
-    @functools.cache
-    def facts(number: int):
-        return gather((one, two)[number], heads[number], cache, Source("m", "d", "r"))
-
-    loader = [(images[i : i + 6], torch.arange(6) % 2) for i in range(0, 24, 6)]
-    quiet = {"label": "a"}
-    result = [
-        Writer(
-            "save_adapter",
-            lambda f: rk.save_adapter(two, f),
-            lambda f: rk.save_adapter(one, f, head=heads[0]),
-            adapter_view,
-        ),
-        Writer(
-            "fit --out",
-            lambda f: rk.save_adapter(two, f, head=heads[1], class_names=["a", "c"]),
-            None,
-            adapter_view,
-        ),
-        Writer(
-            "hub folder",
-            lambda f: hub.HubAdapter(two, heads[1], quiet).save_pretrained(f),
-            lambda f: hub.HubAdapter(one, heads[0], quiet).save_pretrained(f),
-            adapter_view,
-        ),
-        Writer(
-            "bases",
-            lambda f: bases.save(f / "b.safetensors", moments=True),
-            lambda f: bases.save(f / "b.safetensors"),
-        ),
-        Writer(
-            "head",
-            lambda f: heads[1].save(f / "h.safetensors"),
-            lambda f: heads[0].save(f / "h.safetensors"),
-        ),
-        Writer(
-            "encode",
-            lambda f: rk.encode(tower, loader, f / "c", shard_images=6, class_names="ab", data="these"),
-            None,
-            lambda f: cache_view(f / "c"),
-        ),
-        Writer(
-            "checkpoint",
-            lambda f: checkpoints.save(f / "c.safetensors", {"a": 1}, {"epoch": 2}, {"w": torch.ones(9)}),
-            lambda f: checkpoints.save(f / "c.safetensors", {"a": 1}, {"epoch": 1}, {"w": torch.zeros(9)}),
-        ),
-        Writer(
-            "JSON",
-            lambda f: files.write_json(f / "n.json", {"a": [1] * 99}),
-            lambda f: files.write_json(f / "n.json", {"a": 1}),
-        ),
-        Writer(
-            "CSV",
-            lambda f: files.write_csv(f / "n.csv", [["a", 1]] * 99),
-            lambda f: files.write_csv(f / "n.csv", [["a"]]),
-        ),
-        Writer(
-            "sweep table",
-            lambda f: SweepTable.of(rows).write(f),
-            lambda f: SweepTable.of(rows[:1]).write(f),
-            at_once=False,
-        ),
-        Writer("analysis", lambda f: found().save(f), lambda f: _other(found()).save(f), at_once=False),
-        Writer(
-            "report",
-            lambda f: write_report(facts(1), f / "r.html", cache),
-            lambda f: write_report(facts(0), f / "r.html", cache),
-            at_once=False,
-            rarely=0.02,
-        ),
-        Writer(
-            "export .pt2",
-            lambda f: export.write(merged, f / "m.pt2", images[:2], verify=False),
-            lambda f: files.write_text(f / "m.pt2", "old"),
-            rarely=0.2,
-        ),
-        Writer(
-            "export .onnx",
-            lambda f: export.write(merged, f / "m.onnx", images[:2], verify=False),
-            lambda f: files.write_text(f / "m.onnx", "old"),
-            rarely=0.2,
-        ),
-    ]  # fmt: skip
-    if names == [WRONG]:
-        return [Writer(WRONG, _in_place, lambda f: (f / "n.json").write_text('{"a": 1}'))]
-    return [writer for writer in result if names is None or writer.name in names]
-
-
-WRONG = "a wrong writer"  # asked for by name: what finds no fault with it proves nothing
-
-
-def _in_place(folder: Path) -> None:
-    for path in folder.glob("mine*"):
-        path.rename(folder / f"{path.name}.old")
-        (folder / f"{path.name}.old").rename(path)
-    (folder / "n.json").write_text(json.dumps({"a": [1] * 99}))
-
-
-def _other(found):
-    from dataclasses import replace
-
-    return replace(found, images=found.images + 1)
 
 
 # --- one stop -------------------------------------------------------------------------------------------------
@@ -306,7 +116,7 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
     calls = shim.calls()
     shim.arm(place / "nowhere")
     after, undisturbed = view(folder), files_in(folder)
-    faults, count = [], dict.fromkeys(STOPS, 0)
+    faults, count, started = [], dict.fromkeys(STOPS, 0), time.perf_counter()
     for k, call in enumerate(calls):
         for stop, (mode, error) in STOPS.items():
             if (mode == TORN and call != "write") or rng.random() >= share * writer.rarely:
@@ -340,16 +150,38 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
             elif files_in(folder) != undisturbed:
                 wrong.append(f"again: {sorted(set(files_in(folder)) ^ set(undisturbed))} differ")
             faults += [f"{writer.name}, {start}, call {k} ({call}), {stop}: {text}" for text in wrong]
-    return {"writer": writer.name, "start": start, "calls": len(calls), "stops": count, "faults": faults}
+    return {
+        "writer": writer.name, "start": start, "calls": len(calls), "share": share * writer.rarely, "stops": count,
+        "seconds": round(time.perf_counter() - started, 1), "faults": faults,
+    }  # fmt: skip
 
 
-def run(names: list[str] | None, share: float, seed: int) -> dict:
+def summed(rows: list[dict]) -> dict:
+    """The rows, in the order of their writers, and what they sum up to."""
+    return {
+        "rows": rows,
+        "writers": len({row["writer"] for row in rows}),
+        "stops": sum(sum(row["stops"].values()) for row in rows),
+        "faults": [text for row in rows for text in row["faults"]],
+    }
+
+
+def keep(results: Path, rows: list[dict]) -> None:
+    """Writes rows into faults.json, over those of the same writers."""
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / "faults.json"
+    held = json.loads(file.read_text())["rows"] if file.is_file() else []
+    found = {(row["writer"], row["start"]): row for row in (*held, *rows)}
+    file.write_text(json.dumps(summed(list(found.values())), indent=1) + "\n")
+
+
+def run(names: list[str] | None, share: float, seed: int, results: Path | None = None) -> dict:
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    shim, rng, started = Shim(), random.Random(seed), time.perf_counter()
-    rows = []
+    shim, rng = Shim(), random.Random(seed)
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary).resolve()
         for writer in writers(names):
@@ -357,11 +189,9 @@ def run(names: list[str] | None, share: float, seed: int) -> dict:
                 if start == "new" or writer.old is not None:
                     rows.append(tried(writer, start, share, rng, shim, place))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    return {
-        "share": share, "seed": seed, "seconds": time.perf_counter() - started, "rows": rows,
-        "stops": sum(sum(row["stops"].values()) for row in rows),
-        "faults": [text for row in rows for text in row["faults"]],
-    }  # fmt: skip
+                    if results is not None:
+                        keep(results, rows[-1:])
+    return summed(rows)
 
 
 def preloaded(arguments: list[str]) -> subprocess.CompletedProcess:
@@ -385,16 +215,15 @@ def main() -> None:
     parser.add_argument("--writers", nargs="*", help="names of some; all by default")
     parser.add_argument("--share", type=float, default=1.0, help="of the stops, chosen at random")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, help="folder for faults.json")
+    parser.add_argument(
+        "--results", type=Path, help="folder for faults.json; rows of other writers in it stay"
+    )
     options = parser.parse_args()
     if not hasattr(ctypes.CDLL(None), "fault_arm"):
         done = preloaded(sys.argv[1:])
         print(done.stdout, end="")
         sys.exit(done.returncode)
-    found = run(options.writers, options.share, options.seed)
-    if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / "faults.json").write_text(json.dumps(found, indent=1) + "\n")
+    found = run(options.writers, options.share, options.seed, options.results)
     print(json.dumps(found))
     sys.exit(bool(found["faults"]))
 

@@ -17,17 +17,15 @@ from typing import Any
 
 from torch import Tensor
 
-from residual_kernels.files import (
+from residual_kernels.files import json_bytes, naming, write_tensors
+from residual_kernels.partial_files import (
     Partial,
     flush,
-    json_bytes,
     lock,
     made_folders,
-    naming,
     partials,
     remove_empty,
     remove_partials,
-    write_tensors,
 )
 
 WAIT = 60  # seconds for another process that writes into the same folder

@@ -7,10 +7,7 @@ import hashlib
 import io
 import json
 import os
-import re
-import secrets
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextvars import ContextVar
@@ -22,15 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from residual_kernels import schema
-
-try:
-    import fcntl
-except ImportError:  # Windows: writers of one file are not told apart there
-    fcntl = None  # type: ignore[assignment]  # a module elsewhere
+from residual_kernels.partial_files import Partial
 
 _GROUP: ContextVar[list | None] = ContextVar("files of `together`", default=None)
 SCHEMA = 1  # of every file this library writes; a reader refuses a newer one
-PARTIAL = ".part"  # the ending of a file that is being written
 METADATA = "residual_kernels"  # the key of our header in a safetensors file
 _DTYPES = {  # as safetensors names them, in the order in which it lays tensors out
     torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
@@ -40,82 +32,6 @@ _DTYPES = {  # as safetensors names them, in the order in which it lays tensors 
 
 
 # --- one file -------------------------------------------------------------------------------------------------
-
-
-class Partial:
-    """A file (or a folder of files) that is being written beside its place, under a name of ours.
-
-    Its writer holds a lock on it, which ends with the process, so an unlocked one was left by a process that was killed
-    and the next writer of the same place removes it. It has the mode of the file `like` (by default the one that it
-    will replace), or, where there is none, what the umask gives a new file.
-    """
-
-    def __init__(self, place: Path, like: Path | None = None, *, folder: bool = False):
-        self.place = place
-        self.old: Path | None = None
-        like = place if like is None else like
-        made = made_folders(place.parent)
-        try:
-            remove_partials(place.parent, [place.name])
-            while True:
-                self.path = self._free()
-                if folder:
-                    self.path.mkdir()
-                    self._handle = os.open(self.path, os.O_RDONLY)
-                else:
-                    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-                    self._handle = os.open(self.path, flags, 0o666)
-                if lock(self._handle) is None or self.path.exists():
-                    break
-                os.close(self._handle)  # removed by another writer, before it was locked
-            self._mode = stat.S_IMODE(like.stat().st_mode) if like.is_file() and not folder else None
-            if self._mode is not None:
-                os.chmod(self.path, self._mode | stat.S_IWUSR)
-        except BaseException:
-            remove_empty(made)
-            raise
-        self._made = made
-
-    def _free(self) -> Path:
-        return self.place.with_name(f".{_short(self.place.name)}.{secrets.token_hex(4)}{PARTIAL}")
-
-    def flush(self) -> None:
-        """Gives the file its mode, and puts it on the disk itself, not only in the system's memory."""
-        if self._mode is not None:
-            os.chmod(self.path, self._mode)
-        flush(self.path)
-
-    def publish(self) -> None:
-        """Gives the file, flushed before, its place from one instant to the next."""
-        os.replace(self.path, self.place)
-        self._made = []
-        flush(self.place.parent)
-
-    def keep_old(self) -> None:
-        """Keeps what is in the place under a second name, for :meth:`restore`."""
-        if os.path.lexists(self.place):
-            self.old = self._free()
-            try:
-                os.link(self.place, self.old)
-            except OSError:  # a file system without hard links
-                shutil.copy2(self.place, self.old)
-
-    def restore(self) -> None:
-        """Undoes :meth:`publish`."""
-        if self.old is not None:
-            os.replace(self.old, self.place)
-        else:
-            self.place.unlink()
-
-    def close(self) -> None:
-        """Ends the writing; what was not published is removed, and so are folders that were made for it."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        for path in (self.path, self.old):
-            if path is not None:
-                path.unlink(missing_ok=True)
-        os.close(self._handle)
-        remove_empty(self._made)
 
 
 @contextlib.contextmanager
@@ -129,9 +45,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     with naming(path):
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
-        if path.exists() and (
-            not path.is_file() or Path(os.path.abspath(path)).parts[1:2] in (("dev",), ("proc",))
-        ):
+        if path.exists() and (not path.is_file() or _leads_to_output(path)):
             with tempfile.TemporaryDirectory() as folder:
                 temporary = Path(folder) / "written"
                 yield temporary
@@ -149,6 +63,12 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         finally:
             if group is None or part not in group:
                 part.close()
+
+
+def _leads_to_output(path: Path) -> bool:
+    """Whether it is a link of the system, as /dev/stdout is, to what a process has open. /dev/shm holds plain files."""
+    parts = Path(os.path.abspath(path)).parts
+    return parts[1:2] == ("proc",) or (parts[1:2] == ("dev",) and parts[2:3] != ("shm",))
 
 
 @contextlib.contextmanager
@@ -194,84 +114,6 @@ def naming(path: Path) -> Iterator[None]:
         told = type(error)(f"cannot write {path}: {error.strerror or error}")
         told.errno = error.errno
         raise told from error
-
-
-def partials(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Unfinished files of these names in a folder, and unfinished folders; a name may end with `*`."""
-    stems = [re.escape(_short(name)) if name[-1] != "*" else f"{re.escape(name[:-1])}.*" for name in names]
-    ours = re.compile(rf"\.({'|'.join(stems)})\.[0-9a-z_]{{8}}{re.escape(PARTIAL)}")
-    with os.scandir(folder) as entries:
-        return sorted(
-            Path(entry.path) for entry in entries if ours.fullmatch(entry.name) and not entry.is_symlink()
-        )
-
-
-def remove_partials(folder: Path, names: Iterable[str]) -> None:
-    """Removes the unfinished files of these names that no living process writes."""
-    for path in partials(folder, names):
-        with contextlib.suppress(OSError):  # another writer's, or gone by now
-            whole = path.is_dir()
-            if not whole and not path.is_file():
-                continue
-            handle = os.open(path, (os.O_RDONLY if whole else os.O_RDWR) | getattr(os, "O_NOFOLLOW", 0))
-            try:
-                if lock(handle, wait=False):
-                    shutil.rmtree(path) if whole else path.unlink()
-            finally:
-                os.close(handle)
-
-
-def lock(handle: int, wait: bool = True) -> bool | None:
-    """Locks an open file for this process until it is closed; False when another holds it, None where there are no
-    locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        return None
-    return True
-
-
-def made_folders(folder: Path) -> list[Path]:
-    """Makes a folder and what is missing above it; returns those made, the deepest first."""
-    missing = []
-    while not folder.exists():
-        missing.append(folder)
-        folder = folder.parent
-    made: list[Path] = []
-    for one in reversed(missing):
-        one.mkdir(exist_ok=True)
-        made.insert(0, one)
-    return made
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Removes folders, unless something came into them."""
-    with contextlib.suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
-
-
-def flush(path: Path) -> None:
-    """Puts a file, or the names in a folder, on the disk itself."""
-    if path.is_dir() and os.name != "posix":  # Windows does not open folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that does not flush folders
-            raise
-    finally:
-        os.close(handle)
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for what a partial file's name adds."""
-    return os.fsencode(name)[:200].decode(errors="ignore")
 
 
 # --- text and tables ------------------------------------------------------------------------------------------

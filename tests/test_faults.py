@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import faults
+from benchmarks import faults, writers
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["save_adapter", "fit --out", "JSON", "CSV", "bases", "sweep table"]
@@ -32,7 +32,7 @@ def test_a_sample_of_stops():
 
 
 def test_a_wrong_writer_is_found_out():
-    text = "\n".join(stopped([faults.WRONG], 0.5)["faults"])
+    text = "\n".join(stopped([writers.WRONG], 0.5)["faults"])
     assert "neither the old nor the new result" in text
     assert "a foreign file was touched" in text
 

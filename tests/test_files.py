@@ -7,6 +7,8 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from test_towers import build, images_for
 
 import residual_kernels as rk
 from residual_kernels import files
+from residual_kernels.train import checkpoints
 
 HEX = "0123abcd"
 
@@ -144,6 +147,27 @@ def test_links_and_devices_and_full_names(adapters, tmp_path):
     files.write_json(tmp_path / ("é" * 127), {})  # 254 bytes, which ext4 takes
     with pytest.raises(OSError, match="cannot write .*: it is a folder"):
         files.write_json(real, {})
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a system without /dev/shm")
+def test_a_plain_file_in_shared_memory_is_replaced_not_written_into():
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        place = Path(folder) / "x.json"
+        files.write_json(place, {"a": 1})
+        with place.open() as before:
+            files.write_json(place, {"a": 2})
+            assert json.load(before) == {"a": 1}
+        assert json.loads(place.read_text()) == {"a": 2}
+
+
+def test_a_checkpoint_is_read_into_memory(tmp_path):
+    place, identity = tmp_path / "fit.safetensors", {"a": 1}
+    state = {"epoch": 1, "active": [], "groups": [], "tasks": [], "seconds": 1.0}
+    checkpoints.save(place, identity, state, {"best": torch.ones(99)})
+    held = checkpoints.load(place, identity)
+    with place.open("r+b") as file:  # as a copying tool writes over a file
+        file.write(bytes(place.stat().st_size))
+    assert torch.equal(held[1]["best"], torch.ones(99))
 
 
 def test_what_a_killed_writer_left_goes_and_a_living_one_keeps_its_own(tmp_path):

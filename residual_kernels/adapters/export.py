@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import extras
-from residual_kernels.files import Partial, digest, flush, naming
+from residual_kernels.files import digest, naming
+from residual_kernels.partial_files import Partial, flush
 
 ENDINGS = (".onnx", ".pt2")
 AGREEMENT = 1e-4  # relative error beyond which a written file is not kept (8 roundings in half precision)

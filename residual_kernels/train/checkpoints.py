@@ -48,7 +48,7 @@ def save(path: str | os.PathLike, identity: dict[str, Any], state: dict, tensors
 
 
 def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[str, Tensor]] | None:
-    """State and tensors of the fit with this identity, or None when there is no file.
+    """State and tensors, in memory, of the fit with this identity, or None when there is no file.
 
     Raises ValueError when the file is damaged, or is of a fit of other data or options, which are named.
     """
@@ -67,7 +67,8 @@ def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[
             f"{path} is the checkpoint of another fit: {', '.join(different)} differ ({name} was {was}, now {now}); "
             "name another file, or remove it to start anew"
         )
-    return header["state"], tensors
+    # copies: a file that is mapped and then written over in place, by a copying tool for example, changes them
+    return header["state"], {key: tensor.clone() for key, tensor in tensors.items()}
 
 
 def of_adapter(adapter: TowerAdapter, starts: list[Tensor]) -> str:

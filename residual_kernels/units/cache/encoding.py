@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed, towers
-from residual_kernels.files import SCHEMA, map_tensors, remove_partials, write_json
+from residual_kernels.files import SCHEMA, map_tensors, write_json
+from residual_kernels.partial_files import remove_partials
 from residual_kernels.units.cache.resume import UNFINISHED, check_extent, finish, is_whole, lock, manifest_of
 from residual_kernels.units.cache.shards import (
     DTYPES,

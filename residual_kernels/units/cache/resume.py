@@ -8,7 +8,8 @@ from typing import Any
 import filelock
 
 from residual_kernels import distributed
-from residual_kernels.files import SCHEMA, partials, write_json
+from residual_kernels.files import SCHEMA, write_json
+from residual_kernels.partial_files import partials
 from residual_kernels.units.cache.shards import LOCK, MANIFEST, WHAT, Shards, read_manifest, shard_files
 
 COMPARED = {  # key of a run -> what it is called; of descriptions that one side lacks nothing is said
