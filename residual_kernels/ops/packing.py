@@ -10,6 +10,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from residual_kernels.forks import compute_alone_after_a_fork
 from residual_kernels.ops import backends
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -106,6 +107,7 @@ def pack_units(
         ValueError: shapes, dtypes, devices or offsets that do not fit together, or constants that require grad.
         RuntimeError: the backend asked for is missing.
     """
+    compute_alone_after_a_fork()
     check_constants(proj, bias, slope, offset, basis, unit_offsets)
     components = len(proj)
     if proj.device.type != "meta":

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from residual_kernels.forks import compute_alone_after_a_fork
 from residual_kernels.towers import open_clip, timm
 from residual_kernels.towers.base import UnsupportedTowerError
 from residual_kernels.towers.hugging_face import tower as hugging_face
@@ -40,6 +41,7 @@ def view(tower: nn.Module) -> TransformerTower:
     Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
     what was looked for when it is of no known family.
     """
+    compute_alone_after_a_fork()
     tower = inner(tower)
     kind = type(tower).__name__
     if _is_adapter(tower):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import display, towers
+from residual_kernels.forks import compute_alone_after_a_fork
 from residual_kernels.towers import Terms
 from residual_kernels.units.cache.shards import MANIFEST, Shards, read_manifest, shard_files
 
@@ -49,6 +50,7 @@ class UnitCache:
         self._describe(labels, ids, checksum, class_names)
 
     def _describe(self, labels, ids, checksum, class_names) -> None:
+        compute_alone_after_a_fork()
         self.labels, self.ids, self.checksum = labels, ids, checksum
         self.class_names = None if class_names is None else tuple(class_names)
 
