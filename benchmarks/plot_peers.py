@@ -1,7 +1,9 @@
 """Draws what bench_peers measured and never measures: `python -m benchmarks.plot_peers FOLDER` reads its peers.json."""
 
 import argparse
+import itertools
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -12,6 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 OURS = "ResiDual"
+APART, NEAR, STEPS = (
+    0.3,
+    0.09,
+    40,
+)  # decades between markers; share of the accuracies' range; rounds of moving
 COLOURS = {
     "base": "#444444", "linear probe": "#7f7f7f", "CLIP-Adapter": "#0000a7", "Tip-Adapter": "#3b8bc2",
     "Tip-Adapter-F": "#1b4f72", "LoRA": "#b3831f", "fine-tuning": "#5c3a92",
@@ -20,19 +27,35 @@ COLOURS = {
 }  # fmt: skip
 
 
+def apart(rows: list[dict]) -> list[float]:
+    """Where markers stand on the axis of numbers trained: those that would touch are moved a little to either side.
+
+    Markers touch when their numbers lie within a third of a decade, and their accuracies within `NEAR`.
+    """
+    places = [math.log10(max(row["parameters"], 12)) for row in rows]
+    reach = NEAR * (max(row["accuracy"] for row in rows) - min(row["accuracy"] for row in rows))
+    for _ in range(STEPS):
+        for i, j in itertools.combinations(range(len(rows)), 2):
+            gap = places[j] - places[i]
+            if abs(gap) < APART and abs(rows[i]["accuracy"] - rows[j]["accuracy"]) < reach:
+                push = (APART - abs(gap)) / 2 * (1 if gap >= 0 else -1)
+                places[i], places[j] = places[i] - push, places[j] + push
+    return [10**place for place in places]
+
+
 def panel(axis: Axes, rows: list[dict]) -> None:
     """Accuracy over the numbers trained; nothing trained stands at the left edge."""
-    for row in rows:
+    for row, across in zip(rows, apart(rows), strict=True):
         ours = row["method"].startswith(OURS)
         axis.errorbar(
-            max(row["parameters"], 12), row["accuracy"], yerr=row["std"], fmt="o" if ours else "s", markersize=7,
+            across, row["accuracy"], yerr=row["std"], fmt="o" if ours else "s", markersize=7,
             color=COLOURS.get(row["method"], "#999999"), capsize=2, elinewidth=1, markeredgecolor="white",
         )  # fmt: skip
     base = next((row["accuracy"] for row in rows if row["method"] == "base"), None)
     if base is not None:
         axis.axhline(base, color=COLOURS["base"], linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
-    axis.set_xlim(7, 4e6)
+    axis.set_xlim(4, 4e6)
     axis.set_xticks([12, 100, 1e3, 1e4, 1e5, 1e6], ["0", "100", "1k", "10k", "100k", "1M"])
     axis.minorticks_off()
     axis.grid(axis="y", linewidth=0.4, alpha=0.6)
@@ -67,7 +90,7 @@ def draw(result: dict, to: Path) -> None:
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=8, frameon=False)
     figure.suptitle(
         "The same tower, labelled images and validation part for everyone; mean and deviation over "
-        f"{len(result['seeds'])} seeds; circles: this library",
+        f"{len(result['seeds'])} seeds; circles: this library; markers that would touch stand side by side",
         fontsize=9,
     )  # fmt: skip
     lines = -(-len(handles) // 5)

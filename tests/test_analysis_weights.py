@@ -131,7 +131,7 @@ def test_ends_are_those_of_a_sort(digits, monkeypatch, batch):
     _, _, cache, _ = digits
     residual = fitted(digits, ("head", "mlp"))
     given = cache.terms(slice(None))
-    every = weights._Reader(residual)(given)
+    every = weights.ComponentReader(residual)(given)
     terms = torch.cat(
         [coefficients(**absolute(coefficient_arguments(residual, given, kind))) for kind in residual.adapted],
         1,

@@ -14,6 +14,7 @@ import residual_kernels as rk
 from residual_kernels import figures
 from residual_kernels.analysis.selection import Curve
 from residual_kernels.figures import style
+from residual_kernels.figures.overview import Ends, Read, Sum
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0; applied to linear RGB.
 BLINDNESS = {
@@ -54,14 +55,17 @@ def test_colours_are_told_apart(blindness):
     assert apart("#00ff00", "#ffa000", "deuteranopia") < apart("#00ff00", "#ffa000")
 
 
-@pytest.mark.parametrize("scale", [style.SEQUENTIAL, style.DIVERGING])
-def test_numbers_stand_out_from_their_cells(scale):
+@pytest.mark.parametrize(
+    "scale, least",
+    [(style.SEQUENTIAL, 4.5), (style.DIVERGING, 4.5), (style.CELLS, 7), (style.CELLS_FROM_ZERO, 7)],
+)
+def test_numbers_stand_out_from_their_cells(scale, least):
     def light(colour):
         return linear(colour) @ [0.2126, 0.7152, 0.0722]
 
     for share in np.linspace(0, 1, 201):
         pair = sorted((light(scale(share)), light(style.cell_ink(scale, share))))
-        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5
+        assert (pair[1] + 0.05) / (pair[0] + 0.05) >= least
 
 
 @pytest.fixture(scope="module")
@@ -140,5 +144,29 @@ def test_images_at_the_ends_of_a_component():
     labels, before = torch.tensor([1, 2, 3]), torch.tensor([1, 3, 2])
     figure = figures.rereadings(images, labels, before, torch.tensor([1, 2, 2]))
     assert [axes.get_title() for axes in figure.axes[:3]] == ["3 → 2", "2 → 2", ""]
+    assert [axes.get_xlabel() for axes in figure.axes[:3]] == ["truth: 2", "truth: 3", ""]
     colours = [to_rgb(axes.title.get_color()) for axes in figure.axes[:2]]
     assert colours == [to_rgb(style.GREEN), to_rgb(style.ORANGE)]
+
+
+def test_the_overview_says_what_it_was_given():
+    image = Image.new("RGB", (8, 8), (40, 0, 0))
+    reads = [Read(image, "two", "one", "two"), Read(image, "five", "six", "six")]
+    parts = np.array([[0.5, -1.0, 0.25], [0.0, 0.5, -0.75]])
+    sums = Sum(parts, -0.5), Sum(-parts, 0.5)
+    ends = Ends("layer 1, head 0, component 0", -1.5, [image] * 3, [image] * 2, "a ring", "a cross")
+    figure = figures.overview(reads, (0.5, 0.75), 1200, reads[0], sums, 96, ends)
+    said = [text.get_text() for text in figure.texts]
+    for text in (
+        "the first 2 of them; over all 1,200 test images, accuracy rises from 50.0% to 75.0%",
+        "sum −1.0: “one”", "sum +1.0: “two”", "high end: “a ring”", "low end: “a cross”",
+        "weight 1 before, −1.50 after", "one of 96: layer 1, head 0, component 0",
+    ):  # fmt: skip
+        assert text in said, text
+    grids = [axes.images[0].get_array() for axes in figure.axes if axes.get_title() in ("before", "after")]
+    assert np.allclose(grids[0], parts)
+    assert np.allclose(grids[1], -parts)
+    after = {text.get_text(): text.get_color() for text in figure.texts if text.get_weight() == "bold"}
+    assert after["two"] == style.GREEN
+    assert after["six"] == style.ORANGE
+    assert sum(len(axes.images) for axes in figure.axes) == 2 + 1 + 2 + 5

@@ -143,3 +143,15 @@ def test_split_rows_go_together(task):
     assert isinstance(part, Split)
     assert torch.equal(part.images, task.val.images[rows])
     assert torch.equal(part.units.labels, part.labels)
+
+
+def test_markers_that_would_touch_stand_apart():
+    rows = [
+        {"parameters": p, "accuracy": a}
+        for p, a in ((0, 0.5), (0, 0.501), (900, 0.7), (1000, 0.2), (1000, 0.7))
+    ]
+    places = plot_peers.apart(rows)
+    logs = torch.tensor(places).log10()
+    assert float((logs[0] - logs[1]).abs()) >= plot_peers.APART - 1e-6
+    assert float((logs[2] - logs[4]).abs()) >= plot_peers.APART - 1e-6
+    assert places[3] == pytest.approx(1000)  # nothing near it

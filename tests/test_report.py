@@ -20,6 +20,8 @@ import residual_kernels as rk
 from residual_kernels import cli
 from residual_kernels.adapters.methods import identity
 from residual_kernels.analysis import TextDictionary
+from residual_kernels.analysis.ends import words_for_ends
+from residual_kernels.analysis.words import bundled_phrases
 from residual_kernels.cli import printing
 from residual_kernels.data.images.base import Images
 from residual_kernels.demo.story import DIGITS, digit_images
@@ -77,12 +79,17 @@ def world():
     return World()
 
 
+def made_of(world):
+    """The report's dictionary: what the bundled model's captions know, and a word that must not become code."""
+    return TextDictionary.from_words(world.model, world.tokenizer, [*bundled_phrases(), SCRIPT])
+
+
 @pytest.fixture(scope="module")
 def made(world, tmp_path_factory):
     """(facts, the page's path, files beside it, the adapter) of a ResiDual on heads and MLPs."""
     bases = rk.fit_bases(world.tower, world.cache, ("head", "mlp")).truncate(components=6)
     residual = rk.ResiDual(world.tower, bases, "sum", init="normal")
-    dictionary = TextDictionary.from_words(world.model, world.tokenizer, ["the number two", SCRIPT, "a ring"])
+    dictionary = made_of(world)
     facts = gather(residual, world.head, world.cache, world.source, dictionary=dictionary)
     path = tmp_path_factory.mktemp("report") / "report.html"
     where, files = write_report(facts, path, world.cache, world.pictures)
@@ -150,7 +157,12 @@ def test_the_numbers_are_those_of_evaluate(world, made):
     assert set(facts.unit_weight) == set(facts.unit_lost) == set(range(1, 55))
     assert facts.similarity.shape == (48, 48)
     assert len(facts.ends.indices) == len(set(facts.ends.indices)) == len(facts.words)
-    assert {len(side) for words in facts.words.values() for side in words} == {3}
+    assert max(len(side) for words in facts.words.values() for side in words) <= 3
+    shown = words_for_ends(
+        residual, world.cache, made_of(world), [facts.reading[j] for j in facts.ends.indices]
+    )
+    assert facts.words == {j: tuple(tuple(w for w, _ in end) for end in both) for j, both in shown.items()}
+    assert any(side for words in facts.words.values() for side in words)
 
 
 def test_the_page_needs_nothing_from_outside(html):
@@ -203,7 +215,7 @@ def test_the_page_holds_what_its_script_draws(made, html):
             assert shown["weight"] == pytest.approx(residual.weight[component.index].item(), abs=1e-4)
             assert [len(images) for images in shown["strip"]] == [8, 8]
             assert all(str(image) in data["thumbnails"] for images in shown["strip"] for image, _ in images)
-            assert len(shown["high"]) == len(shown["low"]) == 3
+            assert (tuple(shown["high"]), tuple(shown["low"])) == facts.words[component.index]
 
 
 def test_every_figure_and_table_is_a_file_too(made):

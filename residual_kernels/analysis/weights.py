@@ -149,7 +149,7 @@ class ResetReading:
         return self.accuracy - self.reset
 
 
-def _source(residual: ResiDual, cache: UnitCache, **options) -> UnitSource:
+def units_read(residual: ResiDual, cache: UnitCache, **options) -> UnitSource:
     """The units of a cache that a ResiDual reads; a ValueError where its weights cannot be read at all."""
     if not isinstance(residual, TowerAdapter) or residual.weights_on != "components":
         raise ValueError(f"weights are read from a ResiDual; got {type(residual).__name__}")
@@ -177,7 +177,7 @@ def directions(residual: ResiDual, indices: Sequence[int]) -> Tensor:
     return basis[torch.as_tensor(indices, dtype=torch.int64, device=basis.device)]
 
 
-class _Reader:
+class ComponentReader:
     """Coefficients of chosen components (rising indices, all by default), reading only the units they belong to."""
 
     def __init__(self, residual: ResiDual, indices: Sequence[int] | None = None):
@@ -222,10 +222,10 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
 
     Raises ValueError for a module that is no ResiDual, another tower's cache, or fewer than 2 images.
     """
-    source = _source(residual, cache)
+    source = units_read(residual, cache)
     if len(cache) < 2:
         raise ValueError(f"a spread needs at least 2 images; the cache holds {len(cache)}")
-    reader, layout = _Reader(residual), residual.layout
+    reader, layout = ComponentReader(residual), residual.layout
     total, device = len(residual.component_weight()), residual.device
     labels = cache.labels
     kinds = 0 if labels is None else max(classes or 0, int(labels.max()) + 1)
@@ -281,14 +281,14 @@ def component_ends(residual: ResiDual, cache: UnitCache, indices: Sequence[int],
     Of equal coefficients the first image of the cache comes first; a smaller cache gives fewer than `count` columns.
     Raises ValueError for an index outside `weight`, no indices, or a count below 1.
     """
-    source = _source(residual, cache)
+    source = units_read(residual, cache)
     wanted = sorted({int(j) for j in indices})
     total = len(residual.component_weight())
     if not wanted or wanted[0] < 0 or wanted[-1] >= total:
         raise ValueError(f"indices must name components 0 to {total - 1}; got {list(indices)[:8]}")
     if count < 1:
         raise ValueError(f"count must be at least 1; got {count}")
-    reader = _Reader(residual, wanted)
+    reader = ComponentReader(residual, wanted)
     best = {
         sign: (torch.empty(0, len(wanted)), torch.empty(0, len(wanted), dtype=torch.int64))
         for sign in (1, -1)
@@ -319,7 +319,7 @@ def reset_accuracy(
 
     Raises ValueError when `kind` is not adapted, or the cache has no labels or labels the head does not know.
     """
-    source = _source(residual, cache, labelled=True, class_names=head.class_names)
+    source = units_read(residual, cache, labelled=True, class_names=head.class_names)
     if kind not in residual.adapted:
         raise ValueError(f"units of kind {kind!r} are not adapted ({', '.join(residual.adapted)} are)")
     constants, device = residual.units[kind], residual.device

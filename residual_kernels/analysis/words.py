@@ -6,6 +6,7 @@ criterion but "l1" needs second moments alone, so it needs bases and no data at 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -85,11 +86,12 @@ def bundled_phrases() -> tuple[str, ...]:
     """A phrase for every value of every attribute that the bundled model's captions speak of."""
     kinds = {"digit": DIGITS, "letter": LETTERS, "shape": SHAPES, "pattern": PATTERNS, "photo": PHOTOS}
     kind_of = {value: kind for kind, values in kinds.items() for value in values}
-    return tuple(
+    phrases = (
         prompt(attribute, value, kind_of.get(value, ""))
         for attribute, values in ATTRIBUTES.items()
         for value in values
     )
+    return tuple(re.sub(r"\ba (?=[aeiou]\w)", "an ", phrase) for phrase in phrases)
 
 
 @dataclass(frozen=True)

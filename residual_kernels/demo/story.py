@@ -20,7 +20,9 @@ from residual_kernels import extras, train
 from residual_kernels.adapters.methods import ENERGY, build
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.analysis.ends import words_for_ends
 from residual_kernels.analysis.weights import WeightReading, component_ends, read_weights
+from residual_kernels.analysis.words import TextDictionary
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bundled import load_bundled
 from residual_kernels.bundled.drawings import DIGITS, drawn_images
@@ -101,21 +103,32 @@ def _fit_best(
     return adapter, fits.put(adapter, fits.best()), max(result.seconds for result in fits.results)
 
 
-def _component_ends(fine: ResiDual, learned: WeightReading, cache: UnitCache, images: Sequence[Image.Image]):
-    """The figure of the component that reaches farthest."""
+def _component_ends(
+    fine: ResiDual,
+    learned: WeightReading,
+    cache: UnitCache,
+    images: Sequence[Image.Image],
+    dictionary: TextDictionary,
+):
+    """The figure of the component that moves embeddings farthest."""
     from residual_kernels import figures
 
     component = learned[int(learned.effect.abs().argmax())]
     ends = component_ends(fine, cache, [component.index], SHOWN)
+    words = words_for_ends(fine, cache, dictionary, [component])[component.index]
+    sides = (ends.high, ends.high_values, words[0]), (ends.low, ends.low_values, words[1])
     high, low = (
-        ([images[int(cache.ids[row])] for row in rows[0].tolist()], values[0].tolist(), ())
-        for rows, values in ((ends.high, ends.high_values), (ends.low, ends.low_values))
+        (
+            [images[int(cache.ids[row])] for row in rows[0].tolist()],
+            values[0].tolist(),
+            [word for word, _ in end],
+        )
+        for rows, values, end in sides
     )
     unit = component.unit
-    title = (
-        f"The component that moved most: layer {unit.layer}, head {unit.head}, component {component.place}, "
-        f"weight {component.weight:+.2f} (1 is unchanged)"
-    )
+    where = f"layer {unit.layer}, head {unit.head}, component {component.place}"
+    weight = f"{component.weight:.2f}".replace("-", "−")
+    title = f"The component that moves embeddings farthest: {where}, weight {weight} (1 is unchanged)"
     return figures.component_ends(title, high, low)
 
 
@@ -123,6 +136,7 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     """Runs the story, writes its pictures to `folder`, and returns its numbers. About a minute on 2 cores."""
     extras.need("matplotlib", "demo", "drawing the demonstration's pictures")
     from residual_kernels import figures
+    from residual_kernels.demo import overview
 
     start = time.perf_counter()
     folder = Path(folder)
@@ -166,11 +180,16 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
         )
 
     say("drawing pictures")
+    dictionary = TextDictionary.bundled(model, tokenizer)
+    anchored = cast(ResiDual, build("anchored", tower, every))
+    with _one_thread():
+        train.fit(anchored, head, training, validation)
     fine = cast(ResiDual, fitted["fine"][0])
     after = train.predict(fine, head, test).labels
     learned = read_weights(fine, test)
     heads = fine.layout.select("head")
     drawn = {
+        "overview": overview.draw(anchored, head, test, images, preprocess, dictionary),
         "accuracy": figures.accuracy_bars(rows),
         "weights": figures.unit_map(
             fine.layout,
@@ -184,14 +203,14 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
         "digits": figures.rereadings(
             [images[i] for i in test.ids.tolist()], test.labels, base.argmax(1), after
         ),
-        "component": _component_ends(fine, learned, test, images),
+        "component": _component_ends(fine, learned, test, images, dictionary),
     }
     paths = [path for name, one in drawn.items() for path in figures.save(one, folder, name, ("png",))]
     accuracy = {row["method"]: row for row in rows}
     summary = (
-        f"Zero-shot the model reads {accuracy['base']['accuracy']:.0%} of the digits; with "
-        f"{accuracy['fine']['parameters']:,} learned numbers (fine) {accuracy['fine']['accuracy']:.0%}, "
-        f"with {accuracy['full']['parameters']:,} (full) {accuracy['full']['accuracy']:.0%}; a linear layer of "
-        f"{accuracy['linear']['parameters']:,} reaches {accuracy['linear']['accuracy']:.0%}. Pictures:"
+        f"The untouched model reads {accuracy['base']['accuracy']:.1%} of the digits; with "
+        f"{accuracy['fine']['parameters']:,} learned numbers (fine) {accuracy['fine']['accuracy']:.1%}, "
+        f"with {accuracy['full']['parameters']:,} (full) {accuracy['full']['accuracy']:.1%}; a linear layer of "
+        f"{accuracy['linear']['parameters']:,} reaches {accuracy['linear']['accuracy']:.1%}. Pictures:"
     )
     return Demo(rows, summary, paths, len(test), time.perf_counter() - start)

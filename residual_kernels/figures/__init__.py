@@ -1,7 +1,8 @@
 """How does it look? Every figure of the library, drawn by matplotlib in one style: for demo, report, sweeps and Python.
 
 `style.py` is the palette and what all figures share. `fits.py` draws fits and learned weights, `heads.py` a tower's
-heads, `accuracies.py` how images were labelled, `images.py` images themselves. A figure is a
+heads, `accuracies.py` how images were labelled, `images.py` images themselves, `overview.py` the method in one
+picture. A figure is a
 `matplotlib.figure.Figure`; :func:`save` writes it.
 """
 
@@ -16,6 +17,7 @@ from residual_kernels.figures.heads import (
     unit_map,
 )
 from residual_kernels.figures.images import component_ends, rereadings
+from residual_kernels.figures.overview import overview
 from residual_kernels.figures.style import save
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "confusion",
     "dimensions",
     "epochs",
+    "overview",
     "rereadings",
     "save",
     "selection",

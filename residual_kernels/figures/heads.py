@@ -14,6 +14,8 @@ from residual_kernels.analysis.selection import Curve
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.figures.style import (
     BLUE,
+    CELLS,
+    CELLS_FROM_ZERO,
     DEPTH,
     DIVERGING,
     GREEN,
@@ -66,11 +68,13 @@ def unit_map(
         grid = grid[:, :heads]
     figure = new_figure(1.8 + 0.62 * grid.shape[1], 1.3 + (0.42 if below is None else 0.5) * layers)
     axes = figure.add_subplot()
+    is_written = grid.size <= WRITTEN  # then colours are light, so that black numbers stand out on every cell
     if centre is None:
-        drawn = axes.imshow(grid, cmap=SEQUENTIAL, norm=Normalize(0, np.nanmax(grid) or 1), aspect="auto")
+        scale, norm = (CELLS_FROM_ZERO if is_written else SEQUENTIAL), Normalize(0, np.nanmax(grid) or 1)
     else:
-        drawn = axes.imshow(grid, cmap=DIVERGING, norm=CenteredNorm(centre), aspect="auto")
-    if grid.size <= WRITTEN:
+        scale, norm = (CELLS if is_written else DIVERGING), CenteredNorm(centre)
+    drawn = axes.imshow(grid, cmap=scale, norm=norm, aspect="auto")
+    if is_written:
         for layer, column in np.argwhere(~np.isnan(grid)):
             text, count = written(form, factor * grid[layer, column]), counts[layer, column]
             axes.text(

@@ -38,7 +38,9 @@ def component_ends(title: str, high: End, low: End) -> Figure:
 def rereadings(
     images: Sequence[Image], labels: Tensor, before: Tensor, after: Tensor, count: int = 30
 ) -> Figure:
-    """The first `count` images misread before, with the labels given before and after; not chosen by the latter.
+    """The first `count` images misread before, with their true labels and those given before and after.
+
+    Which images are shown does not depend on the labels given after.
 
     Args:
         images: N of them.
@@ -47,9 +49,9 @@ def rereadings(
     wrong = (before != labels).nonzero().flatten()[:count].tolist()
     columns = 10
     rows = max(1, -(-len(wrong) // columns))
-    figure = new_figure(columns, 1.25 * rows + 0.6)
+    figure = new_figure(columns, 1.45 * rows + 0.6)
     figure.suptitle(
-        "What the model misread, and what it reads after the fit (green: now right, orange: still wrong)",
+        "What the model misread: label before → after the fit (green: now right, orange: still wrong), truth below",
         fontsize=12,
     )
     for place, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).flat):
@@ -62,4 +64,5 @@ def rereadings(
                 f"{int(before[index])} → {int(after[index])}", fontsize=11, pad=3, loc="center",
                 color=GREEN if right else ORANGE, weight="bold",
             )  # fmt: skip
+            axes.set_xlabel(f"truth: {int(labels[index])}", fontsize=9, color=GREY, labelpad=2)
     return figure

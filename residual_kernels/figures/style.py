@@ -26,6 +26,9 @@ SERIES = tuple(zip((BLUE, ORANGE, GREEN, SKY), "osD^", strict=True))  # colour a
 
 SEQUENTIAL = LinearSegmentedColormap.from_list("sequential", ["#f4f6f8", "#8dbbdc", BLUE, "#06304f"])
 DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#8f3d00", ORANGE, "#f1f1ef", BLUE, "#003f66"])
+# Scales of cells that hold numbers: black stands out from every colour of them by 7 to 1.
+CELLS = LinearSegmentedColormap.from_list("cells", ["#e0894a", "#f6f5f3", "#4fa3d8"])
+CELLS_FROM_ZERO = LinearSegmentedColormap.from_list("cells from zero", ["#f6f5f3", "#4fa3d8"])
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#8cc5ea", BLUE, "#0b4f7d"])  # first layer to last
 
 DPI = 130

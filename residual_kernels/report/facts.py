@@ -11,6 +11,7 @@ from torch import Tensor
 from residual_kernels import train
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
+from residual_kernels.analysis.ends import words_for_ends
 from residual_kernels.analysis.findings import Analysis
 from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.selection import Curve
@@ -22,7 +23,7 @@ from residual_kernels.analysis.weights import (
     read_weights,
     reset_accuracy,
 )
-from residual_kernels.analysis.words import TextDictionary, words_at_ends
+from residual_kernels.analysis.words import TextDictionary
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Unit, UnitLayout
@@ -168,19 +169,6 @@ def chosen_components(reading: WeightReading, units: Sequence[Unit]) -> list[int
     return list(dict.fromkeys(shown))
 
 
-def _words(
-    residual: ResiDual, dictionary: TextDictionary, reading: WeightReading, indices: Sequence[int]
-) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
-    """(words at the high end, words at the low end) of every component."""
-    found, count = {}, min(WORDS, len(dictionary))
-    for index in indices:
-        component = reading[index]
-        ends = words_at_ends(residual.bases, dictionary, component.unit, component.place, count)
-        low, high = (tuple(word for word, _ in end) for end in ends)
-        found[index] = high, low
-    return found
-
-
 def gather(
     adapter: TowerAdapter,
     head: ZeroShotHead,
@@ -235,7 +223,8 @@ def gather(
         chosen = chosen_components(reading, units)
         ends = component_ends(residual, cache, chosen, STRIP)
         if dictionary is not None:
-            words = _words(residual, dictionary, reading, chosen)
+            shown = words_for_ends(residual, cache, dictionary, [reading[j] for j in chosen], WORDS)
+            words = {j: tuple(tuple(word for word, _ in end) for end in ends) for j, ends in shown.items()}
     elif adapter.weights_on == "units":
         weight = dict(zip((unit.index for unit in units), adapter.component_weight().tolist(), strict=True))
 

@@ -1,0 +1,122 @@
+"""The demonstration in one picture: digits misread and read, the sum behind one of them, and one component of it."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL.Image import Image
+from torch import Tensor
+
+from residual_kernels import train
+from residual_kernels.adapters.residual import ResiDual
+from residual_kernels.analysis.ends import words_for_ends
+from residual_kernels.analysis.weights import ComponentReader, component_ends, directions, read_weights
+from residual_kernels.analysis.words import TextDictionary
+from residual_kernels.figures.overview import Ends, Read, Sum, overview
+from residual_kernels.towers import UnitLayout
+from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.decomposition import decompose
+from residual_kernels.zeroshot import ZeroShotHead
+
+STRIP, AT_AN_END = 10, 5
+
+
+def draw(
+    adapter: ResiDual,
+    head: ZeroShotHead,
+    test: UnitCache,
+    images: Sequence[Image],
+    preprocess: Callable,
+    dictionary: TextDictionary,
+) -> Figure:
+    """The picture of a fitted anchored adapter.
+
+    Args:
+        adapter: with `rest="all"`, so that weights of one are the untouched model.
+        test: images that nothing was fitted to or chosen by; their ids are places in `images`.
+        dictionary: words of the same model.
+    """
+    before, after = head(test.output).argmax(1), train.predict(adapter, head, test).labels
+    names = head.class_names
+    wrong = (before != test.labels).nonzero().flatten().tolist()
+    reads = [
+        Read(images[int(test.ids[n])], names[test.labels[n]], names[before[n]], names[after[n]])
+        for n in wrong
+    ]
+    mended = next(place for place, one in enumerate(reads) if one.after == one.truth)
+    row = wrong[mended]
+    lead = head.class_vectors[:, test.labels[row]] - head.class_vectors[:, before[row]]
+    image = preprocess(reads[mended].image)[None]
+    return overview(
+        reads[:STRIP],
+        tuple(float((found == test.labels).double().mean()) for found in (before, after)),
+        len(test),
+        reads[mended],
+        _sums(adapter, test.subset(torch.tensor([row])), image, lead, float(head.logit_scale.exp())),
+        len(adapter.weight),
+        _ends(adapter, test, images, dictionary),
+    )
+
+
+@torch.no_grad()
+def _sums(adapter: ResiDual, cache: UnitCache, image: Tensor, lead: Tensor, scale: float) -> tuple[Sum, Sum]:
+    """What each part adds to the lead of one class over another, in logits: with weights of one, and as learned."""
+    parts = decompose(adapter.tower, image)
+    plain = parts.units()[0] @ lead
+    terms = cache.terms(slice(0, 1), adapter.device, adapter.kinds)
+    weight = adapter.component_weight()
+    coefficient = ComponentReader(adapter)(terms)[0]
+    moved = (weight - 1) * coefficient * (directions(adapter, range(len(weight))) @ lead)
+    changed = plain.index_add(0, _owners(adapter), moved.to(plain.dtype))
+    lengths = parts.output.norm(), adapter(image).norm()
+    return tuple(
+        _sum(adapter.layout, scale * values / length)
+        for values, length in zip((plain, changed), lengths, strict=True)
+    )
+
+
+def _owners(adapter: ResiDual) -> Tensor:
+    """[J] layout index of every component's unit."""
+    owners = []
+    for kind in adapter.adapted:
+        sizes = adapter.units[kind].unit_offsets.diff()
+        first = adapter.layout.span(kind).start
+        owners.append(first + torch.repeat_interleave(torch.arange(len(sizes)), sizes))
+    return torch.cat(owners)
+
+
+def _sum(layout: UnitLayout, values: Tensor) -> Sum:
+    grid, rest = np.zeros((layout.layers, layout.heads + 1)), 0.0
+    for unit in layout:
+        if unit.layer is None:
+            rest += float(values[unit.index])
+        else:
+            grid[unit.layer, layout.heads if unit.head is None else unit.head] += float(values[unit.index])
+    return Sum(grid, rest)
+
+
+def _ends(adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictionary: TextDictionary) -> Ends:
+    """Of the heads' components with a word at both ends: the one whose images show the fewest classes.
+
+    Among equals, the one that moves embeddings farthest.
+    """
+    learned = read_weights(adapter, cache)
+    heads = [one for one in (learned[j] for j in range(len(learned))) if one.unit.kind == "head"]
+    words = words_for_ends(adapter, cache, dictionary, heads, 1)
+    named = [one for one in heads if all(words[one.index])]
+    ends = component_ends(adapter, cache, [one.index for one in named], AT_AN_END)
+
+    def classes(place: int) -> int:
+        return sum(len(cache.labels[rows[place]].unique()) for rows in (ends.high, ends.low))
+
+    place = min(range(len(named)), key=lambda i: (classes(i), -abs(named[i].effect)))
+    shown = named[place]
+    high, low = (
+        [images[int(cache.ids[row])] for row in rows[place].tolist()] for rows in (ends.high, ends.low)
+    )
+    (high_word, _), (low_word, _) = (end[0] for end in words[shown.index])
+    return Ends(
+        f"layer {shown.unit.layer}, head {shown.unit.head}, component {shown.place}", shown.weight, high, low,
+        high_word, low_word,
+    )  # fmt: skip

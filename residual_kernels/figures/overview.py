@@ -1,0 +1,189 @@
+"""The library in one picture: what was misread, the parts that an embedding sums, and one component with its weight."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from PIL.Image import Image
+
+from residual_kernels.figures.style import (
+    BLUE,
+    CELLS,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PAPER,
+    bare,
+    new_figure,
+    styled,
+)
+
+LEFT = 0.015  # margin, a share of the width
+
+
+@dataclass(frozen=True)
+class Read:
+    """An image with its true label and the labels given before and after."""
+
+    image: Image
+    truth: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What each part of a tower adds to the lead of one class over another, in logits.
+
+    parts: [L, H + 1] of the heads and, in the last column, of the MLPs. rest: of the token embedding and all else that
+    belongs to no layer. `total` is their sum.
+    """
+
+    parts: np.ndarray
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return float(self.parts.sum()) + self.rest
+
+
+@dataclass(frozen=True)
+class Ends:
+    """One component: its name, its learned weight, and images and a word of either end."""
+
+    name: str
+    weight: float
+    high: Sequence[Image]
+    low: Sequence[Image]
+    high_word: str
+    low_word: str
+
+
+@styled
+def overview(
+    reads: Sequence[Read],
+    accuracy: tuple[float, float],
+    images: int,
+    example: Read,
+    sums: tuple[Sum, Sum],
+    learned: int,
+    ends: Ends,
+) -> Figure:
+    """Three panels: images misread before, one image's embedding as a sum of its parts, and one component.
+
+    Args:
+        reads: images of the strip.
+        accuracy: before and after, over all `images`.
+        example: the image whose parts are shown.
+        sums: before and after, for the lead of `example.truth` over `example.before`.
+        learned: how many weights were learned.
+        ends: of the component that is shown.
+    """
+    figure = new_figure(10, 6.2)
+    figure.set_layout_engine("none")
+    _strip(figure, reads, accuracy, images)
+    _sums(figure, example, sums)
+    _component(figure, ends, learned)
+    return figure
+
+
+def _heading(figure: Figure, left: float, top: float, text: str, below: str) -> None:
+    figure.text(left, top, text, fontsize=13, weight="bold", va="top", color=INK)
+    figure.text(left, top - 0.045, below, fontsize=10, va="top", color=GREY)
+
+
+def _picture(figure: Figure, image: Image, left: float, bottom: float, width: float) -> None:
+    """A square image; places and width are shares of the figure."""
+    height = width * figure.get_figwidth() / figure.get_figheight()
+    axes = figure.add_axes((left, bottom, width, height))
+    bare(axes)
+    axes.imshow(image, interpolation="nearest")
+
+
+def _strip(figure: Figure, reads: Sequence[Read], accuracy: tuple[float, float], images: int) -> None:
+    _heading(
+        figure, LEFT, 0.98, "Images that the model misread",
+        f"the first {len(reads)} of them; over all {images:,} test images, accuracy rises from "
+        f"{accuracy[0]:.1%} to {accuracy[1]:.1%}",
+    )  # fmt: skip
+    start, lines = 0.09, (0.69, 0.652, 0.614)
+    for name, height in zip(("truth", "before", "after"), lines, strict=True):
+        figure.text(LEFT, height, name, fontsize=10, va="center", color=GREY)
+    step = (1 - LEFT - start) / len(reads)
+    for place, one in enumerate(reads):
+        left, width = start + place * step, step * 0.92
+        _picture(figure, one.image, left, 0.725, width)
+        colours = GREY, ORANGE, GREEN if one.after == one.truth else ORANGE
+        for said, height, colour in zip((one.truth, one.before, one.after), lines, colours, strict=True):
+            weight = "normal" if colour == GREY else "bold"
+            figure.text(
+                left + width / 2,
+                height,
+                said,
+                fontsize=11,
+                ha="center",
+                va="center",
+                color=colour,
+                weight=weight,
+            )
+
+
+def _sums(figure: Figure, example: Read, sums: tuple[Sum, Sum]) -> None:
+    _heading(
+        figure, LEFT, 0.545, "The embedding is a sum of heads and MLPs",
+        f"what each adds for “{example.truth}” (blue) or “{example.before}” (orange), in logits",
+    )  # fmt: skip
+    _picture(figure, example.image, LEFT, 0.2, 0.1)
+    reach = max(float(np.abs(one.parts[:, :-1]).max()) for one in sums)
+    told = zip((0.175, 0.405), sums, ("before", "after"), (example.before, example.after), strict=True)
+    for left, one, name, read in told:
+        axes = figure.add_axes((left, 0.125, 0.2, 0.285))
+        _cells(axes, one, reach, first=name == "before")
+        axes.set_title(name, fontsize=10, loc="center", pad=4)
+        figure.text(
+            left + 0.1, 0.045, f"sum {one.total:+.1f}: “{read}”".replace("-", "−"), fontsize=12, weight="bold",
+            ha="center", va="center", color=GREEN if read == example.truth else ORANGE,
+        )  # fmt: skip
+
+
+def _cells(axes: Axes, one: Sum, reach: float, first: bool) -> None:
+    """Heads and MLPs by layer. Colours end at the largest value of a head; MLPs may lie beyond it."""
+    axes.imshow(one.parts, cmap=CELLS, norm=Normalize(-reach, reach), aspect="auto")
+    layers, columns = one.parts.shape
+    axes.set_xticks([(columns - 2) / 2, columns - 1], ["heads", "MLP"], fontsize=9)
+    axes.set_yticks([0, layers - 1], ["layer 0", f"layer {layers - 1}"] if first else ["", ""], fontsize=9)
+    axes.set_xticks(np.arange(0.5, columns - 1), minor=True)
+    axes.set_yticks(np.arange(0.5, layers - 1), minor=True)
+    axes.grid(which="minor", color=PAPER, lw=1.5, axis="both")
+    axes.axvline(columns - 1.5, color=PAPER, lw=5)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _component(figure: Figure, ends: Ends, learned: int) -> None:
+    left = 0.645
+    _heading(
+        figure, left, 0.545, "Each component has one weight",
+        f"one of {learned:,}: {ends.name}",
+    )  # fmt: skip
+    for bottom, images, name, word in (
+        (0.3, ends.high, "high", ends.high_word),
+        (0.1, ends.low, "low", ends.low_word),
+    ):
+        figure.text(left, bottom + 0.125, f"{name} end: “{word}”", fontsize=11, color=INK)
+        for place, image in enumerate(images):
+            _picture(figure, image, left + place * 0.0685, bottom, 0.065)
+    weight = f"{ends.weight:.2f}".replace("-", "−")
+    figure.text(
+        left,
+        0.045,
+        f"weight 1 before, {weight} after",
+        fontsize=12,
+        weight="bold",
+        va="center",
+        color=BLUE,
+    )
