@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -286,6 +287,30 @@ def test_sentences_say_what_happened(made):
     assert said[1:] == ["No class has changed."]
     worse = replace(facts, before=outcome(torch.eye(10) * 12), after=outcome(torch.full((10, 10), 3)))
     assert "falls from 100.0% to 10.0% (−90.0 points)" in sentences.findings(worse)[0]
+
+
+def test_advice_follows_the_numbers(made):
+    facts = replace(made[0], source=Source("bundled", "data", "my run"))
+
+    def advice(before, after, **given):
+        return sentences.advice(replace(facts, before=outcome(before), after=outcome(after), **given))
+
+    right = torch.eye(10) * 12
+    worse = right.clone()
+    worse[2, 2], worse[2, 7], worse[2, 1] = 6, 5, 1
+    said = advice(right, worse)
+    assert said[0].startswith("Accuracy fell: on images like these, use the untouched model.")
+    assert "lost 50.0 points" in said[1]
+    assert "misread in 6 images" in said[1]
+    assert f"most often for “{facts.class_names[7]}”" in said[1]
+    assert not any("predict" in one for one in said)
+    said = advice(worse, right, mended=6, broken=0)
+    assert said[0].startswith("Only 6 images changed")
+    assert any("predict 'my run' --data" in one for one in said)
+    assert "untouched model is the simpler choice" in advice(right, right)[0]
+    for one in said:  # every command is one that the program takes
+        for command, rest in re.findall(r"residual-kernels (\w+) (.*?\.(?:csv|onnx|html))", one):
+            get_command(cli.app).commands[command].make_context(command, shlex.split(rest))
 
 
 def test_many_classes_are_cut_to_those_that_changed_most(made):

@@ -50,7 +50,7 @@ def draw(
     image = preprocess(reads[mended].image)[None]
     return overview(
         reads[:STRIP],
-        tuple(float((found == test.labels).double().mean()) for found in (before, after)),
+        (_share(before == test.labels), _share(after == test.labels)),
         len(test),
         reads[mended],
         _sums(adapter, test.subset(torch.tensor([row])), image, lead, float(head.logit_scale.exp())),
@@ -69,11 +69,14 @@ def _sums(adapter: ResiDual, cache: UnitCache, image: Tensor, lead: Tensor, scal
     coefficient = ComponentReader(adapter)(terms)[0]
     moved = (weight - 1) * coefficient * (directions(adapter, range(len(weight))) @ lead)
     changed = plain.index_add(0, _owners(adapter), moved.to(plain.dtype))
-    lengths = parts.output.norm(), adapter(image).norm()
-    return tuple(
-        _sum(adapter.layout, scale * values / length)
-        for values, length in zip((plain, changed), lengths, strict=True)
+    return (
+        _sum(adapter.layout, scale * plain / parts.output.norm()),
+        _sum(adapter.layout, scale * changed / adapter(image).norm()),
     )
+
+
+def _share(right: Tensor) -> float:
+    return float(right.double().mean())
 
 
 def _owners(adapter: ResiDual) -> Tensor:

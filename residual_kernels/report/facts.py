@@ -11,7 +11,7 @@ from torch import Tensor
 from residual_kernels import train
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.analysis.ends import words_for_ends
+from residual_kernels.analysis.ends import Words, words_for_ends
 from residual_kernels.analysis.findings import Analysis
 from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.selection import Curve
@@ -169,6 +169,10 @@ def chosen_components(reading: WeightReading, units: Sequence[Unit]) -> list[int
     return list(dict.fromkeys(shown))
 
 
+def _named(end: Words) -> tuple[str, ...]:
+    return tuple(word for word, _ in end)
+
+
 def gather(
     adapter: TowerAdapter,
     head: ZeroShotHead,
@@ -223,8 +227,8 @@ def gather(
         chosen = chosen_components(reading, units)
         ends = component_ends(residual, cache, chosen, STRIP)
         if dictionary is not None:
-            shown = words_for_ends(residual, cache, dictionary, [reading[j] for j in chosen], WORDS)
-            words = {j: tuple(tuple(word for word, _ in end) for end in ends) for j, ends in shown.items()}
+            found_words = words_for_ends(residual, cache, dictionary, [reading[j] for j in chosen], WORDS)
+            words = {j: (_named(high), _named(low)) for j, (high, low) in found_words.items()}
     elif adapter.weights_on == "units":
         weight = dict(zip((unit.index for unit in units), adapter.component_weight().tolist(), strict=True))
 

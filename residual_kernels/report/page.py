@@ -14,7 +14,7 @@ from residual_kernels.files import together, write_text
 from residual_kernels.report import tables
 from residual_kernels.report.facts import CLASSES_SHOWN, ENERGY, Facts
 from residual_kernels.report.names import percent, points, unit_name
-from residual_kernels.report.sentences import captions, class_ends, findings
+from residual_kernels.report.sentences import advice, captions, class_ends, findings
 from residual_kernels.report.thumbnails import SIDE, thumbnails
 from residual_kernels.towers import Unit
 from residual_kernels.units.cache import UnitCache
@@ -132,6 +132,7 @@ def _context(facts: Facts) -> dict[str, Any]:
         "after": percent(after.accuracy),
         "gain": after.accuracy - before.accuracy,
         "findings": findings(facts),
+        "advice": advice(facts),
         "tiles": _tiles(facts),
         "class_rows": _class_rows(facts),
         "total": _class_row("all", facts.images, before.accuracy, after.accuracy),

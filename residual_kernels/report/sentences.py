@@ -1,10 +1,16 @@
 """What changed? The findings of a report in a few plain sentences, made from its numbers."""
 
+import shlex
+
 import torch
 
 from residual_kernels.analysis.weights import Component
 from residual_kernels.report.facts import ENERGY, Facts
 from residual_kernels.report.names import component_name, percent, points, signed, unit_name
+
+FEW_CHANGES = 20  # images whose label changed between right and wrong: below, a gain may be chance
+MUCH = 0.03  # accuracy that a class may lose before the advice names it
+CLASSES_NAMED = 3
 
 
 def findings(facts: Facts) -> list[str]:
@@ -13,6 +19,50 @@ def findings(facts: Facts) -> list[str]:
     if facts.unit_weight:
         said.append(_where(facts))
     return [sentence for sentence in said if sentence]
+
+
+def advice(facts: Facts) -> list[str]:
+    """What a reader may do next, the most urgent first."""
+    gain, run = facts.after.accuracy - facts.before.accuracy, shlex.quote(facts.source.run)
+    said = []
+    if gain < 0:
+        said.append(
+            "Accuracy fell: on images like these, use the untouched model. To look for a better fit, run “fit” with "
+            "“--method auto”, which keeps the untouched model where nothing is better by one standard error, or give "
+            "it more labelled images."
+        )
+    elif gain == 0:
+        said.append(
+            "Nothing was gained, so the untouched model is the simpler choice. A fit with more labelled images may "
+            "find more."
+        )
+    elif facts.mended + facts.broken < FEW_CHANGES:
+        said.append(
+            f"Only {_images(facts.mended + facts.broken)} changed between right and wrong: read the report on more "
+            "images before you rely on this gain."
+        )
+    change = facts.after.class_accuracy - facts.before.class_accuracy
+    lost = [k for k in range(len(change)) if float(change[k]) <= -MUCH]  # a class without images has NaN
+    for k in sorted(lost, key=lambda k: float(change[k]))[:CLASSES_NAMED]:
+        row = facts.after.confusion[k].clone()
+        row[k] = 0
+        taken = f", most often for “{facts.class_names[int(row.argmax())]}”" if int(row.max()) else ""
+        said.append(
+            f"“{facts.class_names[k]}” lost {points(-float(change[k])).lstrip('+')}. It is now misread in "
+            f"{_images(int(row.sum()))}{taken}: give the next fit more labelled images of both."
+        )
+    if gain > 0:
+        said += [
+            f"To label new images: residual-kernels predict {run} --data FOLDER --out labels.csv, with the "
+            "--model and --pretrained of the fit.",
+            f"To deploy the adapted tower: residual-kernels merge {run} --out tower.onnx writes it without "
+            "this library.",
+        ]
+    said.append(
+        "To see whether the adapter holds elsewhere, write this report on images from another source: residual-kernels "
+        f"report {run} --data FOLDER --out elsewhere.html."
+    )
+    return said
 
 
 def _images(count: int) -> str:
