@@ -94,6 +94,8 @@ class Classifier:
         else:
             if len(labels) != len(images):
                 raise ValueError(f"X has {len(images)} images but y has {len(labels)} labels")
+            if labels.dtype.kind in "fc" and not np.isfinite(labels).all():
+                raise ValueError(f"y holds {labels[~np.isfinite(labels)][0]}, which is no label")
             classes, found = np.unique(labels, return_inverse=True)
             numbers = torch.as_tensor(found).reshape(-1)
         if len(classes) < 2:

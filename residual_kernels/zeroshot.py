@@ -1,6 +1,7 @@
 """How is an embedding read? Class vectors from text or prototypes, and logits by the angle to them."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,11 @@ from torch.nn import functional as F
 from residual_kernels.files import Head, check_shapes, load_tensors, save_tensors
 from residual_kernels.towers.hugging_face.text import TextSide, has_text_side
 from residual_kernels.units.cache import UnitCache
-from residual_kernels.units.checks import checked_labels
+from residual_kernels.units.checks import checked_labels, repetition, whole_numbers
 
 WHAT = "zero-shot head"
 ALIKE = 0.9999  # the cosine from which two class vectors are called nearly equal
+MANY = 2000  # more classes than this are not all compared with each other, but for equal ones
 
 
 class Header(Head):
@@ -31,6 +33,11 @@ class ZeroShotHead(nn.Module):
         class_vectors: [D, K], one column per class.
         class_names: K names.
         logit_scale: natural logarithm of the scale; 0.0 for none.
+
+    Warns where names repeat, and where two class vectors are equal or nearly so (cosine above 0.9999; of more than
+    2,000 classes, equal alone), as those of the prompts "Turkey" and "turkey".
+
+    Raises ValueError for vectors of another shape, or with NaN or Inf.
     """
 
     class_vectors: Tensor
@@ -48,6 +55,10 @@ class ZeroShotHead(nn.Module):
         self.class_names = tuple(class_names)
         self.register_buffer("class_vectors", class_vectors.detach().clone())
         self.register_buffer("logit_scale", torch.tensor(float(logit_scale), dtype=class_vectors.dtype))
+        if (repeated := repetition(self.class_names)) is not None:
+            _warn(f"{repeated}: what is predicted for them cannot be told apart by name")
+        if alike := self.alike() if len(self.class_names) <= MANY else self._equal():
+            _warn(f"{_told(alike)}: images cannot be told apart by them; reword or merge these classes")
 
     def forward(self, y: Tensor) -> Tensor:
         if y.shape[-1] != len(self.class_vectors):
@@ -86,8 +97,7 @@ class ZeroShotHead(nn.Module):
         SigLIP's logit_bias is the same for every class, so it moves neither labels nor softmax and is left out: add
         it to the logits for sigmoid probabilities.
 
-        Warns where two class vectors are equal or nearly so (cosine above 0.9999), as those of "Turkey" and "turkey",
-        and where a prompt is cut at the context length.
+        Warns where a prompt is cut at the context length, and where two class vectors are equal or nearly so.
 
         Raises ValueError for empty or repeated names, a template without a place for the name, a model without a text
         side, or a text tower whose embeddings have another width than the image tower's.
@@ -96,9 +106,8 @@ class ZeroShotHead(nn.Module):
 
         if not class_names or not templates:
             raise ValueError("class_names and templates must not be empty")
-        repeated = sorted({name for name in class_names if list(class_names).count(name) > 1})
-        if repeated:
-            raise ValueError(f"class names repeat: {', '.join(repeated)}")
+        if (repeated := repetition(class_names)) is not None:
+            raise ValueError(repeated)
         blank = [t for t in templates if isinstance(t, str) and "{}" not in t]
         if blank:
             raise ValueError(f'templates need a "{{}}" where the class name goes; got {blank[0]!r}')
@@ -117,9 +126,7 @@ class ZeroShotHead(nn.Module):
             # all callables, as open_clip decides by the first template; other braces are text
             callables = [t if callable(t) else (lambda name, t=t: t.replace("{}", name)) for t in templates]
             if (cut := _cut(tokenizer, class_names, callables)) is not None:
-                warnings.warn(
-                    f"the prompt {cut}, so its end is not read; shorten template or name", stacklevel=2
-                )
+                _warn(f"the prompt {cut}, so its end is not read; shorten template or name")
             vectors = build_zero_shot_classifier(
                 encoder, tokenizer, list(class_names), callables, device=device
             )
@@ -134,16 +141,12 @@ class ZeroShotHead(nn.Module):
         if logit_scale is None:
             own = getattr(model, "logit_scale", None)
             logit_scale = 0.0 if own is None else float(own.detach())
-        head = cls(vectors, class_names, logit_scale)
-        if alike := head.alike():
-            warnings.warn(
-                f"{_told(alike)}: images cannot be told apart by them; reword the names", stacklevel=2
-            )
-        return head
+        return cls(vectors, class_names, logit_scale)
 
     def alike(self, limit: float = ALIKE) -> list[tuple[str, str, float]]:
         """Pairs of classes whose vectors are equal or nearly so: (name, name, cosine above `limit`), nearest first."""
-        directions = F.normalize(self.class_vectors.double(), dim=0)
+        vectors = self.class_vectors.detach()
+        directions = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=0)
         found = []
         for start in range(0, len(self.class_names), 1024):  # not all pairs of 20,000 classes at once
             near = directions[:, start : start + 1024].T @ directions
@@ -153,6 +156,17 @@ class ZeroShotHead(nn.Module):
                         (self.class_names[start + row], self.class_names[column], float(near[row, column]))
                     )
         return sorted(found, key=lambda pair: -pair[2])
+
+    def _equal(self) -> list[tuple[str, str, float]]:
+        """The same of classes whose vectors are equal, number for number: it takes no time for 20,000 classes."""
+        first: dict[bytes, str] = {}
+        found = []
+        rows = self.class_vectors.detach().T.float().cpu().contiguous().numpy()
+        for name, row in zip(self.class_names, rows, strict=True):
+            other = first.setdefault(row.tobytes(), name)
+            if other is not name:
+                found.append((other, name, 1.0))
+        return found
 
     @classmethod
     def from_prototypes(
@@ -171,6 +185,9 @@ class ZeroShotHead(nn.Module):
             embeddings = embeddings.output
         if labels is None:
             raise ValueError("prototypes need labels; encode (images, labels) batches, or give labels")
+        labels = whole_numbers(labels)
+        if not len(embeddings):
+            raise ValueError("prototypes need images: a prototype is a mean over at least one")
         count = len(class_names) if class_names is not None else int(labels.max()) + 1
         names = tuple(class_names) if class_names is not None else tuple(map(str, range(count)))
         labels = checked_labels(labels, len(embeddings), names)
@@ -204,6 +221,14 @@ class ZeroShotHead(nn.Module):
         forms = {"class_vectors": (wide, None, len(header["class_names"])), "logit_scale": (wide,)}
         check_shapes(path, tensors, forms)
         return cls(tensors["class_vectors"], header["class_names"], float(tensors["logit_scale"]))
+
+
+def _warn(message: str) -> None:
+    """A warning at the line that called this file."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename == __file__:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
 
 
 def _told(alike: Sequence[tuple[str, str, float]]) -> str:

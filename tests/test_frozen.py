@@ -263,3 +263,27 @@ def test_a_replaced_parameter_and_a_replaced_module_are_noticed():
     tower.ln_post = torch.nn.Identity()
     with pytest.raises(ValueError, match="ln_post is Identity, not LayerNorm"):
         residual(images)
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["with breaks", "full graph"])
+def test_compiled_code_refuses_to_train_what_is_folded(whole):
+    residual, images = made()
+    torch._dynamo.reset()
+    compiled = torch.compile(residual, backend="eager", fullgraph=whole)
+    expected = compiled(images)
+    residual.requires_grad_(True)  # which compiled code traces anew
+    refused = torch._dynamo.exc.Unsupported if whole else ValueError
+    with pytest.raises(refused, match="folded into this adapter's constants would train"):
+        compiled(images)
+    residual.freeze()
+    assert torch.equal(compiled(images), expected)
+
+
+def test_saving_reads_every_value(tmp_path):
+    residual, images = made()
+    residual(images)
+    rk.save_adapter(residual, tmp_path / "a")
+    residual.tower.transformer.resblocks[0].mlp.c_fc.weight.data[5, 7] += 1.0
+    residual(images)
+    with pytest.raises(ValueError, match="has been trained since its bases were fitted"):
+        rk.save_adapter(residual, tmp_path / "b")

@@ -99,13 +99,73 @@ def test_labels_are_whole_numbers():
         rk.ZeroShotHead.from_prototypes(images.flatten(1), torch.tensor([0.5, 0, 1, 1]))
 
 
+NO_LABELS = {
+    float("inf"): "got inf",
+    float("-inf"): "got -inf",
+    float("nan"): "got nan",
+    0.5: "got 0.5",
+    1 + 1j: r"got \(1\+1j\)",
+    "cat": "got 'cat': give the place of each name",
+    None: "got NoneType",
+}
+
+
+@pytest.mark.parametrize("label", NO_LABELS)
+def test_what_is_no_label(label):
+    said = f"labels are whole numbers that count classes from 0; {NO_LABELS[label]}"
+    residual, cache, images, _ = made()
+    head = head_of(NAMES)
+    for labels in ([label] * 4, [label, 1, 0, 1] if not isinstance(label, str) else (label,) * 4):
+        with pytest.raises(ValueError, match=said):
+            rk.encode(residual.tower, [(images[:4], labels)])
+        with pytest.raises(ValueError, match=said):
+            rk.evaluate(residual, head, [(images[:4], labels)])
+        with pytest.raises(ValueError, match=said):
+            rk.ZeroShotHead.from_prototypes(torch.randn(4, 8), labels)
+    with pytest.raises(ValueError, match=said):
+        rk.fit_many(residual, head, cache, labels=[[label] * 12], epochs=1)
+    with pytest.raises(ValueError, match="prototypes need images"):
+        rk.ZeroShotHead.from_prototypes(torch.zeros(0, 8), torch.zeros(0))
+
+
 def test_class_vectors_that_are_alike_and_prompts_that_are_cut():
     model, _, tokenizer = rk.load_bundled()
     with pytest.warns(UserWarning, match=r"'Turkey' and 'turkey' \(cosine 1.000000\) are equal or nearly so"):
         head = rk.ZeroShotHead.from_text(model, tokenizer, ["Turkey", "turkey", "cat"], ["a {}"])
     assert [pair[:2] for pair in head.alike()] == [("Turkey", "turkey")]
+    told = r"class vectors of 'Turkey' and 'turkey' \(cosine 1.000000\) are equal"
+    for make in (
+        lambda: rk.ZeroShotHead(head.class_vectors, head.class_names),
+        lambda: rk.ZeroShotHead.from_prototypes(
+            torch.eye(3)[[0, 0, 1]], torch.tensor([0, 1, 2]), ["Turkey", "turkey", "cat"]
+        ),
+    ):
+        with pytest.warns(UserWarning, match=told) as seen:
+            make()
+        assert [each.filename for each in seen] == [__file__]
+    many = torch.randn(4, 2001)
+    many[:, 2000] = many[:, 7]
+    with pytest.warns(UserWarning, match=r"of '7' and '2000' \(cosine 1.000000\) are equal"):
+        rk.ZeroShotHead(many, [str(number) for number in range(2001)])
     with pytest.warns(UserWarning, match="exceeds the .* tokens of the context, so its end is not read"):
         rk.ZeroShotHead.from_text(model, tokenizer, ["cat", "dog"], ["very " * 100 + "{}"])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rk.ZeroShotHead.from_text(model, tokenizer, ["cat", "dog"], ["a {}"]).alike() == []
+
+
+def test_class_names_that_repeat_are_named():
+    tower = build()
+    images = images_for(tower, 4)
+    said = r"class names repeat: 'cat' \(0, 2\)"
+    names = ["cat", "dog", "cat"]
+    with pytest.warns(UserWarning, match=said) as seen:
+        cache = rk.encode(tower, [(images, torch.tensor([0, 1, 2, 1]))], class_names=names)
+    assert [each.filename for each in seen] == [__file__]
+    with pytest.warns(UserWarning, match=said):
+        rk.ZeroShotHead(torch.randn(8, 3), names)
+    with pytest.warns(UserWarning, match=said):
+        rk.ZeroShotHead.from_prototypes(cache)
+    model, _, tokenizer = rk.load_bundled()
+    with pytest.raises(ValueError, match=said):
+        rk.ZeroShotHead.from_text(model, tokenizer, names)

@@ -77,7 +77,7 @@ def test_head_from_text_is_open_clips():
     for arguments, message in (
         (([], ["a {}"]), "must not be empty"),
         ((["x"], []), "must not be empty"),
-        ((["x", "y", "x"], ["a {}"]), "class names repeat: x"),
+        ((["x", "y", "x"], ["a {}"]), "class names repeat: 'x'"),
         ((["x"], ["a thing"]), "where the class name goes"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -143,6 +143,20 @@ class FrozenTower:
             if counter(p) != version or (thawed and p.requires_grad):
                 return self._look()
 
+    def would_train(self) -> str | None:
+        """What is wrong if folded parameters would train; None if none would. Asked when torch.compile traces, which it
+        does again when they are thawed, so it costs the compiled code nothing."""
+        training = [name for name, p in self._current().items() if p.requires_grad]
+        if not training:
+            return None
+        return (
+            f"{len(training)} parameters that are folded into this adapter's constants would train "
+            f"({_some(training)}); set requires_grad_(False) on them, which freeze() does for the whole tower"
+        )
+
+    # What torch.compile takes as found when it traces; torch.compiler.assume_constant_result would load the compiler.
+    would_train._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def compare(self) -> None:
         """The same whatever the counters say: all values are summed. Writes through ``.data`` raise no counter."""
         self._look()
@@ -151,12 +165,8 @@ class FrozenTower:
         if self._pending:
             self.accept()
         current = self._current()
-        training = [name for name, p in current.items() if p.requires_grad]
-        if training and torch.is_grad_enabled():
-            raise ValueError(
-                f"{len(training)} parameters that are folded into this adapter's constants would train "
-                f"({_some(training)}); set requires_grad_(False) on them, which freeze() does for the whole tower"
-            )
+        if torch.is_grad_enabled() and (why := self.would_train()) is not None:
+            raise ValueError(why)
         moved = self._moved(current)
         if moved:
             name, far = max(moved.items(), key=lambda item: item[1])

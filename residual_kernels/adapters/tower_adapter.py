@@ -173,7 +173,7 @@ class TowerAdapter(AroundTower, abc.ABC):
         Raises ValueError where the tower is no longer made as it was.
         """
         self.still()
-        checksum = towers.checksum(self.tower)
+        checksum = towers.checksum(self.tower, afresh=True)
         if self.bases is None or checksum == self.bases.checksum:
             return checksum
         return self.bases.checksum if self._guard is not None and self._guard.rounded() else checksum

@@ -68,6 +68,16 @@ class OutProjection:
         return torch.ones(len(self.weight), dtype=torch.float64, device=self.weight.device)
 
 
+class Guard(Protocol):
+    """What stands on a tower, and minds that its weights stay: an adapter."""
+
+    def __call__(self) -> None:
+        """Raises ValueError where weights that it is made of have changed, or would train; in plain calls."""
+
+    def would_train(self) -> str | None:
+        """What is wrong if such weights would train, whatever kind of call this is; None if none would."""
+
+
 class Tower(Protocol):
     """An image tower as the library sees it. Holds no state of its own besides the module it reads."""
 
@@ -81,7 +91,7 @@ class Tower(Protocol):
     prefix: int  # tokens before the patches: the class token, registers
     returns_tokens: bool  # whether the call also returns tokens
     check: bool  # whether the first image is compared with the model's own forward
-    guard: Callable[[], None] | None  # asked before each run
+    guard: "Guard | None"  # asked before each run
     folded: Mapping[str, tuple[int, ...]] | None  # parameters in an adapter's constants, and their shapes
 
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps: ...

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import agreement
-from residual_kernels.towers.base import Edit, OutProjection, Terms, UnitMaps, UnsupportedTowerError
+from residual_kernels.towers.base import Edit, Guard, OutProjection, Terms, UnitMaps, UnsupportedTowerError
 from residual_kernels.towers.blocks import run_block, whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.layout import UnitLayout, check_kinds
@@ -64,9 +64,7 @@ class TransformerTower(abc.ABC):
     span: slice = slice(1, None)
     returns_tokens: bool = False
     check: bool = True  # whether one image is compared with the model's own forward
-    guard: Callable[[], None] | None = (
-        None  # asked before each run, in plain calls: an adapter's view of its weights
-    )
+    guard: Guard | None = None  # asked before each run: an adapter's view of its weights
     folded: Mapping[str, tuple[int, ...]] | None = (
         None  # parameters in an adapter's constants, and their shapes
     )
@@ -329,6 +327,9 @@ class TransformerTower(abc.ABC):
             )
         if not torch.compiler.is_compiling() and agreement.eager(images):
             self._look(images)
+        elif self.guard is not None and torch.is_grad_enabled() and not _exporting():
+            if (why := self.guard.would_train()) is not None:
+                raise ValueError(why)
         if not self._keeps_tokens or _exporting():  # a graph for any batch size takes the batch whole
             return self.run(images, kinds, edit, every_token)
         units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from residual_kernels.units.checks import check_range
+from residual_kernels.units.checks import check_range, whole_numbers
 from residual_kernels.units.source import UnitSource
 
 
@@ -21,7 +21,7 @@ def label_table(
         raise ValueError(f"{name} must hold {sets} label sets; got {len(given)}")
     rows = []
     for number, labels in enumerate(given):
-        labels = torch.as_tensor(labels, dtype=torch.int64).cpu()
+        labels = whole_numbers(labels, name)
         if labels.shape != (source.count,):
             raise ValueError(
                 f"{name} must be [N] = ({source.count},), a label a row; got {tuple(labels.shape)}"

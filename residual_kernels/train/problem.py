@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,7 @@ class Labels:
 
 def labels_of(source: UnitSource, given: Sequence[Tensor] | None, sizes: Sequence[int], name: str) -> Labels:
     """The label sets of a source: those given, [N] or shares [N, K] each, or its own; each checked against its head."""
-    soft = [one for one in given or () if torch.as_tensor(one).ndim == 2]
+    soft = [one for one in given or () if np.ndim(one) == 2]
     if not soft:
         sets = 1 if given is None else len(given)
         return Labels(label_table(source, given, sets, sizes, name), None)

@@ -41,16 +41,32 @@ def parts_of(batch: Any) -> tuple[Any, Any]:
     return (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
 
 
+def whole_numbers(labels: Any, name: str = "labels") -> Tensor:
+    """Labels as int64 on the CPU; a ValueError for names, and for numbers that are not whole."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's words for strings, by where they stand
+        given = labels[0] if isinstance(labels, Sequence) and len(labels) else labels
+        shown = repr(given) if isinstance(given, str) else type(given).__name__
+        raise ValueError(
+            f"{name} are whole numbers that count classes from 0; got {shown}: give the place of each name in the "
+            "list of class names"
+        ) from error
+    if found.is_floating_point() or found.is_complex():
+        plain = found if found.is_floating_point() else found.abs() * float("nan")
+        broken = found[~plain.isfinite() | (plain != plain.round())]
+        if len(broken):
+            raise ValueError(f"{name} are whole numbers that count classes from 0; got {broken[0].item()}")
+    return found.to("cpu", torch.int64)
+
+
 def checked_labels(labels: Any, images: int, class_names: Sequence[str] | None = None) -> Tensor:
     """Labels of a batch as int64 on the CPU; a ValueError for another number of them, or for values out of range."""
-    labels = torch.as_tensor(labels)
-    if labels.is_floating_point() or labels.is_complex():
-        broken = labels[labels != labels.round()] if labels.is_floating_point() else labels
-        if len(broken):
-            raise ValueError(f"labels are whole numbers that count classes from 0; got {broken[0].item()}")
-    labels = labels.to("cpu", torch.int64)
+    labels = whole_numbers(labels)
     if labels.shape != (images,):
         raise ValueError(f"a batch has {images} images but labels of shape {tuple(labels.shape)}")
+    if not images:
+        return labels
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (class_names is not None and high >= len(class_names)):
         limit = "" if class_names is None else f", but there are {len(class_names)} classes"
@@ -93,6 +109,16 @@ def check_names(head: Sequence[str], data: Sequence[str] | None, *, sure: bool =
         f"the head's classes are not the data's: {pairs}{more}. If they are the same classes by other names, in the "
         "same order, say so: data.class_names = head.class_names"
     )
+
+
+def repetition(names: Sequence[str]) -> str | None:
+    """Which class names stand more than once, and where; None where all differ."""
+    places: dict[str, list[int]] = {}
+    for place, name in enumerate(names):
+        places.setdefault(name, []).append(place)
+    found = [f"{name!r} ({', '.join(map(str, where))})" for name, where in places.items() if len(where) > 1]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f"class names repeat: {', '.join(found[:3])}{more}" if found else None
 
 
 def _plain(name: str) -> str:

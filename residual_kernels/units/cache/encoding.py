@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +33,7 @@ from residual_kernels.units.cache.shards import (
     write_shard,
 )
 from residual_kernels.units.cache.unit_cache import UnitCache
+from residual_kernels.units.checks import repetition
 from residual_kernels.units.loader import (
     ALL,
     FIRST,
@@ -72,7 +74,7 @@ def encode(
         path: a folder for the cache; None keeps it in memory only (and then every process of several encodes all).
         kinds: which units' z to keep; () for the outputs only. A fit with rest="sum" needs just the adapted kinds.
         dtype: of the stored z; the tower's own by default. s, m and the output keep at least float32.
-        class_names: names of the labels, kept in the manifest.
+        class_names: names of the labels, kept in the manifest. A warning names those that stand more than once.
         progress: called with the number of images after every batch; first with those kept from an interrupted run.
         preprocessing, data: descriptions that tell one run from another. By default the text of the data set's
             `preprocess` or `transform`, and its `fingerprint()`, where the loader is a DataLoader over one with them.
@@ -105,6 +107,8 @@ def encode(
     Memory, besides the tower, its batch and the loader: two shards, one being filled and one being written, and 16
     bytes an image for labels and ids when the cache is opened at the end.
     """
+    if (repeated := repetition(class_names or ())) is not None:
+        warnings.warn(f"{repeated}: these labels are told apart by number alone", stacklevel=2)
     view = towers.view_inside(tower, check)
     view.check_mode()
     kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
