@@ -63,6 +63,9 @@ class ResiDual(UnitAdapter):
     MLPs), components by falling variance. `state_dict` holds `weight`, the constants and `tower.*`;
     `load_state_dict` also takes the tower's own keys.
 
+    Each plain call looks whether the tower is still the one that the constants are of. Compiled and exported code does
+    not, and nothing but :meth:`check` sees writes through ``.data``: call it after such.
+
     Raises ValueError when the bases are of another tower, the tower is wrapped already, or an argument is out of range.
     """
 
