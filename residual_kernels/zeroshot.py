@@ -104,6 +104,7 @@ class ZeroShotHead(nn.Module):
         """
         from open_clip import build_zero_shot_classifier
 
+        class_names, templates = tuple(class_names), tuple(templates)
         if not class_names or not templates:
             raise ValueError("class_names and templates must not be empty")
         if (repeated := repetition(class_names)) is not None:

@@ -6,6 +6,7 @@ and can be read in grey too.
 
 import contextlib
 import functools
+import io
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec
@@ -62,9 +63,19 @@ def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     return call
 
 
+class Picture(Figure):
+    """A figure that a notebook shows, also where pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        with defaults():
+            self.savefig(buffer, format="png", dpi=DPI * 0.6)
+        return buffer.getvalue()
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches."""
-    return Figure(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    return Picture(figsize=(width, height), layout="constrained", facecolor=PAPER)
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("png", "svg")) -> list[Path]:
