@@ -288,7 +288,7 @@ class AdapterSet(TowerAdapter):
     ) -> Tensor | tuple[Tensor, Tensor]:
         chosen, keys = self._chosen(names, len(images))
         if chosen is None:
-            return self.tower(images)
+            return self.tower(self._view.here(images))
         found = self._forward(images, chosen, keys)
         if torch.is_grad_enabled() and distributed.world() > 1:
             # data parallelism waits for a gradient of every parameter: those that no row used get zeros

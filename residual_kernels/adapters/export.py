@@ -4,6 +4,7 @@ Every file is run before it is put in place, and its numbers are compared with t
 """
 
 import contextlib
+import copy
 import io
 import os
 import re
@@ -30,11 +31,12 @@ def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify:
             is read where this package is installed (its operator is ours).
         path: ends with .onnx (input "images", output "embedding"; weights beyond 2 GB lie in a file beside it) or .pt2
             (``torch.export.load(path).module()(images)``).
-        images: [N, 3, H, W], preprocessed: what the module is traced and the file is checked with.
+        images: [N, 3, H, W], preprocessed: what the module is traced and the file is checked with. The file is made on
+            the CPU: a module on another device is copied there, and images are moved.
         verify: run the file and compare; otherwise None is returned. .onnx needs onnxruntime for it.
 
     Raises:
-        ValueError: another ending, images that are not on the CPU, or bfloat16 for .onnx.
+        ValueError: another ending, or bfloat16 for .onnx.
         ImportError: a package is missing; the message says how to get it.
         RuntimeError: the file gives other numbers than the module (more than 1e-4 apart, or 8 roundings of the dtype).
 
@@ -42,10 +44,9 @@ def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify:
     """
     path = Path(path)
     check_ending(path)
-    if images.device.type != "cpu":
-        raise ValueError(
-            f"images are on {images.device}; a file for everywhere is made on the CPU: move module and images there"
-        )
+    images = images.detach().cpu()
+    if any(value.device.type != "cpu" for value in (*module.parameters(), *module.buffers())):
+        module = copy.deepcopy(module).to("cpu")  # a file for everywhere is made on the CPU
     if path.suffix == ".onnx" and images.dtype == torch.bfloat16:
         raise ValueError("bfloat16 models do not run in onnxruntime; write a float32 one: module.float()")
     if len(images) == 1:  # a batch of one would be taken for the only size

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import Tower
+from residual_kernels.towers.checksum import on_cpu
 from residual_kernels.towers.watch import counter
 
 _SAMPLE = 256  # values of a parameter that are kept
@@ -30,16 +31,12 @@ class _Seen:
     size: Tensor
 
     @classmethod
-    def of(cls, value: Tensor) -> "_Seen":
-        flat = value.detach().reshape(-1)
-        step = max(1, len(flat) // _SAMPLE) | 1  # odd, so that it does not stay in one column
-        wide = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-        total, size = wide.sum(dtype=torch.float64), wide.abs().sum(dtype=torch.float64)
-        return cls(flat[::step].double().cpu(), total.cpu(), size.cpu())
+    def of(cls, values: Iterable[Tensor]) -> "list[_Seen]":
+        """Of many parameters at once: what is kept of those on a device travels together."""
+        return [cls(row[2:], row[0], row[1]) for row in on_cpu([_kept(value) for value in values])]
 
-    def moved(self, value: Tensor) -> float:
-        """How far `value` is from what was seen, relative to its size."""
-        now = _Seen.of(value)
+    def moved(self, now: "_Seen") -> float:
+        """How far a parameter is from what was seen, relative to its size."""
         if now.sample.shape != self.sample.shape:
             return float("inf")
         casts = [self.sample.to(dtype).double() for dtype in _CASTS]
@@ -50,6 +47,15 @@ class _Seen:
         by_sum = torch.stack([now.total - self.total, now.size - self.size]).abs().max()
         moved = torch.maximum(by_sample, by_sum / self.size.clamp_min(tiny))
         return float(moved.nan_to_num(nan=float("inf")))
+
+
+def _kept(value: Tensor) -> Tensor:
+    """(sum, sum of sizes, some of the values) of a parameter, float64."""
+    flat = value.detach().reshape(-1)
+    step = max(1, len(flat) // _SAMPLE) | 1  # odd, so that it does not stay in one column
+    wide = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+    sums = torch.stack([wide.sum(dtype=torch.float64), wide.abs().sum(dtype=torch.float64)])
+    return torch.cat([sums, flat[::step].double()])
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,9 @@ class FrozenTower:
 
     def accept(self) -> None:
         """Takes the tower's weights as they are now for those that the constants are of."""
-        self._seen = {name: _Seen.of(p) for name, p in self._numbers(self._view.module.named_parameters())}
+        numbers = self._numbers(self._view.module.named_parameters())
+        seen = _Seen.of(p for _, p in numbers)
+        self._seen = {name: found for (name, _), found in zip(numbers, seen, strict=True)}
         current = list(self._current().values())
         self._versions, self._ids = [counter(p) for p in current], [id(p) for p in current]
         self._pending = False
@@ -181,11 +189,11 @@ class FrozenTower:
     def _moved(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
         """Of those that changed by more than rounding, how far."""
         found = {}
-        for name, p in self._numbers(parameters.items()):
-            if name in self._seen:
-                far = self._seen[name].moved(p)
-                if far > min(_ROUNDINGS * torch.finfo(p.dtype).eps, _AT_MOST):
-                    found[name] = far
+        numbers = [(name, p) for name, p in self._numbers(parameters.items()) if name in self._seen]
+        for (name, p), now in zip(numbers, _Seen.of(p for _, p in numbers), strict=True):
+            far = self._seen[name].moved(now)
+            if far > min(_ROUNDINGS * torch.finfo(p.dtype).eps, _AT_MOST):
+                found[name] = far
         return found
 
     def rounded(self) -> bool:

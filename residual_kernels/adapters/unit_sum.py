@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from residual_kernels import ops, towers
 from residual_kernels.bases.spectral_bases import OUTPUT, KindBases, SpectralBases
@@ -87,6 +88,11 @@ class UnitSum(nn.Module):
         return self(features["z"], features["scale"], features["mean"], weight)
 
 
+# Weights on a device that were not all 1, with the version at which that was seen. Writing ones through `.data` raises
+# no version: y is then the tower's output to rounding, not to the bit.
+_left_one: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
+
+
 class Rest(nn.Module):
     """What becomes of the units that are not adapted: dropped, kept, or replaced by their fitted mean.
 
@@ -123,7 +129,14 @@ class Rest(nn.Module):
             return False
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        return bool((weight == 1).all())
+        if weight.device.type == "cpu" or weight.is_inference():
+            return bool((weight == 1).all())
+        if _left_one.get(weight) == weight._version:  # a device is asked once, not at every call
+            return False
+        ones = bool((weight == 1).all())
+        if not ones:
+            _left_one[weight] = weight._version
+        return ones
 
     def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
         """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
@@ -183,6 +196,7 @@ def tower_itself(
     transformers model) come from them.
     """
     view.check_images(images)
+    images = view.here(images)
     output = view.module(images)
     y, *tokens = output if isinstance(output, tuple) else (output,)
     lacking = view.returns_tokens and not tokens
@@ -234,6 +248,7 @@ class SpectralConstants(nn.Module):
         self.register_buffer("unit_offsets", part.offsets.to(device=like.device, copy=True))
         self._dtype = like.dtype  # the tower's, which z will have
         self._packs: dict[torch.dtype, PackedUnits] = {}
+        self._read: tuple[Tensor, int, list[int]] | None = None  # unit_offsets, their version, and as numbers
         self._repack()
 
     def _repack(self) -> None:
@@ -298,9 +313,16 @@ class SpectralConstants(nn.Module):
     def features(self, z: Tensor, scale: Tensor | None, mean: Tensor | None) -> dict[str, Tensor]:
         """The coefficients c [N, J]: they do not depend on the weight, so a fit computes them once."""
         constants = (self.proj, self.bias, self.slope, self.offset)
-        return {
-            "c": reference.coefficients(z.to(self.proj.dtype), scale, mean, *constants, self.unit_offsets)
-        }
+        return {"c": reference.coefficients(z.to(self.proj.dtype), scale, mean, *constants, self._bounds())}
+
+    def _bounds(self) -> Tensor | list[int]:
+        """unit_offsets as numbers, read once: a device would have to be waited for at every batch."""
+        offsets = self.unit_offsets
+        if torch.compiler.is_compiling() or offsets.is_inference():
+            return offsets
+        if self._read is None or self._read[0] is not offsets or self._read[1] != offsets._version:
+            self._read = offsets, offsets._version, offsets.tolist()
+        return self._read[2]
 
     def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
         """y [N, D] of coefficients [N, J] and weight [J]; [T, N, D] of weights [T, J] and [N, J], or [T, N, J]."""

@@ -5,6 +5,8 @@ against. Letters: N rows, R units, C coordinates of a unit, J kept components ov
 T weight vectors. Shapes and meanings are those of :func:`residual_kernels.ops.spectral_reweight`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,13 @@ def coefficients(
     bias: Tensor,
     slope: Tensor,
     offset: Tensor,
-    unit_offsets: Tensor,
+    unit_offsets: Tensor | Sequence[int],
 ) -> Tensor:
-    """c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j], as [N, J]."""
-    bounds = unit_offsets.tolist()
+    """c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j], as [N, J].
+
+    `unit_offsets` as plain numbers spare a device the question.
+    """
+    bounds = unit_offsets.tolist() if isinstance(unit_offsets, Tensor) else list(unit_offsets)
     runs = [
         z[:, r] @ proj[low:high].T for r, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
     ]

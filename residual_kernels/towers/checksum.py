@@ -19,12 +19,17 @@ def checksum(tower: nn.Module, afresh: bool = False) -> str:
     """
     tower = inner(tower)  # a wrapper may give every name a prefix
     state = sorted(tower.state_dict().items())
-    stamp = _stamp(state)
-    known = _checksums.get(tower)
+    samples, known = _samples(state), _checksums.get(tower)
+    arriving: Iterator[Tensor] | None = None
+    if known is None or afresh:  # the samples travel with the values
+        arriving = on_cpu([*samples, *(_rounded(tensor) for _, tensor in state)])
+        samples = [next(arriving) for _ in samples]
+    stamp = _stamp(state, samples)
     if known is not None and known[0] == stamp and not afresh:
         return known[1]
     digest = hashlib.sha256()
-    for (name, tensor), value in zip(state, on_cpu([_rounded(tensor) for _, tensor in state]), strict=True):
+    values = on_cpu([_rounded(tensor) for _, tensor in state]) if arriving is None else arriving
+    for (name, tensor), value in zip(state, values, strict=True):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(value.numpy().data)
     _checksums[tower] = stamp, digest.hexdigest()
@@ -70,15 +75,16 @@ _checksums: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str]]" = weakref.
 _SAMPLE = 1009
 
 
-def _stamp(state: list[tuple[str, Tensor]]) -> tuple:
-    seen = []
+def _samples(state: list[tuple[str, Tensor]]) -> list[Tensor]:
+    """Sums of every 1009th value: [tensors] float64 on their device, or one by one where there are several devices."""
+    sums = [tensor.detach().reshape(-1)[::_SAMPLE].double().sum() for _, tensor in state]
+    return [torch.stack(sums)] if len({one.device for one in sums}) == 1 else sums
+
+
+def _stamp(state: list[tuple[str, Tensor]], samples: list[Tensor]) -> tuple:
+    seen: list[tuple] = []
     for name, tensor in state:
-        sample = tensor.detach().reshape(-1)[::_SAMPLE].double()
         version = None if tensor.is_inference() else tensor._version
-        seen.append((name, tuple(tensor.shape), tensor.dtype, tensor.data_ptr(), version, sample.sum()))
-    devices = {entry[-1].device for entry in seen}
-    if len(devices) == 1:  # one look at the device
-        sums = torch.stack([entry[-1] for entry in seen]).tolist()
-    else:
-        sums = [float(entry[-1]) for entry in seen]
-    return tuple((*entry[:-1], total) for entry, total in zip(seen, sums, strict=True))
+        seen.append((name, tuple(tensor.shape), tensor.dtype, tensor.data_ptr(), version))
+    sums = [value for one in samples for value in one.reshape(-1).tolist()]
+    return tuple((*entry, total) for entry, total in zip(seen, sums, strict=True))

@@ -280,7 +280,8 @@ class TransformerTower(abc.ABC):
             )
 
     def check_images(self, images: Tensor) -> None:
-        """Raises ValueError for images this tower cannot take: rank, size, dtype or device."""
+        """Raises ValueError for images this tower cannot take: rank, size, dtype, or a device other than its own or the
+        CPU."""
         height, width = self.image_size or ("H", "W")
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -295,7 +296,7 @@ class TransformerTower(abc.ABC):
         weight = self.stem_weight
         if weight.is_meta and not images.is_meta:
             agreement.check_here(self)
-        if images.device != weight.device:
+        if images.device.type not in ("cpu", weight.device.type):
             raise ValueError(
                 f"images are on {images.device} but the tower is on {weight.device}; move one of them"
             )
@@ -303,10 +304,15 @@ class TransformerTower(abc.ABC):
             raise ValueError(
                 f"images have dtype {images.dtype}; use the preprocess of the model (floating point)"
             )
-        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise ValueError(
                 f"images are {images.dtype} but the tower is {weight.dtype}; cast them with images.to({weight.dtype})"
             )
+
+    def here(self, images: Tensor) -> Tensor:
+        """Images on the tower's device: those of the CPU are moved, and nobody waits for it."""
+        device = self.stem_weight.device
+        return images if images.device == device else images.to(device, non_blocking=True)
 
     def terms(
         self, images: Tensor, kinds: Iterable[str], edit: Edit | None = None, every_token: bool = False
@@ -320,6 +326,7 @@ class TransformerTower(abc.ABC):
         """
         kinds = check_kinds(kinds, self.layout) if kinds else ()
         self.check_images(images)
+        images = self.here(images)
         if self.module.training and (found := self.inexact()):
             raise ValueError(
                 f"this tower is in training mode and has {', '.join(found)}, with which its output is no sum of units; "

@@ -142,19 +142,21 @@ class AdapterRows:
         if not self.source.indexed:
             yield from self.in_order(size)
             return
-        everyone = [rows.to(self.device) for rows in orders.split(size, 1)]
-        mine = [rows[:, self.part(rows.shape[1])].contiguous() for rows in orders.split(size, 1)]
+        assert orders is not None
+        there = orders.to(self.device, non_blocking=True)  # an epoch's order travels once
+        everyone = there.split(size, 1)
         if self.resident is not None:
-            for rows, all_rows in zip(mine, everyone, strict=True):
-                rows = rows.to(self.device)
+            for all_rows in everyone:
+                rows = all_rows[:, self.part(all_rows.shape[1])].contiguous()
                 yield Batch({} if places_only else self.gathered(rows), rows, all_rows)
             return
+        mine = [rows[:, self.part(rows.shape[1])].contiguous() for rows in orders.split(size, 1)]
         read = self.source.along((rows.flatten() for rows in mine), ahead=True)
         for rows, all_rows, batch in zip(mine, everyone, read, strict=True):
             shape = rows.shape if len(rows) > 1 else rows.shape[1:]
             found = self.features(batch)
             features = {name: value.view(*shape, *value.shape[1:]) for name, value in found.items()}
-            yield Batch(features, rows.to(self.device), all_rows)
+            yield Batch(features, all_rows[:, self.part(all_rows.shape[1])].contiguous(), all_rows)
 
     def in_order(self, size: int = ROWS) -> Iterator[Batch]:
         """Batches of this process's share of all rows, in order."""

@@ -64,7 +64,7 @@ def decompose(
 
     Args:
         tower: a supported image tower, or a ResiDual (its tower is decomposed).
-        images: [N, 3, H, W], preprocessed, in the tower's dtype and on its device.
+        images: [N, 3, H, W], preprocessed, in the tower's dtype; those on the CPU are moved to its device.
         kinds: which units to collect; the default is all, and only then does their sum equal the output.
         check: compare the first image with the model's own forward, the first time and after the tower has changed.
 

@@ -43,14 +43,21 @@ class UnitBatch:
         rows: [n] int64 on the CPU, the positions of the images in their source.
         labels: [n] int64 on the CPU, or None.
         images: [n, 3, H, W] on the tower's device, or None where the tower ran before (a cache).
+        given: the same images where the loader left them.
         terms: :class:`Terms` on the source's device. Of images they are computed when first asked for, without
             gradients.
     """
 
     def __init__(
-        self, rows: Tensor, labels: Tensor | None, images: Tensor | None, terms: Callable[[], Terms]
+        self,
+        rows: Tensor,
+        labels: Tensor | None,
+        images: Tensor | None,
+        terms: Callable[[], Terms],
+        given: Tensor | None = None,
     ):
         self.rows, self.labels, self.images = rows, labels, images
+        self.given = images if given is None else given
         self._make = terms
         self._terms: Terms | None = None
 
@@ -68,6 +75,12 @@ class UnitBatch:
         """`images` of a loader."""
         assert self.images is not None
         return self.images
+
+    @property
+    def first_image(self) -> str:
+        """:func:`image_digest` of a loader's images."""
+        assert self.given is not None
+        return image_digest(self.given)
 
     @property
     def terms(self) -> Terms:
@@ -157,15 +170,15 @@ class LoadedUnits:
 
     def _batch(self, first: int, images: Tensor, labels: Tensor | None) -> UnitBatch:
         rows = torch.arange(first, first + len(images))
-        here = images.to(self.device)
-        self.view.check_images(here)
-        check_finite(here, first)
+        self.view.check_images(images)
+        check_finite(images, first)  # where the loader left them: on the CPU this waits for no device
+        here = self.view.here(images)
 
         @torch.no_grad()
         def terms() -> Terms:
             return self.view.terms(here, self.kinds)
 
-        return UnitBatch(rows, labels, here, terms)
+        return UnitBatch(rows, labels, here, terms, images)
 
 
 class Stream:

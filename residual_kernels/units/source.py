@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from residual_kernels import distributed, towers
 from residual_kernels.towers import Terms
 from residual_kernels.units.cache import UnitCache, encode
-from residual_kernels.units.checks import check_finite_units, check_names, check_range, names_of
+from residual_kernels.units.checks import check_names, check_range, names_of
 from residual_kernels.units.loader import IGNORED, NEEDED, LoadedUnits, Stream, UnitBatch
 
 ROWS = 512  # of a cache at a time, where nothing else bounds a batch
@@ -82,9 +82,7 @@ class CachedUnits:
         self.class_names = cache.class_names
 
     def _terms(self, rows: Rows) -> Terms:
-        terms = self.cache.terms(rows, self.device, self.kinds)
-        check_finite_units((*terms.z.values(), terms.scale, terms.mean, terms.output), self.names[rows])
-        return terms
+        return self.cache.checked_terms(rows, self.device, self.kinds, self.names)
 
     def _batch(self, rows: Rows, terms: Callable[[], Terms]) -> UnitBatch:
         numbers = torch.arange(self.count)[rows] if isinstance(rows, slice) else rows

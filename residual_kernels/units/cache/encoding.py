@@ -5,7 +5,7 @@ import logging
 import os
 import warnings
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ from residual_kernels.units.loader import (
     Stream,
     UnitBatch,
     data_of,
-    image_digest,
     preprocessing_of,
     resumable,
 )
@@ -141,31 +140,65 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _columns(batch: UnitBatch, kinds: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What is kept of some images, on the CPU."""
-    terms = batch.terms
-    columns = {f"z.{kind}": terms.z[kind].to(dtype) for kind in kinds}
-    columns |= {"scale": terms.scale, "mean": terms.mean, "output": terms.output.to(terms.scale.dtype)}
-    for name, value in columns.items():
-        if value.sum().isfinite():  # a sum may overflow, so it only raises suspicion
-            continue
-        bad = (~value.reshape(len(value), -1).isfinite().all(1)).nonzero()
-        if len(bad):
-            raise ValueError(
-                f"the tower gives NaN or Inf as {name} of image {int(batch.rows[bad[0]])} in {value.dtype}; use a "
-                "tower or a dtype with more range (bfloat16, float32), or look at its weights"
-            )
-    columns = {name: value.cpu() for name, value in columns.items()}
-    if batch.labels is not None:
-        columns["labels"] = batch.labels
-    columns["ids"] = batch.rows
-    return columns
+class _Leaving:
+    """What is kept of some images, on its way from the tower's device; :meth:`arrived` waits for it."""
+
+    def __init__(self, batch: UnitBatch, kinds: Iterable[str], dtype: torch.dtype):
+        self.batch = batch
+        terms = batch.terms
+        columns = {f"z.{kind}": terms.z[kind].to(dtype) for kind in kinds}
+        columns |= {"scale": terms.scale, "mean": terms.mean, "output": terms.output.to(terms.scale.dtype)}
+        sound = torch.stack([value.sum().isfinite() for value in columns.values()])
+        self.sound = sound.to("cpu", non_blocking=True)  # into pinned memory, which torch uses again
+        self.columns = {name: value.to("cpu", non_blocking=True) for name, value in columns.items()}
+        self._there: torch.cuda.Event | None = None
+        if sound.device.type == "cuda":
+            self._there = torch.cuda.Event()
+            self._there.record()
+        elif sound.device.type != "cpu":  # other devices have other events
+            torch.accelerator.synchronize(sound.device)
+
+    def arrived(self) -> dict[str, Tensor]:
+        """The columns, on the CPU; ValueError where the tower gave NaN or Inf."""
+        if self._there is not None:
+            self._there.synchronize()
+        for (name, value), sound in zip(self.columns.items(), self.sound.tolist(), strict=True):
+            if sound:  # a sum may overflow, so it only raises suspicion
+                continue
+            bad = (~value.reshape(len(value), -1).isfinite().all(1)).nonzero()
+            if len(bad):
+                raise ValueError(
+                    f"the tower gives NaN or Inf as {name} of image {int(self.batch.rows[bad[0]])} in {value.dtype}; "
+                    "use a tower or a dtype with more range (bfloat16, float32), or look at its weights"
+                )
+        columns = dict(self.columns)
+        if self.batch.labels is not None:
+            columns["labels"] = self.batch.labels
+        columns["ids"] = self.batch.rows
+        return columns
+
+
+def _encoded(
+    batches: Iterable[UnitBatch], kinds: Iterable[str], dtype: torch.dtype
+) -> Iterator[tuple[UnitBatch, dict[str, Tensor]]]:
+    """Batches with their columns. A device computes the next batch while the host has the last one in hand."""
+    waiting: _Leaving | None = None
+    for batch in batches:
+        leaving = _Leaving(batch, kinds, dtype)
+        if waiting is not None:
+            yield waiting.batch, waiting.arrived()
+        waiting = leaving
+        if batch.pixels.device.type == "cpu":  # nothing to overlap: what is made is kept at once
+            yield batch, waiting.arrived()
+            waiting = None
+    if waiting is not None:
+        yield waiting.batch, waiting.arrived()
 
 
 def _in_memory(source: LoadedUnits, dtype: torch.dtype, progress: Callable[[int], None] | None) -> UnitCache:
     kept = []
-    for batch in source.batches():
-        kept.append(_columns(batch, source.kinds, dtype))
+    for batch, columns in _encoded(source.batches(), source.kinds, dtype):
+        kept.append(columns)
         if progress is not None:
             progress(len(batch))
     if not kept:
@@ -215,14 +248,18 @@ def _on_disk(
 
         writer = stack.enter_context(_Writer(path, size, run["columns"], mark))
         dtype = DTYPES[run["dtype"]]
-        for batch in source.pieces(size, need):
+
+        def unchanged(batch: UnitBatch) -> bool:
+            """Whether a piece is the first image of a finished shard, which must be the one that it was made from."""
             first = int(batch.rows[0])
-            shard = first // size
-            if shard in mine:
-                if mine[shard][1]["first_image"] != image_digest(batch.pixels):
-                    raise _changed(path / mine[shard][0]["file"], first)
-                continue
-            writer.add(first, _columns(batch, source.kinds, dtype), batch.pixels)
+            found = mine.get(first // size)
+            if found is not None and found[1]["first_image"] != batch.first_image:
+                raise _changed(path / found[0]["file"], first)
+            return found is not None
+
+        pieces = (batch for batch in source.pieces(size, need) if not unchanged(batch))
+        for batch, columns in _encoded(pieces, source.kinds, dtype):
+            writer.add(int(batch.rows[0]), columns, batch)
             if progress is not None:
                 progress(len(batch))
         writer.finish()
@@ -269,7 +306,7 @@ def _check_first(path: Path, source: LoadedUnits) -> None:
     """Raises ValueError unless a finished cache begins with the image that the data begin with."""
     first = source.sample()
     _, header = map_tensors(path / shard_name(0), SHARD, ShardHeader)
-    if first is None or header["first_image"] != image_digest(first[0].pixels):
+    if first is None or header["first_image"] != first[0].first_image:
         raise _changed(path / shard_name(0), 0)
 
 
@@ -286,7 +323,7 @@ def _planned(source: LoadedUnits, run: dict[str, Any], shard_images: int | None)
     if first is None:
         raise ValueError("the loader gave no images to encode")
     batch, batch_size = first
-    columns = _columns(batch, source.kinds, DTYPES[run["dtype"]])
+    columns = _Leaving(batch, source.kinds, DTYPES[run["dtype"]]).arrived()
     if shard_images is None:
         fit = max(1, SHARD_BYTES // sum(value.nbytes for value in columns.values()))
         shard_images = fit // batch_size * batch_size or fit
@@ -314,17 +351,17 @@ class _Writer:
     def __exit__(self, *_) -> None:
         self._thread.shutdown()
 
-    def add(self, first: int, columns: dict[str, Tensor], images: Tensor) -> None:
+    def add(self, first: int, columns: dict[str, Tensor], batch: UnitBatch) -> None:
         """Rows of one shard, in order."""
         if first % self.size == 0:
             self._flush()
-            self._index, self._first_image = first // self.size, image_digest(images)
+            self._index, self._first_image = first // self.size, batch.first_image
             self._tensors = {
                 name: value.new_empty(self.size, *value.shape[1:]) for name, value in columns.items()
             }
         for name, value in columns.items():
             self._tensors[name][self._filled : self._filled + len(value)] = value
-        self._filled += len(images)
+        self._filled += len(batch)
         if self._filled == self.size:
             self._flush()
 

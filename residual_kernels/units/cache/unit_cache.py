@@ -11,6 +11,7 @@ from residual_kernels import display, towers
 from residual_kernels.forks import compute_alone_after_a_fork
 from residual_kernels.towers import Terms
 from residual_kernels.units.cache.shards import MANIFEST, Shards, read_manifest, shard_files
+from residual_kernels.units.checks import check_finite_units
 
 SMALL = ("scale", "mean", "output")
 
@@ -116,14 +117,31 @@ class UnitCache:
 
         z has the `kinds` asked for; all that the cache holds by default.
         """
-        z, scale, mean, output = self._rows(rows, kinds)
+        return self._sent(*self._rows(rows, kinds), device)
+
+    @staticmethod
+    def _sent(
+        z: dict[str, Tensor], scale: Tensor, mean: Tensor, output: Tensor, device: torch.device | str
+    ) -> Terms:
+        """Rows on a device, z widened to the outputs' dtype; nobody waits for the device."""
+
+        def there(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=torch.device(device).type != "cpu")
+
         wide = output.dtype  # widened where it arrives, so that the narrow dtype is what travels
-        return Terms(
-            z={kind: value.to(device).to(wide) for kind, value in z.items()},
-            scale=scale.to(device),
-            mean=mean.to(device),
-            output=output.to(device),
-        )
+        wider = {kind: there(value).to(wide) for kind, value in z.items()}
+        return Terms(z=wider, scale=there(scale), mean=there(mean), output=there(output))
+
+    def checked_terms(
+        self, rows: Tensor | slice, device: torch.device | str, kinds: Iterable[str] | None, names: Tensor
+    ) -> Terms:
+        """:meth:`terms` of rows that hold numbers; ValueError calls the others by their `names` [N].
+
+        They are looked at where they are stored: on the CPU no device is waited for.
+        """
+        z, scale, mean, output = self._rows(rows, kinds)
+        check_finite_units((*z.values(), scale, mean, output), names[rows])
+        return self._sent(z, scale, mean, output, device)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Terms]:
         """The terms of all rows in order, at most `size` at a time."""
