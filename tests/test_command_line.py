@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 from typer.main import get_command
 
-from residual_kernels import __version__, cli, train
-from residual_kernels.cli import analyze as analyzing
+from residual_kernels import __version__, analysis, cli, train
 from residual_kernels.cli import inputs, outputs, printing
 
 NAMES = ("cat", "dog")
@@ -72,6 +71,12 @@ def test_version_and_help_need_no_heavy_library():
             [sys.executable, "-c", program, option], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+    for command in sorted(set(cli.COMMANDS) - {"fit"}):
+        again = program.replace("sys.argv[1]]", "sys.argv[1], '--help']")
+        done = subprocess.run(
+            [sys.executable, "-c", again, command], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, (command, done.stderr)
     done = subprocess.run(
         [sys.executable, "-m", "residual_kernels", "--version"], capture_output=True, text=True, check=False
     )
@@ -260,7 +265,7 @@ def test_a_flat_folder_is_encoded_and_analysed(run, tmp_path, monkeypatch):
         assert (len(cache), cache.labels, head) == (6, None, None)
         raise ValueError("all of it was read")
 
-    monkeypatch.setattr(analyzing, "analyze", analysed)
+    monkeypatch.setattr(analysis, "analyze", analysed)
     code, _, err = run("analyze", "--data", flat, "--out", tmp_path / "a")
     assert (code, err) == (2, "error: all of it was read\n")
     code, _, err = run("fit", "--data", tmp_path / "c", "--out", tmp_path / "o")

@@ -196,9 +196,81 @@ def test_the_command(written, tmp_path, capsys, monkeypatch):
         assert min(image.size) > 100
 
 
+def test_a_sweep_accounts_for_all_it_read(written, data, tmp_path, capsys, monkeypatch):
+    """Unreadable images fail or are left out and named, also by a sweep that finds all its fits there."""
+    photos = tmp_path / "photos"
+    for part in ("train", "test"):
+        for label, name in enumerate(("0", "1")):
+            (photos / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (8, 8), (60 * label, 20 * number, 0)).save(
+                    photos / part / name / f"{number}.png"
+                )
+    (photos / "test" / "1" / "bad.png").write_bytes(b"x")
+    (photos / "test" / "1" / "notes.txt").write_text("x")
+    (tmp_path / "names.txt").write_text("cat\ndog\n")
+    plan = {
+        "towers": written["towers"][:1], "methods": ["base", "coarse"], "epochs": 1, "bases": str(photos / "train"),
+        "data": [{"name": "p", **{part: str(photos / part) for part in ("train", "test")},
+                  "class_names": str(tmp_path / "names.txt")}],
+    }  # fmt: skip
+    read(plan, tmp_path)
+
+    def call(*options):
+        arguments = [
+            "sweep",
+            tmp_path / "plan.yaml",
+            "--out",
+            tmp_path / "out",
+            "--json",
+            tmp_path / "s.json",
+        ]
+        monkeypatch.setattr(sys, "argv", ["residual-kernels", *map(str, (*arguments, *options))])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    code, _, err = call()
+    assert code == 2
+    assert "bad.png is not a readable image" in err
+    for options in (
+        ("--unreadable", "skip"),
+        ("--unreadable", "skip"),
+        (),
+    ):  # made; found there; asked of the plan
+        if not options:
+            read(plan | {"unreadable": "skip"}, tmp_path)
+        code, out, err = call(*options)
+        assert code == 0, err
+        told = json.loads((tmp_path / "s.json").read_text())
+        assert told["unreadable"] == ["1/bad.png"]
+        by_source = {one["source"]: one for one in told["reading"]}
+        assert set(by_source) == {str(photos / "train"), str(photos / "test")}
+        test = by_source[str(photos / "test")]
+        assert (test["found"], test["read"], test["ignored"]) == (9, 8, {".txt": 1})
+        assert [(row["folder"], row["name"], row["images"]) for row in test["classes"]] == [
+            ("0", "cat", 4), ("1", "dog", 4)
+        ]  # fmt: skip
+        assert "9 images found, 8 read, 1 left out" in out.replace("\n", " ")
+    code, _, err = call(
+        "--unreadable", "fail"
+    )  # what was left out is asked for now, so the fits do not stand
+    assert code == 2
+    assert "8 of 9 images" in err
+    (photos / "test" / "1" / "bad.png").unlink()
+    code, _, err = call("--orientation", "stored")
+    assert code == 2
+    assert "holds a cache of other data" in err
+    code, _, err = call("--json", tmp_path / "names.txt")
+    assert code == 2
+    assert "names.txt is what the plan" in err
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"orientation": "up"}, "orientation must be exif or stored; got 'up'"),
+        ({"unreadable": True}, "unreadable must be fail or skip; got True"),
         ({"towers": []}, r"must hold a list of towers; got \[\]"),
         ({"towers": ["bundled"]}, "a tower must be a mapping; got 'bundled'"),
         ({"towers": [{"name": "bundled"}]}, "unknown key 'name'; known are model, pretrained"),

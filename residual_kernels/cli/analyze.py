@@ -1,16 +1,12 @@
 """analyze: what a tower's heads know of a data set, as tables."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from residual_kernels.analysis import Analysis, TextDictionary, analyze
-from residual_kernels.analysis.findings import FILE
-from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.apart import ANALYSIS_FILES
-from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     ClassNames,
     Device,
@@ -23,9 +19,12 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import out, status, write_numbers
-from residual_kernels.data import models as sources
-from residual_kernels.data import prompts
-from residual_kernels.zeroshot import ZeroShotHead
+from residual_kernels.cli.reading import reads_images
+from residual_kernels.data.model_names import BUNDLED
+
+if TYPE_CHECKING:
+    from residual_kernels.analysis import Analysis
+    from residual_kernels.cli.inputs import Reader
 
 SHOWN = 10  # units in the printed table
 
@@ -46,7 +45,7 @@ def analyze_command(
             "--out", callback=folder_of(*ANALYSIS_FILES), help="folder for analysis.json and the CSV tables"
         ),
     ],
-    reader: Reader,
+    reader: "Reader",
     bases_file: Annotated[
         Path | None, typer.Option("--bases", help="file of `bases`; fitted on --data by default")
     ] = None,
@@ -55,7 +54,7 @@ def analyze_command(
     points: Annotated[int, typer.Option(min=3, help="images at most for the TwoNN dimension")] = 10_000,
     seeds: Annotated[int, typer.Option(min=0, help="random orders that selection is compared with")] = 10,
     prototypes: Annotated[bool, typer.Option(help="class vectors from these images instead of text")] = False,
-    model: Model = sources.BUNDLED,
+    model: Model = BUNDLED,
     pretrained: Pretrained = None,
     class_names: ClassNames = None,
     templates: Templates = None,
@@ -63,6 +62,14 @@ def analyze_command(
     json_file: Json = None,
 ) -> None:
     """Dimensions, similarity, scores, selection curves and words of a tower's heads on a folder of images."""
+    from residual_kernels.analysis import TextDictionary, analyze
+    from residual_kernels.analysis.findings import FILE
+    from residual_kernels.bases.spectral_bases import SpectralBases
+    from residual_kernels.cli.inputs import prepare
+    from residual_kernels.data import models as sources
+    from residual_kernels.data import prompts
+    from residual_kernels.zeroshot import ZeroShotHead
+
     if (out_folder / FILE).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} holds an analysis already or is a file; name a new folder")
     bases = None if bases_file is None else SpectralBases.load(bases_file)
@@ -79,7 +86,7 @@ def analyze_command(
     dictionary = None
     if words_file is not None:
         dictionary = TextDictionary.from_file(clip, tokenizer, words_file)
-    elif model == sources.BUNDLED:
+    elif model == BUNDLED:
         dictionary = TextDictionary.bundled(clip, tokenizer)
     with status("starting") as say:
         found = analyze(
@@ -99,7 +106,7 @@ def analyze_command(
         out.print("no labels with class names, so no accuracies and no selection curves")
 
 
-def _table(found: Analysis) -> Table:
+def _table(found: "Analysis") -> Table:
     """The units that score best, by accuracy where there is one."""
     by = "pearson" if found.units[0].accuracy is None else "accuracy"
     best = sorted(found.units, key=lambda row: -getattr(row, by))[:SHOWN]

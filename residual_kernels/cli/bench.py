@@ -2,21 +2,15 @@
 
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 
-from residual_kernels.cli.inputs import device_of
 from residual_kernels.cli.options import Device, DType, Json
 from residual_kernels.cli.printing import out, status, write_numbers
-from residual_kernels.data.models import nearest
-from residual_kernels.experiments.bench import measure
-from residual_kernels.experiments.shapes import SHAPES
-from residual_kernels.units.cache import DTYPES
 
 
 def bench(
-    shape: Annotated[str, typer.Option(help=f"heads of {', '.join(SHAPES)}")] = "L/14",
+    shape: Annotated[str, typer.Option(help="heads of B/16, L/14, H/14 or bigG/14")] = "L/14",
     rows: Annotated[int, typer.Option(min=1, help="images at a time")] = 256,
     components: Annotated[
         str, typer.Option(help="kept of each head: ragged (energy 0.90), full (C + 2), or a number")
@@ -27,6 +21,14 @@ def bench(
     json_file: Json = None,
 ) -> None:
     """Time the operator on a real tower's heads by every backend that is ready, beside a plain matrix product."""
+    import torch
+
+    from residual_kernels.cli.inputs import device_of
+    from residual_kernels.data.models import nearest
+    from residual_kernels.experiments.bench import measure
+    from residual_kernels.experiments.shapes import SHAPES
+    from residual_kernels.units.cache import DTYPES
+
     if shape not in SHAPES:
         raise ValueError(f"unknown shape {shape!r}; {nearest(shape, list(SHAPES))}")
     if components not in ("ragged", "full") and not (components.isdecimal() and int(components) > 0):

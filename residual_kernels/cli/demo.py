@@ -7,7 +7,6 @@ import typer
 from rich.table import Table
 
 from residual_kernels.cli.apart import PICTURES
-from residual_kernels.cli.doctor import facts
 from residual_kernels.cli.options import Json
 from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import out, status, write_numbers
@@ -15,6 +14,8 @@ from residual_kernels.cli.printing import out, status, write_numbers
 
 def doctor(json_file: Json = None) -> None:
     """What is here: versions, devices, backends, extras, what is missing and how to get it."""
+    from residual_kernels.cli.doctor import facts
+
     found = facts()
     write_numbers(json_file, found)
     table = Table("package", "version", title="Versions")

@@ -3,15 +3,11 @@
 import functools
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from residual_kernels import distributed
-from residual_kernels.bases.pca import fit_bases
-from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.apart import CACHE_FILES
-from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     Data,
     Device,
@@ -27,8 +23,12 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import folder_of, new_file
 from residual_kernels.cli.printing import bar, err, out, write_numbers
-from residual_kernels.data import models as sources
-from residual_kernels.units.cache import DTYPES, encode, kept_images
+from residual_kernels.cli.reading import reads_images
+from residual_kernels.data.model_names import BUNDLED
+
+if TYPE_CHECKING:
+    from residual_kernels.bases.spectral_bases import SpectralBases
+    from residual_kernels.cli.inputs import Reader
 
 
 @reads_images
@@ -42,8 +42,8 @@ def encode_command(
             help="folder for the cache; an interrupted run resumes there",
         ),
     ],
-    reader: Reader,
-    model: Model = sources.BUNDLED,
+    reader: "Reader",
+    model: Model = BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[
         list[Kind] | None, typer.Option(help="units to keep; repeat the option for several")
@@ -54,8 +54,9 @@ def encode_command(
         typer.Option(min=1, help="images in a file of the cache; as many as make 64 MiB by default"),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=1, help="under torchrun: seconds to wait at the end for the slowest process")
-    ] = distributed.TIMEOUT,
+        float | None,
+        typer.Option(min=1, help="under torchrun: seconds to wait for the slowest process; 1800 by default"),
+    ] = None,
     identity: Identified = Identity.auto,
     device: Device = None,
     json_file: Json = None,
@@ -65,6 +66,11 @@ def encode_command(
     The same command resumes an interrupted one. Under torchrun its processes share the work. A folder whose images
     lie in no class folders is encoded without labels.
     """
+    from residual_kernels import distributed
+    from residual_kernels.cli.inputs import prepare
+    from residual_kernels.data import models as sources
+    from residual_kernels.units.cache import DTYPES, encode, kept_images
+
     distributed.initialise()
     reader.identity = identity
     clip, preprocess, _ = prepare(model, pretrained, device)
@@ -85,7 +91,7 @@ def encode_command(
         cache = encode(
             sources.image_tower(clip), reader.loader(images), out_folder, chosen, DTYPES[dtype.value],
             class_names=images.class_names, progress=count, shard_images=shard_images,
-            timeout=timeout,
+            timeout=timeout or distributed.TIMEOUT,
         )  # fmt: skip
     seconds = time.perf_counter() - start
     if first:
@@ -120,8 +126,8 @@ def bases(
     out_file: Annotated[
         Path, typer.Option("--out", callback=new_file, help="the bases file to write (.safetensors)")
     ],
-    reader: Reader,
-    model: Model = sources.BUNDLED,
+    reader: "Reader",
+    model: Model = BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[list[Kind] | None, typer.Option(help="units; repeat the option for several")] = None,
     moments: Annotated[bool, typer.Option(help="keep the moments too, so that files can be merged")] = False,
@@ -136,6 +142,12 @@ def bases(
 
     Under torchrun its processes share the images.
     """
+    from residual_kernels import distributed
+    from residual_kernels.bases.pca import fit_bases
+    from residual_kernels.bases.spectral_bases import SpectralBases
+    from residual_kernels.cli.inputs import prepare
+    from residual_kernels.data import models as sources
+
     data, files = data or [], files or []
     if merge == bool(data) or merge != bool(files):
         raise typer.BadParameter("give --data, or --merge and the files to merge")
@@ -168,7 +180,7 @@ def bases(
 
 
 def _report(
-    fitted: SpectralBases, seconds: float, out_file: Path, json_file: Path | None, reader: Reader
+    fitted: "SpectralBases", seconds: float, out_file: Path, json_file: Path | None, reader: "Reader"
 ) -> None:
     kept = fitted.truncate(energy=0.90)
     total = {kind: len(fitted.parts[kind].components) for kind in fitted.kinds}

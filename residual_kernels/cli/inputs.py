@@ -1,7 +1,5 @@
 """What options become: a device, a model, images with an account of them, a loader, a cache."""
 
-import functools
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from residual_kernels import distributed
-from residual_kernels.cli import options
-from residual_kernels.cli.given import GIVEN
 from residual_kernels.cli.options import Identity, OnUnreadable, Orientation
 from residual_kernels.cli.printing import bar, err, out
+from residual_kernels.cli.reading import reads_images as reads_images
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.images import Account, Images, find_unreadable, open_images, without
@@ -227,49 +224,3 @@ class Reader:
     def account(self) -> dict[str, Any]:
         """For JSON: names of images left out, and the account of every source."""
         return {"unreadable": self.left_out, "reading": [account.to_dict() for account in self.accounts]}
-
-
-_OPTIONS = {  # of a Reader: parameter of the command -> (its type, default)
-    "batch_size": (options.EncodeBatch, 64),
-    "workers": (options.Workers, 0),
-    "data_root": (options.DataRoot, None),
-    "download": (options.Download, False),
-    "unreadable": (options.Unreadable, OnUnreadable.fail),
-    "orientation": (options.Oriented, Orientation.exif),
-    "image_column": (options.ImageColumn, None),
-    "label_column": (options.LabelColumn, None),
-}
-
-
-def reads_images(command: Callable) -> Callable:
-    """A command with a parameter `reader` gets the options of a :class:`Reader` in its place.
-
-    Where the command has a `batch_size` of its own, that of the reader is called --encode-batch alone.
-    """
-    signature = inspect.signature(command)
-    given = dict(_OPTIONS)
-    if "batch_size" in signature.parameters:
-        del given["batch_size"]
-        given["encode_batch"] = (options.EncodeBatchOnly, 64)
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for parameter in signature.parameters.values()
-        if parameter.name != "reader"
-    ]
-    shared = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in given.items()
-    ]
-    parameters = own[:-2] + shared + own[-2:]  # before --device and --json, which every command has last
-
-    @functools.wraps(command)
-    def called(**values: Any) -> None:
-        mine = {name: values.pop(name) for name in given}
-        mine["root"] = mine.pop("data_root")
-        if "encode_batch" in mine:
-            mine["batch_size"] = mine.pop("encode_batch")
-        command(reader=Reader(**mine, asked=GIVEN.get()), **values)
-
-    vars(called)["__signature__"] = signature.replace(parameters=parameters)
-    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return called

@@ -1,23 +1,14 @@
 """merge: an adapter folded away, as a file that runs where this package is absent."""
 
-import copy
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
-from residual_kernels.adapters import export
-from residual_kernels.adapters.folder import load_adapter
-from residual_kernels.bundled.drawings import drawn_images
-from residual_kernels.cli.inputs import prepare
 from residual_kernels.cli.options import Adapter, Json, Model, Pretrained, Run, run_folder
 from residual_kernels.cli.outputs import new_file
 from residual_kernels.cli.printing import out, write_numbers
-from residual_kernels.data import models as sources
-from residual_kernels.files import atomic_path, write_safetensors
+from residual_kernels.data.model_names import BUNDLED
 
 WEIGHTS = ".safetensors"
 PICTURES = 8  # that the file is checked with
@@ -34,11 +25,22 @@ def merge_command(
     ],
     run: Run = None,
     adapter: Adapter = None,
-    model: Model = sources.BUNDLED,
+    model: Model = BUNDLED,
     pretrained: Pretrained = None,
     json_file: Json = None,
 ) -> None:
     """Fold an adapter's weights away and write the image encoder (.onnx, .pt2) or the whole model's weights."""
+    import copy
+
+    import torch
+
+    from residual_kernels.adapters import export
+    from residual_kernels.adapters.folder import load_adapter
+    from residual_kernels.bundled.drawings import drawn_images
+    from residual_kernels.cli.inputs import prepare
+    from residual_kernels.cli.merged import embedding, write_weights
+    from residual_kernels.data import models as sources
+
     adapter = run_folder(run, adapter)
     if out_file.suffix not in (*export.ENDINGS, WEIGHTS):
         raise ValueError(f"--out must end with {', '.join((*export.ENDINGS, WEIGHTS))}; got {out_file.name}")
@@ -52,12 +54,12 @@ def merge_command(
         )
     images = torch.stack([preprocess(picture) for picture in drawn_images(PICTURES, seed=0)])
     with torch.no_grad():
-        expected = _embedding(module(images))
+        expected = embedding(module(images))
     untouched = copy.deepcopy(clip) if out_file.suffix == WEIGHTS else None
     merged = module.merge()
     error: float | None
     if untouched is not None:
-        error = _write_weights(clip, untouched, out_file, images, expected)
+        error = write_weights(clip, untouched, out_file, images, expected)
         what = f"all weights of {model}, under the keys they always had"
     else:
         error = export.write(merged, out_file, images)
@@ -68,26 +70,3 @@ def merge_command(
         f"{out_file}: {what}, {size / 1e6:.1f} MB. On {PICTURES} drawn images its embeddings are within {error:.1e} of "
         "the adapter's (relative error)."
     )
-
-
-def _embedding(output: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _write_weights(
-    clip: nn.Module, untouched: nn.Module, path: Path, images: Tensor, expected: Tensor
-) -> float:
-    """Writes the model's state_dict; the relative error of a model that has loaded it, without the adapter."""
-    with atomic_path(path) as temporary:
-        write_safetensors(temporary, clip.state_dict())
-        untouched.load_state_dict(load_file(temporary))
-        with torch.no_grad():
-            found = _embedding(sources.image_tower(untouched)(images))
-        error = float((found.double() - expected.double()).norm() / expected.double().norm())
-        allowed = max(export.AGREEMENT, 8 * torch.finfo(expected.dtype).eps)
-        if not error <= allowed:
-            raise RuntimeError(
-                f"{path} would give other numbers than the adapter (relative error {error:.2g}, {allowed:.0e} is "
-                "allowed), so it was not written"
-            )
-    return error

@@ -2,12 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from residual_kernels.cli import apart
-from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     Adapter,
     Data,
@@ -21,15 +20,17 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import new_file
 from residual_kernels.cli.printing import STDOUT, out, status, write_numbers
-from residual_kernels.cli.use import aligned, kept
-from residual_kernels.data import models as sources
-from residual_kernels.data.images import Images
+from residual_kernels.cli.reading import reads_images
+from residual_kernels.data.model_names import BUNDLED
+
+if TYPE_CHECKING:
+    from residual_kernels.cli.inputs import Reader
 
 
 @reads_images
 def report(
     data: Data,
-    reader: Reader,
+    reader: "Reader",
     run: Run = None,
     adapter: Adapter = None,
     images: Annotated[
@@ -40,13 +41,16 @@ def report(
         Path | None,
         typer.Option("--out", callback=new_file, help="the page to write; RUN/report.html by default"),
     ] = None,
-    model: Model = sources.BUNDLED,
+    model: Model = BUNDLED,
     pretrained: Pretrained = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:
     """One HTML page of what an adapter learned, with its figures (PNG, SVG) and tables (CSV) in a folder beside it."""
     from residual_kernels.analysis import TextDictionary
+    from residual_kernels.cli.fitted import aligned, kept
+    from residual_kernels.cli.inputs import prepare
+    from residual_kernels.data.images import Images
     from residual_kernels.report import gather, write_report
     from residual_kernels.report.facts import Source
     from residual_kernels.report.page import check_page

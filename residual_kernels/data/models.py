@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from residual_kernels.bundled import load_bundled
 from residual_kernels.data import checkpoints, downloads
+from residual_kernels.data.model_names import BUNDLED, TRANSFORMERS
 from residual_kernels.data.text import user_path
 from residual_kernels.towers.hugging_face import tower as hugging_face
 from residual_kernels.towers.hugging_face.text import has_text_side
 
-BUNDLED = "bundled"
-TRANSFORMERS = "hf:"
 _OWN_CODE = {
     "trust_remote_code": False
 }  # no code of a model's folder runs, and nobody is asked whether it may

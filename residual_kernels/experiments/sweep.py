@@ -7,12 +7,9 @@ resumes: finished shards and fits are kept, and a fit whose recipe has changed i
 import functools
 import hashlib
 import json
-import os
-import reprlib
 import statistics
-import typing
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -30,138 +27,20 @@ from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.classes import positions
-from residual_kernels.data.images import Account, Images, open_images
+from residual_kernels.data.images import Images, find_unreadable, open_images, without
+from residual_kernels.data.images.account import Told
+from residual_kernels.experiments.plan import DataSpec, SweepPlan, TowerSpec
 from residual_kernels.files import SCHEMA, Head, read_json, together, write_csv, write_json, write_text
-from residual_kernels.schema import Count, read_bytes, typed
+from residual_kernels.schema import Count
 from residual_kernels.towers import KINDS
 from residual_kernels.train.inside import StreamImages, fit_stream
 from residual_kernels.units.cache import DTYPES, HELD_OUT, UnitCache, encode
-from residual_kernels.units.cache.shards import STORED
 from residual_kernels.visible import visible
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, AVERAGE = "base", "average"
-METHODS = tuple(BY_NAME)
 COLLAPSED = 0.1  # below the model by so much: a seed that went wrong, not one that was unlucky
-WHAT = "result of a sweep"
-
-
-@dataclass(frozen=True)
-class TowerSpec:
-    """A model by name, as on the command line."""
-
-    model: str
-    pretrained: str | None = None
-
-    @property
-    def label(self) -> str:
-        return self.model if self.pretrained is None else f"{self.model} ({self.pretrained})"
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """A data set by its parts; without `val`, a fifth of the training images is held out."""
-
-    name: str
-    train: str
-    test: str
-    val: str | None = None
-    class_names: str | None = None
-    templates: str | None = None
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """What a sweep runs. `bases` names images for the bases of every tower; without, each data set's training images.
-
-    `rates` are learning rates tried for a method, in units of its default; the best on validation is kept.
-    """
-
-    towers: tuple[TowerSpec, ...]
-    data: tuple[DataSpec, ...]
-    methods: tuple[str, ...]
-    bases: str | None = None
-    seeds: int = 1
-    rates: tuple[float, ...] = (1.0,)
-    epochs: int = 30
-    energy: float = 0.90
-    shots: int | None = None
-    batch_size: int = 64
-    dtype: str = "float32"
-
-    @classmethod
-    def read(cls, path: str | os.PathLike) -> "SweepPlan":
-        """The plan in a YAML file; a ValueError names what is wrong with it and what is allowed."""
-        yaml = extras.need("yaml", "sweep", "reading a plan")
-        try:
-            text = read_bytes(Path(path), LONGEST_PLAN).decode()
-            if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MOST_ALIASES:
-                raise ValueError(f"{path} refers more than {MOST_ALIASES} times to parts of itself (*name)")
-            found = yaml.safe_load(text)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(found, dict):
-            raise ValueError(
-                f"{path} must hold the keys towers, data and methods; docs/COMMANDS.md shows one"
-            )
-        _only_known(found, cls, str(path))
-        towers = tuple(_made(TowerSpec, row, f"{path}: a tower") for row in _list(found, "towers", path))
-        data = tuple(_made(DataSpec, row, f"{path}: a data set") for row in _list(found, "data", path))
-        names = [spec.name for spec in data]
-        if len(set(names)) < len(names):
-            raise ValueError(f"{path}: data sets must have different names; got {', '.join(names)}")
-        methods = tuple(_list(found, "methods", path))
-        unknown = [str(method) for method in methods if method not in METHODS]
-        if unknown:
-            raise ValueError(f"{path}: unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
-        rest = {key: value for key, value in found.items() if key not in ("towers", "data", "methods")}
-        return cls(towers, data, methods, **rest)._checked(path)
-
-    def _checked(self, path: str | os.PathLike) -> "SweepPlan":
-        for name in ("seeds", "epochs", "batch_size", "shots"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and not (name == "shots" and value is None):
-                raise ValueError(f"{path}: {name} must be a whole number above 0; got {reprlib.repr(value)}")
-        rates = self.rates if isinstance(self.rates, list | tuple) else ()
-        if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
-            raise ValueError(f"{path}: rates must be numbers above 0; got {reprlib.repr(self.rates)}")
-        if not (isinstance(self.energy, int | float) and 0 < self.energy <= 1):
-            raise ValueError(f"{path}: energy must lie in (0, 1]; got {reprlib.repr(self.energy)}")
-        if self.dtype not in STORED:
-            raise ValueError(
-                f"{path}: dtype must be one of {', '.join(STORED)}; got {reprlib.repr(self.dtype)}"
-            )
-        return replace(self, rates=tuple(rates))
-
-
-LONGEST_PLAN = 2**20  # bytes
-MOST_ALIASES = 32  # a few more could stand for more than fits into memory
-
-
-def _list(found: dict, key: str, path: str | os.PathLike) -> list:
-    value = found.get(key)
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{path} must hold a list of {key}; got {reprlib.repr(value)}")
-    return value
-
-
-def _only_known(found: dict, made: Any, where: str) -> None:
-    known = made.__dataclass_fields__
-    unknown = [str(key) for key in found if key not in known]
-    if unknown:
-        raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(known)}")
-
-
-def _made(made: Any, row: Any, where: str) -> Any:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where} must be a mapping; got {reprlib.repr(row)}")
-    _only_known(row, made, where)
-    needed = [name for name, one in made.__dataclass_fields__.items() if one.default is MISSING]
-    lacking = [name for name in needed if name not in row]
-    if lacking:
-        raise ValueError(f"{where} lacks a key: {', '.join(map(repr, lacking))}")
-    forms = typing.get_type_hints(made)
-    return made(**{name: typed(value, forms[name], where, name) for name, value in row.items()})
+WHAT, READING = "result of a sweep", "account of a sweep"
 
 
 @dataclass
@@ -175,7 +54,20 @@ class Sweep:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     root: Path | None = None  # of data sets by name
     download: bool = False
-    accounts: list[Account] = field(default_factory=list)  # of every source that was read
+    encode_batch: int | None = (
+        None  # images that go through the tower together; the plan's batch size by default
+    )
+    opened: Callable[..., Images] | None = None  # in place of `open`, with its arguments
+    accounts: dict[str, Told] = field(default_factory=dict)  # source -> what became of what it holds
+
+    def open(self, source: str, preprocess: Callable, labelled: bool, **columns: str) -> Images:
+        """The images of a data set, without those that cannot be read where the plan skips them."""
+        skip = self.plan.unreadable == "skip"
+        images = open_images(
+            source, preprocess, labelled=labelled, root=self.root, download=self.download, skip=skip,
+            exif=self.plan.orientation == "exif", **columns,
+        )  # fmt: skip
+        return without(images, find_unreadable(images, self.workers)) if skip else images
 
     def run(self) -> list[dict]:
         """Runs what is not there yet and returns a row for every fit: tower, data, method, seed, accuracy and more."""
@@ -193,6 +85,7 @@ class _TowerWork:
     def __init__(self, sweep: Sweep, spec: TowerSpec):
         self.sweep, self.plan, self.spec = sweep, sweep.plan, spec
         self.place = _file_name(spec.label)
+        self._opened: dict[tuple, Images] = {}
         kinds = {kind for name in self.plan.methods for kind in BY_NAME[name].kinds}
         self.kinds = tuple(kind for kind in KINDS if kind in kinds)
         self.needs_bases = any(BY_NAME[name].needs_bases for name in self.plan.methods)
@@ -211,17 +104,22 @@ class _TowerWork:
     def tower(self) -> nn.Module:
         return sources.image_tower(self.model[0])
 
-    def images(self, source: str, labelled: bool = True) -> Images:
-        """The images of a data set as this tower sees them."""
-        return open_images(
-            source, self.model[1], labelled=labelled, root=self.sweep.root, download=self.sweep.download
-        )
+    def images(self, source: str, labelled: bool, **columns: str) -> Images:
+        """The images of a data set as this tower sees them; each is looked through once."""
+        key = (source, labelled, tuple(columns.items()))
+        if key not in self._opened:
+            self._opened[key] = (self.sweep.opened or self.sweep.open)(
+                source, self.model[1], labelled, **columns
+            )
+        return self._opened[key]
 
-    def encoded(self, source: str, folder: Path, labelled: bool) -> UnitCache:
+    def encoded(self, source: str, folder: Path, labelled: bool, **columns: str) -> UnitCache:
         """The cache of a data set, in `folder` of this sweep: made, resumed, or read."""
-        images = self.images(source, labelled)
-        self.sweep.accounts.append(images.account)
-        loader = DataLoader(images, batch_size=self.plan.batch_size, num_workers=self.sweep.workers)
+        images = self.images(source, labelled, **columns)
+        if labelled or source not in self.sweep.accounts:  # images for bases alone have no classes
+            self.sweep.accounts[source] = images.account.to_dict()
+        batch = self.sweep.encode_batch or self.plan.batch_size
+        loader = DataLoader(images, batch_size=batch, num_workers=self.sweep.workers)
         self.sweep.say(f"{self.spec.label}: encoding {source}")
         return encode(
             self.tower, loader, self.sweep.folder / "cache" / self.place / folder, self.kinds,
@@ -237,23 +135,48 @@ class _TowerWork:
 
     def rows(self, data: DataSpec) -> Iterator[dict]:
         work = _DataWork(self, data)
+        folder = self.sweep.folder / "results" / self.place / _file_name(data.name)
+        account = folder / "reading.json"
+        kept = self._may_stay(account)
         for method in self.plan.methods:
             for seed in range(1 if method == BASE else self.plan.seeds):
                 recipe = self._recipe(data, method, seed)
-                folder = self.sweep.folder / "results" / self.place / _file_name(data.name)
                 file = folder / f"{method}-{seed}.json"
-                row = _kept(file, recipe)
+                row = _kept(file, recipe) if kept else None
                 if row is None:
                     self.sweep.say(f"{self.spec.label}, {data.name}: {method}, seed {seed}")
                     row = work.fit(method, seed)
+                    read = {
+                        one: self.sweep.accounts[one]
+                        for one in self._sources(data)
+                        if one in self.sweep.accounts
+                    }
+                    write_json(account, {"schema": SCHEMA, "what": READING, "sources": read})
                     write_json(file, {"schema": SCHEMA, "what": WHAT, "recipe": recipe, "row": row})
                 yield row
 
+    def _sources(self, data: DataSpec) -> tuple[str, ...]:
+        """What the fits of a data set read."""
+        return data.sources if self.plan.bases is None else (*data.sources, self.plan.bases)
+
+    def _may_stay(self, file: Path) -> bool:
+        """Whether fits that are there stay; what they read, which `file` says, is entered into the account."""
+        if not file.is_file():
+            return True
+        found = read_json(file, READING, Accounts)["sources"]
+        if self.plan.unreadable == "fail" and any(one["left_out"] for one in found.values()):
+            return False
+        self.sweep.accounts = {**found, **self.sweep.accounts}
+        return True
+
     def _recipe(self, data: DataSpec, method: str, seed: int) -> str:
         """A checksum of everything in the plan that this fit depends on."""
-        plan = asdict(self.plan)
+        plan, read = asdict(self.plan), asdict(data)
         shared = {key: value for key, value in plan.items() if key not in _NOT_OF_ONE_FIT}
-        text = json.dumps([asdict(self.spec), asdict(data), method, seed, shared], sort_keys=True)
+        for found, key, usual in ((shared, "orientation", "exif"), *((read, key, None) for key in _COLUMNS)):
+            if found[key] == usual:  # fits from before there was a choice are those of today
+                del found[key]
+        text = json.dumps([asdict(self.spec), read, method, seed, shared], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -275,7 +198,14 @@ class Result(Head):
     row: Row
 
 
-_NOT_OF_ONE_FIT = ("towers", "data", "methods", "seeds")
+class Accounts(Head):
+    """What the fits of one data set read: the source in the plan -> its account."""
+
+    sources: dict[str, Told]
+
+
+_NOT_OF_ONE_FIT = ("towers", "data", "methods", "seeds", "unreadable")
+_COLUMNS = ("image_column", "label_column")
 
 
 class _DataWork:
@@ -288,12 +218,13 @@ class _DataWork:
     def parts(self) -> tuple[UnitCache, UnitCache, UnitCache]:
         """Caches of training, validation and test images."""
         place = Path(_file_name(self.data.name))
-        train = self.tower.encoded(self.data.train, place / "train", labelled=True)
-        test = self.tower.encoded(self.data.test, place / "test", labelled=True)
+        columns = self.data.columns
+        train = self.tower.encoded(self.data.train, place / "train", labelled=True, **columns)
+        test = self.tower.encoded(self.data.test, place / "test", labelled=True, **columns)
         if self.data.val is None:
             train, val = train.split(HELD_OUT, seed=0)
         else:
-            val = self.tower.encoded(self.data.val, place / "val", labelled=True)
+            val = self.tower.encoded(self.data.val, place / "val", labelled=True, **columns)
         for name, part in (("val", val), ("test", test)):
             places = positions(
                 part.class_names, train.class_names or (), f"{self.data.name}: {name}", "train"
@@ -304,7 +235,12 @@ class _DataWork:
     @functools.cached_property
     def head(self) -> ZeroShotHead:
         clip, _, tokenizer = self.tower.model
-        names = prompts.class_names(self.data.class_names, self.parts[0].class_names or ())
+        folders = self.parts[0].class_names or ()
+        names = prompts.class_names(self.data.class_names, folders)
+        called = dict(zip(folders, names, strict=True))
+        for source in self.data.sources:
+            for row in self.tower.sweep.accounts[source]["classes"]:
+                row["name"] = called.get(row["folder"])
         for part in self.parts:  # what the head calls these folders
             part.class_names = names
         if tokenizer is None:  # a tower without a text side
@@ -332,8 +268,9 @@ class _DataWork:
     @functools.cached_property
     def stream(self) -> tuple[StreamImages, SpectralBases]:
         """Images and bases for the form inside the tower, which no cache can serve; the same split as the caches'."""
-        train = self.tower.images(self.data.train)
-        val = None if self.data.val is None else self.tower.images(self.data.val)
+        columns = self.data.columns
+        train = self.tower.images(self.data.train, True, **columns)
+        val = None if self.data.val is None else self.tower.images(self.data.val, True, **columns)
         images = StreamImages(train, val, 0, self.plan.batch_size, self.tower.sweep.workers)
         return images, fit_bases(self.tower.tower, images.in_order(), placement="stream")
 
@@ -347,7 +284,7 @@ class _DataWork:
             shots=self.plan.shots, epochs=self.plan.epochs,
         )  # fmt: skip
         fits.put(adapter, fits.best())
-        test = images.loader(self.tower.images(self.data.test))
+        test = images.loader(self.tower.images(self.data.test, True, **self.data.columns))
         return adapter, fits, training.evaluate(adapter, self.head, test)
 
     def fit(self, method: str, seed: int) -> dict:

@@ -3,14 +3,38 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict
 
 from residual_kernels.data.images.decode import MARK
+from residual_kernels.schema import Count
 
 SHOWN = 10  # names in a message; the account itself holds all
 _PICTURES = frozenset(  # endings of images that need more than Pillow: said aloud, not only counted
     {".heic", ".heif", ".jxl", ".svg", ".eps", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
      ".raf", ".raw"}
 )  # fmt: skip
+
+
+class ToldClass(TypedDict):
+    """A class in the JSON of an account."""
+
+    folder: str
+    name: str | None
+    images: Count
+
+
+class Told(TypedDict):
+    """An account as JSON holds it."""
+
+    source: str
+    found: Count
+    read: Count
+    left_out: dict[str, str]
+    reasons: dict[str, Count]
+    ignored: dict[str, Count]
+    duplicates: dict[str, str]
+    notes: list[str]
+    classes: list[ToldClass]
 
 
 @dataclass
@@ -78,7 +102,16 @@ class Account:
             text += f"; {len(self.duplicates)} duplicates"
         return text
 
-    def to_dict(self) -> dict:
+    @classmethod
+    def of(cls, told: Told) -> "Account":
+        """The account that :meth:`to_dict` told of."""
+        classes = [(row["folder"], row["name"], row["images"]) for row in told["classes"]]
+        return cls(
+            told["source"], told["found"], told["left_out"], Counter(told["ignored"]), told["duplicates"],
+            told["notes"], classes,
+        )  # fmt: skip
+
+    def to_dict(self) -> Told:
         """For JSON."""
         return {
             "source": self.source,
