@@ -33,6 +33,7 @@ __all__ = [
     "open_images",
     "without",
 ]
+_EXAMPLES = {"torchvision": "torchvision:GTSRB@test", "hf": "hf:tanganke/dtd@test"}
 _BY_NAME = {"torchvision": TorchvisionImages, "hf": HuggingFaceImages}
 
 
@@ -76,7 +77,16 @@ def open_images(
     named = {"image_column": image_column, "label_column": label_column}
     columns = {name: value for name, value in named.items() if value is not None}
     if columns and scheme != "hf":
-        raise ValueError(f"{', '.join(columns)} belong to a Hugging Face data set (hf:NAME), not to {source}")
+        named_so = " and ".join(f"--{name.replace('_', '-')}" for name in columns)
+        raise ValueError(f"{named_so} can only be said of a Hugging Face data set (hf:NAME), not of {source}")
+    if rest.startswith("//"):
+        raise ValueError(
+            f"{source} is an address in a network, and only local data are read; download it first"
+        )
+    if scheme in _BY_NAME and not rest:
+        raise ValueError(
+            f"{source} names no data set; write its name after the colon, such as {_EXAMPLES[scheme]}"
+        )
     if scheme in _BY_NAME and rest:
         name, _, part = rest.partition("@")
         return _BY_NAME[scheme](

@@ -1,5 +1,7 @@
 """Members of a zip by the names they were meant to have, and where a path leads into one."""
 
+import posixpath
+import stat
 import struct
 import zipfile
 import zlib
@@ -11,6 +13,7 @@ from residual_kernels.data.images.foreign import what_it_is
 from residual_kernels.data.images.listing import is_system, plain_name
 from residual_kernels.data.models import nearest
 
+_LONGEST_LINK, _LONGEST_CHAIN = 4096, 40  # bytes of a link's target; links that lead to links
 _UTF8 = 0x800  # flag of a member whose name is UTF-8
 _UNICODE_PATH = 0x7075  # extra field with the name in UTF-8
 
@@ -44,9 +47,14 @@ def members(archive: Path, prefix: str, account: Account) -> Iterator[tuple[str,
     try:
         with zipfile.ZipFile(archive) as file:
             inside = file.infolist()
+            links = {
+                id(info): _target(file, info) for info in inside if stat.S_ISLNK(info.external_attr >> 16)
+            }
     except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError) as error:
         raise ValueError(f"{archive} is not a readable zip: {error}") from error
-    unknown = []
+    unknown: list[str] = []
+    plain_names = [(plain_name(_intended_name(info)[0]), info) for info in inside] if links else []
+    places = {name: info for name, info in plain_names if name is not None}
     for info in inside:
         name, sure = _intended_name(info)
         plain = plain_name(name)
@@ -60,12 +68,37 @@ def members(archive: Path, prefix: str, account: Account) -> Iterator[tuple[str,
         folder = name.replace("\\", "/").endswith("/")
         plain += "/" if folder and plain else ""
         if plain.startswith(prefix) and plain != prefix:
-            yield plain[len(prefix) :], info
+            yield plain[len(prefix) :], _followed(plain, info, places, links)
     if unknown:
         account.notes.append(
             f"the names of {len(unknown)} members are in an unknown encoding and were read as code page 437, such as "
             f"{unknown[0]}; if that looks wrong, make the zip again with UTF-8 names"
         )
+
+
+def _target(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
+    """What a link in a zip names; "" where that cannot be read."""
+    if info.file_size > _LONGEST_LINK or info.flag_bits & 1:
+        return ""
+    try:
+        return file.read(info).decode("utf-8", "surrogateescape")
+    except (zipfile.BadZipFile, NotImplementedError, zlib.error, EOFError):
+        return ""
+
+
+def _followed(
+    name: str, info: zipfile.ZipInfo, places: dict[str, zipfile.ZipInfo], links: dict[int, str]
+) -> zipfile.ZipInfo:
+    """The member that a link in a zip leads to; the link itself, which is no image, where it leads to none."""
+    found, at = info, name
+    for _ in range(_LONGEST_CHAIN):
+        if id(found) not in links:
+            return found
+        at = posixpath.normpath(posixpath.join(posixpath.dirname(at), links[id(found)]))
+        if at not in places:
+            return info
+        found = places[at]
+    return info
 
 
 def _intended_name(info: zipfile.ZipInfo) -> tuple[str, bool]:

@@ -57,7 +57,10 @@ def formats() -> tuple[str, ...]:
 def image_endings() -> frozenset[str]:
     """File endings of these formats, in lower case, with their dot."""
     readable = formats()
-    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in readable)
+    found = {ending for ending, name in Image.registered_extensions().items() if name in readable}
+    return frozenset(
+        found | ({".mpo"} if "JPEG" in readable else set())
+    )  # two JPEGs in one; Pillow registers no ending
 
 
 @contextlib.contextmanager
@@ -79,7 +82,10 @@ def reading(name: str) -> Iterator[None]:
     except RuntimeError as error:  # zipfile: an encrypted member
         if not isinstance(error, NotImplementedError) and "encrypted" not in str(error):
             raise
-        raise UnreadableImage(f"{name}{MARK}{_sentence(error)}") from error
+        said = (
+            "it is encrypted, and no password is asked for" if "encrypted" in str(error) else _sentence(error)
+        )
+        raise UnreadableImage(f"{name}{MARK}{said}") from error
     except _ABOUT_BYTES as error:
         raise UnreadableImage(f"{name}{MARK}{_sentence(error)}") from error
 
@@ -95,6 +101,8 @@ def decode(data: bytes, *, exif: bool = True) -> Image.Image:
         data: the bytes of the file.
         exif: whether the image is turned as its EXIF orientation says.
     """
+    if not data:
+        raise ValueError("it is empty")
     with Image.open(io.BytesIO(data), formats=formats()) as image:
         image.load()
         return rgb(image, exif=exif)

@@ -1,5 +1,6 @@
 """Images of Hugging Face's data sets: ``hf:tanganke/dtd@test``, or the folder of one that its library saved."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 
 from residual_kernels import extras
+from residual_kernels.data.downloads import without_network
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.base import Images
 from residual_kernels.data.images.decode import MARK, UnreadableImage
@@ -179,16 +181,10 @@ def _is_plain(feature: Any) -> bool:
 def _load(name: str, part: str | None, root: Path | None, download: bool):
     datasets = extras.need("datasets", "data", "reading hf: data sets")
     kept = user_path(name)
+    asking = contextlib.nullcontext() if download else _offline(datasets)
     try:
-        if (kept / "dataset_dict.json").is_file() or (kept / "state.json").is_file():
-            data = datasets.load_from_disk(str(kept))
-        else:
-            data = datasets.load_dataset(
-                str(kept) if kept.exists() else name,
-                cache_dir=None if root is None else str(user_path(root)),
-                download_config=datasets.DownloadConfig(local_files_only=not download),
-                **({"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}),
-            )
+        with asking:
+            data = _read(datasets, kept, name, root, download)
     except (OSError, ValueError, RuntimeError) as error:
         missing = "" if download else "; fetch it with --download"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -200,3 +196,25 @@ def _load(name: str, part: str | None, root: Path | None, download: bool):
     if part is not None:
         raise ValueError(f"hf:{name} comes in one part; leave @{part} out")
     return data
+
+
+@contextlib.contextmanager
+def _offline(datasets: Any) -> Iterator[None]:
+    """The library asks no hub, and so does not wait for one."""
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        with without_network():
+            yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _read(datasets: Any, kept: Path, name: str, root: Path | None, download: bool) -> Any:
+    if (kept / "dataset_dict.json").is_file() or (kept / "state.json").is_file():
+        return datasets.load_from_disk(str(kept))
+    return datasets.load_dataset(
+        str(kept) if kept.exists() else name,
+        cache_dir=None if root is None else str(user_path(root)),
+        download_config=datasets.DownloadConfig(local_files_only=not download),
+        **({"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}),
+    )

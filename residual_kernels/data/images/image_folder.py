@@ -15,6 +15,12 @@ from residual_kernels.data.images.decode import MARK, MAX_BYTES, UnreadableImage
 from residual_kernels.data.images.listing import by_folder, images_among, is_flat, is_system, walk
 from residual_kernels.data.text import user_path
 
+_HINTS = (  # endings -> what they tell
+    ({".arrow", ".parquet"}, "; a data set of Hugging Face's library is named hf:{}"),
+    ({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}, "; unpack the archives, or name one zip or "
+     ".tar itself"),
+)  # fmt: skip
+
 
 class ImageFiles(Images):
     """Images of a folder or of a zip.
@@ -53,7 +59,10 @@ class ImageFiles(Images):
         self.names, self._entries = list(entries), list(entries.values())
         if not self.names:
             there = ", ".join(f"{count} {ending}" for ending, count in self.account.ignored.most_common(4))
-            raise ValueError(f"{self.path} holds no images (.jpg, .png ...); it holds {there or 'nothing'}")
+            hint = next((text for endings, text in _HINTS if endings & set(self.account.ignored)), "")
+            raise ValueError(
+                f"{self.path} holds no images (.jpg, .png ...); it holds {there or 'nothing'}{hint.format(self.path)}"
+            )
         self.class_names: tuple[str, ...] | None = None
         self.labels = torch.full((len(self.names),), -1)
         if labelled is None:
@@ -84,6 +93,8 @@ class ImageFiles(Images):
         member = self._entries[index]
         if member is None:
             return self._file(index)
+        if stat.S_ISLNK(member.external_attr >> 16):  # others were followed
+            raise UnreadableImage(f"{self.where(index)}{MARK}it is a link to nothing in the archive")
         if member.file_size > MAX_BYTES:
             raise UnreadableImage(f"{self.where(index)}{MARK}it would take {member.file_size:,} bytes")
         if self._handle is None or self._handle[0] != os.getpid():

@@ -161,6 +161,12 @@ def by_folder(
     twice = [name for name, forms in spelled.items() if len(forms) > 1]
     if twice:
         account.notes.append(f"folders whose names differ only in Unicode form are one class: {some(twice)}")
+    folded: dict[str, list[str]] = {}
+    for name in classes:
+        folded.setdefault(name.casefold(), []).append(name)
+    alike = [" and ".join(forms) for forms in folded.values() if len(forms) > 1]
+    if alike:
+        account.notes.append(f"folders whose names differ only in case are different classes: {some(alike)}")
     index = {form: label for label, name in enumerate(classes) for form in spelled[name]}
     return classes, torch.tensor([index[top] for top in tops])
 

@@ -54,7 +54,10 @@ def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
         skip: whether damage ends the reading, and links to nothing are left out, instead of raising.
     """
     if not shard.is_file():
-        raise FileNotFoundError(f"there is no shard {shard}")
+        hint = (
+            "; write a range, such as {000..012}, or name their folder" if set("*?") & set(shard.name) else ""
+        )
+        raise FileNotFoundError(f"there is no shard {shard}{hint}")
     groups: list[_Group] = []
     try:
         with tarfile.open(shard, "r:") as file:

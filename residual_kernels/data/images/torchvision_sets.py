@@ -27,6 +27,12 @@ _TABLES = {
     "Caltech101": "caltech101",
 }
 _FOLDERS = ("ImageFolder", "DatasetFolder")
+_LABELS = {  # what the labels of other data sets are: refused before anything is fetched
+    "CelebA": "attributes of faces", "Cityscapes": "masks", "CocoCaptions": "captions", "CocoDetection": "boxes",
+    "Flickr30k": "captions", "Flickr8k": "captions", "Kitti": "boxes", "LFWPairs": "pairs of faces",
+    "PhotoTour": "pairs of patches", "SBDataset": "boundaries", "SBU": "captions", "VOCDetection": "boxes",
+    "VOCSegmentation": "masks", "WIDERFace": "boxes of faces",
+}  # fmt: skip
 _GIVEN = frozenset({"root", "split", "train"})
 
 
@@ -50,6 +56,11 @@ class TorchvisionImages(Images):
         identity: str = "auto",
     ):
         made = _torchvision_class(name)
+        if labelled and made.__name__ in _LABELS:
+            raise ValueError(
+                f"torchvision:{made.__name__} is no classification data set: its labels are "
+                f"{_LABELS[made.__name__]}; use it without labels"
+            )
         self.source = f"torchvision:{made.__name__}" + ("" if part is None else f"@{part}")
         self.preprocess, self.exif, self.identity = preprocess, exif, identity
         root = user_path(root or DEFAULT_ROOT)
@@ -174,6 +185,8 @@ def _torchvision_class(name: str) -> Any:
 
     if name.lower() in (folder.lower() for folder in _FOLDERS):
         raise ValueError(f"torchvision's {name} reads a folder of images; name the folder itself")
+    if name.lower() == "fakedata":
+        raise ValueError("torchvision's FakeData draws noise whose classes have no names; it cannot be used")
     known = {
         found: made
         for found, made in vars(torchvision.datasets).items()
@@ -209,6 +222,8 @@ def _part_option(made: Any, part: str | None) -> dict[str, Any]:
         if part is None:
             raise ValueError(f"say which part of {asked}: {asked}@train, {asked}@test ...")
         return {"split": part}
+    if "image_set" in parameters and part is not None:
+        return {"image_set": part}
     if "train" in parameters:
         if part not in ("train", "test"):
             raise ValueError(f"say which part of {asked}: {asked}@train or {asked}@test; got {part!r}")
