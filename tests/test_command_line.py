@@ -100,6 +100,14 @@ def test_every_command_and_option_has_help():
     }
     for name in ("encode", "bases", "fit", "eval", "predict", "report", "analyze"):
         assert reading <= {option for parameter in commands[name].params for option in parameter.opts}, name
+    more = {  # what is done only where it is asked for
+        "--data", "--json", "--confusion", "--checkpoint", "--adapter", "--images", "--shots",
+        "--components", "--max-components",
+    }  # fmt: skip
+    for name, command in commands.items():
+        for parameter in command.params:
+            if parameter.param_type_name == "option" and parameter.default is None and not parameter.required:
+                assert "default" in parameter.help or more & set(parameter.opts), (name, parameter.opts)
     for name in ("report", "analyze"):
         assert {"--words", "--dictionary"} <= {option for one in commands[name].params for option in one.opts}
 

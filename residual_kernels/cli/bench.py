@@ -15,7 +15,7 @@ def bench(
     components: Annotated[
         str, typer.Option(help="kept of each head: ragged (energy 0.90), full (C + 2), or a number")
     ] = "ragged",
-    dtype: Annotated[DType, typer.Option(help="of the inputs")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="number type of the inputs")] = DType.float32,
     rounds: Annotated[int, typer.Option(min=1, help="turns that every backend gets")] = 7,
     device: Device = None,
     json_file: Json = None,

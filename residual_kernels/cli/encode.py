@@ -9,7 +9,6 @@ import typer
 
 from residual_kernels.cli.apart import CACHE_FILES
 from residual_kernels.cli.options import (
-    Data,
     Device,
     DType,
     Identified,
@@ -19,6 +18,7 @@ from residual_kernels.cli.options import (
     Model,
     Placement,
     Pretrained,
+    Source,
     Tokens,
 )
 from residual_kernels.cli.outputs import folder_of, new_file
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @reads_images
 def encode_command(
-    data: Data,
+    data: Source,
     out_folder: Annotated[
         Path,
         typer.Option(
@@ -46,9 +46,9 @@ def encode_command(
     model: Model = BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[
-        list[Kind] | None, typer.Option(help="units to keep; repeat the option for several")
+        list[Kind] | None, typer.Option(help="units to keep, head by default; repeat it for several")
     ] = None,
-    dtype: Annotated[DType, typer.Option(help="of the stored units")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="number type of the stored units")] = DType.float32,
     shard_images: Annotated[
         int | None,
         typer.Option(min=1, help="images in a file of the cache; as many as make 64 MiB by default"),
@@ -129,12 +129,16 @@ def bases(
     reader: "Reader",
     model: Model = BUNDLED,
     pretrained: Pretrained = None,
-    kinds: Annotated[list[Kind] | None, typer.Option(help="units; repeat the option for several")] = None,
+    kinds: Annotated[
+        list[Kind] | None, typer.Option(help="units, head by default; repeat it for several")
+    ] = None,
     moments: Annotated[bool, typer.Option(help="keep the moments too, so that files can be merged")] = False,
     placement: Annotated[
         Placement, typer.Option(help="output, or stream: heads in model width, over tokens")
     ] = Placement.output,
-    tokens: Annotated[Tokens | None, typer.Option(help="of the stream; all by default")] = None,
+    tokens: Annotated[
+        Tokens | None, typer.Option(help="stream: the tokens that are read; all by default")
+    ] = None,
     device: Device = None,
     json_file: Json = None,
 ) -> None:

@@ -16,7 +16,11 @@ Model = Annotated[
     ),
 ]
 Pretrained = Annotated[
-    str | None, typer.Option(help="an open_clip tag, a local checkpoint, or `none` for random weights")
+    str | None,
+    typer.Option(
+        help="an open_clip tag, a local checkpoint, or `none` for random weights; an open_clip name needs it, others "
+        "have their own weights by default"
+    ),
 ]
 Data = Annotated[
     Path,
@@ -25,9 +29,20 @@ Data = Annotated[
         "(shards/{000..099}.tar), torchvision:NAME@PART, hf:NAME@PART, or a cache of `encode`"
     ),
 ]
+Source = Annotated[
+    Path,
+    typer.Option(
+        help="a folder of class folders, a zip of one (photos.zip/train works too), WebDataset shards "
+        "(shards/{000..099}.tar), torchvision:NAME@PART, or hf:NAME@PART"
+    ),
+]
 DataRoot = Annotated[
     Path | None,
-    typer.Option("--data-root", help="where data sets by name are kept (torchvision:..., hf:...)"),
+    typer.Option(
+        "--data-root",
+        help="where data sets by name are kept; by default ~/.cache/residual_kernels/datasets for torchvision:NAME, "
+        "the cache of the library datasets for hf:NAME",
+    ),
 ]
 Download = Annotated[bool, typer.Option("--download", help="fetch a data set by name that is not there")]
 
@@ -70,9 +85,14 @@ Identified = Annotated[
         "change), or auto: the digest for data below 4 GiB"
     ),
 ]
-ImageColumn = Annotated[str | None, typer.Option(help="hf: the column of images, where several would do")]
+ImageColumn = Annotated[
+    str | None, typer.Option(help="hf: the column of images; by default the only one there is")
+]
 LabelColumn = Annotated[
-    str | None, typer.Option(help="hf: the column of labels (classes, strings or integers)")
+    str | None,
+    typer.Option(
+        help="hf: the column of labels (classes, strings or integers); by default the only one there is"
+    ),
 ]
 Json = Annotated[
     Path | None,
@@ -90,18 +110,21 @@ EncodeBatchOnly = Annotated[
     int, typer.Option("--encode-batch", min=1, help="images that go through the tower together")
 ]
 Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; the GPU when there is one")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
+]
 ClassNames = Annotated[
     str | None,
     typer.Option(
         help="file with a class name a line in the folders' order (by number where all are numbers), or lines of "
-        "folder<TAB>name, or clip_benchmark:NAME"
+        "folder<TAB>name, or clip_benchmark:NAME; by default the folders' names"
     ),
 ]
 Templates = Annotated[
     str | None,
     typer.Option(
-        help="file with a template a line, open_clip's `openai` or `simple`, or clip_benchmark:NAME"
+        help="file with a template a line, open_clip's `openai` or `simple`, or clip_benchmark:NAME; by default what "
+        "suits the model"
     ),
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="the folder that `fit` wrote")]
@@ -109,7 +132,9 @@ Run = Annotated[Path | None, typer.Argument(help="the folder that `fit` wrote, i
 Words = Annotated[
     Path | None,
     typer.Option(
-        "--words", "--dictionary", help="file with a word or phrase a line; the bundled model has its own"
+        "--words",
+        "--dictionary",
+        help="file with a word or phrase a line; by default the words of the bundled model",
     ),
 ]
 

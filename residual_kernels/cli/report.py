@@ -34,7 +34,7 @@ def report(
     run: Run = None,
     adapter: Adapter = None,
     images: Annotated[
-        Path | None, typer.Option(help="the images of --data, where that is a cache of `encode`")
+        Path | None, typer.Option(help="the images of --data, to be shown, where that is a cache of `encode`")
     ] = None,
     dictionary: Words = None,
     out_file: Annotated[

@@ -17,6 +17,7 @@ from residual_kernels.data.text import user_path
 
 _HINTS = (  # endings -> what they tell
     ({".arrow", ".parquet"}, "; a data set of Hugging Face's library is named hf:{}"),
+    ({".safetensors"}, "; if it is a cache of `encode`, its images were read when it was made: name the images"),
     ({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}, "; unpack the archives, or name one zip or "
      ".tar itself"),
 )  # fmt: skip
