@@ -27,6 +27,7 @@ PLACEMENTS = ("output", "stream")
 WHAT = "spectral bases file"
 # A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
 CONSTANT = 1e-24
+GROUP_BYTES = 2**22  # of units factorised together: what one step leaves is in cache for the next
 
 
 class _Header(Head):
@@ -79,10 +80,10 @@ class KindBases:
         return torch.zeros_like(variance) if total == 0 else variance / total
 
 
-def _fix_signs(components: Tensor) -> Tensor:
-    """The entry of largest magnitude (the first of equals) of every row becomes positive."""
+def _fix_signs(components: Tensor) -> None:
+    """The entry of largest magnitude (the first of equals) of every row becomes positive, in place."""
     pivot = components.abs().argmax(-1, keepdim=True)
-    return components * components.gather(-1, pivot).sign()
+    components.mul_(components.gather(-1, pivot).sign())
 
 
 def principal(moments: Moments) -> KindBases:
@@ -94,7 +95,7 @@ def principal(moments: Moments) -> KindBases:
     components = torch.empty(units, kept, dim, dtype=torch.float64)
     variance = torch.empty(units, kept, dtype=torch.float64)
     covariance = moments.scatter / (moments.count - 1)
-    group = max(1, 2**27 // (8 * size * dim))  # units per batched factorisation: about 128 MB each
+    group = max(1, GROUP_BYTES // (8 * size * dim))
     shared = torch.linalg.qr(moments.rows.transpose(1, 2)) if len(moments.rows) == 1 else None
     for start in range(0, units, group):
         part = slice(start, start + group)
@@ -102,14 +103,16 @@ def principal(moments: Moments) -> KindBases:
         short = T @ covariance[part] @ T.transpose(1, 2)
         values, vectors = torch.linalg.eigh((short + short.transpose(1, 2)) / 2)  # rising
         variance[part] = values.flip(-1).clamp_min(0)
-        components[part] = (Q @ vectors).transpose(1, 2).flip(1)
+        falling = vectors.flip(-1).transpose(1, 2)
+        torch.bmm(falling, Q.transpose(1, 2).expand(len(falling), -1, -1), out=components[part])
+        _fix_signs(components[part])
     coordinates = covariance.diagonal(dim1=1, dim2=2).sum(1) + moments.mean.square().sum(1)
     total = variance.sum(1)
     constant = total <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates
     variance[constant], total[constant] = 0.0, 0.0
     return KindBases(
         mean=(moments.mean[:, None, :] @ moments.rows).squeeze(1) + moments.constant,
-        components=_fix_signs(components).flatten(0, 1),
+        components=components.flatten(0, 1),
         variance=variance.flatten(),
         total_variance=total,
         offsets=torch.arange(units + 1) * kept,
