@@ -1,4 +1,4 @@
-"""What the main job costs: a tower plain, decomposed and adapted; bases against the textbook.
+"""What the main job costs: a tower plain, decomposed and adapted; bases against the textbook; calls of little work.
 
     python -m benchmarks.main_job --out benchmarks/results/<device>/main_job
 
@@ -14,8 +14,12 @@ import open_clip
 import torch
 
 import residual_kernels as rk
+from benchmarks.bench_ops import lowrank
 from benchmarks.cpu_clock import cpu_name, interleaved
+from residual_kernels import ops
+from residual_kernels.experiments.shapes import SHAPES, problem
 from residual_kernels.files import write_json
+from residual_kernels.ops import cpp_backend
 
 
 def towers(name: str, batch: int, rounds: int) -> dict:
@@ -87,6 +91,80 @@ def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
     }  # fmt: skip
 
 
+def small_calls(rounds: int) -> dict:
+    """What a call costs where there is little work: median seconds of each, and ratios to the plain way beside it.
+
+    One image through ViT-B-32, attached and plain; the operator at N = 1; the functional form without a pack, from its
+    second call on, forward and backward, beside the low-rank form in PyTorch; an adapter of ViT-L-14 made and moved.
+    """
+    torch.manual_seed(0)
+    model = open_clip.create_model("ViT-B-32").eval()
+    image = torch.randn(1, 3, *model.visual.image_size)
+    bases = rk.fit_bases(model.visual, [torch.randn(16, 3, *model.visual.image_size)]).truncate(energy=0.90)
+    residual = rk.ResiDual(model.visual, bases, rest="all")
+    with torch.no_grad():
+        found = interleaved(
+            {"image, plain": lambda: model.visual(image), "image, attached": lambda: residual(image)},
+            3 * rounds,
+        )
+    for name, shape in SHAPES.items():
+        for rows in (1, 64, 256):
+            p = problem(shape, rows, shape.full())
+            plain = lowrank(p)
+            pack = ops.pack_units(p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets, backend="cpp")
+            weight = p.weight.clone().requires_grad_()
+
+            def functional(p=p, weight=weight):
+                y = ops.spectral_reweight(
+                    p.z,
+                    p.scale,
+                    p.mean,
+                    p.proj,
+                    p.bias,
+                    p.slope,
+                    p.offset,
+                    weight,
+                    p.basis,
+                    p.unit_offsets,
+                    backend="cpp",
+                )
+                return torch.autograd.grad(y, weight, p.dy)
+
+            def step(p=p, weight=weight, plain=plain):
+                return torch.autograd.grad(plain(p.z, weight), weight, p.dy)
+
+            def packed(p=p, pack=pack):
+                with torch.no_grad():
+                    return ops.spectral_reweight_packed(p.z, p.scale, p.mean, p.weight, pack)
+
+            variants = (
+                {f"operator, {name}, N = {rows}": packed}
+                if rows == 1
+                else {
+                    f"functional step, {name}, N = {rows}": functional,
+                    f"low-rank step, {name}, N = {rows}": step,
+                }
+            )
+            found |= interleaved(variants, rounds if rows > 1 else 20 * rounds)
+    large = open_clip.create_model("ViT-L-14").eval()
+    of_large = rk.fit_bases(large.visual, [torch.randn(2, 3, *large.visual.image_size)])
+    adapter = rk.ResiDual(large.visual, of_large, rest="all")
+    found |= interleaved(
+        {
+            "ResiDual of ViT-L-14": lambda: rk.ResiDual(large.visual, of_large, rest="all"),
+            "its .to(float32)": lambda: adapter.to(torch.float32),
+        },
+        3,
+    )
+    medians = {name: statistics.median(seconds) for name, seconds in found.items()}
+    ratios = {"attached / plain, one image": medians["image, attached"] / medians["image, plain"]}
+    for name in medians:
+        if name.startswith("low-rank"):
+            own = name.replace("low-rank", "functional")
+            ratios[f"{name} / {own.split(',')[0]}"] = medians[name] / medians[own]
+    return {"instruction_set": cpp_backend.instruction_set()[0], "median_s": medians, "ratios": ratios}
+
+
 def table(result: dict) -> str:
     """The same numbers as Markdown."""
     lines = [f"CPU: {result['cpu']}, {result['threads']} threads, torch {result['torch']}", ""]
@@ -96,6 +174,11 @@ def table(result: dict) -> str:
         for name, row in tower["rows"].items():
             lines.append(f"| {name} | {row['images_per_second']:.1f} | {row['times_plain']:.2f} |")
         lines.append("")
+    lines += ["| call of little work | median |", "|---|---|"]
+    for name, seconds in result["small"]["median_s"].items():
+        lines.append(f"| {name} | {seconds * 1e3:.3f} ms |")
+    lines += ["", "| ratio | |", "|---|---|"]
+    lines += [f"| {name} | {ratio:.3f} |" for name, ratio in result["small"]["ratios"].items()] + [""]
     pca = result["bases"]
     lines.append(
         f"Bases from {pca['rows']:,} images, D = {pca['dim']}, seconds a head: {pca['moments_s_per_head']:.4f} here "
@@ -121,6 +204,7 @@ def main() -> None:
         "torch": torch.__version__,
         "towers": [towers(name, arguments.batch, arguments.rounds) for name in arguments.models],
         "bases": bases(arguments.pca_rows, 3),
+        "small": small_calls(arguments.rounds),
     }
     write_json(arguments.out.with_suffix(".json"), result)
     text = table(json.loads(arguments.out.with_suffix(".json").read_text()))
