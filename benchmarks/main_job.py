@@ -17,7 +17,7 @@ import residual_kernels as rk
 from benchmarks.bench_ops import lowrank
 from benchmarks.cpu_clock import cpu_name, interleaved
 from residual_kernels import ops
-from residual_kernels.experiments.shapes import SHAPES, problem
+from residual_kernels.experiments.shapes import SHAPES, Shape, problem
 from residual_kernels.files import write_json
 from residual_kernels.ops import cpp_backend
 
@@ -146,6 +146,15 @@ def small_calls(rounds: int) -> dict:
                 }
             )
             found |= interleaved(variants, rounds if rows > 1 else 20 * rounds)
+    p = problem(Shape("tiny", 4, 16, 32), 1, [8] * 4)
+    pack = ops.pack_units(p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets, backend="cpp")
+    with torch.no_grad():
+        call = {
+            "operator, 4 units of 8, N = 1": lambda: ops.spectral_reweight_packed(
+                p.z, p.scale, p.mean, p.weight, pack
+            )
+        }
+        found |= interleaved(call, 100 * rounds)
     large = open_clip.create_model("ViT-L-14").eval()
     of_large = rk.fit_bases(large.visual, [torch.randn(2, 3, *large.visual.image_size)])
     adapter = rk.ResiDual(large.visual, of_large, rest="all")
