@@ -17,7 +17,7 @@ from test_hugging_face import clip
 from test_hugging_face import images_for as pictures_for
 from test_towers import build, images_for, plain, relative
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -36,6 +36,15 @@ def changed(change):
         tower = build()
         change(tower)
         return tower
+
+    return make
+
+
+def changed_clip(change):
+    def make():
+        model = clip()
+        change(model)
+        return model
 
     return make
 
@@ -94,6 +103,43 @@ def shard_like_fsdp1(tower):
     tower.transformer.resblocks[0] = FullyShardedDataParallel(tower.transformer.resblocks[0])
 
 
+class Linear8bit(nn.Linear):
+    """A layer that rounds its weight in its call, as those of quantising libraries do that subclass nn.Linear."""
+
+    def forward(self, x):
+        step = self.weight.abs().max() / 127
+        return nn.functional.linear(x, (self.weight / step).round() * step, self.bias)
+
+
+def in_8_bits(tower, *names):
+    """Layers of these names replaced by ones that compute in 8 bits."""
+    for name, part in list(tower.named_modules()):
+        if isinstance(part, nn.Linear) and name.rpartition(".")[2] in names:
+            part.__class__ = Linear8bit
+
+
+def tie_weights(tower):
+    first, second = tower.transformer.resblocks
+    second.attn.out_proj.weight, second.ln_1, tower.ln_post.weight = (
+        first.attn.out_proj.weight,
+        first.ln_1,
+        tower.ln_pre.weight,
+    )
+
+
+def siglip2():
+    import transformers
+
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 3}
+    config = transformers.Siglip2VisionConfig(num_patches=16, patch_size=8, **sizes)
+    return transformers.Siglip2VisionModel(config).eval()
+
+
+def quantised_timm():
+    tower = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=0)
+    return torch.ao.quantization.quantize_dynamic(tower.eval(), {nn.Linear}, torch.qint8)
+
+
 def naflex():
     return timm.create_model("naflexvit_base_patch16_gap", depth=1, embed_dim=48, num_heads=3, num_classes=0)
 
@@ -105,12 +151,15 @@ EXACT = {
     "DataParallel": lambda: nn.DataParallel(build()),
     "AveragedModel": lambda: AveragedModel(build()),
     "timm EMA": lambda: ModelEmaV3(build()),
+    "timm EMA of buffers too": lambda: ModelEmaV2(build()),
     "accelerate, one device": lambda: accelerate.dispatch_model(build(), {"": "cpu"}, force_hooks=True),
     "channels_last": lambda: build().to(memory_format=torch.channels_last),
     "patch dropout, eval": lambda: build(patch_dropout=0.5),
     "parametrised (weight_norm)": each_out_proj(parametrizations.weight_norm),
     "parametrised (spectral_norm)": each_out_proj(parametrizations.spectral_norm),
     "tied blocks": changed(tie),
+    "tied weights": changed(tie_weights),
+    "MLPs in 8 bits": changed(lambda tower: in_8_bits(tower, "c_fc", "c_proj")),
     "quantised MLPs": changed(lambda tower: [quantise(b.mlp.c_fc) for b in tower.transformer.resblocks]),
 }
 REFUSED = {
@@ -133,6 +182,12 @@ REFUSED = {
         r"weights are on meta \(offloaded by accelerate\)",
     ),
     "NaFlex (timm)": (naflex, "NaFlexVit lacks patch_embed"),
+    "NaFlex (SigLIP 2)": (siglip2, r"embeds more than images \(spatial_shapes\)"),
+    "quantised dynamically (timm)": (quantised_timm, "proj of attention in block 0 is Linear of torch.ao"),
+    "projection in 8 bits (transformers)": (
+        changed_clip(lambda model: in_8_bits(model, "visual_projection")),
+        "the projection of CLIPModel is Linear8bit of test_wrappers, with a forward of its own",
+    ),
 }
 
 
@@ -197,6 +252,16 @@ def test_dynamic_sizes():
         images = torch.randn(2, 3, *size)
         with torch.no_grad():
             assert relative(rk.decompose(tower, images).units().sum(1), tower(images)) < 1e-5
+    residual = rk.ResiDual(tower, rk.fit_bases(tower, [torch.randn(6, 3, 32, 32)]), rest="all")
+    tower.set_input_size((64, 64))  # no weight that is folded changes
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(residual(images), tower(images))
+
+
+def test_offloaded_to_disk(tmp_path):
+    tower = accelerate.disk_offload(build(), str(tmp_path), execution_device="cpu")
+    with pytest.raises(rk.UnsupportedTowerError, match=r"weights are on meta \(offloaded by accelerate\)"):
+        rk.decompose(tower, images_for(build()))
 
 
 def test_a_projection_that_was_taken_off():
@@ -282,6 +347,12 @@ def test_the_command_says_what_was_found(tmp_path, monkeypatch, capsys):
     code, _, said = command("timm:swin_tiny_patch4_window7_224", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "hierarchical" in said
+    code, _, said = command("vit_tiny_patch16_224", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "write timm:vit_tiny_patch16_224" in said
+    code, _, said = command("timm:resnet18", monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 2
+    assert "timm's ViTs" in " ".join(said.split())
 
 
 def test_the_command_on_code_of_ones_own(monkeypatch, capsys):
@@ -292,7 +363,16 @@ def test_the_command_on_code_of_ones_own(monkeypatch, capsys):
         model.visual.transformer.resblocks[0].register_forward_hook(lambda module, args, output: 1.1 * output)
         return model
 
+    def broken():
+        model = TinyClip()
+        model.visual.proj.data[0, 0] = float("nan")
+        return model
+
+    def fails():
+        raise RuntimeError("no checkpoint here")
+
     made.plain, made.louder, made.nothing = TinyClip, louder, lambda: 3
+    made.broken, made.fails, made.needs = broken, fails, lambda size: size
     monkeypatch.setitem(sys.modules, "towers_of_my_own", made)
     code, said, _ = command("py:towers_of_my_own:plain", monkeypatch=monkeypatch, capsys=capsys)
     assert not code
@@ -303,6 +383,15 @@ def test_the_command_on_code_of_ones_own(monkeypatch, capsys):
     code, _, said = command("py:towers_of_my_own:nothing", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "returned int, not a model" in said
+    for name, words in {
+        "broken": "gives NaN or Inf on an image of noise: proj holds NaN or Inf",
+        "fails": "towers_of_my_own:fails cannot be called: RuntimeError: no checkpoint here",
+        "needs": "missing 1 required positional argument: 'size'",
+        "absent": "has no attribute 'absent'",
+    }.items():
+        code, _, said = command(f"py:towers_of_my_own:{name}", monkeypatch=monkeypatch, capsys=capsys)
+        assert code == 2
+        assert words in " ".join(said.split())
 
 
 def test_timm_quantised():

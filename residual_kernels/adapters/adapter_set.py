@@ -198,6 +198,8 @@ class AdapterSet(TowerAdapter):
             self._made += 1
             self.shared[key] = _Shared(adapter)
         self.members[name] = _Member(adapter, head, key).to(next(self.tower.parameters()).device)
+        if self._guard is not None:
+            self._guard.keep(self)
 
     def remove(self, name: str) -> None:
         """Takes an adapter out, and constants that no other one shares. Where it was active, the tower's output is."""
@@ -205,6 +207,8 @@ class AdapterSet(TowerAdapter):
         del self.members[name]
         if all(member.key != key for member in self.members.values()):
             del self.shared[key]
+            assert self._guard is not None  # since the constructor's end
+            self._guard.keep(self)
         if self._active == name:
             self._active = None
 

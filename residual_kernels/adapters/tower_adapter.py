@@ -123,8 +123,9 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     def _watch_tower(self) -> None:
         """From now on the tower's weights are to stay what the constants were made of."""
-        if self._view.guard is None:
-            self._view.guard = FrozenTower(self._view, self.folds_tower)
+        guard = self._guard or FrozenTower(self._view, self.folds_tower)
+        guard.keep(self)
+        self._view.guard = guard
 
     @property
     def _guard(self) -> FrozenTower | None:

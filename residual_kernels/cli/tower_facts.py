@@ -63,9 +63,10 @@ def _image(view: TransformerTower) -> Tensor:
 
 
 def tower_named(name: str, pretrained: str | None) -> nn.Module:
-    if name.startswith(TIMM):
-        import timm
+    import open_clip
+    import timm
 
+    if name.startswith(TIMM):
         try:
             return timm.create_model(name.removeprefix(TIMM), num_classes=0)
         except RuntimeError as error:
@@ -74,6 +75,8 @@ def tower_named(name: str, pretrained: str | None) -> nn.Module:
         made = _called(name.removeprefix(PYTHON))
     else:
         known = name == sources.BUNDLED or name.startswith(sources.TRANSFORMERS)
+        if not known and name not in open_clip.list_models() and timm.is_model(name):
+            raise ValueError(f"{name} is a name of timm's: write {TIMM}{name}")
         made = sources.load_model(name, pretrained if known or pretrained else "none")[0]
     whole = inner(made)
     visual = getattr(whole, "visual", None)
@@ -88,8 +91,8 @@ def _called(place: str) -> nn.Module:
     sys.path.insert(0, str(Path.cwd()))
     try:
         made = getattr(importlib.import_module(module), function)()
-    except (ModuleNotFoundError, AttributeError, TypeError) as error:
-        raise ValueError(f"{place} cannot be called: {error}") from error
+    except (ImportError, AttributeError, TypeError, RuntimeError, OSError, ValueError, LookupError) as error:
+        raise ValueError(f"{place} cannot be called: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(str(Path.cwd()))
     if not isinstance(made, nn.Module):

@@ -1,6 +1,6 @@
 """`towers MODEL`: what is this model's image tower, how does it pool, and do its units sum to its output?"""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -37,10 +37,37 @@ def towers_command(
     write_numbers(json_file, found)
     table = Table("what", "found", title=model)
     for name, value in found.items():
-        table.add_row(
-            name, "nowhere" if value is None else f"{value:.1e}" if isinstance(value, float) else f"{value}"
-        )
+        table.add_row(_EXPLAINED.get(name, name), _shown(name, value))
     out.print(table)
+    if not found["output apart"] < float("inf"):
+        broken = [name for name, p in tower.named_parameters() if not p.isfinite().all()]
+        where = (
+            f"{broken[0]} holds NaN or Inf"
+            if broken
+            else f"no weight does, so {dtype} may be too narrow for it"
+        )
+        raise ValueError(f"{model} gives NaN or Inf on an image of noise: {where}")
     if found["parts at"]:
-        raise ValueError(f"the units of {model} are not its output's: {found['parts at']}")
+        raise ValueError(
+            f"the units of {model} are not its output's: {found['parts at']}. Undo that change, or merge it into the "
+            "weights"
+        )
     out.print(f"The units sum to the output: {found['units apart']:.1e} apart, relative.")
+
+
+_EXPLAINED = {
+    "C": "C, numbers of a head",
+    "D": "D, numbers of an embedding",
+    "output apart": "output apart, relative",
+    "units apart": "sum of units apart, relative",
+}
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "nowhere"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.2f}" if name.startswith("seconds") else f"{value:.1e}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

@@ -38,7 +38,7 @@ _ATTENTION_PARTS = {"out_proj", "ln_q", "ln_k", "ln_inner", "attn_drop", "out_dr
 
 def recognises(tower: nn.Module) -> bool:
     """Whether `tower` is of this family, supported or not."""
-    return hasattr(tower, "conv1") or hasattr(tower, "resblocks")
+    return hasattr(tower, "resblocks") or (hasattr(tower, "conv1") and not hasattr(tower, "forward_features"))
 
 
 def _refuse(reason: str) -> UnsupportedTowerError:
