@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from test_hugging_face import clip
 from test_hugging_face import images_for as pictures_for
+from test_inject import TinyClip
 from test_towers import build, images_for, relative
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -362,3 +363,35 @@ def test_by_hand_what_no_counter_sees():
     compiled(images)
     with pytest.raises(rk.UnsupportedTowerError, match="forward of the module itself was replaced"):
         residual.check(images)
+
+
+def test_an_encode_image_that_adds_to_the_tower_is_refused_where_an_adapter_attaches():
+    model = TinyClip()
+    images = images_for(model.visual, 8)
+    bases = rk.fit_bases(model.visual, [images]).truncate(energy=0.9)
+    flags = [p.requires_grad for p in model.parameters()]
+
+    class More(TinyClip):
+        def encode_image(self, images, normalize=False):
+            return self.visual(images) + 1.0
+
+    class Normalised(TinyClip):
+        def encode_image(self, images):
+            return nn.functional.normalize(self.visual(images), dim=-1)
+
+    model.__class__ = Normalised
+    rk.attach(model, bases).detach()
+    model.__class__ = More
+    said = r"More.encode_image gives other numbers than the tower at .visual \(.* check=False\)"
+    with pytest.raises(rk.UnsupportedTowerError, match=said):
+        rk.attach(model, bases)
+    adapter = rk.ResiDual(model.visual, bases)
+    with pytest.raises(rk.UnsupportedTowerError, match=said):
+        rk.attach(model, adapter=adapter)
+    adapter.detach()
+    assert flags == [p.requires_grad for p in model.parameters()]
+    rk.attach(model, bases, check=False).detach()
+    model.__class__ = TinyClip
+    model.encode_image = lambda images: 2 * model.visual(images)
+    with pytest.raises(rk.UnsupportedTowerError, match="encode_image gives other numbers"):
+        rk.attach(model, bases)

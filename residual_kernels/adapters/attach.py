@@ -1,12 +1,16 @@
 """How does my model change? Attach an adapter to a CLIP-like model, and take it off again without a trace."""
 
+import inspect
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from residual_kernels import towers
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import AroundTower, TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.towers import agreement
 from residual_kernels.towers.hugging_face import stand_in as standing_in
 from residual_kernels.towers.hugging_face.tower import image_tower
 from residual_kernels.towers.wrappers import inner
@@ -78,8 +82,9 @@ def attach(
     Returns:
         An :class:`Attachment`: use it in ``with``, or call ``.detach()``; ``.residual`` is the module.
 
-    Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of another tower;
-    the model is then unchanged.
+    Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of another tower,
+    and UnsupportedTowerError when an `encode_image` of one's own does more than call the tower; the model is then
+    unchanged.
     """
     whole = inner(model)
     owner, name, tower = _place_of(whole)
@@ -87,6 +92,8 @@ def attach(
         raise ValueError("give either bases (for a new ResiDual) or adapter (a module made before)")
     if adapter is not None and (rest != "zero" or options):
         raise ValueError("rest and options are for a new ResiDual; this adapter was made with its own")
+    if name is not None and (adapter.checks_tower if adapter is not None else options.get("check", True)):
+        _check_entrance(whole, tower)
     if bases is not None:
         adapter = ResiDual(tower, bases, rest, **options)
     assert adapter is not None
@@ -95,6 +102,40 @@ def attach(
     if name is not None:
         return Attachment(model, adapter, owner, {name: adapter})
     return Attachment(model, adapter, owner, standing_in.places(whole, adapter))
+
+
+@torch.no_grad()
+def _check_entrance(model: nn.Module, tower: nn.Module) -> None:
+    """Raises UnsupportedTowerError where an `encode_image` of one's own does more than call the tower."""
+    encode: Any = getattr(model, "encode_image", None)
+    home = getattr(encode, "__module__", None) or ""
+    if encode is None or (home.partition(".")[0] == "open_clip" and "encode_image" not in vars(model)):
+        return
+    view = towers.view(tower)
+    weight = view.stem_weight
+    size = view.image_size or [224 - 224 % side for side in weight.shape[-2:]]
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(
+        weight.device, weight.dtype
+    )
+    try:
+        inspect.signature(encode).bind(image)
+    except (TypeError, ValueError):
+        return  # it takes more than images, so it is no entrance to the tower
+    if not agreement.eager(image) or (view.module.training and view.unsteady()):
+        return
+    theirs, ours = encode(image), view.own(image)
+    if not isinstance(theirs, Tensor):
+        return
+    apart = [
+        float((theirs - y).abs().max() / y.abs().max()) if theirs.shape == y.shape else float("inf")
+        for y in (ours, nn.functional.normalize(ours, dim=-1))
+    ]
+    if not min(apart) <= agreement.AT_MOST:
+        raise towers.UnsupportedTowerError(
+            f"{type(model).__name__}.encode_image gives other numbers than the tower at .visual ({min(apart):.1e} "
+            "apart, relative, on one image), so what it adds would be done to the adapter's embedding too. Use "
+            "ResiDual(model.visual, bases) by itself, or attach(..., check=False) to go on all the same"
+        )
 
 
 def _place_of(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module]:
