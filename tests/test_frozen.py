@@ -310,3 +310,14 @@ def test_an_average_of_whole_numbers_is_put_back(method):
         assert relative(ema.module(images), residual(images)) < 1e-5
     assert whole
     assert all(torch.equal(value, kept[name]) for name, value in whole.items())
+
+
+def test_blocks_that_change_places_are_noticed():
+    residual, images = made()
+    before = residual(images)
+    blocks = residual.tower.transformer.resblocks
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+    with pytest.raises(ValueError, match="have changed since it was made"):
+        residual(images)
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+    assert torch.equal(residual(images), before)

@@ -74,6 +74,9 @@ class Guard(Protocol):
     def __call__(self) -> None:
         """Raises ValueError where weights that it is made of have changed, or would train; in plain calls."""
 
+    def compare(self) -> None:
+        """The same whatever counters say: weights may have been put in other places, or written unseen."""
+
     def would_train(self) -> str | None:
         """What is wrong if such weights would train, whatever kind of call this is; None if none would."""
 

@@ -223,6 +223,8 @@ class TransformerTower(abc.ABC):
         if self._watch is None or not self._watch.unchanged():
             if self._watch is not None or self.guard is not None:  # else it was made a moment ago
                 self.still()
+            if self.guard is not None:
+                self.guard.compare()  # a block may stand in another's place
             before = self._watch
             self._watch = (
                 agreement.agreed(self, images, before)
