@@ -79,7 +79,7 @@ def draw(result: dict, to: Path) -> None:
             axis.set_title(f"{task}, {count or 'all'} labelled a class", fontsize=9)
         line[0].set_ylabel("accuracy on the test part", fontsize=8)
     for axis in axes[-1]:
-        axis.set_xlabel("numbers trained", fontsize=8)
+        axis.set_xlabel("learned numbers", fontsize=8)
     handles = [
         Line2D(
             [], [], linestyle="", marker="o" if name.startswith(OURS) else "s", markersize=7, label=name,

@@ -226,7 +226,7 @@ def test_what_has_no_words(made):
         (lambda: component_words(bases, dictionary, unit, 18), "outside the 18"),
         (lambda: words_at_ends(bases, dictionary, unit, -1), "outside the 18"),
         (lambda: unit_words(bases, TextDictionary(("a",), torch.ones(1, 8)), unit, 1), "encode it with"),
-        (lambda: TextDictionary(("a", "b"), torch.ones(1, 8)), "one vector a word"),
+        (lambda: TextDictionary(("a", "b"), torch.ones(1, 8)), "one vector per word"),
         (lambda: TextDictionary(("a",), torch.zeros(1, 8)), "not zero"),
     ):
         with pytest.raises(ValueError, match=match):

@@ -311,7 +311,7 @@ def refused() -> dict:
             CLIPConfig(vision_config=vision(), text_config=TEXT),
             "more than an embedding",
         ),
-        "CLIPTextModel": (transformers.CLIPTextConfig(**TEXT), "lacks norm|is no image tower"),
+        "CLIPTextModel": (transformers.CLIPTextConfig(**TEXT), "lacks norm|is not an image tower"),
         "ViTMAEModel": (transformers.ViTMAEConfig(**vision()), "drops patches at random"),
         "Siglip2Model": (
             transformers.Siglip2Config(vision_config=vision(num_patches=4), text_config=SIGLIP_TEXT),
@@ -459,7 +459,7 @@ def test_attached_to_a_clip_and_restored_exactly(float64_by_default):
         twin = copy.deepcopy(model)
         assert torch.equal(twin(**inputs).logits_per_image, inside.logits_per_image)
         for name in ("output_hidden_states", "interpolate_pos_encoding"):
-            with pytest.raises(ValueError, match=f"{name} cannot be had while a ResiDual is attached"):
+            with pytest.raises(ValueError, match=f"{name} are not available while a ResiDual is attached"):
                 model(**inputs, **{name: True})
         with pytest.raises(ValueError, match="attached to this model already"):
             rk.attach(model, residual.bases)

@@ -86,7 +86,7 @@ def test_a_file_of_others_is_left_alone(parts, tmp_path):
     adapter = rk.ResiDual(tower, bases)
     theirs = tmp_path / "notes.csv"
     theirs.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"notes\.csv is there and is no log of fits"):
+    with pytest.raises(ValueError, match=r"notes\.csv exists and is not a log of fits"):
         rk.fit(adapter, head, cache, epochs=1, log=theirs)
     assert theirs.read_text() == "a,b\n1,2\n"
     assert torch.equal(adapter.weight, torch.ones_like(adapter.weight))

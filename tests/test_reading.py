@@ -578,7 +578,7 @@ def test_torchvision_sets_that_do_not_classify_are_refused_by_name(tmp_path):
 
     made = torchvision.datasets.VOCSegmentation
     assert len(made(str(tmp_path), image_set="train")) == 1
-    with pytest.raises(ValueError, match="torchvision:VOCSegmentation is no classification data set"):
+    with pytest.raises(ValueError, match="torchvision:VOCSegmentation is not a classification data set"):
         open_images("torchvision:VOCSegmentation", same, root=tmp_path)
 
 

@@ -335,7 +335,7 @@ def test_views_need_no_values():
 
 
 TRAINING = {
-    "drop path": (VisionTransformer, {"drop_path_rate": 0.5}, "drop path.*no sum of units"),
+    "drop path": (VisionTransformer, {"drop_path_rate": 0.5}, "drop path.*not a sum of units"),
     "dropout": (VisionTransformer, {"proj_drop_rate": 0.5}, "dropout behind attention"),
     "head dropout": (Eva, {"drop_rate": 0.5}, "dropout behind attention or the final norm"),
 }
@@ -415,6 +415,6 @@ def test_unsupported_towers_say_why(name):
 
 def test_an_unknown_tower_hears_what_was_looked_for():
     with pytest.raises(
-        rk.UnsupportedTowerError, match="Linear is no image tower.*resblocks.*forward_features"
+        rk.UnsupportedTowerError, match="Linear is not an image tower.*resblocks.*forward_features"
     ):
         towers.view(torch.nn.Linear(2, 2))

@@ -332,7 +332,8 @@ class AdapterSet(TowerAdapter):
         """Raises ValueError unless these terms are all that the groups `touched` read."""
         if any(self.shared[key].stream for key in touched):
             raise ValueError(
-                "an adapter of these works inside the tower, so units kept before cannot tell its output; give images"
+                "one of these adapters works inside the tower, so its output cannot be computed from cached "
+                "units; give images"
             )
         missing = [kind for key in touched for kind in self.shared[key].reads if kind not in terms.z]
         if missing:

@@ -125,5 +125,5 @@ def check_finite(values: Mapping[str, Tensor]) -> None:
     bad = [name for name, value in values.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(
-            f"folding gives NaN or Inf in {', '.join(bad)}; look at weight and at the tower's parameters"
+            f"folding gives NaN or Inf in {', '.join(bad)}; check the weights and the tower's parameters"
         )

@@ -213,7 +213,7 @@ class AdapterFolder:
             raise ValueError(f"{place} is not the file that {CONFIG} names; save the adapter again")
         kept = {name.removeprefix(KEPT): size for name, size in stored.items() if name.startswith(KEPT)}
         if any(size.ndim != 1 or size.dtype != torch.int32 for size in kept.values()):
-            raise ValueError(f"{path} is damaged: its numbers of components are none; save the adapter again")
+            raise ValueError(f"{path} is damaged: its component counts are wrong; save the adapter again")
         bases = head = base_head = names = None
         if config["bases_sha256"] is not None:
             if BASES not in files:
@@ -287,9 +287,7 @@ class AdapterFolder:
         reference = self.config.get("bases_reference")
         if reference is None:
             if given is not None:
-                raise ValueError(
-                    f"the adapter at {self.path} needs no bases from outside; leave the argument bases out"
-                )
+                raise ValueError(f"the adapter at {self.path} holds its own bases; omit the argument bases")
             return None
         if isinstance(given, SpectralBases):
             return _referred(given, reference, self._kept, "the argument bases")
@@ -353,7 +351,7 @@ def _reference(
 ) -> tuple[Reference, dict[str, Tensor]]:
     """What the config says of bases that lie elsewhere, and the number of components kept of each unit."""
     if adapter.bases is None:
-        raise ValueError(f"this {type(adapter).__name__} rests on no bases; leave the argument bases out")
+        raise ValueError(f"this {type(adapter).__name__} uses no bases; omit the argument bases")
     sizes = {kind: part.offsets.diff() for kind, part in adapter.bases.parts.items()}
     reference: Reference = {
         "fingerprint": adapter.bases.fingerprint(),

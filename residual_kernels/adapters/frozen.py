@@ -169,7 +169,7 @@ class FrozenTower:
         except (AttributeError, KeyError) as error:
             raise ValueError(
                 f"the tower's parts that are folded into this adapter's constants have been replaced since it was made "
-                f"({error}). Put them back, or detach, fit bases of this tower and make the adapter anew"
+                f"({error}). Put them back, or detach, fit bases of this tower and make a new adapter"
             ) from error
 
     def __call__(self) -> None:
@@ -221,8 +221,9 @@ class FrozenTower:
             name, far = max(moved.items(), key=lambda item: item[1])
             raise ValueError(
                 f"{len(moved)} parameters that are folded into this adapter's constants have changed since it was made "
-                f"({_some(list(moved))}; {name} by {far:.1e}, relative), so it no longer is what they say. Put the "
-                "tower's weights back, or detach, fit bases of this tower and make the adapter anew. A weight average "
+                f"({_some(list(moved))}; {name} by {far:.1e}, relative), so the constants no longer match "
+                "the tower. Put the "
+                "tower's weights back, or detach, fit bases of this tower and make a new adapter. A weight average "
                 "(EMA) should leave frozen parameters out: averaging adds rounding to them"
             )
         self._versions, self._ids = [counter(p) for p in current.values()], list(map(id, current.values()))

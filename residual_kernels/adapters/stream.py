@@ -149,7 +149,8 @@ class StreamResiDual(WeightedUnits):
 
     def _refuse_units(self) -> NoReturn:
         raise ValueError(
-            "this adapter works inside the tower, so units kept before cannot tell its output; give images, or a "
+            "this adapter works inside the tower, so its output cannot be computed from cached units; give "
+            "images, or a "
             "loader of (images, labels) instead of a cache"
         )
 

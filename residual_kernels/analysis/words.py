@@ -38,7 +38,7 @@ class TextDictionary:
     def __post_init__(self):
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.words) or not len(self.words):
             raise ValueError(
-                f"a dictionary needs one vector a word; got {len(self.words)} words and {tuple(self.vectors.shape)}"
+                f"a dictionary needs one vector per word; got {len(self.words)} words and {tuple(self.vectors.shape)}"
             )
         vectors = self.vectors.detach().cpu().double()
         norms = vectors.norm(dim=1, keepdim=True)
@@ -73,7 +73,7 @@ class TextDictionary:
         lines = [line.strip() for line in text.splitlines()]
         words = [line for line in lines if line and not line.startswith("#")]
         if not words:
-            raise ValueError(f"{path} holds no words; write one a line")
+            raise ValueError(f"{path} holds no words; write one word per line")
         return cls.from_words(model, tokenizer, words, templates)
 
     @classmethod

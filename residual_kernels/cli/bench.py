@@ -13,10 +13,10 @@ def bench(
     shape: Annotated[str, typer.Option(help="heads of B/16, L/14, H/14 or bigG/14")] = "L/14",
     rows: Annotated[int, typer.Option(min=1, help="images at a time")] = 256,
     components: Annotated[
-        str, typer.Option(help="kept of each head: ragged (energy 0.90), full (C + 2), or a number")
+        str, typer.Option(help="components kept per head: ragged (energy 0.90), full (C + 2), or a number")
     ] = "ragged",
     dtype: Annotated[DType, typer.Option(help="number type of the inputs")] = DType.float32,
-    rounds: Annotated[int, typer.Option(min=1, help="turns that every backend gets")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="measurement rounds per backend")] = 7,
     device: Device = None,
     json_file: Json = None,
 ) -> None:

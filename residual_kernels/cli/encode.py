@@ -51,7 +51,7 @@ def encode_command(
     dtype: Annotated[DType, typer.Option(help="number type of the stored units")] = DType.float32,
     shard_images: Annotated[
         int | None,
-        typer.Option(min=1, help="images in a file of the cache; as many as make 64 MiB by default"),
+        typer.Option(min=1, help="images per file of the cache; by default, as many as fit in 64 MiB"),
     ] = None,
     timeout: Annotated[
         float | None,
@@ -122,7 +122,7 @@ def bases(
         list[Path] | None,
         typer.Option(help="images (as for `encode`), or a cache; repeat the option for several"),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="join files that were fitted apart")] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="merge files that were fitted separately")] = False,
     out_file: Annotated[
         Path, typer.Option("--out", callback=new_file, help="the bases file to write (.safetensors)")
     ],
@@ -137,7 +137,7 @@ def bases(
         Placement, typer.Option(help="output, or stream: heads in model width, over tokens")
     ] = Placement.output,
     tokens: Annotated[
-        Tokens | None, typer.Option(help="stream: the tokens that are read; all by default")
+        Tokens | None, typer.Option(help="with --placement stream: the tokens to use; by default all")
     ] = None,
     device: Device = None,
     json_file: Json = None,

@@ -60,7 +60,7 @@ def fit_command(
         FitMethod,
         typer.Option(
             "--method",
-            help="auto: what is best of the model, anchored, fine, full and class vectors, never below the model; "
+            help="auto: the best of the untouched model, anchored, fine, full and class vectors; "
             "probe: a linear probe; or one by name, where stream runs the tower every epoch",
         ),
     ] = CONTEST,
@@ -75,10 +75,10 @@ def fit_command(
     ] = None,
     max_components: Annotated[int | None, typer.Option(min=1, help="fine, stream: at most this many")] = None,
     tokens: Annotated[
-        Tokens | None, typer.Option(help="stream: those adapted; all, or the bases' own, by default")
+        Tokens | None, typer.Option(help="stream: tokens to adapt; by default those of the bases, or all")
     ] = None,
     rest: Annotated[
-        Rest | None, typer.Option(help="what becomes of other units; the variant's own by default")
+        Rest | None, typer.Option(help="what happens to the other units; by default, the method decides")
     ] = None,
     lr: Annotated[
         list[float] | None,
@@ -89,17 +89,25 @@ def fit_command(
     ] = 1,
     seed: Annotated[int, typer.Option(help="the first random seed")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="passes over the training images, at most; 30 by default")
+        int | None,
+        typer.Option(min=1, help="largest number of passes over the training images; by default 30"),
     ] = None,
     patience: Annotated[
-        int | None, typer.Option(min=1, help="epochs without a better validation accuracy; 5 by default")
+        int | None,
+        typer.Option(
+            min=1, help="stop after this many epochs without a better validation accuracy; by default 5"
+        ),
     ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="fit on this many images of each class")] = None,
     balanced: Annotated[
         bool, typer.Option("--balanced", help="every class counts alike, however many images it has")
     ] = False,
     shrink: Annotated[
-        float, typer.Option(min=0.0, help="pull of every weight to 1: a share of the learning rate each step")
+        float,
+        typer.Option(
+            min=0.0,
+            help="pull of every weight toward 1, like a weight decay: a share of the learning rate at each step",
+        ),
     ] = 0.0,
     checkpoint: Annotated[
         Path | None,

@@ -124,7 +124,7 @@ class Reader:
         if "orientation" in self.asked and self.orientation is not there:
             raise ValueError(
                 f"the cache at {path} was made with --orientation {there.value}, so --orientation "
-                f"{self.orientation.value} cannot be had from it; encode the images again, or leave the option out"
+                f"{self.orientation.value} cannot be applied to it; encode the images again, or leave the option out"
             )
         if "unreadable" in self.asked and self.unreadable is OnUnreadable.fail and made.left_out:
             raise ValueError(
@@ -155,8 +155,7 @@ class Reader:
         """`source` where it is images; a ValueError for a cache, which cannot tell what works inside the tower."""
         if is_cache(source):
             raise ValueError(
-                f"{path} is a cache, and a cache cannot tell what changes inside the tower do; name the images "
-                "themselves"
+                f"{path} is a cache, and an adapter inside the tower needs the images; name their folder"
             )
         return source
 

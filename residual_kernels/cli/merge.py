@@ -49,7 +49,8 @@ def merge_command(
     stream = module.placement == "stream"
     if out_file.suffix == WEIGHTS and not stream:
         raise ValueError(
-            f"{adapter} works at the output of the tower, and no weights of the tower can say that; name a file that "
+            f"{adapter} works at the output of the tower, so it does not fold into the weights of the "
+            "tower; name a file that "
             "ends with .onnx or .pt2"
         )
     images = torch.stack([preprocess(picture) for picture in drawn_images(PICTURES, seed=0)])

@@ -40,8 +40,8 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(
         "--data-root",
-        help="where data sets by name are kept; by default ~/.cache/residual_kernels/datasets for torchvision:NAME, "
-        "the cache of the library datasets for hf:NAME",
+        help="folder of the data sets that are given by name; by default ~/.cache/residual_kernels/datasets for "
+        "torchvision:NAME, the cache of the library datasets for hf:NAME",
     ),
 ]
 Download = Annotated[bool, typer.Option("--download", help="fetch a data set by name that is not there")]
@@ -55,7 +55,7 @@ class OnUnreadable(str, Enum):
 Unreadable = Annotated[
     OnUnreadable,
     typer.Option(
-        help="an image that cannot be read: an error, or left out and named (reads every image once more)"
+        help="what to do with an image that cannot be read: fail, or skip it and list it (reads every image twice)"
     ),
 ]
 
@@ -81,7 +81,7 @@ Oriented = Annotated[
 Identified = Annotated[
     Identity,
     typer.Option(
-        help="what tells an image from another when a cache is found again: digest (its bytes), stat (size and time of "
+        help="how images are compared with those of an existing cache: digest (their bytes), stat (size and time of "
         "change), or auto: the digest for data below 4 GiB"
     ),
 ]
@@ -104,27 +104,23 @@ Json = Annotated[
 ]
 EncodeBatch = Annotated[
     int,
-    typer.Option("--encode-batch", "--batch-size", min=1, help="images that go through the tower together"),
+    typer.Option("--encode-batch", "--batch-size", min=1, help="batch size of the tower"),
 ]
-EncodeBatchOnly = Annotated[
-    int, typer.Option("--encode-batch", min=1, help="images that go through the tower together")
-]
+EncodeBatchOnly = Annotated[int, typer.Option("--encode-batch", min=1, help="batch size of the tower")]
 Workers = Annotated[int, typer.Option(min=0, help="processes that read images")]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU when there is one")
-]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by default the GPU if there is one")]
 ClassNames = Annotated[
     str | None,
     typer.Option(
-        help="file with a class name a line in the folders' order (by number where all are numbers), or lines of "
-        "folder<TAB>name, or clip_benchmark:NAME; by default the folders' names"
+        help="text file with one class name per line, in the order of the folders (numeric if all are numbers), or "
+        "lines of folder<TAB>name, or clip_benchmark:NAME; by default the folders' names"
     ),
 ]
 Templates = Annotated[
     str | None,
     typer.Option(
-        help="file with a template a line, open_clip's `openai` or `simple`, or clip_benchmark:NAME; by default what "
-        "suits the model"
+        help="text file with one template per line, open_clip's `openai` or `simple`, or clip_benchmark:NAME; by "
+        "default what suits the model"
     ),
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="the folder that `fit` wrote")]
@@ -134,7 +130,7 @@ Words = Annotated[
     typer.Option(
         "--words",
         "--dictionary",
-        help="file with a word or phrase a line; by default the words of the bundled model",
+        help="text file with one word or phrase per line; by default the words of the bundled model",
     ),
 ]
 

@@ -20,7 +20,7 @@ def towers_command(
         ),
     ],
     pretrained: Pretrained = None,
-    dtype: Annotated[str, typer.Option(help=f"what to run it in: {', '.join(DTYPES)}")] = "float32",
+    dtype: Annotated[str, typer.Option(help=f"dtype to run the tower in: {', '.join(DTYPES)}")] = "float32",
     device: Device = None,
     json_file: Json = None,
 ) -> None:

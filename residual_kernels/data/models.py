@@ -190,7 +190,7 @@ def _from_transformers(
         known = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
         if not known:
             raise ValueError(
-                f"{config.architectures} is no class of this transformers ({transformers.__version__})"
+                f"{config.architectures} is not a class of this transformers release ({transformers.__version__})"
             )
         model = kind.from_pretrained(place, use_safetensors=True, **options).eval()
         hugging_face.image_tower(model)  # says at once what it is not

@@ -75,5 +75,5 @@ def read_lines(source: str | os.PathLike, what: str) -> list[str]:
     text = decoded(read_bytes(path, LONGEST), str(path)).replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.strip(" \f\v") for line in text.split("\n") if line.strip()]
     if not lines:
-        raise ValueError(f"{path} is empty; it should hold one of the {what} a line")
+        raise ValueError(f"{path} is empty; it should hold one of the {what} per line")
     return lines

@@ -136,7 +136,7 @@ def check(view: Runnable, image: Tensor) -> None:
         raise UnsupportedTowerError(
             "this tower does not compute what its parts say, so its units would not sum to its output (they are "
             f"{max(found.output, found.units):.1e} apart, relative, on one image): {found.place}. Undo that change, or "
-            "merge it into the weights (a LoRA with merge_and_unload()); check=False goes on all the same, with units "
+            "merge it into the weights (a LoRA with merge_and_unload()); check=False skips this check and uses units "
             "of the tower as its parts say"
         )
 

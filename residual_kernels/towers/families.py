@@ -59,6 +59,6 @@ def view(tower: nn.Module) -> TransformerTower:
         if family.recognises(tower):
             return build(tower)
     raise UnsupportedTowerError(
-        f"{kind} is no image tower that this library knows: it has none of "
+        f"{kind} is not an image tower that this library supports: it has none of "
         f"{'; '.join(family.LOOKED_FOR for family in families)}"
     )

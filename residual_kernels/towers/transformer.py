@@ -195,7 +195,7 @@ class TransformerTower(abc.ABC):
             kind, what = UnsupportedTowerError, str(error)
         if what is not None:
             made, anew = (
-                ("this adapter was made", "detach, fit bases of the tower as it is and make the adapter anew")
+                ("this adapter was made", "detach, fit bases of the tower as it is and make a new adapter")
                 if self.guard is not None
                 else ("it was read", "decompose it again")
             )
@@ -214,7 +214,7 @@ class TransformerTower(abc.ABC):
         if changed := [name for name in self._stamp | now if now.get(name) != self._stamp.get(name)]:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
-                f"{changed[0]}{more}, of which units are made, has been written, replaced or taken away since these "
+                f"{changed[0]}{more}, from which units are computed, has been changed, replaced or removed since these "
                 "images ran; decompose them again"
             )
 
@@ -331,7 +331,7 @@ class TransformerTower(abc.ABC):
         images = self.here(images)
         if self.module.training and (found := self.inexact()):
             raise ValueError(
-                f"this tower is in training mode and has {', '.join(found)}, with which its output is no sum of units; "
+                f"this tower is in training mode and has {', '.join(found)}, so its output is not a sum of units; "
                 "call .eval() on it"
             )
         if not torch.compiler.is_compiling() and agreement.eager(images):

@@ -65,7 +65,7 @@ def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[
         was, now = (str(value)[:60] for value in (held.get(name), identity[name]))
         raise ValueError(
             f"{path} is the checkpoint of another fit: {', '.join(different)} differ ({name} was {was}, now {now}); "
-            "name another file, or remove it to start anew"
+            "name another file, or remove it to start again"
         )
     # copies: a file that is mapped and then written over in place, by a copying tool for example, changes them
     return header["state"], {key: tensor.clone() for key, tensor in tensors.items()}

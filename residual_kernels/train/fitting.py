@@ -58,7 +58,7 @@ class Loop:
             except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
                     f"{self.config.checkpoint} is damaged: it does not hold what this fit keeps ({error}); remove "
-                    "it to start anew"
+                    "it to start again"
                 ) from error
         else:
             self._record(0, None)

@@ -23,7 +23,7 @@ class StreamImages:
         for images in (source, other):
             if images is not None and not isinstance(images, Dataset):
                 raise ValueError(
-                    "a cache cannot tell what changes inside the tower do; name the images themselves"
+                    "an adapter inside the tower cannot be fitted from cached units; name the images themselves"
                 )
         self.batch_size, self.workers = batch_size, workers
         rows = torch.arange(len(source))

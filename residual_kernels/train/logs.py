@@ -96,7 +96,8 @@ def _there(path: Path) -> bytes:
     there = path.read_bytes() if path.exists() else b""
     if there and not there.startswith(csv_text([COLUMNS]).encode()):
         raise ValueError(
-            f"{path} is there and is no log of fits, so nothing is appended to it; move it, or log to another .csv file"
+            f"{path} exists and is not a log of fits, so nothing is appended to it; move it, or log to "
+            "another .csv file"
         )
     return there
 

@@ -205,6 +205,6 @@ def opened_twice(
     for name, source in zip(("train", "val"), sources, strict=True):
         if source is not None and not source.repeatable:
             raise ValueError(
-                f"{name} can be read only once; give a loader or a list that every epoch can read anew"
+                f"{name} can be read only once; give a loader or a list that every epoch can read again"
             )
     return sources[0], sources[1]

@@ -104,7 +104,7 @@ def check_names(head: Sequence[str], data: Sequence[str] | None, *, sure: bool =
     more = "; ..." if len(differ) > 3 else ""
     if len(common) == len(ours) == len(theirs):
         raise ValueError(
-            f"the head's classes are the data's in another order, so {len(differ)} of {len(ours)} classes are read "
+            f"the head has the data's classes in another order, so {len(differ)} of {len(ours)} classes are read "
             f"as others: {pairs}{more}. Make the head with the data's names in the data's order"
         )
     raise ValueError(

@@ -87,7 +87,7 @@ class TorchvisionImages(Images):
         labelled = kind is None if labelled is None else labelled
         if labelled and kind is not None:
             raise ValueError(
-                f"{self.source} is no classification data set: its labels are {kind}; use it without labels"
+                f"{self.source} is not a classification data set: its labels are {kind}; use it without labels"
             )
         self.class_names = self._classes(made.__name__) if labelled else None
         self.labels = self._labels() if labelled else torch.full((len(self.names),), -1)
@@ -102,7 +102,7 @@ class TorchvisionImages(Images):
         pair = isinstance(found, tuple) and len(found) == 2
         if not pair or not isinstance(found[0], Image.Image):
             raise ValueError(
-                f"{self.source} is no data set of single images with a label each; it cannot be used"
+                f"{self.source} is not a data set of single images with one label each, so it cannot be used"
             )
         whole = isinstance(found[1], int | np.integer) or (isinstance(found[1], Tensor) and not found[1].ndim)
         return None if whole else f"of type {type(found[1]).__name__}"
@@ -208,7 +208,7 @@ def _torchvision_class(name: str) -> Any:
     ]
     if needed:
         raise ValueError(
-            f"torchvision:{made.__name__} is no classification data set that a name can open: it also needs "
+            f"torchvision:{made.__name__} is not a classification data set that can be opened by name: it also needs "
             f"{', '.join(needed)}"
         )
     return made

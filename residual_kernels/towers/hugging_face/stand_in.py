@@ -38,7 +38,8 @@ class StandIn(nn.Module):
         asked = [name for name in _UNKNOWN if options.get(name) is not None and options[name] is not False]
         if asked:
             raise ValueError(
-                f"{', '.join(asked)} cannot be had while a {type(self.residual).__name__} is attached; detach it first"
+                f"{', '.join(asked)} are not available while a {type(self.residual).__name__} is attached; "
+                "detach it first"
             )
         y, tokens = self.residual(pixel_values.to(self.residual._view.stem_weight.dtype))
         if self.as_token:
