@@ -57,6 +57,7 @@ class Classifier:
     adapter_: TowerAdapter
     head_: ZeroShotHead
     result_: TuneResult | None
+    _base_head: ZeroShotHead | None
 
     def __init__(
         self,
@@ -108,6 +109,7 @@ class Classifier:
         tuned = tune(tower, fit_bases(tower, train, KINDS), head, train, candidates=self.candidates)
         self.classes_, self.result_ = classes, tuned
         self.adapter_, self.head_ = tuned.adapter, tuned.head
+        self._base_head = None if tuned.head is head else head  # a fit may move class vectors
         return self
 
     def predict(self, X: Any) -> np.ndarray:
@@ -134,7 +136,73 @@ class Classifier:
         The model is not part of it.
         """
         self._check_fitted()
-        save_adapter(self.adapter_, path, head=self.head_, class_names=list(map(str, self.classes_)))
+        save_adapter(
+            self.adapter_, path, head=self.head_, base_head=self._base_head,
+            class_names=list(map(str, self.classes_)),
+        )  # fmt: skip
+
+    def push(
+        self,
+        repo_id: str,
+        *,
+        task: str,
+        tower: str,
+        accuracy: float | None = None,
+        card: dict[str, Any] | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Pushes adapter, class vectors, labels and a model card to the Hugging Face hub. The model is not part of it.
+
+        Args:
+            repo_id: "name/repository"; made when it is not there.
+            task, tower: for the card: what it labels, and which model it belongs to ("open_clip ViT-B-16, openai").
+            accuracy: measured on images that were not fitted to, in [0, 1]; `score` gives it.
+            card: further metadata of the card (license, datasets, language ...).
+            private, token: as in huggingface_hub.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ValueError: not fitted, or an accuracy outside [0, 1]; before anything is sent.
+        """
+        self._check_fitted()
+        from residual_kernels.adapters.hub import push_adapter  # loads the hub's client
+
+        return push_adapter(
+            self.adapter_, repo_id, task=task, tower=tower, accuracy=accuracy, head=self.head_,
+            base_head=self._base_head, class_names=list(map(str, self.classes_)), card=card, private=private,
+            token=token,
+        )  # fmt: skip
+
+    @classmethod
+    def pull(
+        cls,
+        repo_id: str,
+        model: nn.Module,
+        preprocess: Callable,
+        tokenizer: Callable | None = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> "Classifier":
+        """The classifier that :meth:`push` put on the Hugging Face hub, around the model that it was fitted on.
+
+        Args:
+            repo_id: "name/repository".
+            model, preprocess, tokenizer, options: as for the constructor.
+            revision, token: as in huggingface_hub.
+
+        Raises:
+            ValueError: it was fitted on another model, or holds no class vectors.
+        """
+        from residual_kernels.adapters.hub import HubAdapter  # loads the hub's client
+
+        kept = HubAdapter.from_pretrained(repo_id, tower=_tower(model), revision=revision, token=token)
+        loaded = cls(model, preprocess, tokenizer, **options)
+        return loaded._restored(repo_id, kept.adapter, kept.head, kept.base_head, kept.class_names)
 
     @classmethod
     def load(
@@ -152,12 +220,27 @@ class Classifier:
         """
         loaded = cls(model, preprocess, tokenizer, **options)
         folder = AdapterFolder.open(path)
-        if folder.head is None:
-            raise ValueError(f"{path} holds an adapter without class vectors; save it with head=")
-        loaded.adapter_ = folder.adapter(_tower(model))
-        loaded.head_, loaded.result_ = folder.head, None
-        loaded.classes_ = np.asarray(folder.class_names)
-        return loaded
+        _check_head(path, folder.head)  # before the model's flags are touched
+        return loaded._restored(
+            path, folder.adapter(_tower(model)), folder.head, folder.base_head, folder.class_names
+        )
+
+    def _restored(
+        self,
+        place: str | os.PathLike,
+        adapter: TowerAdapter,
+        head: ZeroShotHead | None,
+        base_head: ZeroShotHead | None,
+        class_names: Sequence[str] | None,
+    ) -> "Classifier":
+        try:
+            self.head_ = _check_head(place, head)
+        except ValueError:
+            adapter.detach()
+            raise
+        self.adapter_, self._base_head, self.result_ = adapter, base_head, None
+        self.classes_ = np.asarray(class_names or self.head_.class_names)
+        return self
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the constructor by name."""
@@ -232,6 +315,12 @@ class Classifier:
         adapter: TowerAdapter | None = self.__dict__.pop("adapter_", None)
         if adapter is not None:
             adapter.detach()
+
+
+def _check_head(place: str | os.PathLike, head: ZeroShotHead | None) -> ZeroShotHead:
+    if head is None:
+        raise ValueError(f"{place} holds an adapter without class vectors; save it with head=")
+    return head
 
 
 def _tower(model: nn.Module) -> nn.Module:

@@ -64,6 +64,23 @@ def test_a_folder_of_classes_needs_no_labels(parts, digits, tmp_path):
     assert set(classifier.predict(tmp_path)) <= {"one", "two", "zero"}
 
 
+def test_saved_class_vectors_are_the_fit_s_and_the_model_s_own(parts, digits, tmp_path):
+    """The command eval needs both, so that "before" is the untouched model's."""
+    from residual_kernels.adapters.folder import AdapterFolder
+
+    names = ["base", "anchored + class vectors"]
+    both = rk.Classifier(
+        *rk.load_bundled(), class_names=WORDS, templates=("the number {}",), candidates=names
+    )
+    both.fit(digits[0], digits[1])
+    assert both.result_.winner == names[1]
+    both.save(tmp_path)
+    folder = AdapterFolder.open(tmp_path)
+    own = rk.ZeroShotHead.from_text(parts[0], parts[2], DIGITS, ("the number {}",))
+    assert torch.allclose(folder.base_head.class_vectors, own.class_vectors)
+    assert not torch.allclose(folder.head.class_vectors, own.class_vectors, atol=1e-3)
+
+
 def test_saved_and_loaded_it_gives_the_same_probabilities(fitted, parts, digits, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     fitted.save(tmp_path)

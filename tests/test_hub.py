@@ -11,6 +11,7 @@ from test_towers import build, images_for
 
 import residual_kernels as rk
 from residual_kernels.adapters import hub
+from residual_kernels.demo import DIGITS, digit_images
 
 
 class FolderApi:
@@ -152,3 +153,44 @@ def test_refused_before_anything_is_sent(tower, bases, api):
         with pytest.raises(ValueError, match=message):
             run()
     assert not api.root.exists()
+
+
+def test_a_classifier_pushed_and_pulled(api):
+    """Labels, class vectors (the model's own too, where the fit moved them) and probabilities come back."""
+    model, preprocess, tokenizer = rk.load_bundled()
+    pictures, labels = digit_images()
+    classifier = rk.Classifier(model, preprocess, tokenizer, templates=["the number {}"])
+    with pytest.raises(ValueError, match="not fitted"):
+        classifier.push("me/digits", task="digits", tower="bundled")
+    classifier.fit(pictures[:200], [DIGITS[k] for k in labels[:200].tolist()])
+    moved = classifier.head_
+    classifier._base_head = rk.ZeroShotHead(
+        moved.class_vectors.flip(1), moved.class_names, float(moved.logit_scale)
+    )
+    with pytest.raises(ValueError, match="accuracy"):
+        classifier.push("me/digits", task="digits", tower="bundled", accuracy=93)
+    assert not (api.root / "me/digits").exists()
+    address = classifier.push("me/digits", task="digits", tower="the bundled model", accuracy=0.93)
+    assert address == "https://hub/me/digits/commit/1"
+    card = (api.root / "me/digits/README.md").read_text()
+    assert "0.93" in card
+    assert "the bundled model" in card
+    expected = classifier.predict_proba(pictures[300:310])
+    classifier.adapter_.detach()
+    again = rk.Classifier.pull("me/digits", model, preprocess, tokenizer)
+    assert again.classes_.tolist() == classifier.classes_.tolist()
+    assert (again.predict_proba(pictures[300:310]) == expected).all()
+    assert torch.equal(again._base_head.class_vectors, moved.class_vectors.flip(1))
+    again.adapter_.detach()
+
+
+def test_a_repository_without_class_vectors_is_no_classifier(api):
+    model, preprocess, tokenizer = rk.load_bundled()
+    bases = rk.fit_bases(model.visual, [torch.randn(20, 3, 32, 32)])
+    adapter = rk.ResiDual(model.visual, bases)
+    rk.push_adapter(adapter, "me/bare", task="none", tower="bundled")
+    adapter.detach()
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="me/bare holds an adapter without class vectors"):
+        rk.Classifier.pull("me/bare", model, preprocess, tokenizer)
+    assert [p.requires_grad for p in model.parameters()] == flags

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin,
 from torch import nn
 
 from residual_kernels.adapters.folder import (
+    BASE_HEAD,
     BASES,
     CLASSES,
     CONFIG,
@@ -29,7 +30,7 @@ LIBRARY = "residual-kernels"
 CARD, HUB_CONFIG = "README.md", "config.json"
 TASK = "zero-shot-image-classification"
 _HASHED = [
-    name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD, CLASSES)
+    name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD, BASE_HEAD, CLASSES)
 ]  # as an adapter saved over another has them
 
 
@@ -40,6 +41,7 @@ class HubAdapter(ModelHubMixin):
         adapter: the module; head: its :class:`ZeroShotHead`, or None.
         details: what :func:`push_adapter` was told, for the card.
         class_names: what the classes are called in the data, where not as in the head.
+        base_head: how the untouched model is read, where a fit moved the class vectors of `head`; or None.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class HubAdapter(ModelHubMixin):
         head: ZeroShotHead | None = None,
         details: dict[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
+        base_head: ZeroShotHead | None = None,
     ):
         self.adapter, self.head, self.details = adapter, head, dict(details or {})
-        self.class_names = class_names
+        self.class_names, self.base_head = class_names, base_head
 
     def save_pretrained(
         self,
@@ -81,7 +84,7 @@ class HubAdapter(ModelHubMixin):
         from residual_kernels import __version__
 
         save_adapter(
-            self.adapter, save_directory, head=self.head, class_names=self.class_names,
+            self.adapter, save_directory, head=self.head, base_head=self.base_head, class_names=self.class_names,
             bases=self.details.get("bases", True),
         )  # fmt: skip
         # what the hub counts downloads by, and what from_pretrained of huggingface_hub looks for
@@ -107,11 +110,16 @@ class HubAdapter(ModelHubMixin):
                 snapshot_download(
                     model_id, revision=revision, cache_dir=_path(cache_dir), force_download=force_download,
                     local_files_only=local_files_only, token=token,
-                    allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, CLASSES, *_HASHED],
+                    allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, BASE_HEAD, CLASSES, *_HASHED],
                 )
             )  # fmt: skip
         kept = AdapterFolder.open(folder)
-        return cls(kept.adapter(tower, bases=bases), kept.head, class_names=kept.class_names)
+        return cls(
+            kept.adapter(tower, bases=bases),
+            kept.head,
+            class_names=kept.class_names,
+            base_head=kept.base_head,
+        )
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         data = ModelCardData(
@@ -206,6 +214,7 @@ def push_adapter(
     tower: str,
     accuracy: float | None = None,
     head: ZeroShotHead | None = None,
+    base_head: ZeroShotHead | None = None,
     class_names: Sequence[str] | None = None,
     bases: bool = True,
     card: dict[str, Any] | None = None,
@@ -221,6 +230,7 @@ def push_adapter(
         task, tower: for the card: what it was fitted to, and which model it belongs to ("open_clip ViT-B-16, openai").
         accuracy: measured on data that was not fitted to, in [0, 1].
         head: its classifier, kept beside it.
+        base_head: how the untouched model is read, where the fit moved class vectors (see :func:`save_adapter`).
         class_names: what the classes are called in the data (see :func:`save_adapter`).
         bases: False pushes a reference to them alone (see :func:`save_adapter`).
         card: further metadata of the card (license, base_model, datasets, language ...), as ModelCardData takes it.
@@ -233,12 +243,12 @@ def push_adapter(
     if not isinstance(bases, bool):
         raise ValueError(f"bases is True (kept in the repository) or False (by reference); got {bases!r}")
     details = {"task": task, "tower": tower, "accuracy": accuracy, "bases": bases, "repo_id": repo_id}
-    kept = HubAdapter(adapter, head, {**details, "card": dict(card or {})}, class_names)
+    kept = HubAdapter(adapter, head, {**details, "card": dict(card or {})}, class_names, base_head)
     with tempfile.TemporaryDirectory() as rehearsal:  # push_to_hub makes the repository first, and saves then
         kept.save_pretrained(rehearsal)
     return kept.push_to_hub(
         repo_id, commit_message=f"{type(adapter).__name__}: {_line(task)}", private=private, token=token,
-        branch=revision, delete_patterns=[HEAD, BASES, CLASSES, *_HASHED],
+        branch=revision, delete_patterns=[HEAD, BASE_HEAD, BASES, CLASSES, *_HASHED],
     )  # fmt: skip
 
 
