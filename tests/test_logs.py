@@ -126,9 +126,12 @@ def module(monkeypatch, name, **members):
 
 
 def test_tensorboard(fit, monkeypatch):
-    calls = []
+    calls, folders = [], []
 
     class SummaryWriter:
+        def __init__(self, log_dir):
+            folders.append(log_dir)
+
         def add_scalar(self, tag, value, step):
             calls.append((tag, value, step))
 
@@ -141,6 +144,9 @@ def test_tensorboard(fit, monkeypatch):
     losses = [call for call in calls if call[0] == "fit/val_loss"]
     assert losses == [("fit/val_loss", row.val_loss, row.epoch) for row in result.history]
     assert calls[-1] == "closed"
+    fit("tensorboard")
+    assert len(set(folders)) == 2  # two quick fits are two runs
+    assert all(folder.startswith("runs") for folder in folders)
 
 
 @pytest.mark.parametrize("there", [False, True])

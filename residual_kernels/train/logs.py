@@ -124,8 +124,11 @@ def _csv(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def _tensorboard() -> Iterator[Write]:
+    """A run of its own below runs/. SummaryWriter would name it by the second, and two quick fits would share one."""
     _library("tensorboard")
-    writer = need("torch.utils.tensorboard", "tensorboard", 'log="tensorboard"').SummaryWriter()
+    summaries = need("torch.utils.tensorboard", "tensorboard", 'log="tensorboard"')
+    started = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")
+    writer = summaries.SummaryWriter(log_dir=os.path.join("runs", f"{started}_{os.getpid()}"))
 
     def write(record: Record) -> None:
         for name, value in _numbers(record).items():
