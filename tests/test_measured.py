@@ -222,6 +222,14 @@ def test_what_the_comparison_says_in_words_is_in_its_table():
     )
 
 
+def test_what_the_faq_says_of_labels_is_in_the_table():
+    full = next(
+        row for row in rows_of(DOCS / "COMPARISON.md", "## With other methods") if row[0] == "ResiDual full"
+    )
+    text = " ".join((DOCS / "FAQ.md").read_text().split())
+    assert f"`full` rises from {full[2]} with 16 to {full[3]} with all 599" in text
+
+
 def test_the_base_of_every_page_is_one_of_the_measured():
     """On the digits 0.875 with the demo's prompts and 0.870 with the default one; on photographs 0.591."""
     base = {row["method"]: row["accuracy"] for row in result("amd-epyc/demo.json")["rows"]}["base"]
