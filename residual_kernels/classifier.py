@@ -76,6 +76,14 @@ class Classifier:
         self.class_names, self.templates, self.candidates = class_names, templates, candidates
         self.batch_size, self.workers, self.cache = batch_size, workers, cache
 
+    def _check_model(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise ValueError(
+                f"Classifier takes (model, preprocess, tokenizer); model is a {type(self.model).__name__}, not a module"
+            )
+        if not callable(self.preprocess):
+            raise ValueError(f"preprocess must be callable, PIL image -> tensor; got {self.preprocess!r}")
+
     def fit(self, X: Any, y: Iterable | None = None) -> "Classifier":
         """Fits the model to labelled images.
 
@@ -87,6 +95,7 @@ class Classifier:
         Raises:
             ValueError: no labels, fewer than two classes, or images that cannot be read (named).
         """
+        self._check_model()
         images, labels = self._images(X), None if y is None else np.asarray(list(y))
         if labels is None:
             if getattr(images, "class_names", None) is None:
@@ -305,6 +314,11 @@ class Classifier:
             return open_images(X, self.preprocess, labelled=None)
         if isinstance(X, (Dataset, Tensor)):
             return X
+        if not hasattr(X, "__len__") or not hasattr(X, "__getitem__"):
+            raise ValueError(
+                "images must be a folder, a sequence of PIL images, a uint8 array [N, H, W, 3] or preprocessed images "
+                f"[N, 3, H, W]; got {type(X).__name__}"
+            )
         return _Pictures(X, self.preprocess)
 
     def _loader(self, data: Dataset) -> DataLoader:
@@ -348,6 +362,11 @@ class _Pictures(Dataset):
             from PIL import Image
 
             picture = Image.fromarray(picture)
+        elif not hasattr(picture, "convert"):
+            raise ValueError(
+                f"image {index} is a {type(picture).__name__}; give PIL images, a uint8 array [N, H, W, 3] or the path "
+                "of a folder"
+            )
         return self.preprocess(picture)
 
 

@@ -1,5 +1,7 @@
 """rk.Classifier: the whole job in one object, by scikit-learn's conventions."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -138,3 +140,24 @@ def test_fitting_again_starts_from_the_plain_tower(parts, digits):
     first = classifier.fit(digits[0][:60], digits[1][:60]).predict_proba(digits[2][:5])
     again = classifier.fit(digits[0][:60], digits[1][:60]).predict_proba(digits[2][:5])
     assert np.array_equal(first, again)
+
+
+def test_what_is_no_image_and_no_model_is_said(parts, digits, fitted):
+    model, preprocess, tokenizer = parts
+    with pytest.raises(ValueError, match="images must be a folder, a sequence of PIL images.*got NoneType"):
+        fitted.predict(None)
+    with pytest.raises(ValueError, match="image 0 is a str; give PIL images"):
+        fitted.predict(["a.png", "b.png"])
+    with pytest.raises(ValueError, match="takes .model, preprocess, tokenizer.; model is a Compose"):
+        rk.Classifier(preprocess, model, tokenizer).fit(digits[0], digits[1])
+    with pytest.raises(ValueError, match="preprocess must be callable"):
+        rk.Classifier(model, None, tokenizer).fit(digits[0], digits[1])
+
+
+def test_a_prediction_is_one_line(fitted, parts, digits):
+    found = rk.predict(fitted.adapter_, fitted.head_, torch.stack([parts[1](p) for p in digits[2][:50]]))
+    said = repr(found)
+    assert said.startswith("Prediction(50 images, 10 classes; ")
+    assert len(said) < 200
+    counts = [int(n) for n in re.findall(r": (\d+)", said)]
+    assert counts == sorted(counts, reverse=True)

@@ -110,6 +110,14 @@ class Prediction:
     probabilities: Tensor
     class_names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """One line: how many images got each of the labels given most."""
+        counts = torch.bincount(self.labels.cpu(), minlength=len(self.class_names))
+        most = [k for k in counts.argsort(descending=True, stable=True).tolist() if counts[k]]
+        said = ", ".join(f"{self.class_names[k]!r}: {int(counts[k]):,}" for k in most[:5])
+        more = f", and {len(most) - 5} more classes" if len(most) > 5 else ""
+        return f"Prediction({len(self.labels):,} images, {len(self.class_names)} classes; {said}{more})"
+
 
 def _names(class_names: Sequence[str] | None, classes: int) -> list[str]:
     """Names for a figure: the classes' numbers where there are none."""
