@@ -3,8 +3,8 @@
     TMPDIR=/dev/shm python -m benchmarks.faults --results benchmarks/results/faults   # all of it
     python -m benchmarks.faults --share 0.05 --seed 1 --writers save_adapter encode   # a sample
 
-A child process runs the writer with the k-th of its calls failing (a full disk from there on, or once EIO, EACCES or
-EBUSY), or ending the process before it (SIGKILL), or in the middle of a write. The calls are counted below libc
+A writer runs with the k-th of its calls failing (a full disk from there on, or once EIO, EACCES or EBUSY); or a child
+process runs it, which ends before that call (SIGKILL), or in the middle of a write. The calls are counted below libc
 (faults.c, preloaded), so those of compiled libraries are among them. After each stop:
 
 * the folder holds the old result or the new one, whole;
@@ -57,28 +57,27 @@ class Shim:
         return [self.lib.fault_call(ctypes.c_long(k)).decode() for k in range(self.lib.fault_count())]
 
 
-def in_child(run: Callable[[], object], report: Path) -> tuple[str, str]:
-    """What became of it, in a process of its own: ("done" | "error" | "killed" | "broken", message)."""
-    report.unlink(missing_ok=True)
+def ended(run: Callable[[], object]) -> tuple[str, str]:
+    """What became of it: ("done" | "error" | "broken", message)."""
+    try:
+        run()
+    except OSError as error:
+        kind = "error" if str(error) and "\n" not in str(error) else "broken"
+        return kind, f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        return "broken", f"{type(error).__name__}: {error}"
+    return "done", ""
+
+
+def killed(run: Callable[[], object]) -> tuple[str, str]:
+    """What became of it in a process of its own, which is to be killed: ("killed" | "broken", message)."""
     pid = os.fork()
     if pid == 0:
-        code = 0
-        try:
-            run()
-        except OSError as error:
-            code = 3 if str(error) and "\n" not in str(error) else 4
-            report.write_text(f"{type(error).__name__}: {error}")
-        except BaseException as error:
-            code = 4
-            report.write_text(f"{type(error).__name__}: {error}")
-        os._exit(code)
+        ended(run)
+        os._exit(0)
     status = os.waitpid(pid, 0)[1]
-    if os.WIFSIGNALED(status):
-        return (
-            "killed" if os.WTERMSIG(status) == signal.SIGKILL else "broken"
-        ), f"signal {os.WTERMSIG(status)}"
-    kind = {0: "done", 3: "error"}.get(os.WEXITSTATUS(status), "broken")
-    return kind, report.read_text() if report.exists() else ""
+    as_meant = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    return ("killed" if as_meant else "broken"), f"status {status}"
 
 
 def foreign_marks(folder: Path) -> dict[str, tuple]:
@@ -102,7 +101,7 @@ def planted(folder: Path, old: Path | None) -> None:
 def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Shim, place: Path) -> dict:
     """Every stop of one writer from one start ("new": nothing of it is there; "over": an older result is)."""
     view = writer.view or visible
-    folder, report, armed = place / "root" / "out", place / "report", place / "root"
+    folder, armed = place / "root" / "out", place / "root"
     old = None
     if start == "over":
         old = place / "old"
@@ -124,16 +123,16 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
             planted(folder, old)
             marks = foreign_marks(folder)
             shim.arm(armed, k, error, mode)
-            outcome, message = in_child(lambda: writer.new(folder), report)
+            kills = mode in (KILL, TORN)
+            outcome, message = (killed if kills else ended)(lambda: writer.new(folder))
             shim.arm(place / "nowhere")
             count[stop] += 1
             wrong = []
             found = view(folder)
-            killed = mode in (KILL, TORN)
-            if outcome == "broken" or (outcome == "killed") != killed:
+            if outcome == "broken":
                 wrong.append(f"{outcome} {message}")
             whole = found in (before, after)
-            if not whole and killed and not writer.at_once:
+            if not whole and kills and not writer.at_once:
                 whole = all(digest in (before.get(name), after.get(name)) for name, digest in found.items())
                 whole = whole and set(before) <= set(found)
             if not whole:
@@ -142,7 +141,7 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
                 wrong.append("said to be done, but it is not")
             if foreign_marks(folder) != marks:
                 wrong.append("a foreign file was touched")
-            again, message = in_child(lambda: writer.new(folder), report)
+            again, message = ended(lambda: writer.new(folder))
             if again != "done":
                 wrong.append(f"again: {again} {message}")
             elif view(folder) != after:

@@ -166,8 +166,10 @@ def writers(names: list[str] | None = None) -> list[Writer]:
 
     def report(folder: Path, number: int, anew: bool = False) -> None:
         once.draw_anew = anew
-        write_report(facts(number), folder / "r.html", cache)
-        once.draw_anew = False
+        try:
+            write_report(facts(number), folder / "r.html", cache)
+        finally:
+            once.draw_anew = False
 
     def swept(folder: Path, epochs: int) -> None:
         data = (DataSpec("d", str(drawn), str(drawn)),)
@@ -177,9 +179,11 @@ def writers(names: list[str] | None = None) -> list[Writer]:
     def fitted(folder: Path) -> None:
         adapter = rk.ResiDual(tower, bases.truncate(components=2))
         fit = {"epochs": 4, "batch_size": 12, "checkpoint": folder / "fit.safetensors"}
-        rk.fit(adapter, heads[0], cache, cache, **fit)
-        rk.save_adapter(adapter, folder / "a", head=heads[0])
-        adapter.detach()
+        try:
+            rk.fit(adapter, heads[0], cache, cache, **fit)
+            rk.save_adapter(adapter, folder / "a", head=heads[0])
+        finally:
+            adapter.detach()
 
     drawn = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, drawn)

@@ -44,13 +44,17 @@ class Partial:
                 if lock(self._handle) is None or self.path.exists():
                     break
                 os.close(self._handle)  # removed by another writer, before it was locked
-            self._mode = stat.S_IMODE(like.stat().st_mode) if like.is_file() and not folder else None
-            if self._mode is not None:
-                os.chmod(self.path, self._mode | stat.S_IWUSR)
         except BaseException:
             remove_empty(made)
             raise
         self._made = made
+        try:
+            self._mode = stat.S_IMODE(like.stat().st_mode) if like.is_file() and not folder else None
+            if self._mode is not None:
+                os.chmod(self.path, self._mode | stat.S_IWUSR)
+        except BaseException:
+            self.close()
+            raise
 
     def _free(self) -> Path:
         return self.place.with_name(f".{_short(self.place.name)}.{secrets.token_hex(4)}{PARTIAL}")
@@ -85,13 +89,15 @@ class Partial:
 
     def close(self) -> None:
         """Ends the writing; what was not published is removed, and so are folders that were made for it."""
-        if self.path.is_dir():
-            shutil.rmtree(self.path)
-        for path in (self.path, self.old):
-            if path is not None:
-                path.unlink(missing_ok=True)
-        os.close(self._handle)
-        remove_empty(self._made)
+        try:
+            if self.path.is_dir():
+                shutil.rmtree(self.path)
+            for path in (self.path, self.old):
+                if path is not None:
+                    path.unlink(missing_ok=True)
+        finally:
+            os.close(self._handle)  # and with it the lock: what could not be removed now, the next writer removes
+            remove_empty(self._made)
 
 
 def partials(folder: Path, names: Iterable[str]) -> list[Path]:

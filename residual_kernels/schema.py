@@ -1,13 +1,14 @@
 """What may a JSON file hold? One reader for all: bounded, typed, and every fault one ValueError that says where.
 
 The form of a file is a type: dataclasses and TypedDicts of int, float, str, bool, None, list[...], tuple[..., ...],
-dict[str, ...], unions, Literal, and :data:`Count`.
+dict[str, ...], unions, Literal, :data:`Count` and :data:`Measured`. A float is finite.
 """
 
 import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import types
 import typing
 from pathlib import Path
@@ -16,19 +17,30 @@ from typing import Annotated, Any, Literal, Union
 NESTING = 32  # of lists and objects: ours have 6
 SIZE = 2**30  # bytes of a file
 Count = Annotated[int, "a whole number from 0 on"]
+Measured = Annotated[float, "a number, infinite or NaN too"]
 Plain = str | int | float | bool | None
 
 
 def parse(data: bytes | str, where: str) -> Any:
     """The value of a JSON text; a ValueError begins with `where`."""
     try:
-        value = json.loads(data)
+        value = json.loads(data, object_pairs_hook=_named_once)
     except RecursionError:
         raise ValueError(f"{where}: more than {NESTING} lists and objects in one another") from None
     except ValueError as error:  # also no UTF-8, a number of thousands of digits
         raise ValueError(f"{where}: {error}") from error
     _bounded(value, where, NESTING)
     return value
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; of two values with one name a reader would take the first, another the last."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it names {name[:60]!r} twice")
+        found[name] = value
+    return found
 
 
 def read(path: Path, where: str) -> Any:
@@ -99,8 +111,10 @@ def typed(value: Any, form: Any, where: str, at: str = "") -> Any:
         return value | {key: _entry(value, key, hint, where, at) for key, hint in needed.items()}
     if form == Count and type(value) is int and 0 <= value < 2**63:
         return value
-    if form is float and type(value) in (int, float):
-        return float(value) if type(value) is float else value
+    if form == Measured and type(value) in (int, float):
+        return value
+    if form is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # false for NaN
+        return value
     if form in (int, str, bool) and type(value) is form and not (form is int and abs(value) >= 2**63):
         return value
     if form in (None, type(None)) and value is None:
@@ -140,14 +154,14 @@ def _said(form: Any) -> str:
     """A form in words."""
     names = {
         int: "a whole number",
-        float: "a number",
+        float: "a finite number",
         str: "a text",
         bool: "true or false",
         type(None): "null",
     }
     origin, inner = typing.get_origin(form), typing.get_args(form)
-    if form == Count:
-        return typing.get_args(Count)[1]
+    if form in (Count, Measured):
+        return typing.get_args(form)[1]
     if origin in (Union, types.UnionType):
         return " or ".join(map(_said, inner))
     if origin is Literal:

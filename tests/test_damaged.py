@@ -261,7 +261,7 @@ def test_forms(tmp_path):
         with pytest.raises(ValueError, match=r"^f: the whole must be .*whole number"):
             schema.typed(value, form, "f")
     assert schema.typed({"a": [1, 2.5]}, dict[str, tuple[float, ...]], "f") == {"a": (1, 2.5)}
-    with pytest.raises(ValueError, match=r"f: a\[1\] must be a number, not 'x'"):
+    with pytest.raises(ValueError, match=r"f: a\[1\] must be a finite number, not 'x'"):
         schema.typed({"a": [1, "x"]}, dict[str, list[float]], "f")
     for text in (
         "[" * 100_000,
@@ -271,9 +271,16 @@ def test_forms(tmp_path):
         '{"a": 1',
         "\xff".encode("latin-1"),
         "",
+        '{"a": 1, "a": 2}',
+        '{"b": {"a": 1, "b": 1, "a": 1}}',
+        "9" * 10_000,
     ):
         with pytest.raises(ValueError, match="^here: "):
             schema.parse(text, "here")
+    for value in (float("nan"), float("inf"), -float("inf"), 10**400, json.loads("1e999")):
+        with pytest.raises(ValueError, match="f: the whole must be a finite number"):
+            schema.typed(value, float, "f")
+    assert schema.typed(float("-inf"), schema.Measured, "f") == float("-inf")  # a loss that diverged
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ValueError, match="a device or a pipe"):
         schema.read_bytes(tmp_path / "pipe", 10)

@@ -149,6 +149,23 @@ def test_links_and_devices_and_full_names(adapters, tmp_path):
         files.write_json(real, {})
 
 
+def test_what_a_failed_writer_left_goes_with_the_next_in_the_same_process(tmp_path, monkeypatch):
+    """The failed one must not hold its lock for as long as the process lives."""
+    place = tmp_path / "x.json"
+    files.write_json(place, {"a": 1})
+    for name in ("chmod", "replace"):
+        with monkeypatch.context() as broken:
+            broken.setattr(os, name, lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+            broken.setattr(
+                Path, "unlink", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.EIO, "broken"))
+            )
+            with pytest.raises(OSError, match="broken"):
+                files.write_json(place, {"a": 2})
+        assert len(list(tmp_path.iterdir())) == 2
+        files.write_json(place, {"a": 3})
+        assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a system without /dev/shm")
 def test_a_plain_file_in_shared_memory_is_replaced_not_written_into():
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:

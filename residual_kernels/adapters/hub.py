@@ -1,6 +1,5 @@
 """How does an adapter travel? To and from the Hugging Face hub, by huggingface_hub's own mixin, with a model card."""
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, ModelHubMixin, snapshot_download
 from torch import nn
 
+from residual_kernels import schema
 from residual_kernels.adapters.folder import (
     BASE_HEAD,
     BASES,
@@ -144,8 +144,8 @@ def _check_hub_config(file: Path) -> None:
     if not os.path.lexists(file):
         return
     try:
-        ours = json.loads(file.read_bytes())["library_name"] == LIBRARY
-    except (ValueError, KeyError, TypeError, RecursionError):
+        ours = schema.read(file, f"{file}")["library_name"] == LIBRARY
+    except (ValueError, KeyError, TypeError, OSError):
         ours = False
     if not ours:
         raise FileExistsError(f"{file} belongs to another program; name another folder")

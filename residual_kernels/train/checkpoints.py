@@ -9,7 +9,7 @@ from torch import Tensor
 
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.files import Head, digest, load_tensors, save_tensors
-from residual_kernels.schema import Count
+from residual_kernels.schema import Count, Measured
 from residual_kernels.train.evaluation import Heads
 from residual_kernels.units.cache import UnitCache
 
@@ -19,10 +19,10 @@ SAMPLE = 64  # rows of a cache that are looked at to know it again
 
 class _Task(TypedDict):
     best_epoch: Count
-    best_score: float | None
+    best_score: Measured | None
     stopped: bool
     diverged: bool
-    history: list[list[float | None]]
+    history: list[list[Measured | None]]
 
 
 class State(TypedDict):
@@ -30,7 +30,7 @@ class State(TypedDict):
 
     epoch: Count
     active: list[Count]
-    groups: list[dict[str, float]]
+    groups: list[dict[str, Measured]]
     tasks: list[_Task]
     seconds: float
 
