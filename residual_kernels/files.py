@@ -191,7 +191,7 @@ def _checked(value: Any, what: str, form: type, where: str) -> Any:
             f"{where} has schema {value['schema']}; this version reads up to {SCHEMA}, so upgrade it"
         )
     if value.get("what") != what:
-        raise ValueError(f"{where} holds a {str(value.get('what'))[:60]}, not a {what}")
+        raise ValueError(f"{where} holds a {repr(str(value.get('what'))[:60])[1:-1]}, not a {what}")
     return schema.typed(value, form, where)
 
 

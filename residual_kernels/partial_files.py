@@ -96,7 +96,9 @@ class Partial:
                 if path is not None:
                     path.unlink(missing_ok=True)
         finally:
-            os.close(self._handle)  # and with it the lock: what could not be removed now, the next writer removes
+            os.close(
+                self._handle
+            )  # and with it the lock: what could not be removed now, the next writer removes
             remove_empty(self._made)
 
 

@@ -140,7 +140,8 @@ def _field(value: dict, key: str, hint: Any, where: str, at: str) -> Any:
 
 
 def _inside(at: str, key: str) -> str:
-    return f"{at}.{key[:60]}" if at else key[:60]
+    name = repr(key[:60])[1:-1]  # one line, and nothing in it steers a terminal
+    return f"{at}.{name}" if at else name
 
 
 def _fault(value: Any, form: Any, where: str, at: str) -> ValueError:

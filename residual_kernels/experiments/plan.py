@@ -9,7 +9,7 @@ from typing import Any
 
 from residual_kernels import extras
 from residual_kernels.adapters.methods import METHODS as BY_NAME
-from residual_kernels.schema import read_bytes, typed
+from residual_kernels.schema import NESTING, read_bytes, typed
 from residual_kernels.units.cache.shards import STORED
 
 METHODS = tuple(BY_NAME)
@@ -84,8 +84,7 @@ class SweepPlan:
         yaml = extras.need("yaml", "sweep", "reading a plan")
         try:
             text = read_bytes(Path(path), LONGEST_PLAN).decode()
-            if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > MOST_ALIASES:
-                raise ValueError(f"{path} refers more than {MOST_ALIASES} times to parts of itself (*name)")
+            _check_size(yaml, text, path)
             found = yaml.safe_load(text)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
@@ -135,8 +134,21 @@ class SweepPlan:
         return [one for one in named if one is not None]
 
 
-LONGEST_PLAN = 2**20  # bytes
+LONGEST_PLAN = 2**17  # bytes
 MOST_ALIASES = 32  # a few more could stand for more than fits into memory
+
+
+def _check_size(yaml: Any, text: str, path: str | os.PathLike) -> None:
+    """Raises ValueError for what would take hours or all memory to read: aliases of aliases, lists in lists."""
+    aliases = depth = 0
+    for event in yaml.parse(text):
+        aliases += isinstance(event, yaml.AliasEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if aliases > MOST_ALIASES:
+            raise ValueError(f"{path} refers more than {MOST_ALIASES} times to parts of itself (*name)")
+        if depth > NESTING:
+            raise ValueError(f"{path} has more than {NESTING} lists and mappings in one another")
 
 
 def _list(found: dict, key: str, path: str | os.PathLike) -> list:

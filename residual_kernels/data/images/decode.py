@@ -28,7 +28,8 @@ _ABOUT_BYTES = (
 )  # fmt: skip
 # Errors of the system that concern one file. Any other (EMFILE, ENOMEM, EIO ...) concerns the machine or the disk.
 _ABOUT_ONE_FILE = frozenset(
-    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG}
+    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG,
+     errno.EINVAL}  # of a seek to before the beginning, where a damaged zip says a member lies
 )  # fmt: skip
 _ORIENTATION = 274  # the EXIF tag
 _UPRIGHT = {
