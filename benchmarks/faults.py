@@ -174,7 +174,13 @@ def keep(results: Path, rows: list[dict]) -> None:
     file.write_text(json.dumps(summed(list(found.values())), indent=1) + "\n")
 
 
-def run(names: list[str] | None, share: float, seed: int, results: Path | None = None) -> dict:
+def run(
+    names: list[str] | None,
+    share: float,
+    seed: int,
+    results: Path | None = None,
+    starts: list[str] | None = None,
+) -> dict:
     import torch
 
     warnings.simplefilter("ignore")
@@ -184,7 +190,7 @@ def run(names: list[str] | None, share: float, seed: int, results: Path | None =
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary).resolve()
         for writer in writers(names):
-            for start in ("new", "over"):
+            for start in starts or ("new", "over"):
                 if start == "new" or writer.old is not None:
                     rows.append(tried(writer, start, share, rng, shim, place))
                     print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -212,6 +218,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--writers", nargs="*", help="names of some; all by default")
+    parser.add_argument(
+        "--starts", nargs="*", choices=("new", "over"), help="of the writers; both by default"
+    )
     parser.add_argument("--share", type=float, default=1.0, help="of the stops, chosen at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -222,7 +231,7 @@ def main() -> None:
         done = preloaded(sys.argv[1:])
         print(done.stdout, end="")
         sys.exit(done.returncode)
-    found = run(options.writers, options.share, options.seed, options.results)
+    found = run(options.writers, options.share, options.seed, options.results, options.starts)
     print(json.dumps(found))
     sys.exit(bool(found["faults"]))
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from residual_kernels import schema
 from residual_kernels.partial_files import Partial
+from residual_kernels.visible import visible
 
 _GROUP: ContextVar[list | None] = ContextVar("files of `together`", default=None)
 SCHEMA = 1  # of every file this library writes; a reader refuses a newer one
@@ -264,7 +265,7 @@ def map_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple[
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        reason = str(error).partition("\n")[0][:200]
+        reason = visible(str(error).partition("\n")[0][:200])
         raise ValueError(
             f"{path} is truncated or not a safetensors file ({reason}); make it again"
         ) from error

@@ -96,6 +96,29 @@ def test_a_signal_ends_a_command_with_one_line_and_the_next_goes_on(drawn, tmp_p
     assert "images of an interrupted run" in " ".join(errors.split())
 
 
+def test_ctrl_c_ends_a_fit_and_its_checkpoint_stays(drawn, tmp_path):
+    cache, kept = tmp_path / "cache", tmp_path / "fit.safetensors"
+    made = command("encode", "--data", drawn / "images", "--out", cache)
+    assert made.wait(120) == 0, made.stderr.read()
+    arguments = ["fit", "--method", "fine", "--data", cache, "--out", tmp_path / "run", "--checkpoint", kept,
+                 "--patience", "3000", "--epochs"]  # fmt: skip
+    process = command(*arguments, "3000")
+    deadline = time.monotonic() + 120
+    while not kept.exists() and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("stopped by SIGINT; what was finished is kept")
+    assert "Traceback" not in errors
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "fit.safetensors"}
+    from residual_kernels import files
+
+    before = files.load_tensors(kept, "fit checkpoint")[1]["state"]["epoch"]
+    assert 0 < before < 3000
+
+
 def test_a_reader_that_goes_away_loses_no_file(drawn, tmp_path):
     process = command("doctor", "--json", tmp_path / "d.json")
     process.stdout.close()
@@ -106,28 +129,80 @@ def test_a_reader_that_goes_away_loses_no_file(drawn, tmp_path):
     assert "versions" in json.loads((tmp_path / "d.json").read_text())
 
 
+KILLER = """
+import os, signal
+from PIL import Image
+real, calls = Image.open, []
+def opened(*arguments, **more):
+    calls.append(1)
+    if WHEN:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **more)
+Image.open = opened
+"""
+
+
+def site(folder, when):
+    """Variables of a process that ends itself when it opens an image and the condition holds."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(KILLER.replace("WHEN", when))
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+
+
 def test_a_killed_worker_ends_the_command(drawn, tmp_path):
     """The process that reads images ends itself at one of them."""
-    site = tmp_path / "site"
-    site.mkdir()
-    (site / "sitecustomize.py").write_text(
-        "import os, signal\nfrom PIL import Image\nreal = Image.open\n"
-        "def opened(*arguments, **more):\n"
-        "    if os.path.exists(os.environ['MARK']) and os.getpid() != int(open(os.environ['MARK']).read()):\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return real(*arguments, **more)\n"
-        "Image.open = opened\n"
-    )
     mark = tmp_path / "mark"
+    when = "os.path.exists(os.environ['MARK']) and os.getpid() != int(open(os.environ['MARK']).read())"
     process = command(
         "encode", "--data", drawn / "images", "--out", tmp_path / "c", "--workers", "2",
-        environment={"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "MARK": str(mark)},
+        environment={**site(tmp_path / "site", when), "MARK": str(mark)},
     )  # fmt: skip
     mark.write_text(str(process.pid))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "error: DataLoader worker" in errors
     assert "Traceback" not in errors
+
+
+def test_a_rank_that_is_killed_ends_torchrun_and_its_shards_are_kept(drawn, tmp_path):
+    encode = [
+        "encode",
+        "--data",
+        drawn / "images",
+        "--batch-size",
+        "4",
+        "--shard-images",
+        "8",
+        "--device",
+        "cpu",
+    ]
+    environment = site(
+        tmp_path / "site", "os.environ.get('RANK') == '1' and len(calls) == 9"
+    )  # in its second shard
+    started = time.monotonic()
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "residual_kernels.cli",
+    ]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *map(str, encode), "--out", str(tmp_path / "c")],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=240,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "c").glob("shard-*")}
+    assert "shard-00001.safetensors" in kept  # the first of the rank that died
+    assert time.monotonic() - started < 200
+    process = command(*encode, "--out", tmp_path / "c")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert all((tmp_path / "c" / name).read_bytes() == data for name, data in kept.items())
 
 
 def test_hostile_images_are_refused_in_bounded_memory(tmp_path):

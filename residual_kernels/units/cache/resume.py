@@ -108,12 +108,14 @@ def lock(stack: contextlib.ExitStack, path: Path) -> None:
 
 def _leave(path: Path, holder: filelock.FileLock, made: bool) -> None:
     alone = distributed.world() == 1  # others may still be at work when this process fails
-    complete = (path / MANIFEST).is_file() and read_manifest(path)["complete"]
-    if alone and not complete and not shard_files(path):
-        (path / MANIFEST).unlink(missing_ok=True)
-    if not (path / MANIFEST).is_file() or complete:
-        (path / LOCK).unlink(missing_ok=True)
-    holder.release()
+    try:
+        complete = (path / MANIFEST).is_file() and read_manifest(path)["complete"]
+        if alone and not complete and not shard_files(path):
+            (path / MANIFEST).unlink(missing_ok=True)
+        if not (path / MANIFEST).is_file() or complete:
+            (path / LOCK).unlink(missing_ok=True)
+    finally:
+        holder.release()  # or this process would hold the folder against its own next run
     if made and not any(path.iterdir()):
         path.rmdir()
 
