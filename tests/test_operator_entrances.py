@@ -6,6 +6,7 @@ import torch
 from test_spectral_reweight import problem, run
 from torch.autograd import forward_ad
 from torch.func import jvp
+from torch.utils._pytree import tree_map
 
 from residual_kernels.ops import (
     backends,
@@ -157,6 +158,44 @@ def test_a_negative_view_is_read_with_its_sign():
             torch.autograd.grad(y, weight, torch._neg_view(-torch.ones_like(y)), retain_graph=True)[0],
             torch.autograd.grad(y, weight, torch.ones_like(y))[0],
         )
+
+
+class Marked(torch.Tensor):
+    """A subclass that holds its numbers itself."""
+
+
+class Wrapped(torch.Tensor):
+    """A subclass that holds another tensor, and no memory of its own: reading its address would be wrong."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, dtype=inner.dtype, strides=inner.stride()
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        plain = tree_map(lambda x: x.inner if isinstance(x, cls) else x, (arguments, options or {}))
+        return tree_map(
+            lambda x: cls(x) if isinstance(x, torch.Tensor) else x, function(*plain[0], **plain[1])
+        )
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_subclasses_of_a_tensor_are_read_right(backend):
+    inputs, constants, weight, offsets = problem(dtype=torch.float32)
+    right = run(spectral_reweight, inputs, constants, weight, offsets, backend=backend)
+    marked = [x.as_subclass(Marked) for x in inputs]
+    got = run(spectral_reweight, marked, constants, weight.as_subclass(Marked), offsets, backend=backend)
+    assert torch.equal(got.as_subclass(torch.Tensor), right)
+    with torch.no_grad():
+        wrapped = [Wrapped(x) for x in inputs]
+        got = run(spectral_reweight, wrapped, constants, Wrapped(weight), offsets, backend=backend)
+    assert isinstance(got, Wrapped)
+    assert torch.equal(got.inner, right)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
