@@ -1,6 +1,7 @@
 """The convex fit: its solution against SciPy, scikit-learn and float64; its choice; what it refuses."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from test_towers import build, images_for
 from torch.nn import functional as F
 
 import residual_kernels as rk
-from residual_kernels.train.choice import Judged, best_of, standard_error
+from residual_kernels.train import path
+from residual_kernels.train.choice import FACTORS, Judged, best_of, standard_error
 from residual_kernels.train.folds import folds_of
-from residual_kernels.train.lbfgs import minimise
+from residual_kernels.train.lbfgs import EXACT, Pairs, minimise
 from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Targets, Tasks
 
 CLASSES = "abc"
@@ -132,19 +134,21 @@ def _empty():
     return probe, tasks, parts | {"c": none, "basis": parts["basis"][:0], "sd": parts["sd"][:0]}
 
 
-def solved(objective, tasks, tolerance=1e-9, start=None, limit=2000):
+def solved(objective, tasks, tolerance=1e-9, start=None, limit=2000, rough=False, pairs=None):
     start = (
         torch.zeros(len(tasks), objective.shape.size, dtype=objective.right.dtype) if start is None else start
     )
     mass = tasks.counted(objective.targets, slice(None)).sum(0)
     return minimise(
-        lambda theta, index: objective.evaluate(theta, tasks.pick(index)),
+        lambda theta, index: objective.evaluate(theta, tasks.pick(index), rough=rough),
         lambda theta, grad, index: objective.gap(theta, grad, tasks.pick(index)),
         start,
         objective.curvature(tasks, mass),
         torch.full((len(tasks),), tolerance, dtype=torch.float64),
-        objective.feasible,
-        limit,
+        longest=objective.longest,
+        limit=limit,
+        rounding=path.ROUNDING if rough else EXACT,
+        pairs=pairs,
     )
 
 
@@ -225,6 +229,66 @@ def test_float32_repeats_bit_for_bit_and_is_near_float64():
     exact = solved(*problem()[:2])
     assert torch.allclose(first.value, exact.value, rtol=1e-3)
     assert (first.value - exact.value <= 1e-3 + 1e-5 * exact.value.abs()).all()
+
+
+def test_a_rough_evaluation_reads_bfloat16_and_is_near():
+    objective, tasks, _ = problem(torch.float32, n=200, j=64)
+    kept = objective.rows
+    theta = numbers(objective, tasks).float()
+    value, grad = objective.evaluate(theta, tasks, rough=True)  # no copy to read: the exact one
+    assert torch.equal(value, objective.evaluate(theta, tasks)[0])
+    assert not objective.is_narrow
+    objective.rows = ResidentRows(kept.coefficients, kept.output, narrow=True)
+    assert objective.is_narrow
+    assert torch.equal(value, objective.evaluate(theta, tasks)[0])
+    near, near_grad = objective.evaluate(theta, tasks, rough=True)
+    assert not torch.equal(near, value)
+    assert ((near - value).abs() < path.ROUNDING * value).all()
+    assert ((near_grad - grad).norm(dim=1) < 2**-7 * grad.norm(dim=1)).all()
+    rough = solved(objective, tasks, tolerance=2.0, rough=True)
+    exact = solved(objective, tasks, tolerance=1e-3)
+    assert (rough.value - exact.value < 2.0 + path.ROUNDING * exact.value).all()
+
+
+def test_curvature_is_carried_to_the_next_strength():
+    objective, tasks, _ = problem(n=200, j=64)
+    before = solved(objective, tasks, tolerance=1e-6)
+    weaker = replace(tasks, alpha=tasks.alpha / 3)
+    changes = before.pairs.changes.clone()
+    objective.penalised(changes).add_(
+        (weaker.alpha - tasks.alpha)[:, None, None] * objective.penalised(before.pairs.steps)
+    )
+    pairs = Pairs(before.pairs.steps, changes)
+    # a pair's change is the gradient's along its step, under the new penalty
+    step = before.pairs.steps[:, -1]
+    there = objective.evaluate(before.theta, weaker)[1] - objective.evaluate(before.theta - step, weaker)[1]
+    assert torch.allclose(there, changes[:, -1], rtol=1e-6, atol=1e-9)
+    exact = solved(objective, weaker, start=before.theta)
+    warm = solved(objective, weaker, tolerance=1e-6, start=before.theta, pairs=pairs)
+    assert (warm.value - exact.value <= 1e-6).all()
+
+
+@pytest.mark.parametrize("vectors", [None, 0.7])
+def test_every_row_is_judged_by_the_fit_that_held_it_out(vectors):
+    objective, _, parts = problem(n=60, vector_variance=vectors, weighted=True)
+    fold = parts["fold"][:1]
+    search = path.Path(objective, [path.Group(0, 0)], fold, 3, freedoms=(5.0, 50.0))
+    found = search.run()[0]
+    for freedom, judged in found.candidates:
+        logits = torch.empty(60, 4, dtype=torch.float64)
+        for held in range(3):
+            tasks, _ = search._tasks([(0, held, freedom)])
+            theta = solved(objective, tasks, tolerance=1e-9).theta
+            rows = fold[0] == held
+            logits[rows] = objective.used(next(objective.rows.blocks()), theta)[rows, 0]
+        weight, labels = parts["weight"][0], parts["labels"][0]
+        losses = [
+            float((F.cross_entropy(factor * logits, labels, reduction="none") * weight).sum() / weight.sum())
+            for factor in FACTORS
+        ]
+        assert judged.loss == pytest.approx(min(losses), abs=2e-2)
+        hits = (logits.argmax(1) == labels).double()
+        assert judged.accuracy == pytest.approx(float((hits * weight).sum() / weight.sum()), abs=0.06)
 
 
 def test_what_is_used_is_what_head_and_adapter_give():

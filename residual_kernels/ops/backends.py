@@ -94,3 +94,12 @@ resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def load(backend: str) -> ModuleType:
     """The module that implements `backend` (a resolved name)."""
     return importlib.import_module(_MODULES[backend])
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether products of bfloat16 matrices are made by instructions of their own, and so much faster than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if _cpp_missing(device) is not None:
+        return False
+    return importlib.import_module("residual_kernels._cpp").instruction_sets()["avx512bf16"] is None

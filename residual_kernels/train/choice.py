@@ -19,6 +19,9 @@ FACTORS = (
 )  # on the logits: 1/64 ... 2, and no opinion at all
 
 
+ELEMENTS = 2**22  # of logits at several temperatures, at a time
+
+
 @dataclass(frozen=True)
 class Judged:
     """Log-losses [n] (nats) and hits [n] on this process's images, and how much each image counts, [n].
@@ -53,10 +56,13 @@ class Judge:
 
     def add(self, column: int, logits: Tensor, weight: Tensor, which: int, place: slice) -> None:
         """Logits [n, K] of a candidate on the rows at `place`, which count as `weight` [n], under a label set."""
-        number = torch.tensor([which], device=logits.device)
-        for step, factor in enumerate(FACTORS):
-            log_p = (logits * factor).log_softmax(-1)[:, None]
-            self.losses[column, step, place] = self.targets.losses(log_p, number, place)[:, 0]
+        most = max(1, ELEMENTS // max(1, logits.numel()))
+        for start in range(0, len(FACTORS), most):
+            factors = torch.tensor(FACTORS[start : start + most], dtype=logits.dtype).to(logits.device)
+            log_p = (logits[:, None] * factors[:, None]).log_softmax(-1)  # [n, factors, K]
+            number = torch.full((len(factors),), which, device=logits.device)
+            found = self.targets.losses(log_p, number, place)
+            self.losses[column, start : start + most, place] = found.T
         self.hits[column, place] = self.targets.hits(logits.argmax(-1), which, place)
         self.weight[column, place] = weight
 

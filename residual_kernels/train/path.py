@@ -14,12 +14,13 @@ from torch import Tensor
 
 from residual_kernels import distributed
 from residual_kernels.train.choice import Judge, Judged, best_of
-from residual_kernels.train.lbfgs import Minimum, minimise
-from residual_kernels.train.logistic import Objective, RowSource, Targets, Tasks
+from residual_kernels.train.lbfgs import EXACT, Minimum, Pairs, minimise
+from residual_kernels.train.logistic import Objective, Rows, RowSource, Targets, Tasks
 
 FREEDOMS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
 PATIENCE = 2  # strengths without a better loss before a path ends
-ROUGH, FINE = 1e-2, 1e-4  # nats an image that a fold's fit, and the last one, may be from their optimum
+ROUGH, FINE = 1e-2, 1e-5  # nats an image that a fold's fit, and the last one, may be from their optimum
+ROUNDING = 1e-3  # of a value from bfloat16 coefficients: what rounding may add to it
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Path:
         self.trace = objective.trace()
         self.mass = self._mass()
         self.evaluations = [0] * len(self.groups)
+        self.pairs: dict[tuple[int, int], tuple[Pairs, Tensor]] = {}  # of the last strength, and its alpha
 
     def _tasks(self, rows: Sequence[tuple[int, int, float]]) -> tuple[Tasks, Tensor]:
         """Tasks and their masses of (group, held, freedom)."""
@@ -101,21 +103,37 @@ class Path:
         sums = tasks.counted(self.objective.targets, slice(None)).double().sum(0)
         return dict(zip(keys, distributed.total(sums).tolist(), strict=True))
 
-    def _fit(self, rows, start: Tensor, nats: float, limit: int = 300) -> Minimum:
+    def _fit(self, rows, start: Tensor, nats: float, limit: int = 300, rough: bool = False) -> Minimum:
         tasks, mass = self._tasks(rows)
         objective = self.objective
         found = minimise(
-            lambda theta, index: objective.evaluate(theta, tasks.pick(index)),
+            lambda theta, index: objective.evaluate(theta, tasks.pick(index), rough=rough),
             lambda theta, grad, index: objective.gap(theta, grad, tasks.pick(index)),
             start,
             objective.curvature(tasks, mass),
             mass.double() * nats,
-            objective.feasible,
-            limit,
+            longest=objective.longest,
+            limit=limit,
+            rounding=ROUNDING if rough and objective.is_narrow else EXACT,
+            pairs=self._pairs(rows, tasks),
         )
+        if not self.side_by_side:
+            for place, (group, held, _) in enumerate(rows):
+                self.pairs[group, held] = found.pairs.pick(place), tasks.alpha[place]
         for (group, *_), count in zip(rows, found.evaluations.tolist(), strict=True):
             self.evaluations[group] += count
         return found
+
+    def _pairs(self, rows, tasks: Tasks) -> Pairs | None:
+        """The curvature seen at the last strength: a change of alpha changes it by a multiple of the step."""
+        known = [self.pairs.get((group, held)) for group, held, _ in rows]
+        if any(one is None for one in known):
+            return None
+        steps = torch.stack([one.steps for one, _ in known])
+        changes = torch.stack([one.changes for one, _ in known])
+        more = tasks.alpha - torch.stack([alpha for _, alpha in known])
+        self.objective.penalised(changes).add_(more[:, None, None] * self.objective.penalised(steps))
+        return Pairs(steps, changes)
 
     def base(self, group: int = 0) -> Judged:
         """What the tower itself says of the images that judge."""
@@ -134,7 +152,7 @@ class Path:
                 break
             rows = [(group, held, freedom) for group in active for freedom in stage for held in self.held]
             start = torch.stack([last[group, held] for group, held, _ in rows])
-            theta = self._fit(rows, start, ROUGH).theta
+            theta = self._fit(rows, start, ROUGH, rough=True).theta
             thetas = dict(zip(rows, theta, strict=True))
             columns = [(group, freedom) for group in active for freedom in stage]
             for (group, freedom), judged in zip(columns, self._judged(columns, thetas), strict=True):
@@ -177,23 +195,37 @@ class Path:
         targets = self.objective.targets if outside is None else outside.targets
         judge = Judge(len(columns), len(rows), targets, self.like)
         for block in rows.blocks():
-            base = self.objective.readout.base(block.output)[0]
-            for column, (number, freedom) in enumerate(columns):
+            said = self._said(block, columns, thetas)
+            for column, (number, _) in enumerate(columns):
                 group = self.groups[number]
                 if outside is None:
-                    fold = self.fold[group.split, block.place]
-                    weight = (fold >= 0).to(self.like.dtype)
+                    weight = (self.fold[group.split, block.place] >= 0).to(self.like.dtype)
                     if targets.weight is not None:
                         weight = weight * targets.weight[group.which, block.place]
                 else:
-                    fold, weight = None, outside.weight[group.which, block.place]
-                logits = base
-                if freedom is not None:
-                    theta = torch.stack([thetas[number, held, freedom] for held in self.held])
-                    every = self.objective.used(block, theta)
-                    chosen = (
-                        fold.clamp_min(0).long() if fold is not None else weight.new_zeros(len(base)).long()
-                    )
-                    logits = every[torch.arange(len(base), device=base.device), chosen]
-                judge.add(column, logits, weight, group.which, block.place)
+                    weight = outside.weight[group.which, block.place]
+                judge.add(column, said[column], weight, group.which, block.place)
         return [judge.judged(column) for column in range(len(columns))]
+
+    def _said(self, block: Rows, columns: Sequence[tuple[int, float | None]], thetas: dict) -> list[Tensor]:
+        """Logits [n, K] of a block by every column; each row is read by the fit that held it out."""
+        base = self.objective.readout.base(block.output)[0]
+        said = [base] * len(columns)
+        splits: dict[int, list[int]] = {}  # columns that hold out the same rows
+        for column, (number, freedom) in enumerate(columns):
+            if freedom is not None:
+                splits.setdefault(self.groups[number].split, []).append(column)
+                said[column] = base.clone()
+        for split, own in splits.items():
+            for held in self.held:
+                theta = torch.stack(
+                    [thetas[number, held, freedom] for number, freedom in (columns[c] for c in own)]
+                )
+                if held < 0:
+                    every, where = self.objective.used(block, theta), slice(None)
+                else:
+                    where = (self.fold[split, block.place] == held).nonzero().flatten()
+                    every = self.objective.used(block.pick(where), theta)
+                for place, column in enumerate(own):
+                    said[column][where] = every[:, place]
+        return said

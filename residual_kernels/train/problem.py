@@ -10,7 +10,8 @@ from torch import Tensor
 from residual_kernels import distributed
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.train.batches import AdapterRows
+from residual_kernels.ops.backends import multiplies_bfloat16
+from residual_kernels.train.batches import AdapterRows, room
 from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.folds import folds_of
 from residual_kernels.train.labels import label_table, shots_of, weights_of_classes
@@ -119,18 +120,20 @@ class Form:
 
     @torch.no_grad()
     def rows(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(coefficients of each kind, output at weight 1)."""
+        """(coefficients of each kind, output at weight 1), in the adapter's dtype, whatever the cache holds."""
         if self.adapter.rest.rest == "all":
             output = features["rest"]
         else:
             output = self.adapter.from_features(features, [self.ones])[0]
-        return tuple(features[f"{kind}.c"] for kind in self.kinds), output
+        return tuple(features[f"{kind}.c"].to(self.basis) for kind in self.kinds), output.to(self.basis)
 
-    def source(self, rows: AdapterRows) -> RowSource:
+    def source(self, rows: AdapterRows, narrow: bool = False) -> RowSource:
         if rows.resident is None:
             return _Streamed(self, rows)
         mine = rows.part(rows.count)
-        return ResidentRows(*self.rows({name: value[mine] for name, value in rows.resident.items()}))
+        return ResidentRows(
+            *self.rows({name: value[mine] for name, value in rows.resident.items()}), narrow=narrow
+        )
 
 
 def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
@@ -221,7 +224,12 @@ class Problem:
         readout = form.readout(head)
         like = readout.basis
         mine = rows.part(rows.count)
-        source = form.source(rows)
+        narrow = 3 * rows.bytes <= 2 * room(
+            rows.device, self.config.memory
+        )  # the copy is half as large again
+        source = form.source(
+            rows, narrow and like.dtype == torch.float32 and multiplies_bfloat16(rows.device)
+        )
         fold = self.fold[:, mine].to(like.device)
         weight = None if self.row_weight is None else self.row_weight[:, mine].to(like)
         own = self.labels.at(mine, like.device, like.dtype)
