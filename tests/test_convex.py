@@ -83,12 +83,13 @@ def by_hand(theta, t, tasks, objective, parts):
     keep = (p["fold"][which] >= 0) & (p["fold"][which] != held)
     weight = keep.double() if p["weight"] is None else keep * p["weight"][which]
     value = -(weight[:, None] * target * log_p).sum() + tasks.alpha[t].double() / 2 * free.square().sum()
-    return value if s is None else value + objective.kappa * (s - torch.log(1 + s))
+    return value if s is None else value + objective.kappa[int(s > 0)] * (s - torch.log(1 + s))
 
 
 VARIANTS = {
     "plain": {},
     "no scale": {"kappa": None},
+    "a scale held as much both ways": {"kappa": (1.0, 1.0)},
     "class vectors": {"vector_variance": 0.7},
     "more classes than coordinates": {"k": 11, "vector_variance": 0.7},
     "smoothed and weighted": {"smoothing": 0.1, "weighted": True},
@@ -289,6 +290,14 @@ def test_every_row_is_judged_by_the_fit_that_held_it_out(vectors):
         assert judged.loss == pytest.approx(min(losses), abs=2e-2)
         hits = (logits.argmax(1) == labels).double()
         assert judged.accuracy == pytest.approx(float((hits * weight).sum() / weight.sum()), abs=0.06)
+
+
+def test_a_penalty_so_strong_that_nothing_moves_does_not_end_the_path():
+    objective, _, parts = problem(n=60, kappa=None)
+    fold = parts["fold"][:1]
+    strong = (1e-9, 1e-8, 1e-7, 1e-6)
+    found = path.Path(objective, [path.Group(0, 0)], fold, 3, freedoms=(*strong, 5.0)).run()[0]
+    assert [freedom for freedom, _ in found.candidates] == [*strong, 5.0]
 
 
 def test_what_is_used_is_what_head_and_adapter_give():

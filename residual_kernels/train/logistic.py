@@ -6,11 +6,12 @@ base are the tower's own logits, f its embeddings, r[n] = exp(logit_scale) / |f[
 of y only sets each image's temperature, never its label, so it is held at |f[n]|: logits are linear in everything
 learned, and
 
-    F_t = sum_n w[t,n] H(target[t,n], softmax l[t,n]) + alpha_t/2 |theta_t|^2 + kappa (s_t - log(1 + s_t))
+    F_t = sum_n w[t,n] H(target[t,n], softmax l[t,n]) + alpha_t/2 |theta_t|^2 + kappa(s_t) (s_t - log(1 + s_t))
 
 has one minimum. theta are the learned numbers in whitened coordinates: delta_j = theta_j / sd_j, where sd_j^2 is the
 variance of r c_j over the rows, so that alpha asks of a component in its own units. kappa counts pseudo-images that
-hold the scale of the tower's logits at one: a Gamma prior on 1 + s, which keeps it above zero.
+hold the scale of the tower's logits at one: a Gamma prior on 1 + s, which keeps it above zero. Few of them where s
+falls, as a tower far from home is too sure of itself; many where s rises, as a fit to few images would be surer yet.
 
 One evaluation is two products with the coefficients, [T*M,J] x [J,N] and [T*M,N] x [N,J], M = min(K, D) rows a task:
 images and components run along memory. Nothing of size [N,J] is made, and rows come block by block, so they need not
@@ -29,7 +30,10 @@ from residual_kernels import distributed
 
 BLOCK_BYTES = 32 * 2**20  # of logits, and of reweighted class scores, that one product may make
 VECTOR_PENALTY = 10.0
-KAPPA = 1.0  # pseudo-images that hold the scale of the tower's logits
+KAPPA = (
+    0.1,
+    100.0,
+)  # pseudo-images that hold the scale of the tower's logits where it falls, and where it rises
 
 
 @dataclass(frozen=True)
@@ -200,7 +204,8 @@ class Objective:
         sd: [J] above zero, the unit in which alpha asks of each component.
         vector_variance: learn dV too, where f has this variance a coordinate; None does not. alpha asks VECTOR_PENALTY
             times as much of its entries, in units of that variance: they are many, and tell nothing of other classes.
-        kappa: pseudo-images that hold the scale of the tower's logits; None does not learn it.
+        kappa: pseudo-images that hold the scale of the tower's logits where it falls, and where it rises; None does not
+            learn it.
     """
 
     def __init__(
@@ -211,7 +216,7 @@ class Objective:
         sd: Tensor,
         *,
         vector_variance: float | None = None,
-        kappa: float | None = KAPPA,
+        kappa: tuple[float, float] | None = KAPPA,
     ):
         self.rows, self.readout, self.targets, self.sd, self.kappa = rows, readout, targets, sd, kappa
         components, dim = readout.basis.shape
@@ -345,9 +350,15 @@ class Objective:
         self.penalised(grad).add_(tasks.alpha[:, None] * self.penalised(theta))
         if self.shape.scale:
             s = theta[:, -1]
-            value += self.kappa * (s.double() - torch.log1p(s.double()))
-            grad[:, -1] += self.kappa * s / (1 + s)
+            kappa = self._kappa(s)
+            value += kappa * (s.double() - torch.log1p(s.double()))
+            grad[:, -1] += kappa * s / (1 + s)
         return value, grad
+
+    def _kappa(self, sign: Tensor) -> Tensor:
+        """Pseudo-images that hold the scale, for s of this sign."""
+        falls, rises = self.kappa
+        return torch.full_like(sign, falls).masked_fill(sign > 0, rises)
 
     def penalised(self, theta: Tensor) -> Tensor:
         """The part of theta that alpha asks of."""
@@ -401,13 +412,17 @@ class Objective:
 
         The dual point is softmax - target at theta itself. There the loss's own Fenchel inequality is tight, so that
         what is left is |grad|^2 / (2 alpha) for the penalised numbers, and for s, with q minus the loss's derivative,
-        h(s) + h*(q) - s q with h = kappa (s - log(1 + s)), h*(q) = -q - kappa log(1 - q/kappa).
+        h(s) + h*(q) - s q with h = kappa (s - log(1 + s)), h*(q) = -q - kappa log(1 - q/kappa), kappa by the sign.
         """
         found = self.penalised(grad).double().square().sum(1) / (2 * tasks.alpha.double())
         if self.shape.scale:
             s, slope = theta[:, -1].double(), grad[:, -1].double()
-            u = slope * (1 + s) / self.kappa  # (kappa - q)(1 + s) / kappa = 1 + u
-            found += torch.where(u > -1, self.kappa * (u - torch.log1p(u.clamp_min(-1))), torch.inf)
+            kappa = self._kappa(s)
+            q = kappa * s / (1 + s) - slope
+            other = self._kappa(q)
+            conjugate = -q - other * torch.log1p((-q / other).clamp_min(-1))
+            part = kappa * (s - torch.log1p(s)) + conjugate - s * q
+            found += torch.where(q < other, part.clamp_min(0), torch.inf)
         return found
 
     def trace(self) -> float:
@@ -423,5 +438,5 @@ class Objective:
         j = self.shape.components
         found[:, :j] = mass[:, None] * self.spread + tasks.alpha[:, None]
         if self.shape.scale:
-            found[:, -1] = self.kappa + mass
+            found[:, -1] = self.kappa[0] + mass
         return found

@@ -152,14 +152,18 @@ class Path:
                 break
             rows = [(group, held, freedom) for group in active for freedom in stage for held in self.held]
             start = torch.stack([last[group, held] for group, held, _ in rows])
-            theta = self._fit(rows, start, ROUGH, rough=True).theta
-            thetas = dict(zip(rows, theta, strict=True))
+            done = self._fit(rows, start, ROUGH, rough=True)
+            thetas = dict(zip(rows, done.theta, strict=True))
+            moved = {row[0] for row, count in zip(rows, done.evaluations.tolist(), strict=True) if count > 1}
             columns = [(group, freedom) for group in active for freedom in stage]
             for (group, freedom), judged in zip(columns, self._judged(columns, thetas), strict=True):
                 found = self.found[group]
                 better = all(judged.loss < other.loss for _, other in found.candidates)
                 found.candidates.append((freedom, judged))
-                waiting[group] = 0 if better else waiting[group] + 1
+                if better:
+                    waiting[group] = 0
+                elif group in moved:  # so strong a penalty that nothing moves says nothing of weaker ones
+                    waiting[group] += 1
                 own = [thetas[group, held, freedom] for held in self.held]
                 if better:
                     best[group] = torch.stack(own).mean(0)

@@ -144,17 +144,28 @@ def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
         return torch.cat([*(c.to(r.dtype) for c in block.coefficients), block.output], 1) * r[:, None]
 
     components, dim = readout.basis.shape
-    first = next(iter(rows.blocks()), None)
-    centre = readout.basis.new_zeros(components + dim) if first is None else scaled(first).mean(0)
-    centre = distributed.total(centre) / distributed.world()  # provisional, so that squares keep their digits
-    sums = torch.zeros(2, components + dim, dtype=torch.float64, device=centre.device)
+    zero = torch.zeros(components + dim, dtype=torch.float64, device=readout.basis.device)
+    count, mean, squares = 0, zero, zero
     for block in rows.blocks():
-        values = scaled(block) - centre
-        sums += torch.stack([one.sum(0, dtype=torch.float64) for one in (values, values.square())])
-    sums = distributed.total(sums)
-    count = float(distributed.total(torch.tensor([float(len(rows))], dtype=torch.float64)))
-    variance = ((sums[1] - sums[0].square() / count) / max(1.0, count - 1)).clamp_min(0)
-    return variance[:components].to(centre.dtype), float(variance[components:].mean())
+        values = scaled(block)
+        if not len(values):
+            continue
+        own = values.mean(0)
+        around = values.sub_(own).square_().sum(0).double()
+        count, mean, squares = _joined(count, mean, squares, len(values), own.double(), around)
+    if distributed.world() > 1:
+        everyone = float(distributed.total(zero.new_full((), count)))
+        whole = distributed.total(mean * count) / max(1.0, everyone)
+        squares = distributed.total(squares + (mean - whole).square() * count)
+        count = int(everyone)
+    variance = squares.to(readout.basis) / max(1, count - 1)
+    return variance[:components], float(variance[components:].mean())
+
+
+def _joined(n: int, mean: Tensor, squares: Tensor, m: int, other: Tensor, more: Tensor) -> tuple:
+    """Count, mean and sum of squares around it, of two parts together (Chan, Golub, LeVeque 1983)."""
+    away, both = other - mean, max(1, n + m)
+    return n + m, mean + away * (m / both), squares + more + away.square() * (n * m / both)
 
 
 @dataclass(frozen=True)
