@@ -17,6 +17,7 @@ from residual_kernels.train.choice import FACTORS, Judged, best_of, standard_err
 from residual_kernels.train.folds import folds_of
 from residual_kernels.train.lbfgs import EXACT, Pairs, minimise
 from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Targets, Tasks
+from residual_kernels.train.problem import moments
 
 CLASSES = "abc"
 
@@ -495,6 +496,47 @@ def test_soft_labels_of_one_class_are_labels(tower, cache, bases, head):
     assert result.base_accuracy > 0.4  # either label is right
     rk.fit(anchored, head, train, label_smoothing=0.3)
     assert not alike(anchored.weight.detach(), hard)
+
+
+def test_an_image_without_an_embedding_spoils_nothing(tower, cache, bases, head):
+    train, _ = parts_of(cache)
+    train.output[0] = 0
+    assert not train.output[0].any()
+    anchored = rk.ResiDual(tower, bases, "all")
+    result = rk.fit(anchored, head, train)
+    assert result.fold_accuracy > result.base_accuracy + 0.2
+    assert anchored.weight.isfinite().all()
+
+
+def test_a_fit_without_an_optimum_is_told_of(tower, cache, bases, head, caplog):
+    """Almost no penalty: three classes that can be told apart have no finite optimum."""
+    train, _ = parts_of(cache)
+    anchored = rk.ResiDual(tower, bases, "all")
+    with caplog.at_level("WARNING", logger="residual_kernels"):
+        result = rk.fit(anchored, head, train, freedoms=(1e30,))
+    assert result.certificate.gap > 1e-5 * len(train)
+    assert "a smaller freedom than 1e+30" in caplog.text
+    caplog.clear()
+    rk.fit(anchored, head, train)
+    assert not caplog.text
+
+
+def test_moments_are_those_of_all_rows():
+    """Of blocks, with a mean a thousand times the spread; a component that never moves has a floor."""
+    g = torch.Generator().manual_seed(0)
+    c, output = 1000 + torch.randn(50, 6, generator=g), torch.randn(50, 4, generator=g)
+    c[:, 5] = 1000
+    output[0] = 0
+    readout = Readout(torch.zeros(6, 4), torch.zeros(4, 3), 2.0)
+    variance, of_outputs = moments(ResidentRows([c[:, :2], c[:, 2:]], output, 7), readout)
+    r = 2 / output.double().norm(dim=1, keepdim=True)
+    r[0] = 0
+    own = (r * c.double()).var(0)
+    assert torch.allclose(variance.double(), own.clamp_min(1e-3 * own.mean()), rtol=1e-5)
+    assert of_outputs == pytest.approx(float((r * output.double()).var(0).mean()), rel=1e-5)
+    still = torch.full((50, 6), 3.0)
+    variance, _ = moments(ResidentRows([still], torch.ones(50, 4), 7), readout)
+    assert torch.allclose(variance, torch.full((6,), 1e-4 * 9.0), rtol=1e-5)
 
 
 def test_balanced_classes_count_alike(tower, cache, bases, head):

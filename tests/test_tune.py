@@ -89,6 +89,12 @@ def test_nothing_to_learn_gives_the_model(tower, cache, bases, head):
     assert torch.equal(found.head.class_vectors, head.class_vectors)
 
 
+def test_one_image_leaves_the_model(tower, cache, bases, head):
+    found = rk.tune(tower, bases, head, cache.subset(torch.tensor([3])))
+    assert found.winner == "base"
+    assert "only 1 training images judged this" in found.warning
+
+
 def test_the_probe_is_told_of_and_can_be_had(tower, cache, bases, head):
     train, test = parts_of(cache)
     found = rk.tune(tower, bases, head, train, candidates=("anchored", "probe"))

@@ -94,8 +94,9 @@ class Readout:
         return self.vectors.shape[1]
 
     def base(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(base [n, K], r [n]) of the tower's outputs [n, D]."""
-        r = self.scale / output.norm(dim=1).clamp_min(torch.finfo(output.dtype).tiny)
+        """(base [n, K], r [n]) of the tower's outputs [n, D]; an output that is zero has no direction, and r = 0."""
+        length = output.norm(dim=1)
+        r = torch.where(length > torch.finfo(output.dtype).tiny, self.scale / length, 0)
         return r[:, None] * (output @ self.vectors), r
 
 
@@ -229,7 +230,8 @@ class Objective:
         centred = scores - scores.mean(1, keepdim=True)
         self.spread = centred.square().mean(1)  # [J]: how differently a component speaks to the classes
         self._bases: dict[int, tuple[Tensor, Tensor]] = {}
-        self.vector_unit = (VECTOR_PENALTY * vector_variance) ** -0.5 if learns_vectors else 0.0
+        tiny = torch.finfo(sd.dtype).tiny  # one image has no variance
+        self.vector_unit = max(VECTOR_PENALTY * vector_variance, tiny) ** -0.5 if learns_vectors else 0.0
 
     @property
     def is_narrow(self) -> bool:

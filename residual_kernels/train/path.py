@@ -6,6 +6,7 @@ Rows in memory: one strength after another, each from the last one's solution, u
 are read from disk again at every evaluation: all strengths side by side, which takes fewer readings.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from residual_kernels import distributed
 from residual_kernels.train.choice import Judge, Judged, best_of
 from residual_kernels.train.lbfgs import EXACT, Minimum, Pairs, minimise
 from residual_kernels.train.logistic import Objective, Rows, RowSource, Targets, Tasks
+
+log = logging.getLogger(__name__)
 
 FREEDOMS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
 PATIENCE = 2  # strengths without a better loss before a path ends
@@ -187,6 +190,15 @@ class Path:
                 found.theta, found.alpha = done.theta[place], float(tasks.alpha[place])
                 found.objective, found.gap = float(done.value[place]), float(done.gap[place])
                 found.gradient = float(done.grad[place].norm())
+                nats = found.gap / self.mass[group, -1]
+                if not nats <= FINE:
+                    log.warning(
+                        "the convex fit stopped up to %.2g nats an image from its optimum after %d evaluations; "
+                        "a smaller freedom than %g, or logits of a smaller scale, would be solved",
+                        nats,
+                        int(done.evaluations[place]),
+                        rows[place][2],
+                    )
         for found, count in zip(self.found, self.evaluations, strict=True):
             found.evaluations = count
 

@@ -21,6 +21,7 @@ from residual_kernels.units.source import UnitSource
 from residual_kernels.zeroshot import ZeroShotHead
 
 FLOOR = 1e-3  # of the mean variance: components that never move are not blown up
+CONSTANT = 1e-4  # of the mean square of their means: nor are they where none moves
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ class Form:
 
 
 def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
-    """Variances [J] of r c_j, and the mean variance of r f, over all processes' rows, labelled for a fit or not."""
+    """Variances [J] of r c_j with a floor, and the mean variance of r f, over all processes' rows, labelled or not."""
 
     def scaled(block: Rows) -> Tensor:
         r = readout.base(block.output)[1]
@@ -157,9 +158,13 @@ def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
         everyone = float(distributed.total(zero.new_full((), count)))
         whole = distributed.total(mean * count) / max(1.0, everyone)
         squares = distributed.total(squares + (mean - whole).square() * count)
-        count = int(everyone)
-    variance = squares.to(readout.basis) / max(1, count - 1)
-    return variance[:components], float(variance[components:].mean())
+        count, mean = int(everyone), whole
+    variance = squares / max(1, count - 1)
+    own, power = variance[:components], mean[:components].square()
+    if components:
+        floor = max(FLOOR * float(own.mean()), CONSTANT * float(power.mean()))
+        own = own.clamp_min(max(floor, torch.finfo(readout.basis.dtype).tiny))
+    return own.to(readout.basis), float(variance[components:].mean())
 
 
 def _joined(n: int, mean: Tensor, squares: Tensor, m: int, other: Tensor, more: Tensor) -> tuple:
@@ -246,8 +251,6 @@ class Problem:
         own = self.labels.at(mine, like.device, like.dtype)
         targets = Targets(own.hard, own.soft, self.config.label_smoothing, weight)
         variance, of_outputs = moments(source, readout)
-        if len(variance):
-            variance = variance.clamp_min(max(FLOOR * float(variance.mean()), torch.finfo(like.dtype).tiny))
         objective = Objective(
             source, readout, targets, variance.sqrt(), vector_variance=of_outputs if class_vectors else None
         )
