@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FREEDOMS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
 PATIENCE = 2  # strengths without a better loss before a path ends
-ROUGH, FINE = 1e-2, 1e-5  # nats an image that a fold's fit, and the last one, may be from their optimum
+ROUGH, FINE = 3e-3, 1e-5  # nats an image that a fold's fit, and the last one, may be from their optimum
 ROUNDING = 1e-3  # of a value from bfloat16 coefficients: what rounding may add to it
 
 
