@@ -8,6 +8,10 @@ from test_towers import build, images_for
 
 import residual_kernels as rk
 from residual_kernels.train import tuning
+from residual_kernels.train.config import ConvexConfig
+from residual_kernels.train.convex import indexed, opened
+from residual_kernels.train.problem import Form, Problem, labels_of
+from residual_kernels.train.stacked import stacked
 
 CLASSES = "abc"
 
@@ -166,3 +170,24 @@ def test_refusals_leave_the_tower_free(cache, bases, head):
     found = rk.tune(tower, bases, head, train)
     found.adapter.detach()
     assert {name: p.requires_grad for name, p in tower.named_parameters()} == flags
+
+
+def test_stacked_uses_what_it_fitted(tower, cache, bases, head):
+    """Class vectors first, then components: the adapter and the head say what the fit said of every image."""
+    adapter = rk.ResiDual(tower, bases, rest="all")
+    config = ConvexConfig()
+    source = indexed(adapter, cache, True, CLASSES)
+    problem = Problem.of(config, labels_of(source, None, [3], "labels"), CLASSES, [0], None)
+    rows, outside = opened(adapter, source, None, config)
+    found = stacked(problem, Form(adapter), head, rows, outside, config.freedoms)
+    theta = found.theta[None]
+    with torch.no_grad():
+        adapter.weight.copy_(1 + found.objective.delta(theta)[0])
+        said = found.head(adapter.from_units(cache.terms(slice(None))))
+    (block,) = found.objective.rows.blocks()
+    assert torch.equal(found.objective.used(block, theta)[:, 0].argmax(1), said.argmax(1))
+    assert not torch.equal(found.head.class_vectors, head.class_vectors)
+    base = problem.path(Form(adapter), head, rows, outside).base()
+    assert found.judged.loss < base.loss
+    assert int(found.judged.weight.sum()) == len(cache)
+    adapter.detach()

@@ -5,6 +5,7 @@ compared image by image. The least loss wins, unless a simpler candidate is with
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,14 +19,16 @@ from residual_kernels.adapters.methods import METHODS, build
 from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
+from residual_kernels.train.batches import AdapterRows
 from residual_kernels.train.choice import Judge, Judged, accuracy_error, standard_error
 from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.convex import indexed, opened
 from residual_kernels.train.evaluation import logits_of
 from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.logistic import Objective, Targets
-from residual_kernels.train.path import FREEDOMS, Found
+from residual_kernels.train.path import FREEDOMS
 from residual_kernels.train.problem import Form, Labels, Problem, labels_of
+from residual_kernels.train.stacked import stacked
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import unit_source
 from residual_kernels.zeroshot import ZeroShotHead
@@ -126,7 +129,8 @@ class _Entry:
     seconds: float
     adapter: TowerAdapter | None = None
     objective: Objective | None = None
-    found: Found | None = None
+    theta: Tensor | None = None
+    head: ZeroShotHead | None = None  # with class vectors already moved
 
 
 def tune(
@@ -185,8 +189,9 @@ def tune(
         built.append(base)
         contest = _Contest(base.tower, bases, head, train, val, config, seed, labels, val_labels, built)
         contest.probe_competes = candidates is not None
-        for name in names:
+        for name in sorted(names, key=lambda name: name == VECTORS):  # after the two that it is held against
             contest.add(name)
+        contest.entries.sort(key=lambda one: CANDIDATES.index(one.name))
         if stream_bases is not None:
             contest.add_stream(stream_bases, train, val, seed)
         winner, why = contest.winner()
@@ -285,10 +290,25 @@ class _Contest:
         judged, freedom = found.base, 0.0
         if found.chosen is not None:
             freedom, judged = found.candidates[found.chosen]
-        seconds = time.perf_counter() - start
         numbers = objective.shape.components + objective.shape.vectors
-        self.entries.append(_Entry(name, numbers, judged, freedom, seconds, adapter, objective, found))
-        log.info("tune: %s has loss %.4f and accuracy %.4f", name, judged.loss, judged.accuracy)
+        entry = _Entry(name, numbers, judged, freedom, 0.0, adapter, objective, found.theta)
+        if name == VECTORS and self._outdone(judged):
+            self._stack(entry, rows)
+        entry.seconds = time.perf_counter() - start
+        self.entries.append(entry)
+        log.info("tune: %s has loss %.4f and accuracy %.4f", name, entry.judged.loss, entry.judged.accuracy)
+
+    def _outdone(self, joint: Judged) -> bool:
+        """Whether the joint fit does worse than one of the two that it holds: then their product is in the way."""
+        parts = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
+        return joint.loss >= min(parts, default=-math.inf)
+
+    def _stack(self, entry: _Entry, rows: tuple[AdapterRows, AdapterRows | None]) -> None:
+        """Class vectors first, then components, where the folds say that this is better than both together."""
+        found = stacked(self.problem, Form(entry.adapter), self.head, *rows, self.config.freedoms)
+        if found is not None and (not entry.freedom or found.judged.loss < entry.judged.loss):
+            entry.judged, entry.freedom, entry.head = found.judged, found.freedom, found.head
+            entry.objective, entry.theta = found.objective, found.theta
 
     def add_stream(self, bases: SpectralBases, train: Iterable, val: Iterable, seed: int) -> None:
         """The stream form by AdamW, judged on the same validation images."""
@@ -352,9 +372,11 @@ class _Contest:
     def made(self, winner: _Entry, base: TowerAdapter) -> tuple[TowerAdapter, ZeroShotHead]:
         """The winner as an adapter with its weights, and its head."""
         adapter, head = base, self.head
-        if winner.name != BASE and winner.found is not None and winner.found.theta is not None:
-            theta = winner.found.theta[None]
-            if winner.objective.shape.class_vectors:
+        if winner.name != BASE and winner.theta is not None:
+            theta = winner.theta[None]
+            if winner.head is not None:
+                head = winner.head
+            elif winner.objective.shape.class_vectors:
                 moved = winner.objective.vectors(theta)[0].to(self.head.class_vectors)
                 head = ZeroShotHead(
                     self.head.class_vectors + moved, self.head.class_names, float(self.head.logit_scale)
