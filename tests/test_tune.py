@@ -12,6 +12,7 @@ from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.convex import indexed, opened
 from residual_kernels.train.problem import Form, Problem, labels_of
 from residual_kernels.train.stacked import stacked
+from residual_kernels.train.unseen import _path, class_folds
 
 CLASSES = "abc"
 
@@ -191,3 +192,63 @@ def test_stacked_uses_what_it_fitted(tower, cache, bases, head):
     assert found.judged.loss < base.loss
     assert int(found.judged.weight.sum()) == len(cache)
     adapter.detach()
+
+
+def test_classes_as_folds(tower):
+    """The strength is judged on classes that the fit had not seen, read among their own names."""
+    names = "abcdef"
+    labels = torch.arange(120) % 6
+    images = images_for(tower, 120) * 0.5 + (labels - 2.5)[:, None, None, None] * 0.4
+    cache = rk.encode(tower, [(images, labels)], kinds=("head", "mlp"), class_names=names)
+    bases = rk.fit_bases(tower, cache, kinds=("head", "mlp"))
+    vectors = torch.randn(32, 6, generator=torch.Generator().manual_seed(2))
+    head = rk.ZeroShotHead(vectors, names, math.log(10.0))
+    found = rk.tune(tower, bases, head, cache, folds="classes")
+    found.adapter.detach()
+    assert [one.name for one in found.table] == ["base", "anchored"]
+    assert found.head is head
+    fold = class_folds(6, 5, 0)
+    right = torch.zeros(120, dtype=torch.bool)
+    logits = head(cache.output)
+    for k in range(3):
+        held = fold[labels] == k
+        assert int((fold == k).sum()) == 2
+        among = logits[held].masked_fill(fold != k, -torch.inf)
+        right[held] = among.argmax(1) == labels[held]
+    assert found.base_accuracy == pytest.approx(float(right.double().mean()))
+    if found.winner == "anchored":
+        assert found.accuracy > found.base_accuracy
+    # labels among the held-out classes do not move a fit: those of one fold swapped, its fits are the same
+    swapped = labels.clone()
+    first, second = (fold == 0).nonzero().flatten().tolist()
+    swapped[labels == first], swapped[labels == second] = second, first
+    adapter = rk.ResiDual(tower, bases, rest="all")
+    rows, _ = opened(adapter, indexed(adapter, cache, True, names), None, ConvexConfig())
+    form = Form(adapter)
+    coefficients, output = form.rows(rows.resident)
+    thetas = []
+    for given in (labels, swapped):
+        path = _path(coefficients, output, form.readout(head), given, fold[given], fold != 0, 0)
+        zero = path.like.new_zeros(1, path.objective.shape.size)
+        thetas.append(path._fit([(0, -1, 30.0)], zero, 1e-4).theta)
+    assert torch.equal(*thetas)
+    adapter.detach()
+
+
+def test_classes_as_folds_are_refused_where_they_say_nothing(tower, cache, bases, head):
+    with pytest.raises(ValueError, match="needs at least 4; there are 3"):
+        rk.tune(tower, bases, head, cache, folds="classes")
+    with pytest.raises(ValueError, match="give no val"):
+        rk.tune(tower, bases, head, cache, cache, folds="classes")
+    with pytest.raises(ValueError, match="no other candidates"):
+        rk.tune(tower, bases, head, cache, folds="classes", candidates=["full"])
+    with pytest.raises(ValueError, match='number or "classes"'):
+        rk.tune(tower, bases, head, cache, folds="images")
+
+
+def test_few_images_choose_nothing(tower, cache, bases, head):
+    few = parts_of(cache, tuning.LEAST - 1)[0]
+    found = rk.tune(tower, bases, head, few)
+    assert found.winner == "base"
+    assert f"{tuning.LEAST - 1} held-out training images are too few" in found.why
+    assert torch.equal(found.adapter(images_for(tower, 2)), tower(images_for(tower, 2)))

@@ -26,15 +26,21 @@ def sweep(
     plan: Annotated[
         Path, typer.Argument(help="YAML file with towers, data and methods; docs/COMMANDS.md shows one")
     ],
+    reader: "Reader",
     out_folder: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--out",
             callback=folder_of(*apart.SWEEP_FILES),
             help="folder for caches, results and the table; a stopped sweep resumes there",
         ),
-    ],
-    reader: "Reader",
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="only look every name of the plan up, without a network")
+    ] = False,
+    costs: Annotated[
+        bool, typer.Option("--plan", help="only estimate hours and bytes, on this machine and device")
+    ] = False,
     encode_batch: Annotated[
         int | None,
         typer.Option(
@@ -53,6 +59,13 @@ def sweep(
     from residual_kernels.experiments.plan import SweepPlan
     from residual_kernels.experiments.sweep import Sweep, SweepTable
 
+    if check or costs:
+        from residual_kernels.cli.foresee import foresee
+
+        foresee(plan, check, costs, device_of(device), json_file)
+        return
+    if out_folder is None:
+        raise ValueError("say where results go: --out FOLDER (or --check or --plan, which start nothing)")
     chosen = _with_options(SweepPlan.read(plan), reader)
     outputs = [apart.Output("--out", out_folder, apart.SWEEP_FILES)]
     if json_file is not None and os.fspath(json_file) != STDOUT:

@@ -20,15 +20,16 @@ from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.train.batches import AdapterRows
-from residual_kernels.train.choice import Judge, Judged, accuracy_error, standard_error
+from residual_kernels.train.choice import Judge, Judged, accuracy_error, best_of, standard_error
 from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.convex import indexed, opened
 from residual_kernels.train.evaluation import logits_of
 from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.logistic import Objective, Targets
-from residual_kernels.train.path import FREEDOMS
+from residual_kernels.train.path import FINE, FREEDOMS
 from residual_kernels.train.problem import Form, Labels, Problem, labels_of
 from residual_kernels.train.stacked import stacked
+from residual_kernels.train.unseen import class_folds, judged_by_classes
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import unit_source
 from residual_kernels.zeroshot import ZeroShotHead
@@ -43,7 +44,9 @@ BASE, VECTORS, PROBE, STREAM = "base", "anchored + class vectors", "probe", "str
 # Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is reported,
 # not chosen.
 CANDIDATES = (BASE, "anchored", "fine", "full", VECTORS, PROBE)
+BY_CLASSES = "classes"  # as folds
 FEW = 50  # validation images below which an accuracy says little
+LEAST = 20  # below which nothing is chosen by them: with 8 images the best of five candidates won by chance
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def tune(
     labels: Tensor | None = None,
     val_labels: Tensor | None = None,
     label_smoothing: float = 0.0,
-    folds: int = FOLDS,
+    folds: int | str = FOLDS,
     freedoms: Sequence[float] = FREEDOMS,
     memory: int | None = None,
 ) -> TuneResult:
@@ -164,7 +167,10 @@ def tune(
             probe is only reported, unless it is named here.
         stream_bases: bases with placement="stream": the stream form competes too. It runs the tower at every step, so
             train and val must then be loaders.
-        class_weight, shots, seed, labels, val_labels, label_smoothing, folds, freedoms, memory: as in :func:`fit`.
+        folds: in how many parts the training images are split, without `val`. "classes" holds out classes instead: the
+            strength is chosen on classes that the fit had not seen, read among their own names, so that classes nobody
+            labelled are read at least as well as by the model. `anchored` alone competes then; needs four classes.
+        class_weight, shots, seed, labels, val_labels, label_smoothing, freedoms, memory: as in :func:`fit`.
 
     Returns:
         A :class:`TuneResult`. Where nothing is better than the model by one standard error, or everything labels fewer
@@ -174,8 +180,18 @@ def tune(
         ValueError: as :func:`fit`, and for a candidate that is unknown or that these bases cannot make.
     """
     start = time.perf_counter()
-    config = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory)
-    names = _names(candidates, bases)
+    by_classes = folds == BY_CLASSES
+    if isinstance(folds, str) and not by_classes:
+        raise ValueError(f'folds must be a number or "{BY_CLASSES}"; got {folds!r}')
+    config = ConvexConfig(
+        freedoms, FOLDS if by_classes else int(folds), label_smoothing, class_weight, shots, memory
+    )
+    if by_classes and (val is not None or candidates not in (None, ("anchored",), ["anchored"])):
+        raise ValueError(
+            f'folds="{BY_CLASSES}" chooses the strength of "anchored" from the training images: give no val, and no '
+            "other candidates"
+        )
+    names = [] if by_classes else _names(candidates, bases)
     if stream_bases is not None and (
         val is None or any(unit_source(data, tower).indexed for data in (train, val))
     ):
@@ -191,6 +207,8 @@ def tune(
         contest.probe_competes = candidates is not None
         for name in sorted(names, key=lambda name: name == VECTORS):  # after the two that it is held against
             contest.add(name)
+        if by_classes:
+            contest.add_by_classes()
         contest.entries.sort(key=lambda one: CANDIDATES.index(one.name))
         if stream_bases is not None:
             contest.add_stream(stream_bases, train, val, seed)
@@ -298,6 +316,26 @@ class _Contest:
         self.entries.append(entry)
         log.info("tune: %s has loss %.4f and accuracy %.4f", name, entry.judged.loss, entry.judged.accuracy)
 
+    def add_by_classes(self) -> None:
+        """The anchored form, with the strength that is best on classes which the fit had not seen."""
+        start = time.perf_counter()
+        adapter = self.adapters["anchored"]
+        form, labels = Form(adapter), self.problem.labels.numbers[0]
+        labels = torch.where(self.problem.fold[0] >= 0, labels, -1)
+        fold = class_folds(len(self.head.class_names), self.config.folds, self.seed)
+        base, tried = judged_by_classes(form, self.head, self.rows[0], labels, fold, self.config.freedoms)
+        self.entries[0].judged = base
+        chosen = best_of(base, [judged for _, judged in tried])
+        entry = _Entry("anchored", adapter.weight.numel(), base, 0.0, 0.0, adapter)
+        if chosen is not None:
+            entry.freedom, entry.judged = tried[chosen]
+            path = self.problem.path(form, self.head, *self.rows)
+            zero = path.like.new_zeros(1, path.objective.shape.size)
+            entry.objective = path.objective
+            entry.theta = path._fit([(0, -1, entry.freedom)], zero, FINE, 600).theta[0]
+        entry.seconds = time.perf_counter() - start
+        self.entries.append(entry)
+
     def _outdone(self, joint: Judged) -> bool:
         """Whether the joint fit does worse than one of the two that it holds: then their product is in the way."""
         parts = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
@@ -343,6 +381,11 @@ class _Contest:
         if chosen.judged.accuracy < base.judged.accuracy:
             chosen = base
         where = f"{self.images} {'held-out training' if self.val is None else 'validation'} images"
+        if self.images < LEAST:
+            return base, (
+                f"{where} are too few to choose by ({LEAST} are needed), so the model stays as it is; name a method to "
+                "fit it all the same."
+            )
         if chosen is base:
             return base, (
                 f"Nothing is better than the model by one standard error on {where}, so the model stays as it is."
