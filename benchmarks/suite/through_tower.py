@@ -7,6 +7,7 @@ train the text tower too). A fixed number of steps and the last weights: nobody 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ from benchmarks.suite.tasks import SuiteTask
 
 BATCH_TRAIN = 32
 STEPS = 60
+
+
+@dataclass(frozen=True)
+class TrainedTower(Fitted):
+    """`outputs(split)` are the embeddings [N, D], which can be read by other names too."""
+
+    outputs: Callable[[Split], Tensor]
 
 
 def _trained(
@@ -53,11 +61,11 @@ def _trained(
         final = {name: weight.detach().clone() for name, weight in changed().items()}
 
     @torch.no_grad()
-    def logits(split: Split) -> Tensor:
+    def outputs(split: Split) -> Tensor:
         parts = split.images.split(BATCH)
-        return torch.cat([head(functional_call(task.tower, final, (images,))) for images in parts])
+        return torch.cat([functional_call(task.tower, final, (images,)) for images in parts])
 
-    return Fitted(logits, sum(p.numel() for p in parameters))
+    return TrainedTower(lambda split: head(outputs(split)), sum(p.numel() for p in parameters), outputs)
 
 
 def _weights(task: SuiteTask, endings: tuple[str, ...]) -> dict[str, Tensor]:
