@@ -3,7 +3,7 @@
     python -m benchmarks.suite.unseen --photographs cifar10.zip --out benchmarks/results/<device>/unseen
 
 Every second class is labelled, 16 images each. Test images of these classes are read among their names (base), those of
-the others among theirs (novel), as the few-shot literature does it, with the harmonic mean of the two. The tasks are the
+the others among theirs (novel), as the few-shot literature does it, with the harmonic mean of both. The tasks are the
 suite's that have a text and at least four classes; with fewer than four labelled ones, classes cannot be folds, and
 images are. A linear probe, Tip-Adapter and their like know the labelled classes alone and cannot stand in this table;
 where `auto` moves class vectors, those of novel classes stay the text's.
