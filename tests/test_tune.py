@@ -252,3 +252,35 @@ def test_few_images_choose_nothing(tower, cache, bases, head):
     assert found.winner == "base"
     assert f"{tuning.LEAST - 1} held-out training images are too few" in found.why
     assert torch.equal(found.adapter(images_for(tower, 2)), tower(images_for(tower, 2)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reg_tokens": 4, "global_pool": "token"},
+        {"class_token": False, "global_pool": "avg", "reg_tokens": 2},
+        {"class_token": False, "global_pool": "map"},
+    ],
+    ids=["registers", "average pooling", "attention pooling"],
+)
+def test_nothing_hangs_on_one_shape_of_tower(options):
+    """Random towers of other shapes: only that the contest works there, not how good a model it makes."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 0}
+    tower = VisionTransformer(**sizes, **options).eval()
+    labels = torch.arange(160) % 4
+    noise = torch.randn(160, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    images = noise + 0.6 * (labels - 1.5)[:, None, None, None]
+    cache = rk.encode(tower, [(images, labels)], kinds=("head", "mlp"), class_names="abcd")
+    train, test = parts_of(cache, 100)
+    bases = rk.fit_bases(tower, train, kinds=("head", "mlp"))
+    vectors = torch.randn(48, 4, generator=torch.Generator().manual_seed(2))
+    head = rk.ZeroShotHead(vectors, "abcd", math.log(10.0))
+    found = rk.tune(tower, bases, head, train)
+    assert found.winner != "base"
+    before = float((head(test.output).argmax(1) == test.labels).double().mean())
+    after = rk.evaluate(found.adapter, found.head, test).accuracy
+    assert after > before + 0.15
+    found.adapter.detach()

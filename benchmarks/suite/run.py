@@ -7,7 +7,7 @@ drawn at random; with all labels one. Nobody sees test labels, nobody has valida
 nobody augments: what has to be chosen is chosen by folds of the labelled images, or is the paper's fixed value
 (`peers.py` says which). Bases come from drawings (and, where the task shows photographs, photographs of the half that
 is not tested), never from a task. Class vectors are the text's, or means of the labelled images where there is no text.
-Methods that train the tower cost a thousand times the others' time; they run at 4 and 16 labels with one seed.
+Methods that train the tower cost a thousand times the others' time; they run at 16 labels with one seed.
 
 Without --photographs the tasks that show photographs are left out.
 
@@ -64,12 +64,12 @@ METHODS = {
     "fine (paper)": Method(ours.paper("fine"), "Basile et al. 2025, arXiv 2411.00246", seeds=(0, 1, 2)),
     "full (paper)": Method(ours.paper("full"), "Basile et al. 2025, arXiv 2411.00246", seeds=(0, 1, 2)),
     "LoRA": Method(
-        through_tower.lora, "Zanella and Ben Ayed 2024, arXiv 2405.18541", shots=(4, 16), seeds=(0,)
+        through_tower.lora, "Zanella and Ben Ayed 2024, arXiv 2405.18541", shots=(16,), seeds=(0,)
     ),
     "CLIP-SVD": Method(
-        through_tower.clip_svd, "Koleilat et al. 2025, arXiv 2509.03740", shots=(4, 16), seeds=(0,)
+        through_tower.clip_svd, "Koleilat et al. 2025, arXiv 2509.03740", shots=(16,), seeds=(0,)
     ),
-    "fine-tuning": Method(through_tower.fine_tuning, "all of the image tower", shots=(4, 16), seeds=(0,)),
+    "fine-tuning": Method(through_tower.fine_tuning, "all of the image tower", shots=(16,), seeds=(0,)),
 }
 
 
