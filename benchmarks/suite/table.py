@@ -85,6 +85,23 @@ def ranks(found: dict, tasks: list[str], shots, methods: list[str]) -> dict[str,
     return {name: value / len(tasks) for name, value in total.items()}
 
 
+def by_task(result: dict, names: tuple[str, ...]) -> list[str]:
+    """A line for each task: the model, and accuracies of some methods at 1, 4, 16 and all labels a class."""
+    found = cells(result["rows"])
+    counts = sorted({shots for _, shots, name in found if name == AUTO}, key=lambda n: (n is None, n))
+
+    def texts(task: str, name: str) -> str:
+        values = [f"{found[task, n, name].accuracy:.3f}".lstrip("0") for n in counts]
+        return values[0] if name == BASE and len(set(values)) == 1 else " ".join(values)
+
+    heads = ["task", "the model", *(name.replace(" (the default)", "") for name in names)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return lines + [
+        "| " + " | ".join([task, *(texts(task, name) for name in (BASE, *names))]) + " |"
+        for task in result["tasks"]
+    ]
+
+
 def markdown(result: dict) -> str:
     tasks = list(result["tasks"])
     found = cells(result["rows"])
@@ -155,6 +172,10 @@ def markdown(result: dict) -> str:
                 row.append(f"**{text}**" if cell.accuracy == top[task] else text)
             lines.append(f"| {name} | {' | '.join(row)} |")
     lines += [
+        "",
+        f"**This library's methods by task**, at {', '.join(str(n or 'all') for n in counts)} labels a class",
+        "",
+        *by_task(result, (AUTO, *ours.CANDIDATES.values())),
         "",
         "↓ below the model by more than one error.",
         "",
