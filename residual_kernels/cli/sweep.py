@@ -32,7 +32,8 @@ def sweep(
         typer.Option(
             "--out",
             callback=folder_of(*apart.SWEEP_FILES),
-            help="folder for caches, results and the table; a stopped sweep resumes there",
+            help="folder for caches, results and the table, where a stopped sweep resumes; no default, but --check and "
+            "--plan go without",
         ),
     ] = None,
     check: Annotated[
