@@ -3,7 +3,7 @@
     python -m benchmarks.interrupted --results benchmarks/results/faults      # 20 kills of each command
 
 `encode`, `bases`, `fit` with a checkpoint, `sweep` and `report` run on drawn images with the bundled model. Each is run
-once without disturbance. Then it is killed (SIGKILL) at a random moment between the first call of a module and its end,
+once without disturbance. Then it is killed (SIGKILL) at a random moment between the beginning of its work and its end,
 and run again. The files must be those of the undisturbed run, byte for byte; the clock that fits note their seconds by
 stands still.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from residual_kernels import cli
+from residual_kernels import cli, report
 from residual_kernels.bundled.drawings import drawn_images
 from residual_kernels.train import convex, fitting, tuning
 
@@ -52,7 +52,7 @@ def commands(data: Path) -> dict[str, list[str]]:
             "--patience", "60", "--method", "full",
         ],
         "sweep": ["sweep", str(plan), "--out", "OUT/s"],
-        "report": ["report", "--run", str(data / "run"), "--data", cache, "--out", "OUT/r.html"],
+        "report": ["report", str(data / "run"), "--data", cache, "--out", "OUT/r.html"],
     }  # fmt: skip
 
 
@@ -65,7 +65,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def start(arguments: list[str], place: Path) -> int:
-    """A process that runs the command, forked from this one; it makes a file `mark` when it first calls a module."""
+    """A process that runs the command, forked from this one; it makes a file `mark` where its work begins: when it
+    first calls a module, or gathers what a report says."""
     (place / "mark").unlink(missing_ok=True)
     pid = os.fork()
     if pid:
@@ -78,6 +79,11 @@ def start(arguments: list[str], place: Path) -> int:
         (place / "mark").touch()
         hook.remove()
 
+    def gather(*arguments: object, **options: object):
+        begun()
+        return gathered(*arguments, **options)
+
+    gathered, report.gather = report.gather, gather
     hook = torch.nn.modules.module.register_module_forward_pre_hook(begun)
     for module in (convex, fitting, tuning):
         module.time = types.SimpleNamespace(perf_counter=lambda: 0.0)
@@ -94,6 +100,14 @@ def start(arguments: list[str], place: Path) -> int:
     os._exit(code)
 
 
+def begins(pid: int, place: Path) -> None:
+    """Waits until the work of a process begins."""
+    while not (place / "mark").exists():
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            raise SystemExit(f"it ended before its work began: {(place / 'errors').read_text()[-500:]}")
+        time.sleep(0.001)
+
+
 def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -102,8 +116,7 @@ def killed(name: str, arguments: list[str], times: int, rng: random.Random, plac
     out = place / "out"
     out.mkdir()
     pid = start(arguments, place)
-    while not (place / "mark").exists():
-        time.sleep(0.001)
+    begins(pid, place)
     began = time.perf_counter()
     if ended(pid):
         raise SystemExit(f"{name} fails undisturbed: {(place / 'errors').read_text()[-500:]}")
@@ -115,8 +128,7 @@ def killed(name: str, arguments: list[str], times: int, rng: random.Random, plac
         shutil.rmtree(out)
         out.mkdir()
         pid = start(arguments, place)
-        while not (place / "mark").exists():
-            time.sleep(0.001)
+        begins(pid, place)
         moment = rng.uniform(0, took)
         time.sleep(moment)
         os.kill(pid, signal.SIGKILL)
@@ -149,6 +161,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--commands", nargs="*")
+    parser.add_argument("--images", type=int, default=320, help="that the commands read")
     parser.add_argument(
         "--results", type=Path, help="folder for interrupted.json; rows of other commands in it stay"
     )
@@ -157,7 +170,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        images(place / "images", 320, 1)
+        images(place / "images", options.images, 1)
         images(place / "test", 60, 2)
         wanted = commands(place)
         for arguments in (
@@ -171,7 +184,7 @@ def main() -> None:
                 raise SystemExit((place / "errors").read_text())
         for name, arguments in wanted.items():
             if options.commands is None or name in options.commands:
-                rows.append(killed(name, arguments, options.times, rng, place))
+                rows.append({"images": options.images, **killed(name, arguments, options.times, rng, place)})
                 print(json.dumps(rows[-1]), flush=True)
     if options.results is not None:
         keep(options.results / "interrupted.json", rows)
