@@ -131,7 +131,17 @@ class Classifier:
         return self._predicted(X).probabilities.double().cpu().numpy()
 
     def score(self, X: Any, y: Iterable | None = None) -> float:
-        """The share of images that are labelled right. X, y: as in `fit`."""
+        """The share of images that are labelled right.
+
+        Args:
+            X, y: as in `fit`.
+
+        Returns:
+            The accuracy, in [0, 1].
+
+        Raises:
+            ValueError: no labels, or not fitted.
+        """
         images = self._images(X)
         if y is None:
             if getattr(images, "class_names", None) is None:
@@ -222,10 +232,18 @@ class Classifier:
         tokenizer: Callable | None = None,
         **options: Any,
     ) -> "Classifier":
-        """The classifier in the folder `path`, around the model that it was fitted on. Labels come back as text.
+        """The classifier in a folder, around the model that it was fitted on. Labels come back as text.
+
+        Args:
+            path: a folder that :meth:`save` or `residual-kernels fit` wrote.
+            model, preprocess, tokenizer, options: as for the constructor.
+
+        Returns:
+            A fitted classifier; `result_` is None.
 
         Raises:
-            FileNotFoundError: there is none. ValueError: it was fitted on another model, or holds no class vectors.
+            FileNotFoundError: there is no adapter. ValueError: it was fitted on another model, or holds no class
+                vectors.
         """
         loaded = cls(model, preprocess, tokenizer, **options)
         folder = AdapterFolder.open(path)

@@ -90,17 +90,24 @@ class ZeroShotHead(nn.Module):
     ) -> "ZeroShotHead":
         """open_clip's own class vectors: the mean over templates of normalised text embeddings, normalised again.
 
-        `model` is an open_clip model, or a transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval (then
-        `tokenizer` is its tokenizer or processor); a template holds one ``{}`` or is a callable. `logit_scale` is the
-        natural logarithm of the scale: the model's own, or 0 where it has none (transformers' BLIP dropped its own,
-        which began at log(1 / 0.07)).
-        SigLIP's logit_bias is the same for every class, so it moves neither labels nor softmax and is left out: add
-        it to the logits for sigmoid probabilities.
+        Args:
+            model: an open_clip model, or a transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval.
+            tokenizer: its tokenizer; of a transformers model its tokenizer or processor.
+            class_names: K names, in the order of the labels.
+            templates: prompts with one ``{}`` for the name, or callables that take it.
+            logit_scale: natural logarithm of the scale; the model's own by default, or 0 where it has none
+                (transformers' BLIP dropped its own, which began at log(1 / 0.07)).
+
+        Returns:
+            A head with class vectors [D, K].
+
+        Raises:
+            ValueError: empty or repeated names, a template without a place for the name, a model without a text side,
+                or a text tower whose embeddings have another width than the image tower's.
 
         Warns where a prompt is cut at the context length, and where two class vectors are equal or nearly so.
-
-        Raises ValueError for empty or repeated names, a template without a place for the name, a model without a text
-        side, or a text tower whose embeddings have another width than the image tower's.
+        SigLIP's logit_bias is the same for every class, so it changes neither labels nor softmax and is left out: add
+        it to the logits for sigmoid probabilities.
         """
         from open_clip import build_zero_shot_classifier
 
@@ -176,10 +183,18 @@ class ZeroShotHead(nn.Module):
         labels: Tensor | None = None,
         class_names: Sequence[str] | None = None,
     ) -> "ZeroShotHead":
-        """For towers without text: a class vector is the mean output embedding of the class; no logit scale.
+        """Class vectors for towers without text: the mean output embedding of each class; no logit scale.
 
-        `embeddings` is [N, D] with `labels` [N], or a UnitCache, which brings both and its class names. Raises
-        ValueError when there are no labels, one is out of range, or a class has no image.
+        Args:
+            embeddings: [N, D] of labelled images, or a UnitCache, which brings labels and class names too.
+            labels: [N] int64, counted from 0.
+            class_names: K names in the order of the labels; the cache's own, or numbers, by default.
+
+        Returns:
+            A head with class vectors [D, K].
+
+        Raises:
+            ValueError: there are no labels, one is out of range, or a class has no image.
         """
         if not isinstance(embeddings, Tensor):
             labels, class_names = embeddings.labels, class_names or embeddings.class_names
@@ -211,9 +226,17 @@ class ZeroShotHead(nn.Module):
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, sha256: str | None = None) -> "ZeroShotHead":
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or damaged.
+        """The head that :meth:`save` wrote.
 
-        With `sha256`, its checksum, it must be that very file.
+        Args:
+            path: the file.
+            sha256: a checksum; with it, the file must be the very one that has it.
+
+        Returns:
+            The head.
+
+        Raises:
+            FileNotFoundError: there is no file. ValueError: it is damaged, or another one.
         """
         tensors, header = load_tensors(path, WHAT, Header)
         if sha256 is not None and header["sha256"] != sha256:

@@ -156,14 +156,20 @@ def save_adapter(
 def load_adapter(
     tower: nn.Module, path: str | os.PathLike, *, bases: SpectralBases | str | os.PathLike | None = None
 ) -> TowerAdapter:
-    """The adapter in the folder `path`, around `tower` (its image tower).
+    """The adapter in the folder `path`, around `tower`. For its head and class names see :class:`AdapterFolder`.
 
-    `bases`, or a file of them, are for an adapter that keeps its bases by reference; they may hold more kinds and
-    components than it took. Left out, they are read from where the adapter says they lie. For its head and class names
-    see :class:`AdapterFolder`.
+    Args:
+        tower: the image tower that it was fitted on, with the same weights.
+        path: a folder that :func:`save_adapter` wrote.
+        bases: for an adapter that keeps its bases by reference: the bases, or the path of their file. They may hold
+            more kinds and components than it took. Left out, they are read from where the adapter says they lie.
 
-    Raises FileNotFoundError when there is none, ValueError when a file is damaged, or the tower or the bases are
-    others; the tower is then unchanged.
+    Returns:
+        The adapter, with the learned weights.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+        ValueError: a file is damaged, or the tower or the bases are others. The tower is then unchanged.
     """
     return AdapterFolder.open(path).adapter(tower, bases=bases)
 

@@ -262,10 +262,19 @@ def pull_adapter(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> tuple[TowerAdapter, ZeroShotHead | None]:
-    """The adapter in a repository of the Hugging Face hub, or in a local folder, around `tower`, and its head or None.
+    """The adapter in a repository of the Hugging Face hub, or in a local folder. Files are safetensors and JSON only.
 
-    Files are safetensors and JSON only, and are checked as :func:`load_adapter` does it; `bases` as there. The other
-    arguments are huggingface_hub's.
+    Args:
+        tower: the image tower that it was fitted on.
+        repo_id: "name/repository", or the path of a folder.
+        bases: for an adapter by reference, as in :func:`load_adapter`.
+        revision, cache_dir, token, local_files_only: as in huggingface_hub.
+
+    Returns:
+        The adapter around `tower`, and its head; None where none was pushed.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load_adapter` does.
     """
     kept = HubAdapter.from_pretrained(
         os.fspath(repo_id), tower=tower, bases=bases, revision=revision, cache_dir=_path(cache_dir), token=token,

@@ -7,6 +7,7 @@ from residual_kernels.analysis.dimension import (
     two_nn,
     two_nn_dimension,
 )
+from residual_kernels.analysis.ends import chance_level, words_for_ends
 from residual_kernels.analysis.findings import Analysis
 from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.scores import (
@@ -34,6 +35,7 @@ __all__ = [
     "TextDictionary",
     "ablate",
     "analyze",
+    "chance_level",
     "component_correlations",
     "component_words",
     "correlations",
@@ -50,5 +52,6 @@ __all__ = [
     "unit_words",
     "variance_between_classes",
     "words_at_ends",
+    "words_for_ends",
     "words_of_units",
 ]

@@ -36,10 +36,19 @@ def _whole(part: KindBases, kind: str) -> None:
 
 
 def linear_dimension(bases: SpectralBases, energy: float = 0.99, kind: str = "head") -> Tensor:
-    """Components needed for a given explained variance: the first k strictly above `energy`, per unit, [R] int64.
+    """Components needed for a given explained variance, per unit.
 
-    One for a constant unit, all where none is above, as :meth:`SpectralBases.truncate` keeps them. `kind` may be
-    "output". Raises ValueError for truncated bases whose components do not reach `energy`.
+    Args:
+        bases: whole, or truncated ones that still reach `energy`.
+        energy: share of the variance, in (0, 1].
+        kind: of the units, or "output".
+
+    Returns:
+        [R] int64: the first k whose cumulative share lies strictly above `energy`; one for a constant unit, all where
+        none is above, as :meth:`SpectralBases.truncate` keeps them.
+
+    Raises:
+        ValueError: truncated bases whose components do not reach `energy`.
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1]; got {energy}")
@@ -55,9 +64,17 @@ def linear_dimension(bases: SpectralBases, energy: float = 0.99, kind: str = "he
 
 
 def participation_ratio(bases: SpectralBases, kind: str = "head") -> Tensor:
-    """(sum of eigenvalues)^2 / sum of their squares, per unit, [R] float64; 0 for a constant unit.
+    """How many components carry weight: (sum of eigenvalues)^2 / sum of their squares.
 
-    Raises ValueError for truncated bases.
+    Args:
+        bases: not truncated.
+        kind: of the units, or "output".
+
+    Returns:
+        [R] float64; 0 for a constant unit.
+
+    Raises:
+        ValueError: truncated bases.
     """
     part = _part(bases, kind)
     _whole(part, kind)
@@ -168,10 +185,16 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) 
 
 
 def two_nn(points: Tensor, fraction: float = 0.9) -> float:
-    """Intrinsic dimension of points [N, r] by TwoNN (Facco et al. 2017); NaN where fewer than 3 points are usable.
+    """Intrinsic dimension of points by TwoNN (Facco et al. 2017).
 
-    The slope of -log(1 - F(mu)) against log(mu) through the origin, mu = r2 / r1, over the smallest `fraction` of the
-    ratios. Points with a duplicate (r1 = 0) or a tie (r1 = r2) are left out.
+    Args:
+        points: [N, r].
+        fraction: the smallest ratios that are used, in (0, 1].
+
+    Returns:
+        The slope of -log(1 - F(mu)) against log(mu) through the origin, with mu = r2 / r1, the distances to the two
+        nearest neighbours. Points with a duplicate (r1 = 0) or a tie (r1 = r2) are left out; NaN where fewer than 3
+        are usable.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1]; got {fraction}")

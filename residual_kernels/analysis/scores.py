@@ -259,9 +259,20 @@ def own_accuracy(
     *,
     units: Iterable | None = None,
 ) -> Tensor:
-    """Zero-shot accuracy of every unit alone, head(x_u), [R] float64. Needs labels; streamed.
+    """Zero-shot accuracy of every unit alone: head(x_u).
 
-    A constant unit always names one class and scores that class's share.
+    Args:
+        tower: the image tower, or an adapter around one.
+        data: a labelled UnitCache or loader; it is streamed.
+        head: the class vectors.
+        kind: of the units.
+        units: some units only; all of the kind by default.
+
+    Returns:
+        [R] float64. A constant unit always gives the same class, and scores that class's share.
+
+    Raises:
+        ValueError: no labels, or labels that the head does not know.
     """
     view = towers.view_inside(tower)
     chosen = units_of(view, kind, units)
@@ -293,9 +304,16 @@ def own_accuracy(
 def component_correlations(
     tower: nn.Module, data: "UnitCache | Iterable", bases: SpectralBases, kind: str = "head"
 ) -> Tensor:
-    """Pearson correlation of every kept component's coefficient with the output along the component, [J] float64.
+    """Pearson correlation of every kept component's coefficient with the output along the component.
 
-    Streamed, no labels needed; 0 for a component without variance.
+    Args:
+        tower: the image tower, or an adapter around one.
+        data: a UnitCache or a loader; it is streamed, and needs no labels.
+        bases: of this tower, with the kind.
+        kind: of the units.
+
+    Returns:
+        [J] float64; 0 for a component without variance.
     """
     view = towers.view_inside(tower)
     output_bases(view, bases, (kind,))
@@ -327,9 +345,17 @@ def variance_between_classes(
     classes: int,
     kind: str = "head",
 ) -> Tensor:
-    """How far a component tells classes apart: the variance between their mean coefficients, [J] float64.
+    """How well each component separates classes: the variance between their mean coefficients.
 
-    A class counts in proportion to its images. Needs labels; streamed.
+    Args:
+        tower: the image tower, or an adapter around one.
+        data: a labelled UnitCache or loader; it is streamed. A class counts in proportion to its images.
+        bases: of this tower, with the kind.
+        classes: how many classes there are.
+        kind: of the units.
+
+    Returns:
+        [J] float64.
     """
     view = towers.view_inside(tower)
     read = ComponentReader(view, bases, kind)

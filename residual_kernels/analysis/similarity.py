@@ -102,9 +102,19 @@ def similarity_matrix(
     weights: str = "explained_variance",
     components: int | None = None,
 ) -> Tensor:
-    """:func:`spectral_cosine` of every unit of a kind with every other, [R_a, R_b] float64.
+    """:func:`spectral_cosine` of every unit of a kind with every other.
 
-    Without `bases_b`, of one set of bases with itself: symmetric, ones on the diagonal (0 for a constant unit).
+    Args:
+        bases_a: one set of bases.
+        bases_b: another one, of the same output space; `bases_a` itself by default.
+        kind: of the units.
+        weights, components: as in :func:`spectral_cosine`.
+
+    Returns:
+        [R_a, R_b] float64. Of one set with itself it is symmetric, with ones on the diagonal (0 for a constant unit).
+
+    Raises:
+        ValueError: as :func:`spectral_cosine`.
     """
     other = bases_a if bases_b is None else bases_b
     _same_space(bases_a, other)

@@ -57,8 +57,19 @@ class TextDictionary:
         words: Iterable[str],
         templates: Sequence[str | Callable[[str], str]] = ("{}",),
     ) -> "TextDictionary":
-        """Words encoded by a model's text tower, through each template, as :meth:`ZeroShotHead.from_text` encodes
-        classes. Repeated words count once; ValueError when there are none."""
+        """Words encoded by a model's text tower, as :meth:`ZeroShotHead.from_text` encodes classes.
+
+        Args:
+            model, tokenizer: as there.
+            words: W words or phrases; repeated ones count once.
+            templates: prompts that each word goes through.
+
+        Returns:
+            The dictionary, with vectors [W, D] of length one.
+
+        Raises:
+            ValueError: there are no words.
+        """
         words = tuple(dict.fromkeys(words))
         if not words:
             raise ValueError("a dictionary needs at least one word")
@@ -68,7 +79,18 @@ class TextDictionary:
     def from_file(
         cls, model: nn.Module, tokenizer: Callable, path: str | os.PathLike, templates=("{}",)
     ) -> "TextDictionary":
-        """A text file with a word or phrase a line; blank lines and lines that begin with # are skipped."""
+        """The words of a text file, one word or phrase per line; blank lines and lines that begin with # are skipped.
+
+        Args:
+            model, tokenizer, templates: as in :meth:`from_words`.
+            path: the file.
+
+        Returns:
+            The dictionary.
+
+        Raises:
+            ValueError: the file holds no words, or is not text.
+        """
         text = decoded(read_bytes(user_path(path), LONGEST), str(path))
         lines = [line.strip() for line in text.splitlines()]
         words = [line for line in lines if line and not line.startswith("#")]
@@ -295,9 +317,20 @@ def _text_span(
 def component_words(
     bases: SpectralBases, dictionary: TextDictionary, unit, component: int, count: int = 5
 ) -> Description:
-    """Words for one component by orthogonal matching pursuit: phi = sum of weight * word + residual.
+    """Words for one component by orthogonal matching pursuit: component = sum of weight * word + residual.
 
-    A positive weight belongs to the end where coefficients are high, a negative one to the other.
+    Args:
+        bases: that hold the component.
+        dictionary: of the model whose bases these are.
+        unit: layout index, row or (layer, head).
+        component: its place in the unit, from 0 by falling variance.
+        count: how many words.
+
+    Returns:
+        The words. A positive weight belongs to the end where coefficients are high, a negative one to the other.
+
+    Raises:
+        ValueError: a component that the unit does not keep, or a dictionary of another model.
     """
     part, index = bases._find(unit)
     _check(dictionary, count, bases.dim)
@@ -313,10 +346,19 @@ def component_words(
 def words_at_ends(
     bases: SpectralBases, dictionary: TextDictionary, unit, component: int, count: int = 5
 ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
-    """((word, score), ...) nearest the low end and nearest the high end of a component.
+    """The words nearest to both ends of a component, whether they fit or not: the nearest word may be far away.
 
-    A score is the word's product with the component less the dictionary's mean product, so that what all words share
-    (text lies far from images) belongs to neither end.
+    Args:
+        bases, dictionary, unit, component: as in :func:`component_words`.
+        count: words at each end.
+
+    Returns:
+        (low end, high end), each ((word, score), ...), nearest first. A score is the cosine of word and component,
+        less the dictionary's mean cosine, so that what all words share (text lies far from images) belongs to neither
+        end.
+
+    Raises:
+        ValueError: as :func:`component_words`.
     """
     part, index = bases._find(unit)
     _check(dictionary, count, bases.dim)
@@ -344,9 +386,20 @@ def words_of_units(
     criterion: str = "l1",
     progress: Callable[[int], None] | None = None,
 ) -> list[Description]:
-    """Words for every unit by SOMP over the images of a cache (or a loader, encoded in memory first).
+    """Words for every unit, by SOMP over images.
 
-    `criterion` "l1" (the sum of |residual . atom| over images) or "std". Units come in groups of bounded memory.
+    Args:
+        tower: the image tower, or an adapter around one.
+        data: a UnitCache, or a loader, which is encoded in memory first.
+        dictionary: of the same model.
+        kind: of the units.
+        count: words for each unit.
+        units: some units only; all of the kind by default.
+        criterion: what the next word maximises over images: "l1", the sum of |residual . word|, or "std".
+        progress: called with 1 after each unit.
+
+    Returns:
+        A :class:`Description` per unit. Units are read in groups of bounded memory.
     """
     cache = cache_of(data, tower, (kind,))
     _check(dictionary, count, cache.output.shape[1])

@@ -289,7 +289,14 @@ class SpectralBases:
     def merge(self, other: "SpectralBases") -> "SpectralBases":
         """Bases of both fitting sets together, equal to one fit on their union.
 
-        Raises ValueError when the towers or kinds differ, or when either has been truncated or saved without moments.
+        Args:
+            other: bases of the same tower and kinds, with moments.
+
+        Returns:
+            New bases; the two stay as they are.
+
+        Raises:
+            ValueError: the towers or kinds differ, or either was truncated or saved without moments.
         """
         if self.checksum != other.checksum:
             raise ValueError("these bases come from two different towers (their checksums differ)")
@@ -311,11 +318,19 @@ class SpectralBases:
     def save(
         self, path: str | os.PathLike, *, moments: bool = False, dtype: torch.dtype = torch.float32
     ) -> str:
-        """Writes one safetensors file, atomically, and returns its checksum.
+        """Writes one safetensors file, atomically.
 
-        Components are stored in `dtype`, everything else in float64.
+        Args:
+            path: the file.
+            moments: keep the moments too, so that the file can be merged with others; it is then about twice as
+                large.
+            dtype: of the components; everything else is stored in float64.
 
-        With `moments` the file can be merged with others after loading; it is then about twice as large.
+        Returns:
+            The file's checksum (SHA-256).
+
+        Raises:
+            ValueError: moments are asked for, but these bases were truncated or loaded without them.
         """
         tensors, header = self.contents(moments=moments, dtype=dtype)
         return save_tensors(path, tensors, WHAT, header)["sha256"]
@@ -345,9 +360,17 @@ class SpectralBases:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, sha256: str | None = None) -> "SpectralBases":
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent, damaged or another file.
+        """The bases that :meth:`save` wrote.
 
-        With `sha256`, what :meth:`save` returned, it must be that very file.
+        Args:
+            path: the file.
+            sha256: a checksum that :meth:`save` returned; with it, the file must be that very one.
+
+        Returns:
+            The bases.
+
+        Raises:
+            FileNotFoundError: there is no file. ValueError: it is damaged, or another one.
         """
         tensors, header = load_tensors(path, WHAT, Header)
         if sha256 is not None and header["sha256"] != sha256:

@@ -234,7 +234,18 @@ def tower_accuracy(rows: AdapterRows, heads: Heads, labels: Tensor | None) -> li
 
 @torch.no_grad()
 def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterable) -> Evaluation:
-    """Accuracies, loss and confusions of an adapter on a UnitCache or a loader of (images, labels).
+    """Accuracies, loss and confusions of an adapter on labelled images.
+
+    Args:
+        adapter: of any method; `rk.build("base", tower)` measures the untouched model.
+        head: the class vectors that read its embedding.
+        data: a UnitCache with labels, or a loader of (images [N, 3, H, W], labels [N] int64).
+
+    Returns:
+        An :class:`Evaluation`: accuracy, balanced accuracy, loss (nats), and the confusion matrix [K, K].
+
+    Raises:
+        ValueError: no images, no labels, labels that the head does not know, or another tower's cache.
 
     In a process group this process evaluates alone, on all that it is given.
     """
@@ -296,9 +307,18 @@ class _Tally:
 
 @torch.no_grad()
 def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache | Iterable) -> Prediction:
-    """Labels and probabilities for images [N, 3, H, W], a loader of image batches, or a UnitCache.
+    """Labels and probabilities for images.
 
-    No images give an empty prediction. Raises ValueError for images the tower cannot take, NaN and Inf named by index.
+    Args:
+        adapter: of any method.
+        head: the class vectors that read its embedding.
+        data: images [N, 3, H, W], a loader of image batches, or a UnitCache. No images give an empty prediction.
+
+    Returns:
+        A :class:`Prediction`: labels [N] int64 and probabilities [N, K].
+
+    Raises:
+        ValueError: images that the tower cannot take; NaN and Inf are named by the index of their image.
     """
     logits, _ = logits_of(adapter, head, data)
     return Prediction(logits.argmax(1), logits.softmax(1), head.class_names)

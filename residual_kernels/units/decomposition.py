@@ -34,11 +34,19 @@ class Decomposition:
     _tower: Tower = field(repr=False)
 
     def units(self, kind: str | None = None, layer: int | None = None, head: int | None = None) -> Tensor:
-        """Units in the output space, [N, U, D] in layout order, float32 or better.
+        """Units in the output space, in layout order. ``units().sum(1)`` equals ``output``.
 
-        All of them by default, and then ``units().sum(1)`` equals ``output``; `kind`, `layer` and `head` select.
-        Raises ValueError when no unit matches, when the kind was not collected, or when the tower, whose weights are
-        read here, has changed since.
+        Args:
+            kind: only this kind of unit: "emb", "head", "mlp" or "pool".
+            layer: only units of this layer.
+            head: only this head of each layer.
+
+        Returns:
+            [N, U, D], float32 or better.
+
+        Raises:
+            ValueError: no unit matches, the kind was not collected, or the tower, whose weights are read here, has
+                changed since the images ran.
         """
         chosen = self.layout.select(kind, layer, head)
         found = []

@@ -166,9 +166,17 @@ class UnitCache:
         return UnitCache(z, scale, mean, output, labels, self.ids[rows], self.checksum, self.class_names)
 
     def split(self, part: float, seed: int = 0) -> "tuple[UnitCache, UnitCache]":
-        """(the others, `part` of the images drawn with `seed`): a validation set where there is none.
+        """Two caches: the other images, and a share drawn at random, which can serve for validation.
 
-        Raises ValueError when either would be empty.
+        Args:
+            part: the share, in (0, 1).
+            seed: random seed of the draw.
+
+        Returns:
+            (the others, `part` of the images).
+
+        Raises:
+            ValueError: either would be empty.
         """
         count = round(part * len(self))
         if not 0 < count < len(self):
