@@ -181,8 +181,8 @@ class FileSet(contextlib.AbstractContextManager):
         """Removes what writers that were killed have left: unfinished files, and files that none but they name."""
         for note in partials(self.folder, [self.index]):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-                held = json.loads(note.read_bytes())["files"]
-                listed = {name: checked_entry(name, held[name]) for name in self.members if name in held}
+                named = json.loads(note.read_bytes())["files"]
+                listed = {name: checked_entry(name, named[name]) for name in self.members if name in named}
                 self._remove(listed, self._old)
         remove_partials(self.folder, [self.index, *self.members])
 

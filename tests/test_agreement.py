@@ -35,12 +35,17 @@ FAMILIES = {
 }
 
 
+def _amplified(output):
+    """1.01 times a block's output, which is the first of a tuple in transformers 4."""
+    return (output[0] * 1.01, *output[1:]) if isinstance(output, tuple) else output * 1.01
+
+
 def louder(block):
     """A subclass with a forward of its own and no new parts."""
 
     class Louder(type(block)):
         def forward(self, *args, **kwargs):
-            return super().forward(*args, **kwargs) * 1.01
+            return _amplified(super().forward(*args, **kwargs))
 
     block.__class__ = Louder
 
@@ -49,14 +54,14 @@ def patched(block):
     original = block.forward
 
     def forward(self, *args, **kwargs):
-        return original(*args, **kwargs) * 1.01
+        return _amplified(original(*args, **kwargs))
 
     block.forward = types.MethodType(forward, block)
 
 
 def hooked(block):
     def amplify(module, args, output):
-        return output * 1.01
+        return _amplified(output)
 
     block.register_forward_hook(amplify)
 

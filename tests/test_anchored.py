@@ -252,7 +252,7 @@ def test_by_name(task):
     tower, images, _, bases, _ = task
     adapter = rk.build("anchored", tower, bases)
     assert adapter.adapted == ("head", "mlp")
-    assert adapter.rest.rest == "all"
+    assert adapter.rest.name == "all"
     assert (adapter.weight == 1).all()
     assert len(adapter.weight) == sum(len(bases.parts[kind].components) for kind in ("head", "mlp"))
     fewer = rk.build("anchored", tower, bases, components=2)

@@ -116,7 +116,7 @@ def test_a_complaint_is_made():
         "from benchmarks.resources import complaints\n"
         "good = Resources('fwd c64 n64', 'bf16', 'sm_90', 4, 3, 100, 0, 1000, ['wgmma'], 4, 0.5)\n"
         "assert complaints(good) == []\n"
-        "for change in ({'spills': 24}, {'shared': 300000}, {'instructions': ['mma.sync']}, {'kind': 'fp32'},\n"
+        "for change in ({'spills': 32}, {'shared': 300000}, {'instructions': ['mma.sync']}, {'kind': 'fp32'},\n"
         "               {'instructions': ['fma']}, {'target': 'gfx942'}):\n"
         "    assert complaints(replace(good, **change)), change\n"
     )

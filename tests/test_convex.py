@@ -37,8 +37,7 @@ def problem(dtype=torch.float64, *, n=40, j=12, d=8, k=4, seed=0, block=4096, ki
     fold = torch.stack([folds_of(labels[0], 3, 0), folds_of(labels[1], 3, 5)])
     fold[1, :5] = -1
     targets = Targets(
-        None if soft is not None else labels,
-        None if soft is None else soft.to(dtype),
+        labels if soft is None else soft.to(dtype),
         smoothing,
         None if weight is None else weight.to(dtype),
     )

@@ -68,10 +68,10 @@ def test_a_record_is_true_of_what_it_builds(tower, bases, name):
         with pytest.raises(ValueError, match=f"{name} needs bases"):
             rk.build(name, tower)
     if "rest" in method.options:
-        own = adapter.rest.rest
+        own = adapter.rest.name
         assert method.rests[0] == own
         for rest in method.rests:
-            assert made(name, tower, bases, rest=rest).rest.rest == rest
+            assert made(name, tower, bases, rest=rest).rest.name == rest
     else:
         with pytest.raises(ValueError, match="rest='zero' is about other units"):
             made(name, tower, bases, rest="zero")

@@ -174,14 +174,20 @@ def patch_class(kind, name, monkeypatch):
     monkeypatch.setattr(kind, name, louder(getattr(kind, name)))
 
 
+def _louder(features):
+    """1.1 times what get_image_features returns: a tensor before transformers 5, then a record."""
+    if isinstance(features, torch.Tensor):
+        return 1.1 * features
+    features.pooler_output = 1.1 * features.pooler_output
+    return features
+
+
 def features(model):
     """get_image_features of this one model, made louder."""
     own = model.get_image_features
 
     def get_image_features(self, pixel_values, **options):
-        found = own(pixel_values=pixel_values, **options)
-        found.pooler_output = 1.1 * found.pooler_output
-        return found
+        return _louder(own(pixel_values=pixel_values, **options))
 
     model.get_image_features = types.MethodType(get_image_features, model)
 
@@ -189,9 +195,7 @@ def features(model):
 def features_of_a_subclass(model):
     class Louder(type(model)):
         def get_image_features(self, pixel_values, **options):
-            found = super().get_image_features(pixel_values=pixel_values, **options)
-            found.pooler_output = 1.1 * found.pooler_output
-            return found
+            return _louder(super().get_image_features(pixel_values=pixel_values, **options))
 
     model.__class__ = Louder
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from open_clip.model import convert_weights_to_lp
 from peft import LoraConfig, get_peft_model
 from test_frozen import TinyClip
-from test_hugging_face import clip
+from test_hugging_face import clip, pooled
 from test_hugging_face import images_for as pictures_for
 from test_towers import build, images_for, plain, relative
 from timm.models.vision_transformer import VisionTransformer
@@ -269,7 +269,7 @@ def test_a_projection_that_was_taken_off():
     images = pictures_for(model)
     model.visual_projection = nn.Identity()
     with torch.no_grad():
-        expected = model.get_image_features(images).pooler_output
+        expected = pooled(model.get_image_features(images))
         assert relative(rk.decompose(model, images).units().sum(1), expected) < 1e-5
     model.visual_projection = nn.Sequential(nn.Linear(48, 48), nn.GELU(), nn.Linear(48, 32))
     with pytest.raises(rk.UnsupportedTowerError, match="the projection of CLIPModel is Sequential"):

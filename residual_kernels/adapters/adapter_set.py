@@ -9,14 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed
+from residual_kernels.adapters.groups import Group, group_of
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.adapters.unit_sum import (
-    Rest,
-    SpectralConstants,
-    at_least_float32,
-    reweighted_sum,
-    tower_itself,
-)
+from residual_kernels.adapters.unit_sum import at_least_float32, tower_itself
 from residual_kernels.towers import Terms
 from residual_kernels.towers.edit import Edit
 from residual_kernels.zeroshot import ZeroShotHead
@@ -33,63 +28,6 @@ class _Member(nn.Module):
 
     def _apply(self, fn, recurse=True):
         return super()._apply(at_least_float32(fn), recurse)
-
-
-class _Shared(nn.Module):
-    """What adapters that differ in their weights alone have in common: the constants of their units, and the rest."""
-
-    removed_mean: Tensor
-    units: Mapping[str, Any]  # these four where the adapters have them
-    rest: Rest
-    spread: nn.Module
-    spectral: SpectralConstants
-
-    def __init__(self, adapter: TowerAdapter):
-        super().__init__()
-        self.label = _label(adapter)
-        self.stream = adapter.placement == "stream"
-        self.kinds, self.reads = adapter.kinds, adapter._reads()
-        self.register_buffer("removed_mean", adapter.removed_mean.double(), persistent=False)
-        tower = {id(adapter.tower): adapter.tower}  # which is not copied
-        self.sizes = adapter._sizes
-        for name, module in adapter.constants().items():
-            self.add_module(name, copy.deepcopy(module, tower))
-
-    def serves(self, adapter: TowerAdapter) -> bool:
-        """Whether this adapter's constants are these, number for number."""
-        if _label(adapter) != self.label:
-            return False
-        mine = self.state_dict()
-        theirs = {
-            f"{name}.{key}": value
-            for name, module in adapter.constants().items()
-            for key, value in module.state_dict().items()
-        }
-        return mine.keys() == theirs.keys() and all(
-            mine[key].shape == value.shape and torch.equal(mine[key], value.to(mine[key]))
-            for key, value in theirs.items()
-        )
-
-    def forward(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
-        if self.stream:  # which changed the tower's output itself
-            return terms.output
-        if hasattr(self, "spectral"):
-            return self.spectral(terms.output[:, None, :], None, None, weight, index)
-        y = self.change(terms, weight, index)
-        rest = self.rest(terms)
-        return y if rest is None else y + rest
-
-    def change(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
-        """The reweighted units alone, [N, D]."""
-        factors = self.rest.factors(self.spread(weight))
-        return reweighted_sum(self.units, self.sizes, terms, factors, index)
-
-    def leaves_the_tower(self, weight: Tensor) -> bool:
-        return not self.stream and hasattr(self, "rest") and self.rest.leaves_the_tower(weight)
-
-
-def _label(adapter: TowerAdapter) -> tuple:
-    return type(adapter).__name__, adapter.options(), len(adapter.weight)
 
 
 class AdapterSet(TowerAdapter):
@@ -137,7 +75,7 @@ class AdapterSet(TowerAdapter):
             raise ValueError(f"heads names {', '.join(foreign)}, but the adapters are {', '.join(adapters)}")
         super().__init__(tower)
         self.members = cast("dict[str, _Member]", nn.ModuleDict())  # modules, read as dictionaries
-        self.shared = cast("dict[str, _Shared]", nn.ModuleDict())
+        self.shared = cast("dict[str, Group]", nn.ModuleDict())
         self._active: str | None = None
         self._made = 0
         for name, adapter in adapters.items():
@@ -196,7 +134,7 @@ class AdapterSet(TowerAdapter):
         if key is None:
             key = str(self._made)
             self._made += 1
-            self.shared[key] = _Shared(adapter)
+            self.shared[key] = group_of(adapter)
         self.members[name] = _Member(adapter, head, key).to(next(self.tower.parameters()).device)
         if self._guard is not None:
             self._guard.keep(self)
@@ -217,7 +155,7 @@ class AdapterSet(TowerAdapter):
             raise ValueError(f"there is no adapter {name!r} here; known are {', '.join(self.members)}")
         return self.members[name]
 
-    def _shared_by(self, name: str) -> _Shared:
+    def _shared_by(self, name: str) -> Group:
         return self.shared[self._member(name).key]
 
     def index(self, names: Sequence[str | None]) -> Tensor:
@@ -362,7 +300,7 @@ class AdapterSet(TowerAdapter):
         found = []
         for task, weight in enumerate(weights[0]):
             if shared.stream:
-                edit = shared.units["head"].edit(weight)
+                edit = shared.edit(weight)
                 batch = self._view.terms(features["images"], (), edit)
             else:
                 own = features["scale"].ndim == 2  # rows of its own for every task
@@ -383,13 +321,13 @@ class AdapterSet(TowerAdapter):
 
     def _edit(self, key: str, chosen: "_Member | Tensor") -> Edit:
         """What a group in the stream does in every block; rows of other groups keep what they have (weights of one)."""
-        heads = self.shared[key].units["head"]
+        group = self.shared[key]
         if isinstance(chosen, _Member):
-            return heads.edit(chosen.weight)
+            return group.edit(chosen.weight)
         weights = self._weights(key)
         local = self._local(key, chosen)
         index = torch.where(local < 0, len(weights), local)
-        return heads.edit(torch.cat([weights, torch.ones_like(weights[:1])]), index)
+        return group.edit(torch.cat([weights, torch.ones_like(weights[:1])]), index)
 
     def _read(self, terms: Terms, chosen: "_Member | Tensor", keys: tuple[str, ...] | None) -> Tensor:
         """y [N, D] by one adapter, or by each row's own."""

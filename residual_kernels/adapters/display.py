@@ -18,12 +18,12 @@ COLUMNS = ("component", "unit", "kind", "layer", "head", "place", "weight", "exp
 
 def described(adapter: "TowerAdapter") -> str:
     """Class, method, rest, number of learned weights, tower, and whether they were fitted."""
-    rest = getattr(adapter.__dict__["_modules"].get("rest"), "rest", None)
+    rest = adapter.rest_name
     numbers = sum(p.numel() for p in adapter.trainable())
     components = len(adapter.component_weight()) if adapter.constants() else None
     facts: dict[str, Any] = {
         "method": adapter.method or ("anchored" if rest == "all" else None),
-        "rest": rest if adapter.placement == "output" else None,
+        "rest": rest,
         "kinds": adapter.adapted or None,
         "J": components,
         "numbers": None if numbers == components else numbers,

@@ -72,9 +72,9 @@ def _write(module: nn.Module, path: Path, images: Tensor, expected: Tensor, veri
             program.save(file)
         else:
             file = part.path / path.name
-            held = io.BytesIO()  # torch's own writer of files ends the process when the disk is full
-            torch.export.save(torch.export.export(module, (images,), dynamic_shapes=shapes), held)
-            file.write_bytes(held.getbuffer())
+            written = io.BytesIO()  # torch's own writer of files ends the process when the disk is full
+            torch.export.save(torch.export.export(module, (images,), dynamic_shapes=shapes), written)
+            file.write_bytes(written.getbuffer())
         error = None
         if verify:  # one image too: another batch size than it was traced with
             errors = [_compared(run(file, images[:n]), expected[:n], path) for n in (1, len(images))]

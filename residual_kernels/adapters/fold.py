@@ -24,18 +24,18 @@ class Fold:
         self.b, self.g, self.e = torch.zeros(3, dim, dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add_spectral(self, held: SpectralConstants, weight: Tensor) -> None:
+    def add_spectral(self, constants: SpectralConstants, weight: Tensor) -> None:
         """The units of one kind, reweighted on their components: sum_j weight[j] c[j] basis[j]."""
-        proj, bias, slope, offset, basis = (
-            getattr(held, name).double() for name in ("proj", "bias", "slope", "offset", "basis")
-        )
-        weighted = weight.double()[:, None] * basis  # [J, D]
-        bounds = held.unit_offsets.tolist()
+        proj, weighted = (
+            constants.proj.double(),
+            weight.double()[:, None] * constants.basis.double(),
+        )  # [J, D]
+        bounds = constants.unit_offsets.tolist()
         runs = [slice(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
         self.rows.append(torch.cat([proj[run].T @ weighted[run] for run in runs]))
-        self.b += bias @ weighted
-        self.g += slope @ weighted
-        self.e -= offset @ weighted
+        self.b += constants.bias.double() @ weighted
+        self.g += constants.slope.double() @ weighted
+        self.e -= constants.offset.double() @ weighted
 
     @torch.no_grad()
     def add_units(self, maps: UnitMaps, weight: Tensor) -> None:

@@ -260,13 +260,13 @@ class AdapterFolder:
                 "this adapter was fitted on a tower with other weights "
                 f"(checksum {self.config['checksum'][:12]}, this tower has {found[:12]})"
             )
-        held = self.bases if self.bases is not None and bases is None else self._referred(bases)
+        own = self.bases if self.bases is not None and bases is None else self._referred(bases)
         needs_bases = "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty
-        if held is None and needs_bases:
+        if own is None and needs_bases:
             raise ValueError(
                 f"a {cls.__name__} rests on bases, but {self.path / CONFIG} names none; save the adapter again"
             )
-        given = {} if held is None else {"bases": held}
+        given = {} if own is None else {"bases": own}
         try:
             adapter = cast(Any, cls)(tower, **options, **given)  # each class has options of its own
         except TypeError as error:  # an option of another type, or bases where none belong
@@ -336,8 +336,8 @@ def _read_files(index: Path) -> dict[str, dict[str, str]]:
     config = read_json(index, WHAT, Config)
     files = config.get("files")
     if files is None:
-        held = {WEIGHTS: config["weights_sha256"], BASES: config["bases_sha256"]}
-        files = {name: {"name": name, "sha256": sha} for name, sha in held.items() if sha is not None}
+        checksums = {WEIGHTS: config["weights_sha256"], BASES: config["bases_sha256"]}
+        files = {name: {"name": name, "sha256": sha} for name, sha in checksums.items() if sha is not None}
     if WEIGHTS not in files or set(files) - set(MEMBERS):
         raise ValueError(f"{index} names the files {str(list(files))[:100]}; save the adapter again")
     return {name: checked_entry(name, entry) for name, entry in files.items()}

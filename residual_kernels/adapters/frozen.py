@@ -152,7 +152,7 @@ class FrozenTower:
             if not p.is_meta and not hasattr(p, "full_tensor") and p.numel()
         ]
 
-    def _held(self) -> "list[_Place]":
+    def _where(self) -> "list[_Place]":
         """Where each folded parameter is registered: it may be replaced there."""
         if self._places is None:
             self._places = [_Place.of(self._view.module, name) for name in self._folded]
@@ -164,7 +164,7 @@ class FrozenTower:
         try:
             return {
                 name: place.parameters[place.leaf]
-                for name, place in zip(self._folded, self._held(), strict=True)
+                for name, place in zip(self._folded, self._where(), strict=True)
             }
         except (AttributeError, KeyError) as error:
             raise ValueError(

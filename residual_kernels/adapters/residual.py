@@ -134,7 +134,7 @@ class ResiDual(UnitAdapter):
         return None
 
     def _centred(self) -> list[Tensor]:
-        if self.rest.rest == "all":  # the tower's own mean stays
+        if self.rest.name == "all":  # the tower's own mean stays
             return []
         return [self.bases.parts[kind].mean.sum(0) for kind in self.adapted]
 

@@ -50,10 +50,10 @@ class StreamHeads(nn.Module):
         constants, offsets, self.sizes = {}, [torch.zeros(1, dtype=torch.int64)], []
         for layer in range(view.layout.layers):
             if layer in self.layers:
-                held = part.units(layer * heads, (layer + 1) * heads)
-                constants[str(layer)] = SpectralConstants(stream_maps(view, layer), held, like, backend)
-                self.sizes.append(len(held.components))
-                offsets.append(offsets[-1][-1] + held.offsets[1:])
+                own = part.units(layer * heads, (layer + 1) * heads)
+                constants[str(layer)] = SpectralConstants(stream_maps(view, layer), own, like, backend)
+                self.sizes.append(len(own.components))
+                offsets.append(offsets[-1][-1] + own.offsets[1:])
             else:
                 offsets.append(offsets[-1][-1].expand(heads))
         self.constants = cast(Mapping[str, SpectralConstants], nn.ModuleDict(constants))
@@ -225,7 +225,7 @@ def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tup
         )
     changes: list[tuple[nn.Parameter, Tensor]] = []
     for layer, run in zip(heads.layers, weight.double().split(heads.sizes), strict=True):
-        out, held = view.out_projection(layer), heads.constants[str(layer)]
+        out = view.out_projection(layer)
         if out.norm is not None:
             raise ValueError(
                 f"layer {layer} normalises what attention adds (post-norm), so its change does not fold into the "
@@ -242,7 +242,7 @@ def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tup
                 "attached module instead (torch.export)"
             )
         gain, fold = out.gain(), Fold(len(out.weight), out.weight.device)
-        fold.add_spectral(held, run - 1)
+        fold.add_spectral(heads.constants[str(layer)], run - 1)
         changes.append((out.weight, out.weight.double() * gain[:, None] + fold.rows[0].T))
         changes.append((out.bias, out.bias.double() * gain + fold.b + fold.e))
         if out.gamma is not None:

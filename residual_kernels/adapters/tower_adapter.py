@@ -93,6 +93,7 @@ class TowerAdapter(AroundTower, abc.ABC):
         "output"  # "stream": what the tower computes depends on the weights, so that nothing can be cached
     )
     weights_on = "output"  # what a learned number belongs to: "components", "units", "output" or "nothing"
+    rest_name: str | None = None  # what becomes of units that are not adapted, where that is a choice
     method: str | None = None  # the name in METHODS that it was built by, or that its class stands for
     fitted = False  # whether :func:`fit` has given it weights
     adapted: tuple[str, ...] = ()  # kinds of units that are reweighted: what a cache must hold
@@ -245,11 +246,11 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:
         """Raises ValueError when the tower's incoming weights are not those that the constants were made of."""
-        for name, held in self._view.constant_parameters().items():
+        for name, folded in self._view.constant_parameters().items():
             coming = state_dict[f"{prefix}tower.{name}"]
-            if held.is_meta or coming.shape != held.shape:  # a wrong shape is load_state_dict's own error
+            if folded.is_meta or coming.shape != folded.shape:  # a wrong shape is load_state_dict's own error
                 continue
-            if not torch.equal(coming.to(held), held):
+            if not torch.equal(coming.to(folded), folded):
                 raise ValueError(
                     f"these weights have another {name} than the tower that the bases were fitted on, so the constants "
                     "would not match them; detach, load them into the tower and fit bases for it"

@@ -144,7 +144,11 @@ class UnitAdapter(WeightedUnits):
         self.kinds = self.layout.kinds if rest == "sum" else self.adapted
 
     def options(self) -> dict[str, Any]:
-        return {"rest": self.rest.rest}
+        return {"rest": self.rest.name}
+
+    @property
+    def rest_name(self) -> str | None:  # type: ignore[override]  # nobody sets it
+        return self.rest.name
 
     def _reads(self) -> tuple[str, ...]:
         return self.adapted
@@ -179,7 +183,7 @@ class UnitAdapter(WeightedUnits):
             }
             y = y + self.units[kind].from_features(own, weight)
         assert isinstance(y, Tensor)  # some kind is adapted
-        if self.rest.rest == "zero":
+        if self.rest.name == "zero":
             return y
         return y + (features["rest"] if self.rest.varies else self.rest.mean)
 
@@ -192,14 +196,14 @@ class UnitAdapter(WeightedUnits):
         self.still()
         fold = Fold(self.dim, self.weight.device)
         factors = self.rest.factors(self.component_weight().detach())
-        others_stay = self.rest.rest == "sum" and bool(self.rest.others)
+        others_stay = self.rest.name == "sum" and bool(self.rest.others)
         for kind, weight in zip(self.adapted, factors.split(self._sizes), strict=True):
             self._fold(fold, kind, weight)
             if others_stay:
                 fold.subtract_units(self._view.maps(kind))
-        if self.rest.rest == "mean":
+        if self.rest.name == "mean":
             fold.e += self.rest.mean
-        return MergedUnits(self._view, self.adapted, fold, keep_output=others_stay or self.rest.rest == "all")
+        return MergedUnits(self._view, self.adapted, fold, keep_output=others_stay or self.rest.name == "all")
 
     @abc.abstractmethod
     def _fold(self, fold: Fold, kind: str, weight: Tensor) -> None:

@@ -102,11 +102,11 @@ class Rest(nn.Module):
 
     mean: Tensor  # with "mean" alone
 
-    def __init__(self, rest: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
+    def __init__(self, name: str, adapted: tuple[str, ...], view: towers.Tower, dtype: torch.dtype):
         super().__init__()
-        self.rest, self.adapted = rest, adapted
+        self.name, self.adapted = name, adapted
         self.others = (
-            tuple(kind for kind in view.layout.kinds if kind not in adapted) if rest == "sum" else ()
+            tuple(kind for kind in view.layout.kinds if kind not in adapted) if name == "sum" else ()
         )
         self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in self.others})
         # Read when a cache holds the adapted kinds alone; large, made from the tower at first need and never stored.
@@ -116,16 +116,16 @@ class Rest(nn.Module):
     @property
     def varies(self) -> bool:
         """Whether the rest differs from image to image."""
-        return self.rest in ("sum", "all")
+        return self.name in ("sum", "all")
 
     def factors(self, weight: Tensor) -> Tensor:
         """What adapted units are multiplied by: `weight`, or its distance from 1 where the whole output is kept."""
-        return weight - 1 if self.rest == "all" else weight
+        return weight - 1 if self.name == "all" else weight
 
     def leaves_the_tower(self, weight: Tensor) -> bool:
         """Whether y is the tower's own output: all is kept and every weight is 1. False where values cannot be asked
         for, since a graph must not depend on them."""
-        if self.rest != "all" or weight.is_meta or torch.compiler.is_compiling():
+        if self.name != "all" or weight.is_meta or torch.compiler.is_compiling():
             return False
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -140,7 +140,7 @@ class Rest(nn.Module):
 
     def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
         """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
-        if self.rest != "mean" or bases is None:  # check_arguments has refused "mean" without bases
+        if self.name != "mean" or bases is None:  # check_arguments has refused "mean" without bases
             return
         mean = bases.parts[OUTPUT].mean[0]
         for kind in self.adapted:
@@ -167,11 +167,11 @@ class Rest(nn.Module):
 
     def forward(self, terms: Terms) -> Tensor | None:
         """[N, D] or [D] to add to the adapted units' sum; None for nothing."""
-        if self.rest == "zero":
+        if self.name == "zero":
             return None
-        if self.rest == "mean":
+        if self.name == "mean":
             return self.mean
-        if self.rest == "all":
+        if self.name == "all":
             return terms.output
         if all(kind in terms.z for kind in self.others):
             return sum(self.sums[kind](terms.z[kind], terms.scale, terms.mean) for kind in self.others)
@@ -240,8 +240,8 @@ class SpectralConstants(nn.Module):
         # All constants come from one rounding of the components, the one that files keep, and from copies laid out
         # alike, since BLAS adds up by alignment: an adapter that was saved and loaded is the same bit for bit.
         basis = part.components.to(wide(like.dtype)).double().clone(memory_format=torch.contiguous_format)
-        held = replace(part, components=basis, mean=part.mean.clone(memory_format=torch.contiguous_format))
-        proj, bias, slope, offset = _constants(maps, held, like.device)
+        rounded = replace(part, components=basis, mean=part.mean.clone(memory_format=torch.contiguous_format))
+        proj, bias, slope, offset = _constants(maps, rounded, like.device)
         constants = {"proj": proj, "bias": bias, "slope": slope, "offset": offset, "basis": basis}
         for name, value in constants.items():
             self.register_buffer(name, value.to(device=like.device, dtype=wide(like.dtype), copy=True))

@@ -62,10 +62,10 @@ def run_contest(
         bases = fit_bases(tower, training, kinds_of(training))
     else:
         loaded = SpectralBases.load(contest.bases)
-        held = [kind for kind in loaded.kinds if kind in kinds_of(training)]
-        if not held:
+        kinds = [kind for kind in loaded.kinds if kind in kinds_of(training)]
+        if not kinds:
             raise ValueError(f"{contest.bases} holds no bases of kind head; fit them with --kinds head")
-        bases = loaded.of(*held)
+        bases = loaded.of(*kinds)
     found = train.tune(
         tower,
         bases,

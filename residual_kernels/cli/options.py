@@ -153,7 +153,7 @@ class Tokens(str, Enum):
     patches = "patches"
 
 
-class Rest(str, Enum):
+class RestOption(str, Enum):
     zero = "zero"
     sum = "sum"
     mean = "mean"

@@ -39,18 +39,17 @@ def draw(
     """
     before, after = head(test.output).argmax(1), train.predict(adapter, head, test).labels
     names = head.class_names
-    wrong = (before != test.labels).nonzero().flatten().tolist()
+    wrong = (before != test.truth).nonzero().flatten().tolist()
     reads = [
-        Read(images[int(test.ids[n])], names[test.labels[n]], names[before[n]], names[after[n]])
-        for n in wrong
+        Read(images[int(test.ids[n])], names[test.truth[n]], names[before[n]], names[after[n]]) for n in wrong
     ]
     mended = next(place for place, one in enumerate(reads) if one.after == one.truth)
     row = wrong[mended]
-    lead = head.class_vectors[:, test.labels[row]] - head.class_vectors[:, before[row]]
+    lead = head.class_vectors[:, test.truth[row]] - head.class_vectors[:, before[row]]
     image = preprocess(reads[mended].image)[None]
     return overview(
         reads[:STRIP],
-        (_share(before == test.labels), _share(after == test.labels)),
+        (_share(before == test.truth), _share(after == test.truth)),
         len(test),
         reads[mended],
         _sums(adapter, test.subset(torch.tensor([row])), image, lead, float(head.logit_scale.exp())),
@@ -111,7 +110,7 @@ def _ends(adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictiona
     ends = component_ends(adapter, cache, [one.index for one in named], AT_AN_END)
 
     def classes(place: int) -> int:
-        return sum(len(cache.labels[rows[place]].unique()) for rows in (ends.high, ends.low))
+        return sum(len(cache.truth[rows[place]].unique()) for rows in (ends.high, ends.low))
 
     place = min(range(len(named)), key=lambda i: (classes(i), -abs(named[i].effect)))
     shown = named[place]

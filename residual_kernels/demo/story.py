@@ -201,7 +201,7 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
         ),
         "spectra": figures.spectra_and_counts(every.of("head"), ENERGY),
         "digits": figures.rereadings(
-            [images[i] for i in test.ids.tolist()], test.labels, base.argmax(1), after
+            [images[i] for i in test.ids.tolist()], test.truth, base.argmax(1), after
         ),
         "component": _component_ends(fine, learned, test, images, dictionary),
     }

@@ -4,6 +4,7 @@ import importlib.util
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,22 +48,20 @@ def check(plan: SweepPlan) -> list[Name]:
     open_clip's, timm's and torchvision's names are in registers that come with the libraries. The hub's are not: such a
     name is known where its files are on this machine, and otherwise only its form can be checked.
     """
-    found = [_checked("model", tower.label, lambda tower=tower: _tower(tower)) for tower in plan.towers]
+    found = [_checked("model", tower.label, partial(_tower, tower)) for tower in plan.towers]
     for data in plan.data:
         for part in ("train", "val", "test"):
             source = getattr(data, part)
             if source is not None:
-                found.append(_checked(f"{data.name}, {part}", source, lambda source=source: _data(source)))
+                found.append(_checked(f"{data.name}, {part}", source, partial(_data, source)))
         if data.templates is not None:
             given = data.templates
-            found.append(_checked(f"{data.name}, templates", given, lambda given=given: _templates(given)))
+            found.append(_checked(f"{data.name}, templates", given, partial(_templates, given)))
         if data.class_names is not None:
             given = data.class_names
-            found.append(
-                _checked(f"{data.name}, class names", given, lambda given=given: _class_names(given))
-            )
+            found.append(_checked(f"{data.name}, class names", given, partial(_class_names, given)))
     if plan.bases is not None:
-        found.append(_checked("bases", plan.bases, lambda: _data(plan.bases)))
+        found.append(_checked("bases", plan.bases, partial(_data, plan.bases)))
     return found
 
 
@@ -227,8 +226,9 @@ def _shape_of_transformers(name: str) -> Shape | None:
     except (OSError, ValueError):
         return None
     vision = getattr(config, "vision_config", config)
-    sizes = [getattr(vision, key, None) for key in ("num_hidden_layers", "hidden_size", "patch_size")]
-    if not all(isinstance(size, int) for size in sizes):
+    names = ("num_hidden_layers", "hidden_size", "patch_size")
+    sizes = [size for size in (getattr(vision, name, None) for name in names) if isinstance(size, int)]
+    if len(sizes) < len(names):
         return None
     layers, width, patch = sizes
     side = getattr(vision, "image_size", 224) // patch

@@ -271,7 +271,7 @@ class _DataWork:
         columns = self.data.columns
         train = self.tower.images(self.data.train, True, **columns)
         val = None if self.data.val is None else self.tower.images(self.data.val, True, **columns)
-        images = StreamImages(train, val, 0, self.plan.batch_size, self.tower.sweep.workers)
+        images = StreamImages(train, train.labels, val, 0, self.plan.batch_size, self.tower.sweep.workers)
         return images, fit_bases(self.tower.tower, images.in_order(), placement="stream")
 
     def _fit_stream(

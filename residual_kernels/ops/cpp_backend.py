@@ -11,6 +11,8 @@ time.
 
 import os
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +35,49 @@ FOLDED_WIDTH = (
 )
 BLOCK = 256  # components that stay in cache between the two products, at most
 _TILE = 32  # bfloat16 numbers in a row of a tile; a tile has 16 rows
-_DIRECT_TENSORS = 7  # of a pack; two more are there where the folded route may pay
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+
+class _Sizes(NamedTuple):
+    """The numbers of a pack, by name."""
+
+    instruction_set: int  # as the extension numbers it
+    width: int  # C
+    dim: int  # D
+    components: int  # J
+
+
+class _Pack(NamedTuple):
+    """The tensors of a pack, by name; what follows `offset` is there only where it is used."""
+
+    blocks: Tensor  # int64 [B, 5], see _blocks
+    unit_offsets: Tensor
+    proj: Tensor  # [J, C padded to whole vectors], at least float32
+    basis: Tensor  # in panels, at least float32; bfloat16 in tiles where the set computes on tiles
+    bias: Tensor
+    slope: Tensor
+    offset: Tensor
+    tiled_proj: Tensor | None = None
+    folded: tuple[Tensor, Tensor] | None = (
+        None  # proj [J, C] and basis [J, D] as they came: the folded route may pay
+    )
+
+    @property
+    def direct(self) -> tuple[Tensor, ...]:
+        """What the extension's loops read."""
+        return self[:7]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "_Pack":
+        """From a list, as an operator takes it."""
+        blocks, unit_offsets, proj, basis, bias, slope, offset, *more = tensors
+        direct = cls(blocks, unit_offsets, proj, basis, bias, slope, offset)
+        if len(more) == 2:
+            return direct._replace(folded=(more[0], more[1]))
+        return direct._replace(tiled_proj=more[0]) if more else direct
+
+    def listed(self) -> list[Tensor]:
+        return [*self.direct, *(() if self.tiled_proj is None else (self.tiled_proj,)), *(self.folded or ())]
 
 
 def instruction_set() -> tuple[str, dict[str, str]]:
@@ -170,10 +213,7 @@ def _proj_in_tiles(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
-    """Tensors (blocks [B, 5], unit_offsets, proj [J, C padded], basis in panels, bias, slope, offset; then proj and
-    basis as they came where the folded route may pay) and sizes (instruction set, C, D, J). proj and basis become
-    float32 (float64 stays), padded to whole vectors with zeros; on tiles basis stays
-    bfloat16, and proj is there once more, in tiles."""
+    """Tensors as in :class:`_Pack` and sizes as in :class:`_Sizes`."""
     number = _number()
     tiled = INSTRUCTION_SETS[number] in ON_TILES and proj.dtype == torch.bfloat16
     if INSTRUCTION_SETS[number] in ON_TILES and not tiled:
@@ -187,13 +227,19 @@ def pack(
     blocks = _blocks(unit_offsets.tolist(), 2 * BLOCK if tiled else BLOCK, _TILE if tiled else 1)
     panels = _in_tiles(basis, blocks) if tiled else _in_panels(basis, blocks, dtype, lanes, lanes * vectors)
     table = torch.tensor(blocks, dtype=torch.int64)
-    vectors_of_j = [x.contiguous() for x in (bias, slope, offset)]
-    tensors = [table, unit_offsets.contiguous(), padded, panels, *vectors_of_j]
-    if tiled:
-        tensors.append(_proj_in_tiles(proj, blocks, unit_offsets.tolist()))
-    if _folding_saves(1 << 40, unit_offsets.numel() - 1, width, dim, components, proj.dtype):
-        tensors += [proj, basis]
-    return tensors, [number, width, dim, components]
+    folds = _folding_saves(1 << 40, unit_offsets.numel() - 1, width, dim, components, proj.dtype)
+    made = _Pack(
+        table,
+        unit_offsets.contiguous(),
+        padded,
+        panels,
+        bias.contiguous(),
+        slope.contiguous(),
+        offset.contiguous(),
+        tiled_proj=_proj_in_tiles(proj, blocks, unit_offsets.tolist()) if tiled else None,
+        folded=(proj, basis) if folds else None,
+    )
+    return made.listed(), list(_Sizes(number, width, dim, components))
 
 
 def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
@@ -202,39 +248,32 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
     What is left to the extension, which asks at every call: that the blocks and offsets hold every component, and that
     the constants have as many elements as the sizes say.
     """
-    if len(sizes) != 4 or len(tensors) not in range(_DIRECT_TENSORS, _DIRECT_TENSORS + 3):
+    if len(sizes) != 4 or len(tensors) not in (7, 8, 9):
         raise ValueError(
-            f"a pack of the compiled backend has {_DIRECT_TENSORS} to {_DIRECT_TENSORS + 2} tensors and 4 sizes; "
-            f"got {len(tensors)} and {len(sizes)}"
+            f"a pack of the compiled backend has 7 to 9 tensors and 4 sizes; got {len(tensors)} and {len(sizes)}"
         )
-    number, width, dim, components = sizes
-    table, offsets, padded, panels, *vectors = tensors
-    least = padded.dtype
+    pack, number, width, dim, components = _Pack.of(tensors), *sizes
+    least, tiles = pack.proj.dtype, pack.tiled_proj
+    on_tiles = 0 <= number < len(INSTRUCTION_SETS) and INSTRUCTION_SETS[number] in ON_TILES
     if not (
         0 <= number < len(INSTRUCTION_SETS)
-        and table.dtype == offsets.dtype == torch.int64
+        and pack.blocks.dtype == pack.unit_offsets.dtype == torch.int64
+        and (pack.basis.dtype == least or (pack.basis.dtype == torch.bfloat16 and on_tiles))
+        and pack.bias.dtype == pack.slope.dtype == pack.offset.dtype == least
+        and pack.blocks.numel() > 0
+        and pack.unit_offsets.numel() > 1
+        and all(x.is_contiguous() and x.device.type == "cpu" for x in pack.direct)
+        and (tiles is None or (tiles.dtype == pack.basis.dtype and tiles.is_contiguous()))
         and (
-            panels.dtype == least or (panels.dtype == torch.bfloat16 and INSTRUCTION_SETS[number] in ON_TILES)
-        )
-        and vectors[0].dtype == vectors[1].dtype == vectors[2].dtype == least
-        and table.numel() > 0
-        and offsets.numel() > 1
-        and all(x.is_contiguous() and x.device.type == "cpu" for x in tensors[:_DIRECT_TENSORS])
-        and (
-            len(vectors) == 3
-            or (len(vectors) == 4 and vectors[3].dtype == panels.dtype and vectors[3].is_contiguous())
-            or (
-                len(vectors) == 5
-                and vectors[3].shape == (components, width)
-                and vectors[4].shape == (components, dim)
-            )
+            pack.folded is None
+            or (pack.folded[0].shape == (components, width) and pack.folded[1].shape == (components, dim))
         )
     ):
         raise ValueError(
             "the packed tensors are not those that pack_units made for the compiled backend. "
             f"Got {[(x.dtype, tuple(x.shape)) for x in tensors]} for {list(sizes)}"
         )
-    return offsets.numel() - 1, width, components, dim
+    return pack.unit_offsets.numel() - 1, width, components, dim
 
 
 def _folding_saves(rows: int, units: int, width: int, dim: int, components: int, dtype: torch.dtype) -> bool:
@@ -245,20 +284,21 @@ def _folding_saves(rows: int, units: int, width: int, dim: int, components: int,
 
 
 def _folds(
-    z: Tensor, weight: Tensor, weight_index: Tensor | None, tensors: list[Tensor], sizes: list[int]
-) -> bool:
-    _, width, dim, components = sizes
-    if len(weight) != 1 or weight_index is not None or len(tensors) <= _DIRECT_TENSORS + 1:
-        return False
-    return _folding_saves(z.shape[0], z.shape[1], width, dim, components, z.dtype)
+    z: Tensor, weight: Tensor, weight_index: Tensor | None, pack: _Pack, sizes: _Sizes
+) -> tuple[Tensor, Tensor] | None:
+    """proj and basis for the folded route where it is taken."""
+    if len(weight) != 1 or weight_index is not None or pack.folded is None:
+        return None
+    saves = _folding_saves(z.shape[0], z.shape[1], sizes.width, sizes.dim, sizes.components, z.dtype)
+    return pack.folded if saves else None
 
 
-def _folded_forward(z, scale, mean, weight, tensors) -> Tensor:
+def _folded_forward(z, scale, mean, weight, pack: _Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
     """y = scale * (z F + bias + mean * slope) - offset with F, bias, slope, offset folded over the components."""
-    _, offsets, _, _, *constants, proj, basis = tensors
-    bias, slope, offset = ((weight * x) @ basis for x in constants)  # each [1, D]
+    proj, basis = folded
+    bias, slope, offset = ((weight * x) @ basis for x in (pack.bias, pack.slope, pack.offset))  # each [1, D]
     y = bias.repeat(len(z), 1)
-    bounds = offsets.tolist()
+    bounds = pack.unit_offsets.tolist()
     for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         y.addmm_(z[:, unit], proj[low:high].T @ (weight[0, low:high, None] * basis[low:high]))
     if mean is not None:
@@ -269,15 +309,14 @@ def _folded_forward(z, scale, mean, weight, tensors) -> Tensor:
     return y.unsqueeze(0)
 
 
-def _folded_dweight(dy, z, scale, mean, tensors) -> Tensor:
+def _folded_dweight(dy, z, scale, mean, pack: _Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
     """dweight[j] = basis[j] . sum_n c[n,j] dy[n], the sum taken before the components are read from it."""
-    _, offsets, _, _, *constants, proj, basis = tensors
-    bias, slope, offset = constants
+    proj, basis = folded
     scaled = dy[0] if scale is None else scale[:, None] * dy[0]
-    dweight = (basis @ scaled.sum(0)) * bias - (basis @ dy[0].sum(0)) * offset
+    dweight = (basis @ scaled.sum(0)) * pack.bias - (basis @ dy[0].sum(0)) * pack.offset
     if mean is not None:
-        dweight += (basis @ (mean @ scaled)) * slope
-    bounds = offsets.tolist()
+        dweight += (basis @ (mean @ scaled)) * pack.slope
+    bounds = pack.unit_offsets.tolist()
     for unit, (low, high) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         fold = z[:, unit].T @ scaled  # [C, D]
         dweight[low:high] += ((proj[low:high] @ fold) * basis[low:high]).sum(1)
@@ -288,29 +327,27 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(tensors: list[Tensor]) -> tuple[list[int], list[int]]:
-    """Where the packed tensors lie and how many elements each has; proj in tiles is the eighth, or missing."""
-    direct = (
-        tensors[: _DIRECT_TENSORS + 1] if len(tensors) == _DIRECT_TENSORS + 1 else tensors[:_DIRECT_TENSORS]
-    )
-    addresses, counts = [x.data_ptr() for x in direct], [x.numel() for x in direct]
-    return (addresses, counts) if len(direct) > _DIRECT_TENSORS else ([*addresses, 0], [*counts, 0])
+def _addresses(pack: _Pack) -> tuple[list[int], list[int]]:
+    """Where the packed tensors lie and how many elements each has; 0 where proj in tiles is missing."""
+    read = (*pack.direct, pack.tiled_proj)
+    return [_address(x) for x in read], [0 if x is None else x.numel() for x in read]
 
 
-def _common(z, scale, mean, weight, weight_index, tensors, sizes) -> tuple[list, list[Tensor | None]]:
+def _common(
+    z, scale, mean, weight, weight_index, pack: _Pack, sizes: _Sizes
+) -> tuple[list, list[Tensor | None]]:
     """The arguments that forward and backward share, and what must stay alive while they run."""
-    number, width, dim, components = sizes
-    if _wide(z.dtype) != tensors[2].dtype:  # the loops would read numbers of another size
+    if _wide(z.dtype) != pack.proj.dtype:  # the loops would read numbers of another size
         raise ValueError(
-            f"z is {z.dtype}, but the constants are packed for {tensors[2].dtype}; pack them again"
+            f"z is {z.dtype}, but the constants are packed for {pack.proj.dtype}; pack them again"
         )
     kept = [None if x is None else x.contiguous() for x in (scale, mean, weight, weight_index)]
     arguments = [
-        number,
+        sizes.instruction_set,
         _DTYPES[z.dtype],
         torch.get_num_threads(),
-        [z.shape[0], z.shape[1], width, dim, components, weight.shape[0], tensors[0].shape[0]],
-        *_addresses(tensors),
+        [*z.shape[:2], *sizes[1:], weight.shape[0], pack.blocks.shape[0]],
+        *_addresses(pack),
         z.data_ptr(),
         z.stride(),
         *map(_address, kept),
@@ -331,11 +368,13 @@ def spectral_reweight_forward(
     if z.dtype == torch.float16:
         y = spectral_reweight_forward(z.float(), scale, mean, weight, weight_index, tensors, sizes)
         return y.to(z.dtype)
-    if _folds(z, weight, weight_index, tensors, sizes):
-        return _folded_forward(z, scale, mean, weight, tensors)
+    pack, numbers = _Pack.of(tensors), _Sizes(*sizes)
+    folded = _folds(z, weight, weight_index, pack, numbers)
+    if folded is not None:
+        return _folded_forward(z, scale, mean, weight, pack, folded)
     lead = (len(z),) if weight_index is not None else (len(weight), len(z))
-    y = z.new_empty(*lead, sizes[2])
-    arguments, _kept = _common(z, scale, mean, weight, weight_index, tensors, sizes)
+    y = z.new_empty(*lead, numbers.dim)
+    arguments, _kept = _common(z, scale, mean, weight, weight_index, pack, numbers)
     _cpp.forward(*arguments, y.data_ptr())
     return y
 
@@ -357,8 +396,11 @@ def spectral_reweight_backward(
             dy.float(), z.float(), scale, mean, weight, weight_index, tensors, sizes, wanted
         )
         return [g.to(z.dtype) if g.shape == z.shape else g for g in exact]
-    if wanted == [True, False, False, False] and _folds(z, weight, weight_index, tensors, sizes):
-        return [_folded_dweight(dy, z, scale, mean, tensors)]
+    pack, numbers = _Pack.of(tensors), _Sizes(*sizes)
+    if wanted == [True, False, False, False]:
+        folded = _folds(z, weight, weight_index, pack, numbers)
+        if folded is not None:
+            return [_folded_dweight(dy, z, scale, mean, pack, folded)]
     least = _wide(z.dtype)
     shapes = (weight.shape, z.shape, z.shape[:1], z.shape[:1])
     dtypes = (least, z.dtype, least, least)
@@ -368,19 +410,18 @@ def spectral_reweight_backward(
     ]
     if dy.ndim == 2:
         dy = dy.unsqueeze(0)
-    arguments, _kept = _common(z, scale, mean, weight, weight_index, tensors, sizes)
+    arguments, _kept = _common(z, scale, mean, weight, weight_index, pack, numbers)
     _cpp.backward(*arguments, dy.data_ptr(), dy.stride(), *map(_address, grads))
     return [grad for grad in grads if grad is not None]
 
 
-def _sum_arguments(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]) -> list:
-    number, width, dim, components = sizes
+def _sum_arguments(c: Tensor, weight: Tensor, pack: _Pack, sizes: _Sizes) -> list:
     return [
-        number,
+        sizes.instruction_set,
         _DTYPES[c.dtype],
         torch.get_num_threads(),
-        [c.shape[0], tensors[1].numel() - 1, width, dim, components, weight.shape[0], tensors[0].shape[0]],
-        *_addresses(tensors),
+        [c.shape[0], pack.unit_offsets.numel() - 1, *sizes[1:], weight.shape[0], pack.blocks.shape[0]],
+        *_addresses(pack),
         c.data_ptr(),
         c.stride(),
         weight.data_ptr(),
@@ -390,8 +431,9 @@ def _sum_arguments(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list
 def spectral_sum_forward(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]) -> Tensor:
     """c [N, J], weight [T, J] -> y [T, N, D]."""
     weight = weight.contiguous()
-    y = c.new_empty(len(weight), len(c), sizes[2])
-    _cpp.sum_forward(*_sum_arguments(c, weight, tensors, sizes), y.data_ptr())
+    numbers = _Sizes(*sizes)
+    y = c.new_empty(len(weight), len(c), numbers.dim)
+    _cpp.sum_forward(*_sum_arguments(c, weight, _Pack.of(tensors), numbers), y.data_ptr())
     return y
 
 
@@ -401,7 +443,7 @@ def spectral_sum_backward(
     """dy [T, N, D] -> dweight [T, J]."""
     weight = weight.contiguous()
     dweight = weight.new_empty(weight.shape)
-    arguments = _sum_arguments(c, weight, tensors, sizes)
+    arguments = _sum_arguments(c, weight, _Pack.of(tensors), _Sizes(*sizes))
     _cpp.sum_backward(*arguments, dy.data_ptr(), dy.stride(), dweight.data_ptr())
     return dweight
 

@@ -4,7 +4,7 @@ Ragged units are padded to the longest (one batched product reads all coefficien
 (one product writes all components). Matrix products run in z's dtype; everything else in float32 or better.
 """
 
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,10 +14,21 @@ from residual_kernels.ops.reference import unit_of_component
 MOMENT_ROWS = 1024  # rows of z summed in z's precision before the float64 merge
 
 
+class _Pack(NamedTuple):
+    """The tensors of a pack, by name."""
+
+    padded: Tensor  # proj [R, K, C], units padded to the largest K_u
+    slots: Tensor  # int64 [J]: where each component stands among the R * K
+    bias: Tensor
+    slope: Tensor
+    offset: Tensor
+    basis: Tensor  # [J, D]
+
+
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
-    """Tensors (padded proj [R, K, C], slots [J], bias, slope, offset, basis), sizes (R, K); K is the largest K_u."""
+    """Tensors as in :class:`_Pack`, and sizes (R, K); K is the largest K_u."""
     units = unit_offsets.numel() - 1
     if proj.device.type == "meta":  # sizes are not known yet; the layout is made again when values arrive
         longest = len(proj)
@@ -31,7 +42,7 @@ def pack(
         slots = unit * longest + torch.arange(len(proj), device=proj.device) - unit_offsets[unit]
         padded = proj.new_zeros(units * longest, proj.shape[1]).index_copy_(0, slots, proj)
         padded = padded.view(units, longest, -1)
-    return [padded, slots, bias, slope, offset, basis], [units, longest]
+    return list(_Pack(padded, slots, bias, slope, offset, basis)), [units, longest]
 
 
 def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
@@ -40,21 +51,21 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
         raise ValueError(
             f"a pack of the torch backend has 6 tensors and 2 sizes; got {len(tensors)} and {len(sizes)}"
         )
-    padded, slots, bias, slope, offset, basis = tensors
-    components = slots.shape
+    pack = _Pack(*tensors)
+    components = pack.slots.shape
     if (
-        padded.ndim != 3
-        or padded.shape[:2] != tuple(sizes)
-        or basis.ndim != 2
+        pack.padded.ndim != 3
+        or pack.padded.shape[:2] != tuple(sizes)
+        or pack.basis.ndim != 2
         or len(components) != 1
-        or not components == bias.shape == slope.shape == offset.shape == basis.shape[:1]
-        or padded.dtype != basis.dtype
+        or not components == pack.bias.shape == pack.slope.shape == pack.offset.shape == pack.basis.shape[:1]
+        or pack.padded.dtype != pack.basis.dtype
     ):
         raise ValueError(
             "the packed tensors do not have the sizes that the pack states; make it with pack_units. "
             f"Got {[tuple(x.shape) for x in tensors]} for {list(sizes)}"
         )
-    return padded.shape[0], padded.shape[2], len(slots), basis.shape[1]
+    return pack.padded.shape[0], pack.padded.shape[2], len(pack.slots), pack.basis.shape[1]
 
 
 def _to_components(padded: Tensor, slots: Tensor) -> Tensor:
@@ -62,12 +73,12 @@ def _to_components(padded: Tensor, slots: Tensor) -> Tensor:
     return padded if padded.shape[1] == slots.numel() else padded.index_select(1, slots)
 
 
-def _inner(z: Tensor, mean: Tensor | None, tensors: list[Tensor]) -> Tensor:
+def _inner(z: Tensor, mean: Tensor | None, constants: _Pack) -> Tensor:
     """z . proj + bias + mean * slope, [N, J], in at least float32."""
-    padded, slots, bias, slope, _, _ = tensors
-    product = torch.matmul(z.transpose(0, 1), padded.transpose(1, 2))  # [R, N, K]
-    inner = _to_components(product.transpose(0, 1).flatten(1), slots).to(bias.dtype) + bias
-    return inner if mean is None else torch.addcmul(inner, mean[:, None], slope)
+    product = torch.matmul(z.transpose(0, 1), constants.padded.transpose(1, 2))  # [R, N, K]
+    inner = _to_components(product.transpose(0, 1).flatten(1), constants.slots)
+    inner = inner.to(constants.bias.dtype) + constants.bias
+    return inner if mean is None else torch.addcmul(inner, mean[:, None], constants.slope)
 
 
 def _apply_scale(inner: Tensor, scale: Tensor | None) -> Tensor:
@@ -84,11 +95,11 @@ def spectral_reweight_forward(
     sizes: list[int],
 ) -> Tensor:
     """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]."""
-    _, _, _, _, offset, basis = tensors
-    c = _apply_scale(_inner(z, mean, tensors), scale) - offset
+    constants = _Pack(*tensors)
+    c = _apply_scale(_inner(z, mean, constants), scale) - constants.offset
     if weight_index is not None:
-        return (c * weight[weight_index]).to(z.dtype) @ basis
-    return torch.stack([(c * row).to(z.dtype) @ basis for row in weight])
+        return (c * weight[weight_index]).to(z.dtype) @ constants.basis
+    return torch.stack([(c * row).to(z.dtype) @ constants.basis for row in weight])
 
 
 def spectral_reweight_backward(
@@ -104,11 +115,12 @@ def spectral_reweight_backward(
 ) -> list[Tensor]:
     """The wanted ones of (dweight, dz, dscale, dmean), in this order."""
     units, longest = sizes
-    padded, slots, bias, slope, offset, basis = tensors
+    constants = _Pack(*tensors)
+    padded, slots, bias, slope, offset, basis = constants
     want_weight, want_z, want_scale, want_mean = wanted
     upstream = dy.unsqueeze(0) if weight_index is not None else dy  # [T or 1, N, D]
     t = [(row @ basis.T).to(bias.dtype) for row in upstream]  # each [N, J]
-    inner = _inner(z, mean, tensors) if want_weight or want_scale else None
+    inner = _inner(z, mean, constants) if want_weight or want_scale else None
 
     grads = []
     if want_weight:

@@ -242,7 +242,7 @@ def gather(
         source=source,
         adapter=type(adapter).__name__,
         adapted=adapted,
-        rest=adapter.rest.rest if adapted else None,
+        rest=adapter.rest_name,
         learned=sum(p.numel() for p in adapter.trainable()),
         class_names=tuple(map(visible, head.class_names)),
         labels=tuple(cache.labels.tolist()),

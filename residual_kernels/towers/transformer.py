@@ -359,7 +359,8 @@ class TransformerTower(abc.ABC):
         last = self.layout.layers - 1
         shorten = self.shortens and not every_token
         for index in range(self.layout.layers):
-            arguments = (index, x, context, shorten and index == last, edit and partial(edit, index))
+            here = None if edit is None else partial(edit, index)
+            arguments = (index, x, context, shorten and index == last, here)
             x, z, mlp = run_block(self.blocks[index], self.block, *arguments, recompute=recompute)
             if "head" in kinds:
                 held["head"].append(self._select(z))

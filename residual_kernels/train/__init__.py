@@ -29,6 +29,7 @@ from residual_kernels.train.fitting import Loop
 from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.path import FREEDOMS
 from residual_kernels.train.plan import Plan
+from residual_kernels.train.problem import is_linear
 from residual_kernels.train.results import Certificate, Epoch, FitResult, ManyFits, Strength, Task
 from residual_kernels.train.tuning import FEW, Candidate, TuneResult, tune
 from residual_kernels.units.cache import UnitCache
@@ -240,7 +241,8 @@ def fit_many(
         alone,
     )  # fmt: skip
     convex = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory, alone)
-    if chosen_solver(solver, adapter, config.of_adamw(lr=lrs, starts=starts), convex.of_convex()) == "convex":
+    solver = chosen_solver(solver, adapter, config.of_adamw(lr=lrs, starts=starts), convex.of_convex())
+    if solver == "convex" and is_linear(adapter):
         fits = fit_convex(adapter, heads, train, val, convex, seeds, labels, val_labels)
         with logs.opened(log, alone) as write:
             _tell_convex(fits, progress, write)

@@ -6,6 +6,7 @@ rows fit in memory, and once a batch otherwise: the same :class:`Batch` either w
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +20,29 @@ GPU_SHARE = 0.5  # of a device's memory, likewise
 BLOCK_BYTES = 32 * 2**20  # of reweighted features that the tasks of one product may take
 
 
+class Places(NamedTuple):
+    """Positions of a batch in its indexed source: [S, n] of this process's share, [S, m] of all processes' rows."""
+
+    rows: Tensor
+    everyone: Tensor
+
+
 @dataclass
 class Batch:
     """features [n, ...] that all tasks share, or [S, n, ...] with rows of its own for each of S orders.
 
-    `rows` [S, n] are positions in the data, of this process's share; `everyone` [S, m] those of all processes; None of
-    a source that is not indexed. `labels` [n] are the source's own, where a single order has them.
+    `places` is None of a source that is not indexed. `labels` [n] are the source's own, where a single order has them.
     """
 
     features: dict[str, Tensor]
-    rows: Tensor | None = None
-    everyone: Tensor | None = None
+    places: Places | None = None
     labels: Tensor | None = None
+
+    @property
+    def truth(self) -> Tensor:
+        """`labels` of a source that was asked for them."""
+        assert self.labels is not None
+        return self.labels
 
 
 def room(device: torch.device, memory: int | None) -> int:
@@ -127,6 +139,7 @@ class AdapterRows:
 
     def gathered(self, rows: Tensor) -> dict[str, Tensor]:
         """Features of rows [S, n] from those that are kept: [n, ...] for one order, [S, n, ...] for several."""
+        assert self.resident is not None
         index = rows.flatten()
         shape = rows.shape if len(rows) > 1 else rows.shape[1:]
         return {
@@ -135,20 +148,19 @@ class AdapterRows:
         }
 
     def shuffled(self, orders: Tensor | None, size: int, *, places_only: bool = False) -> Iterator[Batch]:
-        """Batches of `size` along orders [S, m]; each process gets its share of every batch.
+        """Batches of `size` along orders [S, m], each process its share of every batch; a loader has its own order.
 
         With `places_only` the features stay away, for a caller that gathers them from those that are kept.
         """
-        if not self.source.indexed:
+        if orders is None or not self.source.indexed:
             yield from self.in_order(size)
             return
-        assert orders is not None
         there = orders.to(self.device, non_blocking=True)  # an epoch's order travels once
         everyone = there.split(size, 1)
         if self.resident is not None:
             for all_rows in everyone:
                 rows = all_rows[:, self.part(all_rows.shape[1])].contiguous()
-                yield Batch({} if places_only else self.gathered(rows), rows, all_rows)
+                yield Batch({} if places_only else self.gathered(rows), Places(rows, all_rows))
             return
         mine = [rows[:, self.part(rows.shape[1])].contiguous() for rows in orders.split(size, 1)]
         read = self.source.along((rows.flatten() for rows in mine), ahead=True)
@@ -156,7 +168,8 @@ class AdapterRows:
             shape = rows.shape if len(rows) > 1 else rows.shape[1:]
             found = self.features(batch)
             features = {name: value.view(*shape, *value.shape[1:]) for name, value in found.items()}
-            yield Batch(features, all_rows[:, self.part(all_rows.shape[1])].contiguous(), all_rows)
+            own = all_rows[:, self.part(all_rows.shape[1])].contiguous()
+            yield Batch(features, Places(own, all_rows))
 
     def in_order(self, size: int = ROWS) -> Iterator[Batch]:
         """Batches of this process's share of all rows, in order."""
@@ -176,4 +189,4 @@ class AdapterRows:
             found = (self.features(batch) for batch in self.source.along(parts, ahead=True))
         for part, features in zip(parts, found, strict=True):
             rows = torch.arange(part.start, part.stop, device=self.device)[None]
-            yield Batch(features, rows, labels=None if self.labels is None else self.labels[part])
+            yield Batch(features, Places(rows, rows), None if self.labels is None else self.labels[part])

@@ -4,17 +4,14 @@ import os
 from pathlib import Path
 from typing import Any, TypedDict
 
-import torch
 from torch import Tensor
 
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.files import Head, digest, load_tensors, save_tensors
 from residual_kernels.schema import Count, Measured
 from residual_kernels.train.evaluation import Heads
-from residual_kernels.units.cache import UnitCache
 
 WHAT = "fit checkpoint"
-SAMPLE = 64  # rows of a cache that are looked at to know it again
 
 
 class _Task(TypedDict):
@@ -42,12 +39,14 @@ class Header(Head):
     state: State
 
 
-def save(path: str | os.PathLike, identity: dict[str, Any], state: dict, tensors: dict[str, Tensor]) -> None:
+def save(
+    path: str | os.PathLike, identity: dict[str, Any], state: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     """Writes the state of a fit, atomically."""
     save_tensors(path, tensors, WHAT, {"identity": identity, "state": state})
 
 
-def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[str, Tensor]] | None:
+def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[State, dict[str, Tensor]] | None:
     """State and tensors, in memory, of the fit with this identity, or None when there is no file.
 
     Raises ValueError when the file is damaged, or is of a fit of other data or options, which are named.
@@ -58,11 +57,11 @@ def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[dict, dict[
     if not path.exists():
         return None
     tensors, header = load_tensors(path, WHAT, Header)
-    held = header["identity"]
-    different = [name for name in identity if held.get(name) != identity[name]]
+    known = header["identity"]
+    different = [name for name in identity if known.get(name) != identity[name]]
     if different:
         name = different[0]
-        was, now = (str(value)[:60] for value in (held.get(name), identity[name]))
+        was, now = (str(value)[:60] for value in (known.get(name), identity[name]))
         raise ValueError(
             f"{path} is the checkpoint of another fit: {', '.join(different)} differ ({name} was {was}, now {now}); "
             "name another file, or remove it to start again"
@@ -85,10 +84,3 @@ def of_adapter(adapter: TowerAdapter, starts: list[Tensor]) -> str:
 def of_heads(heads: Heads) -> str:
     """Checksum of class vectors and scales."""
     return digest({"vectors": heads.vectors, "scale": heads.scale}, {})
-
-
-def of_cache(cache: UnitCache, labels: Tensor) -> str:
-    """Checksum of what tells a cache from others: tower, kinds, ids, the labels used, and the terms of some rows."""
-    some = cache.terms(torch.linspace(0, len(cache) - 1, min(len(cache), SAMPLE)).long())
-    tensors = {"ids": cache.ids, "labels": labels, "output": some.output, "scale": some.scale, **some.z}
-    return digest(tensors, {"tower": cache.checksum, "kinds": list(cache.kinds)})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from residual_kernels import distributed
+from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.files import digest
 from residual_kernels.train import checkpoints
@@ -37,7 +38,7 @@ def chosen_solver(solver: str, adapter: TowerAdapter, of_adamw: list[str], of_co
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
     if solver == "auto":
-        anchored = is_linear(adapter) and adapter.rest.rest == "all"
+        anchored = is_linear(adapter) and adapter.rest.name == "all"
         solver = "convex" if anchored and not of_adamw else "adamw"
     if solver == "convex" and not is_linear(adapter):
         raise ValueError(
@@ -53,7 +54,7 @@ def chosen_solver(solver: str, adapter: TowerAdapter, of_adamw: list[str], of_co
 
 
 def fit_convex(
-    adapter: TowerAdapter,
+    adapter: ResiDual,
     heads: Sequence[ZeroShotHead],
     train: UnitCache | Iterable,
     val: UnitCache | Iterable | None,
@@ -68,20 +69,19 @@ def fit_convex(
         raise ValueError("seeds, labels and heads must not be empty")
     check_unmerged(adapter)
     names = heads[0].class_names if len(heads) == 1 else None
-    sources = [
-        None if data is None else indexed(adapter, data, labels is None, names) for data in (train, val)
-    ]
+    source = indexed(adapter, train, labels is None, names)
+    judges = None if val is None else indexed(adapter, val, labels is None, names)
     sizes = [len(head.class_names) for head in heads]
-    own = labels_of(sources[0], labels, sizes, "labels")
+    own = labels_of(source, labels, sizes, "labels")
     sets = len(own.numbers)
     if len(heads) not in (1, sets):
         raise ValueError(f"there are {sets} label sets, so give one head or {sets}; got {len(heads)}")
     there = None
-    if val is not None:
-        there = labels_of(sources[1], None if labels is None else val_labels, sizes, "val_labels")
+    if judges is not None:
+        there = labels_of(judges, None if labels is None else val_labels, sizes, "val_labels")
     with distributed.apart() if config.alone else contextlib.nullcontext():
-        rows, outside = opened(adapter, *sources, config)
-        _agree(adapter, sources[0], own, heads, config)
+        rows, outside = opened(adapter, source, judges, config)
+        _agree(adapter, source, own, heads, config)
         form, tasks, results, weights = Form(adapter), [], [], []
         for number in range(len(heads)):
             some = slice(number, number + 1) if len(heads) > 1 else slice(0, sets)
@@ -95,13 +95,13 @@ def fit_convex(
             path = problem.path(form, heads[number], rows, outside)
             for place, (group, one) in enumerate(zip(problem.groups, path.run(), strict=True)):
                 weight = torch.ones_like(form.ones[0])
-                if one.theta is not None:
-                    weight = 1 + path.objective.delta(one.theta[None])[0]
+                if one.solution is not None:
+                    weight = 1 + path.objective.delta(one.solution.theta[None])[0]
                 weights.append(weight)
                 tasks.append(Task(None, seeds[place % len(seeds)], some.start + group.which))
                 results.append(_result(one, weight))
         stacked = torch.stack(weights)
-        if outside is not None:
+        if outside is not None and there is not None:
             _measured(results, adapter, heads, outside, tasks, stacked, there)
     seconds = time.perf_counter() - start
     results = [replace(one, seconds=seconds) for one in results]
@@ -145,9 +145,10 @@ def strengths(found: Found) -> list[Strength]:
 
 
 def certificate(found: Found) -> Certificate | None:
-    if found.theta is None:
+    if found.solution is None:
         return None
-    return Certificate(found.objective, found.gap, found.gradient, found.alpha, found.evaluations)
+    at = found.solution
+    return Certificate(at.objective, at.gap, at.gradient, at.alpha, found.evaluations)
 
 
 def _result(found: Found, weight: Tensor) -> FitResult:
@@ -191,7 +192,7 @@ def _agree(adapter, train: UnitSource, labels: Labels, heads, config: ConvexConf
         return
     identity = {
         "rows": train.count,
-        "labels": digest({"labels": labels.hard if labels.soft is None else labels.soft}, {}),
+        "labels": digest({"labels": labels.values}, {}),
         "heads": checkpoints.of_heads(Heads(heads, torch.device("cpu"))),
         "constants": checkpoints.of_adapter(adapter, []),
         "freedoms": list(config.freedoms),

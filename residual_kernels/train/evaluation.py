@@ -195,10 +195,10 @@ def measure(
         for part in blocks(tasks, bytes_of_a_row(batch.features, count), count):
             y = adapter.from_features(batch.features, [stack[part] for stack in weights])
             logits = heads.logits(y, which[part])
-            if labels is None:
-                truth = batch.labels.expand(len(y), -1)
+            if labels is None or batch.places is None:
+                truth = batch.truth.expand(len(y), -1)
             else:
-                truth = labels[which[part, None], batch.rows]
+                truth = labels[which[part, None], batch.places.rows]
             losses = F.cross_entropy(logits.flatten(0, 1), truth.flatten(), reduction="none")
             loss[part] += losses.view(truth.shape).to(loss).sum(1)
             place = truth + classes * torch.arange(len(y), device=rows.device)[:, None]
@@ -224,7 +224,7 @@ def tower_accuracy(rows: AdapterRows, heads: Heads, labels: Tensor | None) -> li
     for batch in rows.source.batches():
         output = batch.terms.output.to(rows.device)
         logits = heads.logits(output.expand(sets, *output.shape), which)
-        truth = batch.labels[None] if labels is None else labels[:, batch.rows.to(labels.device)]
+        truth = batch.truth[None] if labels is None else labels[:, batch.rows.to(labels.device)]
         hits += (logits.argmax(-1) == truth.to(rows.device)).sum(1).cpu().double()
         count += len(output)
     if not count:
@@ -254,7 +254,7 @@ def evaluate(adapter: TowerAdapter, head: ZeroShotHead, data: UnitCache | Iterab
     heads, tally = Heads([head], source.device), _Tally(classes, source.device)
     weights = [p.detach()[None] for p in adapter.trainable()]
     for batch in source.in_order():
-        tally.add(heads.one(adapter.from_features(batch.features, weights)), batch.labels)
+        tally.add(heads.one(adapter.from_features(batch.features, weights)), batch.truth)
     return tally.evaluation()
 
 
@@ -277,7 +277,7 @@ def compare(
     before, after = _Tally(classes, source.device), _Tally(classes, source.device)
     mended = broken = 0
     for batch in source.source.batches():
-        truth = batch.labels.to(source.device)
+        truth = batch.truth.to(source.device)
         was = before.add(alone.one(batch.terms.output.to(source.device)), truth)
         now = after.add(heads.one(adapter.from_features(source.features(batch), weights)), truth)
         mended += int((now & ~was).sum())
@@ -338,6 +338,6 @@ def logits_of(
     for batch in rows.in_order():
         logits.append(heads.one(adapter.from_features(batch.features, weights)).cpu())
         if labelled:
-            labels.append(batch.labels.cpu())
+            labels.append(batch.truth.cpu())
     found = torch.cat(logits) if logits else head.class_vectors.new_zeros(0, classes).cpu()
     return found, torch.cat(labels) if labels else None

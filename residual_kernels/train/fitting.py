@@ -1,7 +1,9 @@
 """How does a fit by AdamW go? Epoch by epoch over T tasks: steps, validation, early stopping, checkpoints."""
 
+import os
 import time
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -39,9 +41,7 @@ class Loop:
         self.generators = {}
         for task, name in zip(plan.tasks, plan.order_of, strict=True):
             self.generators[name] = torch.Generator().manual_seed(task.seed)
-        self.weights = TaskWeights(
-            plan.starts, [task.lr for task in plan.tasks], self.config.weight_decay, self.config.shrink
-        )
+        self.weights = TaskWeights(plan.starts, plan.rates, self.config.weight_decay, self.config.shrink)
         self.active = list(range(count))
         self.before, epoch = 0.0, 0  # seconds of earlier sessions; epochs done
         found = None
@@ -67,19 +67,15 @@ class Loop:
             epoch += 1
             self._record(epoch, self._train(epoch))
             self._drop()
-            if self._due(epoch):
-                self._save(epoch)
+            last = epoch == self.config.epochs or not self.active
+            if self.config.checkpoint is not None and (last or epoch % self.config.every == 0):
+                self._save(self.config.checkpoint, epoch)
         if all(state.diverged for state in self.states):
-            rates = ", ".join(str(lr) for lr in sorted({task.lr for task in plan.tasks}))
+            rates = ", ".join(str(lr) for lr in sorted(set(plan.rates)))
             raise FloatingPointError(
                 f"the training loss became infinite or NaN in epoch {epoch}; lower lr (now {rates})"
             )
         return self._result()
-
-    def _due(self, epoch: int) -> bool:
-        """Whether the state is to be written after this epoch."""
-        last = epoch == self.config.epochs or not self.active
-        return self.config.checkpoint is not None and (last or epoch % self.config.every == 0)
 
     def _set_step(self) -> None:
         """Tells the step which tasks go on, and which order each of them follows."""
@@ -96,14 +92,14 @@ class Loop:
         if self.plan.labels is not None:
             shuffled = []
             for name in self.used:
-                rows = self.plan.orders[name]
-                shuffled.append(rows[torch.randperm(len(rows), generator=self.generators[name])])
+                order = self.plan.orders[name]
+                shuffled.append(order[torch.randperm(len(order), generator=self.generators[name])])
             orders = torch.stack(shuffled)
         self.weights.optimizer.train()
         total = torch.zeros(len(self.active), dtype=widest(self.plan.device), device=self.plan.device)
         count = 0
         for batch in self.plan.rows.shuffled(orders, self.config.batch_size, places_only=self.step.captures):
-            rows = len(batch.labels) if batch.rows is None else batch.everyone.shape[1]
+            rows = len(batch.truth) if batch.places is None else batch.places.everyone.shape[1]
             total += self.step(batch) * rows
             count += rows
         self.weights.optimizer.eval()
@@ -148,7 +144,7 @@ class Loop:
 
     def _result(self) -> ManyFits:
         plan = self.plan
-        bases = [None] * len(plan.tasks)
+        bases: list[float | None] = [None] * len(plan.tasks)
         if plan.val is not None:
             of_set = tower_accuracy(plan.val, plan.heads, plan.val_labels)
             bases = [of_set[task.labels if len(of_set) > 1 else 0] for task in plan.tasks]
@@ -167,42 +163,48 @@ class Loop:
                     base_accuracy=base,
                 )
             )
-        tensors = [torch.stack(held) for held in zip(*(state.best for state in self.states), strict=True)]
+        tensors = [torch.stack(of_all) for of_all in zip(*(state.best for state in self.states), strict=True)]
         return ManyFits(plan.tasks, results, tensors, self.by_balanced_accuracy)
 
-    def _save(self, epoch: int) -> None:
+    def _save(self, path: str | os.PathLike, epoch: int) -> None:
         if distributed.rank() and self.plan.parallel:
             return
         tensors, groups = self.weights.state() if self.active else ({}, [])
         for index in range(len(self.plan.parameters)):
             tensors[f"{index}.best"] = torch.stack([state.best[index] for state in self.states])
         tensors |= {f"generator.{name}": g.get_state() for name, g in self.generators.items()}
-        states = [
+        tasks = [
             {
-                "best_epoch": state.best_epoch, "best_score": state.best_score, "stopped": state.stopped,
-                "diverged": state.diverged, "history": [list(vars(row).values()) for row in state.history],
+                "best_epoch": task.best_epoch,
+                "best_score": task.best_score,
+                "stopped": task.stopped,
+                "diverged": task.diverged,
+                "history": [list(vars(row).values()) for row in task.history],
             }
-            for state in self.states
-        ]  # fmt: skip
-        held = {
-            "epoch": epoch, "active": self.active, "groups": groups, "tasks": states,
+            for task in self.states
+        ]
+        state = {
+            "epoch": epoch,
+            "active": self.active,
+            "groups": groups,
+            "tasks": tasks,
             "seconds": self.before + time.perf_counter() - self.start,
-        }  # fmt: skip
-        checkpoints.save(self.config.checkpoint, self.plan.identity, held, tensors)
+        }
+        checkpoints.save(path, self.plan.identity, state, tensors)
 
-    def _restore(self, held: dict, tensors: dict[str, Tensor]) -> int:
+    def _restore(self, state: checkpoints.State, tensors: dict[str, Tensor]) -> int:
         """Takes a checkpoint's state; returns the number of epochs that it had done."""
-        for number, (state, kept) in enumerate(zip(self.states, held["tasks"], strict=True)):
-            state.best = [
+        for number, (task, kept) in enumerate(zip(self.states, state["tasks"], strict=True)):
+            task.best = [
                 tensors[f"{index}.best"][number].to(p) for index, p in enumerate(self.plan.parameters)
             ]
-            state.best_epoch, state.best_score = kept["best_epoch"], kept["best_score"]
-            state.stopped, state.diverged = kept["stopped"], kept["diverged"]
-            state.history = [Epoch(*row) for row in kept["history"]]
+            task.best_epoch, task.best_score = kept["best_epoch"], kept["best_score"]
+            task.stopped, task.diverged = kept["stopped"], kept["diverged"]
+            task.history = [Epoch(*cast(list[Any], row)) for row in kept["history"]]
         for name, generator in self.generators.items():
             generator.set_state(tensors[f"generator.{name}"])
-        self.active, self.before = held["active"], held["seconds"]
+        self.active, self.before = state["active"], state["seconds"]
         self.weights.keep(self.active)
         if self.active:
-            self.weights.restore(tensors, held["groups"])
-        return held["epoch"]
+            self.weights.restore(tensors, state["groups"])
+        return state["epoch"]

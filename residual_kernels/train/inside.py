@@ -15,27 +15,28 @@ from residual_kernels.zeroshot import ZeroShotHead
 
 
 class StreamImages:
-    """Training and validation images, with the labels of the first."""
+    """Training images with their labels [N], and validation images: some that are held out where there are none."""
 
     def __init__(
-        self, source: Dataset, other: Dataset | None, seed: int, batch_size: int = 64, workers: int = 0
+        self,
+        source: Dataset,
+        labels: Tensor,
+        other: Dataset | None,
+        seed: int,
+        batch_size: int = 64,
+        workers: int = 0,
     ):
-        for images in (source, other):
-            if images is not None and not isinstance(images, Dataset):
-                raise ValueError(
-                    "an adapter inside the tower cannot be fitted from cached units; name the images themselves"
-                )
         self.batch_size, self.workers = batch_size, workers
-        rows = torch.arange(len(source))
+        rows = torch.arange(len(labels))
         if other is None:
-            count = round(HELD_OUT * len(source))
+            count = round(HELD_OUT * len(labels))
             if not count:
                 raise ValueError(
-                    f"{len(source)} images are too few to hold some out for validation; give --val"
+                    f"{len(labels)} images are too few to hold some out for validation; give --val"
                 )
-            order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
             rows, other = order[count:], Subset(source, order[:count].tolist())
-        self.source, self.rows, self.labels = source, rows, source.labels[rows]
+        self.source, self.rows, self.labels = source, rows, labels[rows]
         self.validation = self.loader(other)
 
     def loader(self, images: Dataset) -> DataLoader:

@@ -43,12 +43,8 @@ def shots_of(labels: Tensor, shots: int, seed: int, classes: Sequence[str]) -> T
     return torch.cat(chosen).sort().values
 
 
-def weights_of_classes(
-    class_weight: str | Tensor | None, labels: Tensor, sizes: Sequence[int]
-) -> Tensor | None:
+def weights_of_classes(class_weight: str | Tensor, labels: Tensor, sizes: Sequence[int]) -> Tensor:
     """[L, K] float64 for label sets [L, N] of `sizes` classes: given, or N / (classes present * images)."""
-    if class_weight is None:
-        return None
     classes = max(sizes)
     if isinstance(class_weight, str):
         if class_weight != "balanced":

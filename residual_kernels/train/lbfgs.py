@@ -23,7 +23,7 @@ class Pairs:
     steps: Tensor
     changes: Tensor
 
-    def pick(self, index: Tensor) -> "Pairs":
+    def pick(self, index: Tensor | int) -> "Pairs":
         return Pairs(self.steps[index], self.changes[index])
 
 

@@ -102,37 +102,40 @@ class Readout:
 
 @dataclass(frozen=True)
 class Targets:
-    """What each row should be: `labels` [L, N] int64, or shares of every class `soft` [L, N, K], whose rows add to one.
+    """What each row should be: labels [L, N] int64, or shares of every class [L, N, K], whose rows add to one.
 
     `smoothing` moves that much of every target to all classes alike. `weight` [L, N] counts rows, or None.
     """
 
-    labels: Tensor | None = None
-    soft: Tensor | None = None
+    values: Tensor
     smoothing: float = 0.0
     weight: Tensor | None = None
 
+    @property
+    def shares(self) -> bool:
+        return self.values.ndim == 3
+
     def losses(self, log_p: Tensor, which: Tensor, place: slice) -> Tensor:
         """Cross-entropies [n, T] of log-probabilities [n, T, K]; task t has label set which[t]."""
-        if self.soft is not None:
-            loss = -(self.soft[:, place][which].transpose(0, 1) * log_p).sum(-1)
+        if self.shares:
+            loss = -(self.values[:, place][which].transpose(0, 1) * log_p).sum(-1)
         else:
-            loss = -log_p.gather(-1, self.labels[:, place][which].T[..., None])[..., 0]
+            loss = -log_p.gather(-1, self.values[:, place][which].T[..., None])[..., 0]
         return loss if not self.smoothing else (1 - self.smoothing) * loss - self.smoothing * log_p.mean(-1)
 
     def hits(self, chosen: Tensor, which: int, place: slice) -> Tensor:
         """Whether a chosen class [n] is one that a row has a share in."""
-        if self.soft is not None:
-            return self.soft[which, place].gather(-1, chosen[:, None])[:, 0] > 0
-        return chosen == self.labels[which, place]
+        if self.shares:
+            return self.values[which, place].gather(-1, chosen[:, None])[:, 0] > 0
+        return chosen == self.values[which, place]
 
     def subtract(self, p: Tensor, which: Tensor, place: slice) -> None:
         """p [n, T, K] less the targets, in place."""
         keep = 1 - self.smoothing
-        if self.soft is not None:
-            p -= keep * self.soft[which, place].transpose(0, 1)
+        if self.shares:
+            p -= keep * self.values[which, place].transpose(0, 1)
         else:
-            index = self.labels[which, place].T[..., None]
+            index = self.values[which, place].T[..., None]
             p.scatter_add_(-1, index, p.new_full((), -keep).expand(index.shape))
         if self.smoothing:
             p -= self.smoothing / p.shape[-1]
@@ -163,14 +166,8 @@ class Tasks:
 
     def counted(self, targets: Targets, place: slice) -> Tensor:
         """Weights [n, T] of rows in each task's loss."""
-        return self._weighed(targets, place, lambda fold: (fold >= 0) & (fold != self.held[:, None]))
-
-    def kept_back(self, targets: Targets, place: slice) -> Tensor:
-        """Weights [n, T] of the rows that each task holds out."""
-        return self._weighed(targets, place, lambda fold: (fold >= 0) & (fold == self.held[:, None]))
-
-    def _weighed(self, targets: Targets, place: slice, chosen) -> Tensor:
-        mask = chosen(self.fold[self.split, place]).T
+        fold = self.fold[self.split, place]
+        mask = ((fold >= 0) & (fold != self.held[:, None])).T
         if targets.weight is None:
             return mask.to(self.alpha.dtype)
         return mask * targets.weight[self.which, place].T
@@ -219,7 +216,8 @@ class Objective:
         vector_variance: float | None = None,
         kappa: tuple[float, float] | None = KAPPA,
     ):
-        self.rows, self.readout, self.targets, self.sd, self.kappa = rows, readout, targets, sd, kappa
+        self.rows, self.readout, self.targets, self.sd = rows, readout, targets, sd
+        self.kappa = (0.0, 0.0) if kappa is None else kappa
         components, dim = readout.basis.shape
         learns_vectors = vector_variance is not None
         self.shape = Shape(components, dim, readout.classes, learns_vectors, kappa is not None)
@@ -230,8 +228,10 @@ class Objective:
         centred = scores - scores.mean(1, keepdim=True)
         self.spread = centred.square().mean(1)  # [J]: how differently a component speaks to the classes
         self._bases: dict[int, tuple[Tensor, Tensor]] = {}
-        tiny = torch.finfo(sd.dtype).tiny  # one image has no variance
-        self.vector_unit = max(VECTOR_PENALTY * vector_variance, tiny) ** -0.5 if learns_vectors else 0.0
+        self.vector_unit = 0.0
+        if vector_variance is not None:
+            tiny = torch.finfo(sd.dtype).tiny  # one image has no variance
+            self.vector_unit = max(VECTOR_PENALTY * vector_variance, tiny) ** -0.5
 
     @property
     def is_narrow(self) -> bool:
@@ -291,7 +291,7 @@ class Objective:
         narrow: bool,
     ) -> Tensor:
         """Logits [T, K, n] of a block."""
-        if narrow:
+        if narrow and block.narrow is not None:
             found = (right.bfloat16() @ block.narrow.T).to(right.dtype)
         else:
             found, start = right.new_zeros(len(right), len(r)), 0

@@ -36,22 +36,30 @@ class Group:
     idle: bool = False
 
 
+@dataclass(frozen=True)
+class Solution:
+    """A fit on all rows: theta [P], the penalty's factor alpha, the objective there, `gap` (an upper bound on what is
+    left to gain) and the gradient's norm."""
+
+    theta: Tensor
+    alpha: float
+    objective: float
+    gap: float
+    gradient: float
+
+
 @dataclass
 class Found:
     """What the path of one group came to.
 
-    `candidates` are freedoms with what was judged of them; `chosen` is a place in it, or None: the tower stays. theta
-    [P], alpha, gap (an upper bound on what is left to gain) and gradient norm are those of the last fit, on all rows.
+    `candidates` are freedoms with what was judged of them; `chosen` is a place in it, and `solution` the fit there.
+    Both are None where the tower stays.
     """
 
     base: Judged
     candidates: list[tuple[float, Judged]] = field(default_factory=list)
     chosen: int | None = None
-    theta: Tensor | None = None
-    alpha: float | None = None
-    objective: float | None = None
-    gap: float | None = None
-    gradient: float | None = None
+    solution: Solution | None = None
     evaluations: int = 0
 
 
@@ -129,9 +137,10 @@ class Path:
 
     def _pairs(self, rows, tasks: Tasks) -> Pairs | None:
         """The curvature seen at the last strength: a change of alpha changes it by a multiple of the step."""
-        known = [self.pairs.get((group, held)) for group, held, _ in rows]
-        if any(one is None for one in known):
+        keys = [(group, held) for group, held, _ in rows]
+        if any(key not in self.pairs for key in keys):
             return None
+        known = [self.pairs[key] for key in keys]
         steps = torch.stack([one.steps for one, _ in known])
         changes = torch.stack([one.changes for one, _ in known])
         more = tasks.alpha - torch.stack([alpha for _, alpha in known])
@@ -145,7 +154,7 @@ class Path:
     def run(self) -> list[Found]:
         zero = self.like.new_zeros(1, self.objective.shape.size)
         self.found = [Found(self.base(group)) for group in range(len(self.groups))]
-        best: list[Tensor | None] = [None] * len(self.groups)
+        best: dict[int, Tensor] = {}
         waiting = [PATIENCE * group.idle for group in self.groups]
         last = {(group, held): zero[0] for group in range(len(self.groups)) for held in self.held}
         stages = [self.freedoms] if self.side_by_side else [[freedom] for freedom in self.freedoms]
@@ -174,23 +183,25 @@ class Path:
         self._finish(best)
         return self.found
 
-    def _finish(self, best: list[Tensor | None]) -> None:
+    def _finish(self, best: dict[int, Tensor]) -> None:
         """Fits all rows at what was chosen, to the last digits that count."""
-        kept = []
+        rows = []
         for group, found in enumerate(self.found):
             found.chosen = best_of(found.base, [judged for _, judged in found.candidates])
             if found.chosen is not None:
-                kept.append(group)
-        if kept:
-            rows = [(group, -1, self.found[group].candidates[self.found[group].chosen][0]) for group in kept]
-            done = self._fit(rows, torch.stack([best[group] for group in kept]), FINE, 600)
+                rows.append((group, -1, found.candidates[found.chosen][0]))
+        if rows:
+            done = self._fit(rows, torch.stack([best[group] for group, *_ in rows]), FINE, 600)
             tasks, _ = self._tasks(rows)
-            for place, group in enumerate(kept):
-                found = self.found[group]
-                found.theta, found.alpha = done.theta[place], float(tasks.alpha[place])
-                found.objective, found.gap = float(done.value[place]), float(done.gap[place])
-                found.gradient = float(done.grad[place].norm())
-                nats = found.gap / self.mass[group, -1]
+            for place, (group, *_) in enumerate(rows):
+                self.found[group].solution = Solution(
+                    done.theta[place],
+                    float(tasks.alpha[place]),
+                    float(done.value[place]),
+                    float(done.gap[place]),
+                    float(done.grad[place].norm()),
+                )
+                nats = float(done.gap[place]) / self.mass[group, -1]
                 if not nats <= FINE:
                     log.warning(
                         "the convex fit stopped up to %.2g nats an image from its optimum after %d evaluations; "
@@ -237,11 +248,11 @@ class Path:
                 theta = torch.stack(
                     [thetas[number, held, freedom] for number, freedom in (columns[c] for c in own)]
                 )
-                if held < 0:
-                    every, where = self.objective.used(block, theta), slice(None)
-                else:
-                    where = (self.fold[split, block.place] == held).nonzero().flatten()
-                    every = self.objective.used(block.pick(where), theta)
+                where = (self.fold[split, block.place] == held).nonzero().flatten()
+                every = self.objective.used(block if held < 0 else block.pick(where), theta)
                 for place, column in enumerate(own):
-                    said[column][where] = every[:, place]
+                    if held < 0:
+                        said[column][:] = every[:, place]
+                    else:
+                        said[column][where] = every[:, place]
         return said

@@ -25,12 +25,13 @@ class Plan:
 
     Attributes:
         tasks, starts: T fits, and their starting weights [T, ...] per parameter.
+        rates: the learning rates of the tasks.
         heads: of the label sets.
         rows, val: training rows, and validation rows or None.
         labels, val_labels: [L, N] on the device, or None where a loader brings them.
         class_weight: [L, K], or None.
         orders, order_of: by name the rows that are shuffled together, and the name that each task follows.
-        identity: what a checkpoint, and every process, must have the same; None where nobody asks.
+        identity: what a checkpoint, and every process, must have the same; empty where nobody asks.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Plan:
         val_labels: Sequence[Tensor] | None = None,
     ):
         self.adapter, self.tasks, self.config = adapter, tasks, config
+        self.rates = [task.lr for task in tasks if task.lr is not None]
         self.parallel = distributed.world() > 1 and not config.alone
         check_unmerged(adapter)
         self.parameters = adapter.trainable()
@@ -62,41 +64,39 @@ class Plan:
             raise ValueError("shrink pulls weights on components or heads to 1; this adapter has none")
         names = heads[0].class_names if len(heads) == 1 else None
         needed = {"labelled": labels is None, "classes": min(self.heads.sizes), "class_names": names}
-        train, val = opened_twice(adapter, train, val, **needed)
-        self._check_cached((train, val), labels)
-        self.labels, self.orders, self.class_weight = None, {"loader": None}, None
+        source, judges = opened_twice(adapter, train, val, **needed)
+        self._check_cached((source, judges), labels)
+        self.labels: Tensor | None = None
+        self.class_weight: Tensor | None = None
+        self.orders: dict[str, Tensor] = {}
         self.order_of = ["loader"] * len(tasks)
-        if train.indexed:
-            if not train.count:
+        by_class = config.class_weight
+        if source.indexed:
+            if not source.count:
                 raise ValueError("the training data gave no images")
-            table = label_table(train, labels, sets, self.heads.sizes, "labels")
-            train, table = self._choose(train, table, heads, config.shots)
-            by_class = config.class_weight
+            table = label_table(source, labels, sets, self.heads.sizes, "labels")
+            source, table = self._choose(source, source.count, table, heads)
             if config.shots is not None and isinstance(by_class, str):
                 by_class = None  # shots are balanced already
-            weights = weights_of_classes(by_class, table, self.heads.sizes)
-            self.class_weight = None if weights is None else weights.to(self.starts[0])
             self.labels = table.to(self.device)
-        elif config.class_weight is not None:
-            seen = torch.cat([batch.labels for batch in train.batches()])[
-                None
-            ]  # images are read, the tower rests
-            self.class_weight = weights_of_classes(config.class_weight, seen, self.heads.sizes).to(
-                self.starts[0]
-            )
-        self.val_labels = None
-        if val is not None and val.indexed:
+        elif by_class is not None:
+            table = torch.cat([batch.truth for batch in source.batches()])[None]  # read; the tower rests
+        if by_class is not None:
+            weights = weights_of_classes(by_class, table, self.heads.sizes)
+            self.class_weight = weights.to(self.starts[0])
+        self.val_labels: Tensor | None = None
+        if judges is not None and judges.indexed:
             given = val_labels if labels is not None else None
-            self.val_labels = label_table(val, given, sets, self.heads.sizes, "val_labels").to(self.device)
+            self.val_labels = label_table(judges, given, sets, self.heads.sizes, "val_labels").to(self.device)
         budget = room(self.device, config.memory)
         part = distributed.share if self.parallel else whole
-        self.rows = AdapterRows(adapter, train, budget, part)
+        self.rows = AdapterRows(adapter, source, budget, part)
         if self.rows.resident is not None:
             budget -= self.rows.bytes
-        self.val = None if val is None else AdapterRows(adapter, val, budget, part)
-        self.identity = None
+        self.val = None if judges is None else AdapterRows(adapter, judges, budget, part)
+        self.identity: dict[str, Any] = {}
         if config.checkpoint is not None or self.parallel:
-            self.identity = self._identity(train, val)
+            self.identity = self._identity(source, judges)
         if self.parallel:
             self._agree()
 
@@ -133,19 +133,19 @@ class Plan:
         ]
 
     def _choose(
-        self, train: UnitSource, table: Tensor, heads: Sequence[ZeroShotHead], shots: int | None
+        self, train: UnitSource, count: int, table: Tensor, heads: Sequence[ZeroShotHead]
     ) -> tuple[UnitSource, Tensor]:
-        """The rows that are fitted on, and their labels.
+        """The rows of all `count` that are fitted on, and their labels.
 
         `orders` then holds the rows that each seed shuffles (each seed and label set, where shots differ by it), and
         `order_of` which of them a task follows.
         """
+        shots = self.config.shots
         several = shots is not None and len(table) > 1
         self.order_of = [f"{task.seed}.{task.labels}" if several else str(task.seed) for task in self.tasks]
         if shots is None:
-            self.orders = {name: torch.arange(train.count) for name in self.order_of}
+            self.orders = {name: torch.arange(count) for name in self.order_of}
             return train, table
-        self.orders = {}
         for task, name in zip(self.tasks, self.order_of, strict=True):
             if name not in self.orders:
                 classes = heads[task.labels if len(heads) > 1 else 0].class_names
@@ -162,8 +162,8 @@ class Plan:
         if isinstance(given, Tensor):
             given = digest({"class_weight": given}, {})
         return {
-            "train": checkpoints.of_cache(train.cache, self.labels),
-            "val": None if val is None else checkpoints.of_cache(val.cache, self.val_labels),
+            "train": train.fingerprint(self.labels),
+            "val": None if val is None else val.fingerprint(self.val_labels),
             "head": checkpoints.of_heads(self.heads),
             "adapter": type(self.adapter).__name__,
             "constants or starting weights": checkpoints.of_adapter(self.adapter, self.starts),
@@ -201,10 +201,13 @@ def opened_twice(
     adapter: TowerAdapter, train: UnitCache | Iterable, val: UnitCache | Iterable | None, **needed
 ) -> tuple[UnitSource, UnitSource | None]:
     """The sources of training and validation images, which must be readable more than once."""
-    sources = [None if data is None else source_of(adapter, data, **needed) for data in (train, val)]
-    for name, source in zip(("train", "val"), sources, strict=True):
-        if source is not None and not source.repeatable:
+
+    def opened(name: str, data: UnitCache | Iterable) -> UnitSource:
+        source = source_of(adapter, data, **needed)
+        if not source.repeatable:
             raise ValueError(
                 f"{name} can be read only once; give a loader or a list that every epoch can read again"
             )
-    return sources[0], sources[1]
+        return source
+
+    return opened("train", train), None if val is None else opened("val", val)

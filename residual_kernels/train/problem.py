@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from residual_kernels.train.path import Group, Outside, Path
 from residual_kernels.units.source import UnitSource
 from residual_kernels.zeroshot import ZeroShotHead
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
 FLOOR = 1e-3  # of the mean variance: components that never move are not blown up
 CONSTANT = 1e-4  # of the mean square of their means: nor are they where none moves
 
@@ -28,33 +32,37 @@ CONSTANT = 1e-4  # of the mean square of their means: nor are they where none mo
 class Labels:
     """Labels [L, N] int64 of L sets, or shares of every class [L, N, K]."""
 
-    hard: Tensor | None
-    soft: Tensor | None
+    values: Tensor
+
+    @property
+    def shares(self) -> bool:
+        return self.values.ndim == 3
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return self.values.shape[1]
 
     @property
     def numbers(self) -> Tensor:
         """[L, N]: the label, or the class of the largest share; what shots and folds go by."""
-        return self.hard if self.soft is None else self.soft.argmax(-1)
+        return self.values.argmax(-1) if self.shares else self.values
 
     def of(self, sets: slice) -> "Labels":
         """Those of some label sets."""
-        return Labels(
-            None if self.hard is None else self.hard[sets], None if self.soft is None else self.soft[sets]
-        )
+        return Labels(self.values[sets])
 
     def at(self, rows: slice, device: torch.device, dtype: torch.dtype) -> "Labels":
-        if self.soft is None:
-            return Labels(self.hard[:, rows].to(device), None)
-        return Labels(None, self.soft[:, rows].to(device, dtype))
+        return Labels(self.values[:, rows].to(device, dtype if self.shares else None))
 
 
 def labels_of(source: UnitSource, given: Sequence[Tensor] | None, sizes: Sequence[int], name: str) -> Labels:
     """The label sets of a source: those given, [N] or shares [N, K] each, or its own; each checked against its head."""
-    soft = [one for one in given or () if np.ndim(one) == 2]
-    if not soft:
+    shares = [np.ndim(one) == 2 for one in given or ()]
+    if given is None or not any(shares):
         sets = 1 if given is None else len(given)
-        return Labels(label_table(source, given, sets, sizes, name), None)
-    if len(soft) < len(given):
+        return Labels(label_table(source, given, sets, sizes, name))
+    if not all(shares):
         raise ValueError(f"{name} must all be [N] or all be [N, K]; got both")
     found = []
     for number, one in enumerate(given):
@@ -69,10 +77,10 @@ def labels_of(source: UnitSource, given: Sequence[Tensor] | None, sizes: Sequenc
         found.append(one / one.sum(1, keepdim=True))
     if len({one.shape for one in found}) > 1:
         raise ValueError(f"{name} of heads with different numbers of classes cannot be fitted at once")
-    return Labels(None, torch.stack(found))
+    return Labels(torch.stack(found))
 
 
-def is_linear(adapter: TowerAdapter) -> bool:
+def is_linear(adapter: TowerAdapter) -> "TypeIs[ResiDual]":
     """Whether the logits are linear in the adapter's weight, one number a component, so that the convex solver fits."""
     if not isinstance(adapter, ResiDual) or adapter.placement != "output":
         return False
@@ -122,7 +130,7 @@ class Form:
     @torch.no_grad()
     def rows(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
         """(coefficients of each kind, output at weight 1), in the adapter's dtype, whatever the cache holds."""
-        if self.adapter.rest.rest == "all":
+        if self.adapter.rest.name == "all":
             output = features["rest"]
         else:
             output = self.adapter.from_features(features, [self.ones])[0]
@@ -202,7 +210,8 @@ class Problem:
         """Groups run over label sets, then seeds."""
         numbers = labels.numbers
         sets, count = numbers.shape
-        groups, fold = [], []
+        groups: list[Group] = []
+        fold: list[Tensor] = []
         folds = min(config.folds, count)
         for which in range(sets):
             for seed in seeds:
@@ -249,19 +258,19 @@ class Problem:
         fold = self.fold[:, mine].to(like.device)
         weight = None if self.row_weight is None else self.row_weight[:, mine].to(like)
         own = self.labels.at(mine, like.device, like.dtype)
-        targets = Targets(own.hard, own.soft, self.config.label_smoothing, weight)
+        targets = Targets(own.values, self.config.label_smoothing, weight)
         variance, of_outputs = moments(source, readout)
         objective = Objective(
             source, readout, targets, variance.sqrt(), vector_variance=of_outputs if class_vectors else None
         )
         outside = None
-        if outside_rows is not None:
+        if outside_rows is not None and self.outside is not None:
             there = outside_rows.part(outside_rows.count)
-            held = self.outside.at(there, like.device, like.dtype)
-            counts = like.new_ones(held.numbers.shape)
+            known = self.outside.at(there, like.device, like.dtype)
+            counts = like.new_ones(known.numbers.shape)
             if self.outside_weight is not None:
                 counts = self.outside_weight[:, there].to(like)
-            outside = Outside(form.source(outside_rows), Targets(held.hard, held.soft), counts)
+            outside = Outside(form.source(outside_rows), Targets(known.values), counts)
         return Path(
             objective,
             self.groups,

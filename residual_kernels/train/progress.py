@@ -41,13 +41,14 @@ class Progress:
         if loss is not None and not math.isfinite(loss):
             self.diverged = True
             return None
-        val_loss, accuracy, in_balance = (None, None, None) if seen is None else seen
-        row = Epoch(epoch, loss, val_loss, accuracy, seconds, in_balance)
+        row = Epoch(epoch, loss, None, None, seconds)
+        if seen is not None:
+            row = Epoch(epoch, loss, seen[0], seen[1], seconds, seen[2])
         self.history.append(row)
-        score = in_balance if by_balanced_accuracy else accuracy
+        score = row.val_balanced_accuracy if by_balanced_accuracy else row.val_accuracy
         if epoch == 0:
             self.best_score = score
-        elif seen is None or score > self.best_score:
+        elif score is None or self.best_score is None or score > self.best_score:
             self.best = [value.detach().clone() for value in weights]
             self.best_epoch, self.best_score = epoch, score
         elif epoch - self.best_epoch >= patience:

@@ -165,7 +165,7 @@ class ManyFits:
         for index, (task, result) in enumerate(zip(self.tasks, self.results, strict=True)):
             if task.labels == labels and not result.diverged:
                 row = result.history[result.best_epoch]
-                if row.val_accuracy is None:
+                if row.val_accuracy is None or row.val_loss is None:
                     raise ValueError(
                         "without val no fit is known to be best; give val, or choose by yourself"
                     )

@@ -87,8 +87,11 @@ def stacked(
 
 
 def _moved(head: ZeroShotHead, objective: Objective, theta: Tensor) -> ZeroShotHead:
-    moved = objective.vectors(theta[None])[0].to(head.class_vectors)
-    return ZeroShotHead(head.class_vectors + moved, head.class_names, float(head.logit_scale))
+    moved = objective.vectors(theta[None])
+    if moved is None:
+        return head
+    vectors = head.class_vectors + moved[0].to(head.class_vectors)
+    return ZeroShotHead(vectors, head.class_names, float(head.logit_scale))
 
 
 def _judged(first: Path, fitted: Sequence[tuple[int, Path, Tensor]]) -> Judged:

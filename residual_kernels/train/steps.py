@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from residual_kernels import distributed
 from residual_kernels.adapters.tower_adapter import TowerAdapter
-from residual_kernels.train.batches import AdapterRows, Batch, blocks, bytes_of_a_row
+from residual_kernels.train.batches import AdapterRows, Batch, Places, blocks, bytes_of_a_row
 from residual_kernels.train.evaluation import Heads
 
 
@@ -52,10 +52,10 @@ class TaskWeights:
     def keep(self, tasks: Sequence[int]) -> None:
         """Goes on with these tasks only, by position."""
         kept = [self.rows[task] for task in tasks]
-        held = {id(parameter) for row in kept for parameter in row}
+        still_fitted = {id(parameter) for row in kept for parameter in row}
         for group in self.optimizer.param_groups:
-            group["params"] = [p for p in group["params"] if id(p) in held]
-        for parameter in [p for p in self.optimizer.state if id(p) not in held]:
+            group["params"] = [p for p in group["params"] if id(p) in still_fitted]
+        for parameter in [p for p in self.optimizer.state if id(p) not in still_fitted]:
             del self.optimizer.state[parameter]
         index = torch.tensor(list(tasks), dtype=torch.int64, device=self.stacks[0].device)
         self.stacks = [stack.index_select(0, index) for stack in self.stacks]
@@ -70,8 +70,8 @@ class TaskWeights:
         for index, stack in enumerate(self.stacks):
             tensors[f"{index}.weights"] = stack
             for name in ("z", "exp_avg_sq"):
-                held = [self.optimizer.state[row[index]][name] for row in self.rows]
-                tensors[f"{index}.{name}"] = torch.stack(held)
+                of_tasks = [self.optimizer.state[row[index]][name] for row in self.rows]
+                tensors[f"{index}.{name}"] = torch.stack(of_tasks)
         groups = [
             {key: group[key] for key in ("lr", "k", "weight_sum", "lr_max")}
             for group in self.optimizer.param_groups
@@ -87,8 +87,8 @@ class TaskWeights:
                     name: tensors[f"{index}.{name}"][task].to(stack.device).clone()
                     for name in ("z", "exp_avg_sq")
                 }
-        for group, held in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(held)
+        for group, saved in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(saved)
 
 
 class Step:
@@ -124,11 +124,12 @@ class Step:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Takes one step; returns the loss [T] of the whole batch, every process's share included."""
-        if self.captures and batch.rows.shape[1]:
-            sizes = tuple(batch.rows.shape) + tuple(batch.everyone.shape)
+        places = batch.places
+        if self.captures and places is not None and places.rows.shape[1]:
+            sizes = tuple(places.rows.shape) + tuple(places.everyone.shape)
             if sizes not in self._graphs:
-                self._graphs[sizes] = _Captured(self, batch)
-            loss, grads = self._graphs[sizes](batch)
+                self._graphs[sizes] = _Captured(self, places)
+            loss, grads = self._graphs[sizes](places)
         else:
             loss, grads = self.compute(batch)
         if self.parallel:
@@ -156,20 +157,20 @@ class Step:
 
     def _several(self, batch: Batch) -> bool:
         """Whether features come in several orders, [S, n, ...]."""
-        return batch.rows is not None and len(batch.rows) > 1
+        return batch.places is not None and len(batch.places.rows) > 1
 
     def read(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """features, labels [T, n], and factors [T, n] or [T, 1] that make the sum of losses their weighted mean."""
         count = len(self.weights)
-        if batch.rows is None:
-            features, truth = batch.features, batch.labels.expand(count, -1)
+        if batch.places is None or self.labels is None:
+            features, truth = batch.features, batch.truth.expand(count, -1)
             whole = truth
         else:
             features = batch.features
             if self._several(batch) and self.spread:
                 features = {name: value.index_select(0, self.order) for name, value in features.items()}
-            truth = self.labels[self.which[:, None], batch.rows[self.order]]
-            whole = self.labels[self.which[:, None], batch.everyone[self.order]]
+            truth = self.labels[self.which[:, None], batch.places.rows[self.order]]
+            whole = self.labels[self.which[:, None], batch.places.everyone[self.order]]
         if self.class_weight is None:
             return features, truth, self.weights.stacks[0].new_full((count, 1), 1 / whole.shape[1])
         total = self.class_weight[self.which[:, None], whole].sum(1, keepdim=True)
@@ -190,8 +191,8 @@ class Step:
 class _Captured:
     """A step on resident features as one CUDA graph: what is launched once is replayed with other rows."""
 
-    def __init__(self, step: Step, batch: Batch):
-        self.rows, self.everyone = batch.rows.clone(), batch.everyone.clone()
+    def __init__(self, step: Step, places: Places):
+        self.places = Places(*(rows.clone() for rows in places))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -203,11 +204,11 @@ class _Captured:
             self.results = self._compute(step)
 
     def _compute(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        return step.compute(Batch(step.source.gathered(self.rows), self.rows, self.everyone))
+        return step.compute(Batch(step.source.gathered(self.places.rows), self.places))
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        self.rows.copy_(batch.rows)
-        self.everyone.copy_(batch.everyone)
+    def __call__(self, places: Places) -> tuple[Tensor, list[Tensor]]:
+        self.places.rows.copy_(places.rows)
+        self.places.everyone.copy_(places.everyone)
         self.graph.replay()
         loss, grads = self.results
         return loss.clone(), grads

@@ -27,7 +27,7 @@ from residual_kernels.train.evaluation import logits_of
 from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.logistic import Objective, Targets
 from residual_kernels.train.path import FINE, FREEDOMS
-from residual_kernels.train.problem import Form, Labels, Problem, labels_of
+from residual_kernels.train.problem import Form, Labels, Problem, is_linear, labels_of
 from residual_kernels.train.stacked import stacked
 from residual_kernels.train.unseen import class_folds, judged_by_classes
 from residual_kernels.units.cache import UnitCache
@@ -123,14 +123,17 @@ class TuneResult:
 
 @dataclass
 class _Entry:
-    """One candidate while it is decided: what was judged of it, and how it is made."""
+    """One candidate while it is decided: what was judged of it, and how it is made.
+
+    `theta` [P] is what the objective learned; None where the candidate stays as it starts, or has no objective.
+    """
 
     name: str
     numbers: int
     judged: Judged
     freedom: float
     seconds: float
-    adapter: TowerAdapter | None = None
+    adapter: TowerAdapter
     objective: Objective | None = None
     theta: Tensor | None = None
     head: ZeroShotHead | None = None  # with class vectors already moved
@@ -203,17 +206,17 @@ def tune(
     try:
         base = build(BASE, tower)
         built.append(base)
-        contest = _Contest(base.tower, bases, head, train, val, config, seed, labels, val_labels, built)
+        contest = _Contest(base, bases, head, train, val, config, seed, labels, val_labels, built)
         contest.probe_competes = candidates is not None
         for name in sorted(names, key=lambda name: name == VECTORS):  # after the two that it is held against
             contest.add(name)
         if by_classes:
             contest.add_by_classes()
         contest.entries.sort(key=lambda one: CANDIDATES.index(one.name))
-        if stream_bases is not None:
+        if stream_bases is not None and val is not None:
             contest.add_stream(stream_bases, train, val, seed)
         winner, why = contest.winner()
-        kept, own_head = contest.made(winner, base)
+        kept, own_head = contest.made(winner)
     finally:  # the tower carries the winner alone, and nothing when this fails
         for adapter in built:
             if adapter is not kept:
@@ -256,7 +259,7 @@ class _Contest:
 
     def __init__(
         self,
-        tower: nn.Module,
+        base: TowerAdapter,
         bases: SpectralBases,
         head: ZeroShotHead,
         train: UnitCache | Iterable,
@@ -268,34 +271,37 @@ class _Contest:
         built: list[TowerAdapter],
     ):
         self.built = built
+        tower = base.tower
         self.tower, self.bases, self.head, self.config, self.seed = tower, bases, head, config, seed
         self.probe_competes = False
         kinds = [kind for kind in METHODS["anchored"].kinds if kind in bases.kinds]
         first = ResiDual(tower, bases.of(*kinds), "all")
         built.append(first)
-        self.adapters: dict[str, TowerAdapter] = {"anchored": first}
+        self.adapters: dict[str, ResiDual] = {"anchored": first}
         self.train = indexed(first, train, labels is None, head.class_names)
         self.val = None if val is None else indexed(first, val, val_labels is None, head.class_names)
         sizes = [len(head.class_names)]
         own = labels_of(self.train, None if labels is None else [labels], sizes, "labels")
         self.outside: Labels | None = None
-        if val is not None:
+        if self.val is not None:
             given = None if val_labels is None else [val_labels]
             self.outside = labels_of(self.val, given, sizes, "val_labels")
         self.problem = Problem.of(config, own, head.class_names, [seed], self.outside)
         self.rows = opened(first, self.train, self.val, config)  # of the anchored forms, which share them
         of_tower = self.problem.path(Form(first, with_components=False), head, *self.rows).base()
-        self.entries = [_Entry(BASE, 0, of_tower, 0.0, 0.0)]
-        fitted = int((self.problem.fold[0] >= 0).sum())
-        self.images = fitted if self.val is None else self.val.count
+        self.entries = [_Entry(BASE, 0, of_tower, 0.0, 0.0, base)]
+        self.images = int((self.problem.fold[0] >= 0).sum()) if self.outside is None else self.outside.count
 
     def add(self, name: str) -> None:
         """Fits and judges one candidate."""
         start = time.perf_counter()
         form_name = "anchored" if name in (VECTORS, PROBE) else name
         if form_name not in self.adapters:
-            self.adapters[form_name] = build(form_name, self.tower, self.bases, init="ones")
-            self.built.append(self.adapters[form_name])
+            made = build(form_name, self.tower, self.bases, init="ones")
+            self.built.append(made)
+            if not is_linear(made):
+                raise ValueError(f"{form_name} is not linear in its weight, so no convex fit can judge it")
+            self.adapters[form_name] = made
         adapter = self.adapters[form_name]
         rows = self.rows if form_name == "anchored" else opened(adapter, self.train, self.val, self.config)
         path = self.problem.path(
@@ -308,10 +314,11 @@ class _Contest:
         judged, freedom = found.base, 0.0
         if found.chosen is not None:
             freedom, judged = found.candidates[found.chosen]
+        theta = None if found.solution is None else found.solution.theta
         numbers = objective.shape.components + objective.shape.vectors
-        entry = _Entry(name, numbers, judged, freedom, 0.0, adapter, objective, found.theta)
+        entry = _Entry(name, numbers, judged, freedom, 0.0, adapter, objective, theta)
         if name == VECTORS and self._outdone(judged):
-            self._stack(entry, rows)
+            self._stack(entry, adapter, rows)
         entry.seconds = time.perf_counter() - start
         self.entries.append(entry)
         log.info("tune: %s has loss %.4f and accuracy %.4f", name, entry.judged.loss, entry.judged.accuracy)
@@ -341,14 +348,16 @@ class _Contest:
         parts = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
         return joint.loss >= min(parts, default=-math.inf)
 
-    def _stack(self, entry: _Entry, rows: tuple[AdapterRows, AdapterRows | None]) -> None:
+    def _stack(self, entry: _Entry, adapter: ResiDual, rows: tuple[AdapterRows, AdapterRows | None]) -> None:
         """Class vectors first, then components, where the folds say that this is better than both together."""
-        found = stacked(self.problem, Form(entry.adapter), self.head, *rows, self.config.freedoms)
+        found = stacked(self.problem, Form(adapter), self.head, *rows, self.config.freedoms)
         if found is not None and (not entry.freedom or found.judged.loss < entry.judged.loss):
             entry.judged, entry.freedom, entry.head = found.judged, found.freedom, found.head
             entry.objective, entry.theta = found.objective, found.theta
 
-    def add_stream(self, bases: SpectralBases, train: Iterable, val: Iterable, seed: int) -> None:
+    def add_stream(
+        self, bases: SpectralBases, train: UnitCache | Iterable, val: UnitCache | Iterable, seed: int
+    ) -> None:
         """The stream form by AdamW, judged on the same validation images."""
         from residual_kernels.train import fit
 
@@ -357,7 +366,8 @@ class _Contest:
         self.built.append(adapter)
         fit(adapter, self.head, train, val, seed=seed)
         logits, labels = logits_of(adapter, self.head, val, labelled=True)
-        if not torch.equal(labels.cpu(), self.outside.numbers[0]):
+        known = None if self.outside is None else self.outside.numbers[0]
+        if labels is None or known is None or not torch.equal(labels, known):
             raise ValueError("val must give the same images in the same order every time it is read")
         targets = Targets(labels[None])
         judge = Judge(1, len(logits), targets, logits)
@@ -412,25 +422,24 @@ class _Contest:
             'ask for the method "probe".'
         )
 
-    def made(self, winner: _Entry, base: TowerAdapter) -> tuple[TowerAdapter, ZeroShotHead]:
+    def made(self, winner: _Entry) -> tuple[TowerAdapter, ZeroShotHead]:
         """The winner as an adapter with its weights, and its head."""
-        adapter, head = base, self.head
-        if winner.name != BASE and winner.theta is not None:
-            theta = winner.theta[None]
-            if winner.head is not None:
-                head = winner.head
-            elif winner.objective.shape.class_vectors:
-                moved = winner.objective.vectors(theta)[0].to(self.head.class_vectors)
-                head = ZeroShotHead(
-                    self.head.class_vectors + moved, self.head.class_names, float(self.head.logit_scale)
-                )
-            if winner.objective.shape.components:
-                adapter = winner.adapter
-                with torch.no_grad():
-                    adapter.weight.copy_(1 + winner.objective.delta(theta)[0])
-                adapter.fitted = True
-        elif winner.name == STREAM:
+        objective = winner.objective
+        if objective is None or winner.theta is None:
+            return winner.adapter, self.head
+        theta = winner.theta[None]
+        adapter, head = self.entries[0].adapter, self.head
+        moved = objective.vectors(theta)
+        if winner.head is not None:
+            head = winner.head
+        elif moved is not None:
+            vectors = self.head.class_vectors + moved[0].to(self.head.class_vectors)
+            head = ZeroShotHead(vectors, self.head.class_names, float(self.head.logit_scale))
+        if objective.shape.components:
             adapter = winner.adapter
+            with torch.no_grad():
+                adapter.weight.copy_(1 + objective.delta(theta)[0])
+            adapter.fitted = True
         return adapter, head
 
     def table(self, winner: _Entry) -> list[Candidate]:

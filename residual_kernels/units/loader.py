@@ -145,6 +145,9 @@ class LoadedUnits:
     def subset(self, rows: Tensor) -> NoReturn:
         raise ValueError("a loader is read whole; encode it to choose rows by number")
 
+    def fingerprint(self, labels: Tensor | None) -> NoReturn:
+        raise ValueError("a loader cannot be told from others before it is read; encode it first")
+
     def first(self, size: int | None = None) -> None:
         return None  # a loader may not be read twice
 

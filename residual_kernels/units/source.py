@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed, towers
+from residual_kernels.files import digest
 from residual_kernels.towers import Terms
 from residual_kernels.units.cache import UnitCache, encode
 from residual_kernels.units.checks import check_names, check_range, names_of
@@ -19,6 +20,7 @@ from residual_kernels.units.loader import IGNORED, NEEDED, LoadedUnits, Stream, 
 
 ROWS = 512  # of a cache at a time, where nothing else bounds a batch
 IMAGES = 64  # of a tensor of images that go through the tower at a time
+SAMPLE = 64  # rows whose terms a fingerprint reads
 AHEAD = 2  # batches read while one is computed with
 Rows = Tensor | slice  # numbers of rows, or a run of them
 
@@ -70,6 +72,13 @@ class UnitSource(Protocol):
         """Some of the rows; errors go on naming them by their numbers here."""
         ...
 
+    def fingerprint(self, labels: Tensor | None) -> str:
+        """Checksum of what tells this data, with the labels [L, N] that are used, from other data.
+
+        Raises ValueError of a loader, which is not read for it.
+        """
+        ...
+
 
 class CachedUnits:
     """A :class:`UnitCache` as a :class:`UnitSource`. `names` [N] are what errors call its rows."""
@@ -113,6 +122,13 @@ class CachedUnits:
 
     def subset(self, rows: Tensor) -> "CachedUnits":
         return CachedUnits(self.cache.subset(rows), self.kinds, self.device, self.names[rows])
+
+    def fingerprint(self, labels: Tensor | None) -> str:
+        some = self.cache.terms(torch.linspace(0, self.count - 1, min(self.count, SAMPLE)).long())
+        tensors = {"ids": self.ids, "output": some.output, "scale": some.scale, **some.z}
+        if labels is not None:
+            tensors["labels"] = labels
+        return digest(tensors, {"tower": self.cache.checksum, "kinds": list(self.cache.kinds)})
 
 
 def unit_source(
@@ -158,10 +174,10 @@ def unit_source(
             Stream(loader), view, (*kinds, *more), NEEDED if labelled else IGNORED, classes=classes
         )
     data.check(view.module, kinds)
-    if labelled and data.labels is None:
-        raise ValueError("this needs labels; the cache holds only images")
-    if labelled and data.labels is not None and classes is not None:
-        check_range(data.labels, classes)
+    if labelled:
+        labels = data.truth
+        if classes is not None:
+            check_range(labels, classes)
     kinds += tuple(kind for kind in more if kind in data.kinds)
     device = next(view.module.parameters()).device if device is None else device
     return CachedUnits(data, kinds, device, torch.arange(len(data)))

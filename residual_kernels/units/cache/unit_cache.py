@@ -50,13 +50,22 @@ class UnitCache:
         self._z, self._scale, self._mean, self._output = z, scale, mean, output
         self._describe(labels, ids, checksum, class_names)
 
-    def _describe(self, labels, ids, checksum, class_names) -> None:
+    def _describe(
+        self, labels: Tensor | None, ids: Tensor, checksum: str, class_names: Sequence[str] | None
+    ) -> None:
         compute_alone_after_a_fork()
         self.labels, self.ids, self.checksum = labels, ids, checksum
         self.class_names = None if class_names is None else tuple(class_names)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def truth(self) -> Tensor:
+        """`labels`; raises ValueError where there are none."""
+        if self.labels is None:
+            raise ValueError("this needs labels; the cache holds only images")
+        return self.labels
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{kind} {shape} {dtype}" for kind, (shape, dtype) in self._shapes().items())
