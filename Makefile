@@ -30,7 +30,7 @@ lint: $(INSTALLED) types
 types: $(INSTALLED)  ## mypy, with what [tool.mypy] says
 	$(BIN)/python -m mypy
 
-gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|host|core|wide
+gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|host|core|wide|fit|peers
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)
 
 docs: $(INSTALLED)  ## the documentation site, in build/site; a warning is an error

@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks.cpu_clock import copy_bandwidth, cpu_name, interleaved, machine_name
 from residual_kernels import ops
 from residual_kernels.experiments.shapes import SHAPES, Operands, Shape, problem
-from residual_kernels.ops import backends, cpp_backend, reference, torch_backend
+from residual_kernels.ops import backends, reference, torch_backend
 
 GEMM_SIZE = 2048
 Forward = Callable[[Tensor, Tensor], Tensor]  # (z or units, weight) -> y
@@ -176,7 +176,7 @@ def measured(
     others = {
         "sgemm": gemm_runner(),
         "copy": copy,
-        "peak": lambda: peaks.append(cpp_backend.peak(threads, dtype)),
+        "peak": lambda: peaks.append(backends.load("cpp").peak(threads, dtype)),
     }
     times = interleaved({**runs, **others}, rounds)
     roof = {
@@ -395,7 +395,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "instruction_set": cpp_backend.instruction_set()[0],
+            "instruction_set": backends.load("cpp").instruction_set()[0],
             "command": " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]]),
         },
         "rows": measure(arguments.rounds, arguments.budget),
@@ -415,6 +415,8 @@ def main() -> None:
 @pytest.mark.parametrize("mode", ["fwd", "step"])
 @pytest.mark.parametrize("provider", EVERYTHING)
 def test_spectral_reweight(benchmark, provider: str, mode: str, rows: int) -> None:
+    if "cpp" in provider and (reason := backends.missing("cpp", torch.device("cpu"))):
+        pytest.skip(reason)
     shape = SHAPES["B/16"]
     p = problem(shape, rows, shape.full())
     benchmark.group = f"spectral_reweight {shape.name} K full N {rows}"
@@ -423,6 +425,8 @@ def test_spectral_reweight(benchmark, provider: str, mode: str, rows: int) -> No
 
 @pytest.mark.parametrize("provider", ["torch", "cpp"])
 def test_unit_moments(benchmark, provider: str) -> None:
+    if reason := backends.missing(provider, torch.device("cpu")):
+        pytest.skip(reason)
     shape = SHAPES["B/16"]
     p = problem(shape, 1024, [1] * shape.units)
     benchmark.group = f"unit_moments {shape.name} N 1024"

@@ -199,6 +199,8 @@ def trips(launch: Launch, chunks: int) -> list[float]:
     if name == "fold_bwd":
         columns = ceil(a["D"] / a["BLOCK_D"])
         return [programs, programs * columns, programs * columns * ceil(a["C"] / a["BLOCK_C"])]
+    if name == "scaled":
+        return [programs, programs * ceil(a["rows_per_split"] / a["BLOCK_N"])]
     if name == "affine":
         return [programs, programs * a["SHARES"]]
     if name == "unit_moments":

@@ -1,6 +1,6 @@
 """The kernels on a GPU: tests, the machine's roofs, and the benchmark table, in parts of under 8 minutes each.
 
-    TRITON_INTERPRET=0 python -m benchmarks.gpu --results DIR --part tests|host|core|wide
+    TRITON_INTERPRET=0 python -m benchmarks.gpu --results DIR --part tests|host|core|wide|fit|peers
     TRITON_INTERPRET=1 python -m benchmarks.gpu --results DIR --part core --tiny      the flow, on a CPU, without times
 
 Device time is that of CUDA-graph replays: inputs (constants too) rotate through more memory than the second-level cache
@@ -11,8 +11,6 @@ sizes, in bf16 unless said. A provider that does not fit into memory, or for whi
 import argparse
 import importlib
 import os
-import shutil
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -39,7 +37,7 @@ def _package() -> None:
 
 _package()
 
-from benchmarks import counts  # noqa: E402
+from benchmarks import counts, gpu_fit, gpu_tests  # noqa: E402
 from benchmarks.bench_ops import PLAIN  # noqa: E402
 from benchmarks.gpu_clock import Bench, Call  # noqa: E402
 from residual_kernels import ops  # noqa: E402
@@ -246,6 +244,7 @@ def memory(bench: Bench, shape: Shape, rows: int) -> None:
         inout = (
             sum(x.numel() * x.element_size() for x in vars(p).values()) + kept.numel() * 4 + p.dy.numel() * 2
         )
+        extra -= kept.numel() * 4 + p.dy.numel() * 2  # outputs are made inside, too
         outcome = extra / (0.1 * inout + (32 << 20))
     what = f"{shape.name} N {rows} step: extra memory over (10 % of inputs and outputs + 32 MB)"
     bench.aim(what, outcome, 1.0, at_least=False)
@@ -419,31 +418,6 @@ def host(bench: Bench) -> None:
                 print(f"eager over replayed: {walled / replayed:.2f}", flush=True)
 
 
-def tests(folder: Path) -> int:
-    """The GPU tier of the test suite, then compute-sanitizer on small cases where it is installed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # the tests poison memory by torch's deterministic mode
-    files = [str(ROOT / "tests" / f"test_triton_{name}.py") for name in ("spectral_reweight", "unit_moments")]
-    pytest = importlib.import_module("pytest")
-    code = pytest.main(
-        ["-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", "--rootdir", str(ROOT), *files]
-    )
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        print("compute-sanitizer is not installed: memcheck and racecheck left out")
-        return int(code)
-    for tool in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "benchmarks.gpu",
-                   "--part", "small", "--results", str(folder)]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-        (folder / f"{tool}.txt").write_text(done.stdout + done.stderr)
-        print(f"{tool}: {'clean' if done.returncode == 0 else 'FAILED, see ' + tool + '.txt'}")
-        code = code or done.returncode
-    return int(code)
-
-
 def small(device: torch.device) -> None:
     """Every kernel once on a small ragged case: what compute-sanitizer watches."""
     shape = Shape("small", 3, 80, 200, 20)
@@ -468,7 +442,8 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, required=True, help="folder for JSON and Markdown")
-    parser.add_argument("--part", choices=("tests", "host", "core", "wide", "small"), required=True)
+    parts = ("tests", "host", "core", "wide", "fit", "peers", "small")
+    parser.add_argument("--part", choices=parts, required=True)
     parser.add_argument(
         "--tiny", action="store_true", help="tiny shapes in the interpreter: the flow, no times"
     )
@@ -487,10 +462,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part == "small":
         small(torch.device("cpu" if options.tiny else "cuda"))
         return 0
-    if options.part == "tests":
-        return tests(options.results)
+    if options.part in ("tests", "peers"):
+        return {"tests": gpu_tests.tests, "peers": gpu_tests.peers}[options.part](options.results)
     bench = Bench(options.results, options.part, options.tiny)
-    {"core": core, "wide": wide, "host": host}[options.part](bench)
+    {"core": core, "wide": wide, "host": host, "fit": gpu_fit.fit}[options.part](bench)
     bench.finish()
     print(
         f"routes are planned with nominal rates: {triton_routes.BANDWIDTH:.3g} bytes/s, {triton_routes.VENDOR_RATE}"

@@ -73,14 +73,16 @@ class Bench:
                 note = "does not fit"
         if not self.tiny:
             torch.cuda.empty_cache()
+        self.add(provider, seconds, note, **fields)
+        return seconds
+
+    def add(self, provider: str, seconds: float | None, note: str = "", **fields: object) -> None:
+        """A row of the table, printed and saved."""
         self.rows.append({"provider": provider, "seconds": seconds, "note": note, **fields})
         shown = note or ("not timed" if seconds is None else f"{1e6 * seconds:9.1f} us")
-        print(
-            "  ".join([*(f"{value}" for key, value in fields.items() if key != "roof"), provider, shown]),
-            flush=True,
-        )
+        words = [str(value) for key, value in fields.items() if key != "roof"]
+        print("  ".join([*words, provider, shown]), flush=True)
         self.save()
-        return seconds
 
     def wall(self, provider: str, call: Call, **fields: object) -> float | None:
         """Wall seconds of an eager call among many, the device waited for once at the end."""
@@ -96,10 +98,7 @@ class Bench:
                 torch.cuda.synchronize()
                 rounds.append((time.perf_counter() - before) / 50)
             seconds = statistics.median(rounds)
-        self.rows.append({"provider": provider, "seconds": seconds, "note": "", **fields})
-        shown = "not timed" if seconds is None else f"{1e6 * seconds:9.1f} us"
-        print("  ".join([*map(str, fields.values()), provider, shown]), flush=True)
-        self.save()
+        self.add(provider, seconds, **fields)
         return seconds
 
     def find(self, provider: str, **fields: object) -> float | None:
@@ -130,6 +129,9 @@ class Bench:
             "aims": self.aims,
         }
         (self.folder / f"{self.part}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (self.folder / f"{self.part}.md").write_text(
+            self.markdown()
+        )  # a part that is cut off leaves what it has
 
     def markdown(self) -> str:
         lines = [
@@ -153,4 +155,3 @@ class Bench:
 
     def finish(self) -> None:
         self.save()
-        (self.folder / f"{self.part}.md").write_text(self.markdown())

@@ -31,6 +31,7 @@ KERNELS = {
     "fold",
     "fold_bwd",
     "affine",
+    "scaled",
     "dweight",
     "stream_bwd",
     "unit_moments",

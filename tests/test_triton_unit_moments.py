@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from property import given, settings, st
 from tolerance import TF32, absolute, assert_within, enough_to_notice
 
 from residual_kernels import ops

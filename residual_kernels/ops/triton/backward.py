@@ -257,7 +257,9 @@ def tiles_of(p: Problem, *, given: bool) -> Tiles:
     columns = 16 if p.kind == "fp32" else (128 if p.kind == "half" else 64) // (2 if p.hip else 1)
     held = (rows + p.block_k) * sum(routes.pieces(p.coordinates)) * p.itemsize
     step = (rows + p.block_k) * columns * p.itemsize
-    most = 2 if p.hip or p.kind == "fp32" else 4
+    most = (
+        2 if p.hip or p.kind == "fp32" else 3 if rows == 16 and p.block_k > 32 else 4
+    )  # a fourth would spill
     return Tiles(rows, columns, warps, max(2, min(most, (110 * 1024 - held) // step)))
 
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
 from residual_kernels.ops.triton.layout import Call, Constants
+from residual_kernels.ops.triton.products import float32_sums, product, product_float32
 from residual_kernels.ops.triton.routes import WORKSPACE, Problem, Tiles
+from residual_kernels.ops.triton.scaled import scaled_with_sums
 from residual_kernels.ops.triton.tiles import contiguous_rows, decode
 
 AFFINE_COMPONENTS = 1024  # components that one program sums into affine rows: fixed, so that bits repeat
@@ -216,15 +218,6 @@ def _flat(z: Tensor, first: int, last: int) -> Tensor:
     return z[:, first:last].reshape(len(z), -1)
 
 
-def product_float32(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, accumulated and returned in float32."""
-    if left.dtype == torch.float32:
-        return left @ right
-    if left.device.type == "cuda" and torch.version.hip is None:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.to(torch.float32) @ right.to(torch.float32)
-
-
 def folded_forward(
     z: Tensor,
     scale: Tensor | None,
@@ -250,7 +243,8 @@ def folded_forward(
             if shares > 1:
                 bias = z.new_empty(dim)
                 sum_partials(affine, bias)
-            torch.addmm(bias, _flat(z, 0, constants.units), matrix, out=y[task])
+            with float32_sums(z):
+                torch.addmm(bias, _flat(z, 0, constants.units), matrix, out=y[task])
             continue
         product = None
         for first, last in parts:
@@ -282,7 +276,7 @@ def folded_backward(
     dim = constants.dim
     tiles, gradient = tiles_of(problem), gradient_tiles(problem)
     float32: dict[str, Any] = {"dtype": torch.float32, "device": z.device}
-    dweight = torch.zeros(weight.shape, **float32) if want_weight else None
+    dweight = torch.empty(weight.shape, **float32) if want_weight else None
     dz = torch.zeros((rows, units * width), **float32) if want_z and len(weight) > 1 else None
     if want_z and dz is None:
         dz = z.new_empty((rows, units * width))
@@ -292,14 +286,7 @@ def folded_backward(
     affine = z.new_empty((shares_of(constants), 3, dim), dtype=torch.float32)
     for task, (row, upstream) in enumerate(zip(weight, dy, strict=True)):
         if dweight is not None:
-            scaled = upstream if scale is None else (scale[:, None] * upstream).to(z.dtype)
-            sums = torch.stack(
-                [
-                    scaled.sum(0, dtype=torch.float32),
-                    torch.zeros(dim, **float32) if mean is None else mean @ scaled.to(torch.float32),
-                    upstream.sum(0, dtype=torch.float32),
-                ]
-            )
+            scaled, sums = scaled_with_sums(upstream, scale, mean)
             _folded_dweight(z, scaled, sums, constants, precision, gradient, dweight[task])
         if not (want_z or want_scale or want_mean):
             continue
@@ -308,7 +295,7 @@ def folded_backward(
             if not (want_z or want_scale):
                 continue
             raw = (
-                upstream @ matrix.T if len(weight) == 1 else product_float32(upstream, matrix.T)
+                product(upstream, matrix.T) if len(weight) == 1 else product_float32(upstream, matrix.T)
             )  # dy F^T of these units
             columns = slice(first * width, last * width)
             if dscale is not None:
@@ -338,7 +325,7 @@ def _folded_dweight(
 ) -> None:
     """Writes dweight [J] of one task; `scaled` is scale * dy, `sums` [3, D] its sum, its sum by mean, the sum of dy."""
     for first, last in groups(constants):
-        dfold = _flat(z, first, last).T @ scaled  # [units * C, D]
+        dfold = product(_flat(z, first, last).T, scaled)  # [units * C, D]
         _fold_bwd_kernel[(len(constants.chunks),)](
             dfold, sums, constants.proj, constants.bias, constants.slope, constants.offset, constants.basis,
             constants.chunks, out,
@@ -373,7 +360,10 @@ def estimate(p: Problem, *, backward: bool) -> float:
     affine = (
         0.0 if p.plain else routes.launch((5 if backward else 4) * output, 0.0, 1.0)
     )  # else the product adds it
-    return p.tasks * (small + large + affine + (4 * routes.LAUNCH if backward else 0.0))
+    if not backward:
+        return p.tasks * (small + large + affine)
+    count = -(-int(matrix) // WORKSPACE) if matrix > 2 * WORKSPACE else 1  # see groups
+    return p.tasks * (count * small + large + affine + 2 * count * routes.LAUNCH)
 
 
 def run_forward(call: Call) -> Tensor:
@@ -400,9 +390,16 @@ FORWARD = routes.Route(
 )
 BACKWARD = routes.Route(
     "folded",
-    serves=lambda p: p.coordinates > routes.NARROW and not p.indexed,  # from t = dy . basis dz is almost free
+    # From t = dy . basis dz is almost free, so that this pays for dweight alone, or where no tile holds a unit.
+    serves=lambda p: (
+        not p.indexed and (p.coordinates > routes.NARROW or (p.lone and p.kind == "half" and not p.plain))
+    ),
     estimate=lambda p: estimate(p, backward=True),
     tiles=gradient_tiles,
     run=run_backward,
-    reason=lambda p: f"units of {p.coordinates} > {routes.NARROW} coordinates go to the vendor's products",
+    reason=lambda p: (
+        f"units of {p.coordinates} > {routes.NARROW} coordinates go to the vendor's products"
+        if p.coordinates > routes.NARROW
+        else f"with {p.rows} rows the gradient of F takes less memory traffic than t = dy . basis [N, J]"
+    ),
 )

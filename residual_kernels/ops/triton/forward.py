@@ -187,6 +187,8 @@ def tiles_of(p: Problem) -> Tiles:
         rows, columns, warps, most = (64, 256, 4, 4) if p.pairs <= 64 else (128, 256, 8, 3)
         if p.indexed or (p.tasks > 1 and p.rows < rows):  # weights of every row take registers too
             rows, columns, warps, most = 64, 128, 4, 3
+        elif rows == 64 and p.block_k == 16 and routes.pieces(p.coordinates)[1] == 16:
+            columns = 128  # a tail beside short chunks: 256 would spill
     else:
         rows, columns, warps, most = (64, 64, 4, 3) if p.kind == "tf32" else (32, 64, 4, 2)
     if p.pairs <= 16:

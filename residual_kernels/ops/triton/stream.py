@@ -11,7 +11,6 @@ is no workspace at all.
 
 from functools import partial
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor, float32
@@ -20,6 +19,7 @@ from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
 from residual_kernels.ops.triton.launch import Launch, kept
 from residual_kernels.ops.triton.layout import Call
+from residual_kernels.ops.triton.products import product
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import contiguous_rows, load_unit
 
@@ -96,7 +96,7 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
     for first in range(0, rows, most):
         count = min(most, rows - first)
         part = call.rows(first, count)
-        torch.mm(dy[0, first : first + count], constants.narrow_basis.T, out=t[:count])
+        product(dy[0, first : first + count], constants.narrow_basis.T, t[:count])
         launch, splits = kept(("stream", part.key, want_weight, want_z), partial(_prepare, part, wanted))
         sums = z.new_empty((splits, constants.components), dtype=float32) if want_weight else None
         out = None if dz is None else dz[first : first + count]

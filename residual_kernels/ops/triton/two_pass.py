@@ -1,7 +1,7 @@
 """The route `two_pass`: half of the work is one product of the vendor, on [rows, P] in a bounded workspace.
 
 Forward, coefficients are written and multiplied by basis; backward, t = dy . basis is made and a kernel reads it.
-Products accumulate in float32: where the vendor cuts a long sum into parts, parts of 16 bits would be added otherwise.
+Products accumulate in float32 and round once (:mod:`residual_kernels.ops.triton.products`).
 """
 
 import torch
@@ -10,10 +10,10 @@ from torch import Tensor
 from residual_kernels.ops.triton import backward as general
 from residual_kernels.ops.triton import coefficients, routes, stream
 from residual_kernels.ops.triton import dweight as lone
-from residual_kernels.ops.triton.fold import product_float32
 from residual_kernels.ops.triton.forward import merge, sum_partials
 from residual_kernels.ops.triton.launch import kept
 from residual_kernels.ops.triton.layout import Call
+from residual_kernels.ops.triton.products import product, product_float32
 from residual_kernels.ops.triton.routes import Problem
 
 
@@ -34,9 +34,9 @@ def run_forward(call: Call) -> Tensor:
         else:
             pairs = [(block[task], y[task, first : first + count]) for task in range(tasks)]
         for left, out in pairs:
-            if z.dtype == torch.float32:
-                torch.mm(left, constants.narrow_basis, out=out)
-            else:
+            if torch.version.hip is None or z.dtype == torch.float32:
+                product(left, constants.narrow_basis, out)
+            else:  # whose library has no switch for how parts of a sum are added
                 sum_partials(product_float32(left, constants.narrow_basis)[None], out)
     return y[0] if call.index is not None else y
 
@@ -59,9 +59,9 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
         part, upstream = call.rows(first, count), dy[:, first : first + count]
         t = workspace[: tasks * count * constants.padded].view(tasks, count, constants.padded)
         if tasks == 1:
-            torch.mm(upstream[0], constants.narrow_basis.T, out=t[0])
+            product(upstream[0], constants.narrow_basis.T, t[0])
         else:
-            torch.matmul(upstream, constants.narrow_basis.T, out=t)
+            product(upstream, constants.narrow_basis.T, t)
         if p.lone:
             more = lone.dweight(part, upstream[0], t[0])[None]
         else:
@@ -94,8 +94,8 @@ def estimate_forward(p: Problem) -> float:
         blocks * basis + output, 2.0 * pairs * p.padded * p.dim, routes.VENDOR_RATE[p.kind], kept
     )
     across = -(-min(p.pairs, routes.workspace_rows(p)) // 128) * -(-p.dim // 128)
-    cast = routes.launch(3 * output, 0.0, 1.0) if p.kind == "half" else 0.0
-    launches = (blocks - 1) * (3 if p.kind == "half" else 2)
+    cast = routes.launch(3 * output, 0.0, 1.0) if p.kind == "half" and p.hip else 0.0
+    launches = (blocks - 1) * (3 if p.kind == "half" and p.hip else 2)
     spilled = (
         max(kept - blocks * (24 << 20), 0.0) / routes.BANDWIDTH
     )  # what leaves the cache between the two passes
