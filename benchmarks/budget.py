@@ -27,7 +27,9 @@ CASES = (
     ("L/14", "full", 1024, "fwd"),
     ("H/14", "ragged", 1024, "step"),
     ("stream L", "64", 65536, "step with dz"),
+    ("L/14", "full", 8192, "step"),
     ("L/14", "-", 4096, "moments"),
+    ("L/14", "ragged", 64, "sum"),
 )
 
 
@@ -35,7 +37,9 @@ def measure() -> dict[str, dict]:
     """By case: launches, the floor in microseconds, and the floors of its kernels."""
     found = {}
     for name, kind, rows, mode in CASES:
-        if mode == "moments":
+        if mode == "sum":
+            cost = floors.sum_cost(SHAPES[name], kind, rows, "sm_90")
+        elif mode == "moments":
             cost = floors.moments_cost(SHAPES[name], rows, "sm_90")
         else:
             cost = floors.pooled(SHAPES.get(name) or STREAM[name], kind, rows, mode, "sm_90")

@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -84,7 +84,9 @@ class Launch:
     @property
     def kind(self) -> str:
         """bf16, fp16, tf32, fp32: what the matrix products of this launch compute in."""
-        for name in ("proj_ptr", "z_ptr"):
+        if self.constant("PRECISION") == "bf16":
+            return "bf16"
+        for name in ("proj_ptr", "z_ptr", "basis_ptr"):
             if name in dict(self.signature):
                 item = self.type_of(name).removeprefix("*")
                 return "tf32" if item == "fp32" and self.constant("PRECISION") == "tf32" else item
@@ -264,6 +266,9 @@ def _call(case: Case) -> None:
     z = empty(case.rows, case.units, case.width, dtype=case.dtype)
     scale = empty(case.rows) if case.constants else None
     mean = empty(case.rows) if case.constants else None
+    if case.operator == "spectral_sum":
+        _sum(case, empty)
+        return
     if case.operator == "unit_moments":
         triton_backend.unit_moments(z, scale, mean, empty(case.units, case.width + 2, dtype=torch.float64))
         return
@@ -283,6 +288,17 @@ def _call(case: Case) -> None:
     )
 
 
+def _sum(case: Case, empty: Callable[..., Tensor]) -> None:
+    """Both passes of spectral_sum: a step of a fit on cached coefficients."""
+    total = case.units * case.size
+    offsets = torch.arange(case.units + 1) * case.size
+    vector, basis = empty(total), empty(total, case.dim)
+    tensors, sizes = triton_backend.pack(empty(total, case.width), vector, vector, vector, basis, offsets)
+    c, weight = empty(case.rows, total), empty(case.tasks, total)
+    y = triton_backend.spectral_sum_forward(c, weight, tensors, sizes)
+    triton_backend.spectral_sum_backward(y, c, weight, tensors, sizes)
+
+
 WIDTHS = (64, 72, 80, 88, 96, 104, 112)
 SPLITS = (64, 80, 96, 112)  # one width for each way a width is split: 64, 64 + 16, 64 + 32, 128
 SIZES = (14, 30, 64)  # K that packs into chunks of 16, 32 and 64 components
@@ -300,6 +316,8 @@ def cases(widths: tuple[int, ...], kinds: tuple, constants: tuple[bool, ...]) ->
             found.append(Case("forward", route, width, size, rows, dtype, tf32, given, tasks=3, indexed=True))
             for wanted in WANTED:
                 found.append(Case("backward", route, width, size, rows, dtype, tf32, given, wanted=wanted))
+        if dtype == torch.float32 and given and size == SIZES[0] and width == widths[0]:
+            found.append(Case("spectral_sum", "", width, size, rows, dtype, tf32))
         if rows == ROWS[-1]:
             found.append(Case("forward", "folded", width, size, rows, dtype, tf32, given))
             found.append(Case("backward", "folded", width, size, rows, dtype, tf32, given))

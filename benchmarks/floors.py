@@ -199,6 +199,11 @@ def trips(launch: Launch, chunks: int) -> list[float]:
     if name == "fold_bwd":
         columns = ceil(a["D"] / a["BLOCK_D"])
         return [programs, programs * columns, programs * columns * ceil(a["C"] / a["BLOCK_C"])]
+    if name == "spectral_sum_fwd":
+        return [programs, launch.grid[0] * launch.grid[1] * ceil(a["J"] / a["BLOCK_K"])]
+    if name == "spectral_sum_bwd":
+        tiles = launch.grid[1] * launch.grid[2] * ceil(a["N"] / a["BLOCK_N"])
+        return [programs, tiles, tiles * ceil(a["D"] / a["BLOCK_D"])]
     if name == "scaled":
         return [programs, programs * ceil(a["rows_per_split"] / a["BLOCK_N"])]
     if name == "affine":
@@ -349,6 +354,25 @@ def constants(shape: Shape, kind: str) -> tuple[list[Tensor], list[int]]:
     proj = _meta(total, shape.coordinates, dtype=torch.bfloat16)
     basis = _meta(total, shape.dim, dtype=torch.bfloat16)
     return triton_backend.pack(proj, _meta(total), _meta(total), _meta(total), basis, offsets)
+
+
+def sum_cost(shape: Shape, kind: str, rows: int, target: str) -> Cost:
+    """Forward and dweight of spectral_sum with tf32 products: a step of a fit on cached coefficients."""
+    kept = shape.components(kind)
+    total = sum(kept)
+    offsets = torch.tensor([0, *kept]).cumsum(0)
+    vector, proj, basis = _meta(total), _meta(total, shape.coordinates), _meta(total, shape.dim)
+    tensors, sizes = triton_backend.pack(proj, vector, vector, vector, basis, offsets)
+    c, weight = _meta(rows, total), _meta(1, total)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with costed(target) as cost:
+            y = triton_backend.spectral_sum_forward(c, weight, tensors, sizes)
+            triton_backend.spectral_sum_backward(torch.empty_like(y), c, weight, tensors, sizes)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return cost
 
 
 def moments_cost(shape: Shape, rows: int, target: str) -> Cost:

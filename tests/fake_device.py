@@ -21,6 +21,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from torch._library import custom_ops
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -158,6 +159,9 @@ class _Device:
                 args[0], args[1], bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             )
         self.refuse(name, args, leaves)
+        own = custom_ops.OPDEFS.get(f"{func.namespace}::{name}")
+        if own is not None:  # an operator of Python is what it launches
+            return own._init_fn(*args, **kwargs)
         return self.compute(func, name, args, kwargs, ours)
 
     def moved(self, func, x: Tensor, kwargs: dict):

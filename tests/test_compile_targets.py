@@ -32,6 +32,8 @@ KERNELS = {
     "fold_bwd",
     "affine",
     "scaled",
+    "spectral_sum_fwd",
+    "spectral_sum_bwd",
     "dweight",
     "stream_bwd",
     "unit_moments",

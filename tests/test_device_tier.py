@@ -360,3 +360,37 @@ def test_copies_stay_on_the_device(device, images, known):
     adapter = adapters(fake_device.moved(build()), known[1])["fine"]
     again = copy.deepcopy(adapter)
     same(again(images[:4]), fake_device.held(adapter(images[:4]).detach()), 0)
+
+
+def test_a_fit_on_a_device_takes_the_kernels(known):
+    """The Triton backend on the device, in Triton's interpreter: spectral_sum's kernels are in the captured step."""
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    tower, bases, cache = known
+    expected, weights = fitted(rk.ResiDual(tower, bases), head_of(), cache, epochs=1, batch_size=30)
+    with fake_device.installed(kernels=True) as device:
+        adapter = rk.ResiDual(fake_device.moved(build()), bases)
+        with device.counted() as seen:
+            found, own = fitted(
+                adapter, fake_device.moved(head_of()), cache, epochs=1, batch_size=30, step="graph"
+            )
+    for name in ("spectral_sum_fwd_kernel", "spectral_sum_bwd_kernel"):
+        assert seen.launches[f"graph: {name}"] >= seen.replays > 0, seen.launches
+    for mine, theirs in zip(own, weights, strict=True):
+        assert (mine - theirs).abs().max() < 1e-3
+    assert abs(found.history[-1].train_loss - expected.history[-1].train_loss) < 1e-4
+
+
+def test_a_forward_and_a_step_on_a_device_take_few_launches(images, known):
+    pytest.importorskip("triton", reason="the package triton is not installed")
+    bases = known[1].of("head")
+    expected = rk.ResiDual(known[0], bases, init="normal")(images[:4]).detach()
+    with fake_device.installed(kernels=True) as device:
+        adapter = rk.ResiDual(fake_device.moved(build()), bases, init="normal")
+        terms = adapter.collect(fake_device.to_device(images[:4]))
+        adapter.from_units(terms)
+        with device.counted() as seen:
+            y = adapter.from_units(terms)
+        kernels = {name: count for name, count in seen.launches.items() if name.endswith("kernel")}
+        assert 1 <= sum(kernels.values()) <= 2, seen.launches
+        assert seen.waits == {}
+        same(y, expected)

@@ -327,20 +327,24 @@ class SpectralConstants(nn.Module):
     def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
         """y [N, D] of coefficients [N, J] and weight [J]; [T, N, D] of weights [T, J] and [N, J], or [T, N, J]."""
         c = features["c"]
-        if not self._compiled_for(c):
+        if not self._compiled_for(c, weight.shape[0] if weight.ndim == 2 else 1):
             return (c * weight.unsqueeze(-2)) @ self.basis
         pack = self.packed(c.dtype)
         if c.ndim == 2:
             return ops.spectral_sum(c, weight, pack)
         return torch.cat([ops.spectral_sum(*one, pack) for one in zip(c, weight.split(1), strict=True)])
 
-    def _compiled_for(self, c: Tensor) -> bool:
-        """Whether the compiled backend is to sum these coefficients; a module for other devices never packs for it."""
-        if c.device.type != "cpu" or self.backend not in ("auto", "cpp") or c.requires_grad:
+    def _compiled_for(self, c: Tensor, tasks: int) -> bool:
+        """Whether a fast backend is to sum these coefficients; nothing is packed for one that is not asked for."""
+        if self.backend not in ("auto", "cpp", "triton") or c.requires_grad:
             return False
         if torch.compiler.is_compiling() and c.dtype not in self._packs:  # packing cannot be part of a graph
             return False
-        return backends.resolve(self.backend, c.device, c.dtype) == "cpp"
+        chosen = backends.resolve(self.backend, c.device, c.dtype)
+        if chosen == "triton":
+            shape = (c.shape[-2], 1 if c.ndim == 3 else tasks, c.shape[-1], self.basis.shape[1])
+            return c.dtype == torch.float32 and backends.load("triton").spectral_sum_pays(*shape)
+        return chosen == "cpp"
 
 
 def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 The second half of :func:`spectral_reweight`, for coefficients that are known already: every step of a fit on cached
 units. Only `weight` learns. On a CPU the compiled backend reweights a block of coefficients in cache, reads the basis
-once for all tasks, and never stores c * weight or dy . basis; elsewhere write (c * weight) @ basis.
+once for all tasks, and never stores c * weight or dy . basis; on a GPU the Triton backend does so in registers, where
+that is estimated to be faster than the vendor's product. Elsewhere write (c * weight) @ basis.
 """
 
 import torch
@@ -12,7 +13,7 @@ from residual_kernels.ops import backends
 from residual_kernels.ops.operands import check_pack, check_upstream
 from residual_kernels.ops.packing import PackedUnits, wide
 
-BACKENDS_WITH_SUMS = ("cpp",)
+BACKENDS_WITH_SUMS = {"triton": 4, "cpp": 2}  # and which of their packed tensors has the dtype of the sums
 
 
 @torch.library.custom_op("residual_kernels::spectral_sum", mutates_args=())
@@ -40,14 +41,13 @@ def _check(
             f"c must be [N, J] and weight [T, J] with J = {components} as packed; got {tuple(c.shape)} and "
             f"{tuple(weight.shape)}"
         )
-    if not c.dtype == weight.dtype == tensors[2].dtype or c.layout is not torch.strided:
+    basis = tensors[BACKENDS_WITH_SUMS[backend]]
+    if not c.dtype == weight.dtype == basis.dtype or c.layout is not torch.strided:
         raise ValueError(
-            f"c and weight must be dense and {tensors[2].dtype} as packed; got {c.dtype} and {weight.dtype}"
+            f"c and weight must be dense and {basis.dtype} as packed; got {c.dtype} and {weight.dtype}"
         )
-    if not c.device == weight.device == tensors[2].device:
-        raise ValueError(
-            f"c is on {c.device}, weight on {weight.device}, the constants on {tensors[2].device}"
-        )
+    if not c.device == weight.device == basis.device:
+        raise ValueError(f"c is on {c.device}, weight on {weight.device}, the constants on {basis.device}")
 
 
 @_spectral_sum.register_fake
@@ -91,16 +91,21 @@ def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
     """y [N, D] of coefficients c [N, J], which must not require grad, and weight [J]; [T, N, D] for weight [T, J].
 
     Args:
-        c: float32 or float64 on the CPU, in the dtype of the packed constants; any strides.
+        c: float32 or float64 (cpp), float32 (triton), in the dtype of the packed constants; any strides.
         weight: of one or T tasks on the same coefficients; its gradient is the only one.
-        pack: made by :func:`pack_units` for the compiled backend: the others have nothing faster than a product.
+        pack: made by :func:`pack_units` for cpp or triton: torch has nothing faster than a product.
 
-    Deterministic, for any number of threads. Raises ValueError for shapes, dtypes or packs that do not fit.
+    Deterministic, for any number of threads. Triton multiplies exactly unless torch.set_float32_matmul_precision allows
+    tf32 ("high") or bfloat16 ("medium"). Raises ValueError for shapes, dtypes or packs that do not fit.
     """
-    if pack.backend != "cpp" or c.requires_grad or not c.dtype == wide(c.dtype) == pack.dtype:
+    if (
+        pack.backend not in BACKENDS_WITH_SUMS
+        or c.requires_grad
+        or not c.dtype == wide(c.dtype) == pack.dtype
+    ):
         raise ValueError(
-            f"spectral_sum takes float32 or float64 coefficients without grad, packed alike for cpp; got {c.dtype}, "
-            f"requires_grad={c.requires_grad}, and constants packed in {pack.dtype} for {pack.backend}"
+            "spectral_sum takes float32 or float64 coefficients without grad, packed alike for cpp or triton; got "
+            f"{c.dtype}, requires_grad={c.requires_grad}, and constants packed in {pack.dtype} for {pack.backend}"
         )
     if c.ndim != 2 or weight.ndim not in (1, 2) or {c.shape[-1], weight.shape[-1]} != {pack.components}:
         raise ValueError(

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from residual_kernels.ops import torch_backend
-from residual_kernels.ops.triton import backward, fold, forward, layout, matmul, routes, two_pass
+from residual_kernels.ops.triton import (
+    backward,
+    fold,
+    forward,
+    layout,
+    matmul,
+    routes,
+    spectral_sum,
+    two_pass,
+)
 from residual_kernels.ops.triton import unit_moments as moments
 from residual_kernels.ops.triton.launch import kept
 from residual_kernels.ops.triton.layout import Call, Constants
@@ -266,6 +275,27 @@ def spectral_reweight_backward(
         at = int(wanted[0])
         grads[at] = grads[at].to(dtype)
     return grads
+
+
+def spectral_sum_pays(rows: int, tasks: int, components: int, dim: int) -> bool:
+    """Whether :func:`spectral_sum_forward` is estimated to be faster than c * weight and the vendor's product."""
+    return spectral_sum.pays(rows, tasks, components, dim)
+
+
+def spectral_sum_forward(
+    c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
+    """c [N, J] and weight [T, J], float32 -> y [T, N, D]."""
+    with _on(c.device):
+        return spectral_sum.forward(c, weight, layout.constants_of(tensors, sizes))
+
+
+def spectral_sum_backward(
+    dy: Tensor, c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
+    """dy [T, N, D] -> dweight [T, J]."""
+    with _on(c.device):
+        return spectral_sum.backward(dy, c, layout.constants_of(tensors, sizes))
 
 
 def unit_moments(

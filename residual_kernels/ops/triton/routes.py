@@ -178,7 +178,8 @@ def workspace_bytes(p: Problem) -> int:
     """What a call may spend beside inputs and outputs: what the caller said, or a tenth of them and 32 MB."""
     if p.workspace is not None:
         return p.workspace
-    return (30 << 20) + int(sum(sizes(p)) + float(p.pairs) * p.dim * p.itemsize) // 10  # 2 MB for partial sums
+    given = sum(sizes(p)) + float(p.pairs) * p.dim * p.itemsize
+    return (30 << 20) + int(given) // 10  # partial sums get the other 2 MB
 
 
 def workspace_rows(p: Problem) -> int:
