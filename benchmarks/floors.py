@@ -17,7 +17,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -96,14 +96,18 @@ def _parse(text: str, amd: bool) -> tuple[list[tuple[str, str]], dict[str, int]]
 
 
 def _depths(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[int]:
-    """How many loops each instruction is in: a branch to a label above it closes a loop (a jump to itself: a trap)."""
+    """How many loops each instruction is in: a branch to a label above it closes a loop (a jump to itself: a trap).
+
+    A branch right behind a try at a barrier is no loop: it waits, or comes back from where the waiting is done.
+    """
     loops: dict[int, int] = {}
     for at, (opcode, operands) in enumerate(instructions):
         if not opcode.startswith(("BRA", "s_cbranch", "s_branch")):
             continue
         label = re.search(r"\.L\w+", operands)
         start = labels.get(label[0]) if label else None
-        if start is not None and start < at:
+        waits = any("TRYWAIT" in other for other, _ in instructions[max(at - 3, 0) : at])
+        if start is not None and start < at and not waits:
             loops[start] = max(loops.get(start, 0), at)
     return [sum(start <= at <= end for start, end in loops.items()) for at in range(len(instructions))]
 
@@ -120,7 +124,20 @@ def _product_operations(opcode: str) -> float:
     return 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else 0.0
 
 
-def read_code(text: str, amd: bool, occupied: float) -> Code:
+def blackwell_products(ptx: str) -> list[float]:
+    """Operations of the tcgen05 instructions in their order: each is issued by one warp for its whole program."""
+    values = {name: int(value) for name, value in re.findall(r"mov\.b32\s+(%r\d+), (\d+);", ptx)}
+    found = []
+    for kind, name in re.findall(r"tcgen05\.mma\S*kind::(\w+) [^,]+, [^,]+, [^,]+, (%r\d+),", ptx):
+        shape = values[name]  # the instruction descriptor: N / 8 from bit 17, M / 16 from bit 24
+        rows, columns = (shape >> 24 & 31) * 16, (shape >> 17 & 63) * 8
+        found.append(2.0 * rows * columns * (8 if kind == "tf32" else 16))
+    return found
+
+
+def read_code(text: str, amd: bool, occupied: float, issued: Sequence[float] = ()) -> Code:
+    """Counts of a disassembly; `issued` are the operations of its UTCHMMA instructions, for one warp."""
+    blackwell = iter(issued)
     instructions, labels = _parse(text, amd)
     depths = _depths(instructions, labels)
     size = max(depths, default=0) + 1
@@ -131,7 +148,7 @@ def read_code(text: str, amd: bool, occupied: float) -> Code:
             continue
         counts[depth] += 1
         barriers[depth] += opcode.startswith(("BAR", "s_barrier"))
-        work = _product_operations(opcode)
+        work = next(blackwell, 0.0) if opcode.startswith("UTCHMMA") else _product_operations(opcode)
         products[depth] += work > 0 or opcode.startswith("UTCHMMA")
         operations[depth] += work
         if opcode.startswith(("LDG", "STG")):
@@ -158,7 +175,10 @@ def code_of(launch: Launch, target: str) -> Code:
         file.write(compiled.asm["cubin"])
         file.flush()
         text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-    return read_code(text, False, occupied)
+    issued = [operations / launch.warps for operations in blackwell_products(compiled.asm["ptx"])]
+    if len(issued) != len(re.findall(r"\bUTCHMMA\b", text)):
+        issued = []  # the assembler has unrolled or shared some: their operations are not known
+    return read_code(text, False, occupied, issued)
 
 
 # --- how often a loop runs --------------------------------------------------------------------------------------------
@@ -423,6 +443,20 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
             roof = stream(shape, 65536, mode, 2).roof(BANDWIDTH, RATE)
             fields = {"operator": "stream", "shape": shape.name, "K": "C", "N": 65536, "mode": mode}
             add(fields, pooled(shape, str(shape.coordinates), 65536, mode, target), roof, None)
+    for name in names:
+        for rows in (64, 256):
+            shape = SHAPES[name]
+            total = sum(shape.components("ragged"))
+            moved = 2 * 4.0 * (rows * total + total * shape.dim + rows * shape.dim)
+            roof = max(moved / BANDWIDTH, 4.0 * rows * total * shape.dim / VENDOR_RATE["tf32"])
+            fields = {
+                "operator": "spectral_sum, tf32",
+                "shape": name,
+                "K": "ragged",
+                "N": rows,
+                "mode": "step",
+            }
+            add(fields, sum_cost(shape, "ragged", rows, target), roof, None)
     for name in names:
         roof = moments(SHAPES[name], 4096, 2).roof(BANDWIDTH, RATE)
         fields = {"operator": "unit_moments", "shape": name, "K": "-", "N": 4096, "mode": "fwd"}

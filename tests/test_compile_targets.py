@@ -169,6 +169,10 @@ def test_a_worse_kernel_is_told():
         "assert found.instructions == (3, 3, 3) and found.barriers == (0, 0, 1) and found.narrow == (0, 1, 0)\n"
         "assert found.operations == (0.0, 0.0, 2.0 * 64 * 32 * 16 / 4) and found.tile_bytes == (0.0, 512.0, 0.0)\n"
         "assert found.total('instructions', [10, 100, 1000]) == 30 + 300 + 3000\n"
+        "ptx = 'mov.b32 %r5, 136314896; @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r5, %p2;'\n"
+        "assert floors.blackwell_products(ptx) == [2.0 * 128 * 128 * 16]\n"
+        "waiting = text.replace('BAR.SYNC.DEFER_BLOCKING', 'SYNCS.PHASECHK.TRANS64.TRYWAIT')\n"
+        "assert floors.read_code(waiting, False, 0.5).instructions == (9,)  # no loop\n"
     )
     done = run_plain("-c", code)
     assert done.returncode == 0, done.stderr
