@@ -161,7 +161,8 @@ class _Device:
         self.refuse(name, args, leaves)
         own = custom_ops.OPDEFS.get(f"{func.namespace}::{name}")
         if own is not None:  # an operator of Python is what it launches
-            return own._init_fn(*args, **kwargs)
+            with _Mode():  # which torch has left to come here
+                return own._init_fn(*args, **kwargs)
         return self.compute(func, name, args, kwargs, ours)
 
     def moved(self, func, x: Tensor, kwargs: dict):
