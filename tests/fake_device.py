@@ -326,7 +326,7 @@ def _quiet(*_, **__) -> contextlib.AbstractContextManager:
 
 _CUDA_MODULE = {
     "_lazy_init": lambda: None, "is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 1,
-    "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, name="fake"),
+    "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, name="fake", major=9, minor=0),
     "get_device_name": lambda *_: "fake", "get_device_capability": lambda *_: (9, 0),
     "synchronize": lambda *_: DEVICE.wait("synchronize"), "Event": _Event, "Stream": _Stream,
     "current_stream": lambda *_: _Stream(), "stream": _quiet, "device": _quiet, "CUDAGraph": _Graph,
