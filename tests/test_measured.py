@@ -174,29 +174,6 @@ def test_the_table_of_attention_pooling_is_the_counted_one():
         ]
 
 
-def test_figures_of_faults_are_the_committed_ones():
-    text = " ".join((DOCS / "RELIABILITY.md").read_text().split())
-    faults, killed, load = (result(f"faults/{name}.json") for name in ("faults", "interrupted", "load"))
-    writers = len({row["writer"] for row in faults["rows"]})
-    stops = sum(sum(row["stops"].values()) for row in faults["rows"])
-    wrong = sum(len(row["faults"]) for row in faults["rows"])
-    assert (stops, wrong) == (faults["stops"], len(faults["faults"]))
-    assert f"{writers} writers" in text
-    assert f"{stops} stops" in text
-    assert f"{stops - wrong} ended as promised" in text
-    for row in killed["rows"]:
-        assert (
-            f"{row['kills']} kills of `{row['command']}`" in text
-            or f"{row['kills']} of `{row['command']}`" in text
-        )
-        assert not row["faults"]
-    between, threads = load["attached_in_between"], load["eight_threads"]
-    assert f"attach and detach, {between['switches']} times" in text
-    outputs = between["tower"] + between["adapter"]
-    assert f"{outputs} outputs: {between['tower']} the tower's, {between['adapter']} the adapter's" in text
-    assert f"in eight threads, {threads['calls']} calls" in text
-
-
 def test_what_the_comparison_says_in_words_is_in_its_table():
     rows = {row[0]: row for row in rows_of(DOCS / "COMPARISON.md", "## With other methods")}
     text = " ".join((DOCS / "COMPARISON.md").read_text().split())

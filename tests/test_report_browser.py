@@ -17,6 +17,7 @@ DRIVER = shutil.which("chromedriver")
 if CHROMIUM is None or DRIVER is None:
     pytest.skip("chromium and chromedriver are not both installed", allow_module_level=True)
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+support_ui = pytest.importorskip("selenium.webdriver.support.ui", reason="selenium is not installed")
 OWNED = "<img src=x onerror=\"document.title='owned'\">"
 OPTIONS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -48,7 +49,8 @@ def address(tmp_path_factory):
     head = rk.ZeroShotHead(vectors.class_vectors, images.class_names, float(vectors.logit_scale))
     bases = rk.fit_bases(model.visual, cache, ("head", "mlp")).truncate(components=5)
     residual = rk.ResiDual(model.visual, bases, "sum", init="normal")
-    words = TextDictionary.from_words(model, tokenizer, ["a ring", OWNED, "the number two"])
+    known = TextDictionary.bundled(model, tokenizer)
+    words = TextDictionary((OWNED, *known.words[1:]), known.vectors)  # a name that must not become markup
     facts = gather(residual, head, cache, Source("bundled", OWNED, "run"), dictionary=words)
     path = tmp_path_factory.mktemp("page") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
@@ -80,6 +82,8 @@ def page(browser, address):
         )
         emulate(browser, scheme)
         browser.get(address)
+        ready = "return document.documentElement.dataset.ready === 'true'"
+        support_ui.WebDriverWait(browser, 20).until(lambda one: one.execute_script(ready))
         return browser
 
     yield load
@@ -181,6 +185,9 @@ def test_a_phone_scrolls_one_way_only(page, width):
     assert js(browser, f"{wide}.length") == 0
     browser.find_element("css selector", ".grid tbody tr:nth-child(1) td:nth-of-type(1) button").click()
     assert js(browser, "document.documentElement.scrollWidth") <= width
+    cut = "[...document.querySelectorAll('#panel .scroll')].filter(s => s.scrollWidth > s.clientWidth + 1)"
+    assert js(browser, "document.querySelectorAll('#panel .scroll').length") == 1
+    assert js(browser, f"{cut}.length") == 0  # class names are whole
 
 
 def test_a_dark_room(page):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from residual_kernels import extras
+from residual_kernels.analysis.ends import AGREEMENT, CHANCE
 from residual_kernels.analysis.weights import Component
 from residual_kernels.data.images import Images
 from residual_kernels.files import together, write_text
@@ -318,8 +319,15 @@ def _terms(facts: Facts) -> list[tuple[str, str]]:
             ("worth", "accuracy lost when the weights of one unit return to 1 and all others stay"),
         ]  # fmt: skip
     if facts.words:
-        said.append(("words", "phrases of a dictionary whose text embeddings, less their mean, have the largest "
-                     "cosine with an end of the component"))  # fmt: skip
+        said.append(
+            (
+                "words",
+                "phrases of a dictionary, nearest first. A phrase is shown only where its text embedding is nearer "
+                f"to the component than the nearest phrase of {CHANCE:.0%} of random directions, and where, over "
+                "these images, the component's coefficient and the model's similarity to the phrase correlate by "
+                f"{AGREEMENT} or more",
+            )
+        )
     said += [
         (f"components for {ENERGY:.0%}", "how many principal components hold this much of a head's variance on these "
          "images"),
