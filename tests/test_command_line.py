@@ -329,6 +329,7 @@ def test_an_option_that_a_cache_disagrees_with_is_named(run, photos, tmp_path):
 # --- classes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("default:the class vectors of:UserWarning")  # some numbers are alike to it
 def test_names_are_paired_in_number_order_and_shown(run, tmp_path):
     photos = put_images(tmp_path / "d", [str(number) for number in range(11)], each=2)
     names = [f"name {number}" for number in range(11)]
