@@ -1,13 +1,15 @@
 """The evidence suite in a small version: its pictures, everybody's fit, what is recorded, and the table's errors."""
 
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import residual_kernels as rk
-from benchmarks.suite import ours, peers, pictures, plot, run, table, tasks, through_tower
+from benchmarks.suite import ours, peers, pictures, plot, run, table, tasks, through_tower, unseen
 from benchmarks.suite.tasks import few
 from residual_kernels.train import tuning
 
@@ -197,3 +199,30 @@ def test_table_and_picture_of_what_was_recorded():
         "4 labelled a class",
         "all labelled a class",
     ]
+
+
+def test_committed_tables_are_those_of_the_committed_rows():
+    """The pages show lines of suite.md and unseen.md, which come from the rows beside them."""
+    root = Path(__file__).resolve().parents[1]
+    results = root / "benchmarks" / "results" / "amd-zen5-avx512bf16"
+    suite, novel = (json.loads((results / f"{name}.json").read_text()) for name in ("suite", "unseen"))
+    made = {"suite": table.markdown(suite), "unseen": unseen.markdown(novel)}
+    for name, text in made.items():
+        assert (results / f"{name}.md").read_text() == text
+    pages = {"COMPARISON": ("suite", "| method | 1 a class"), "GUIDE": ("suite", "| task | the model |")}
+    pages["FEW_LABELS"] = ("unseen", "| method | labelled classes |")
+    for page, (name, start) in pages.items():
+        lines = (root / "docs" / f"{page}.md").read_text().splitlines()
+        first = next(place for place, line in enumerate(lines) if line.startswith(start))
+        shown = list(itertools.takewhile(lambda line: line.startswith("|"), lines[first:]))
+        assert len(shown) > 5
+        assert "\n".join(shown) in made[name]
+
+
+def test_the_default_is_never_below_the_model():
+    """Of the committed cells, none by more than one error: what `tune` promises."""
+    root = Path(__file__).resolve().parents[1]
+    suite = json.loads((root / "benchmarks/results/amd-zen5-avx512bf16/suite.json").read_text())
+    own = {key: cell for key, cell in table.cells(suite["rows"]).items() if key[2] == table.AUTO}
+    assert len(own) == 4 * 12
+    assert not [key for key, cell in own.items() if cell.below]

@@ -61,7 +61,7 @@ def cells(rows: Iterable[dict]) -> dict[tuple[str, int | None, str], Cell]:
 
 
 def about(conditions: dict, rows: list[dict], tasks: list[str]) -> dict:
-    """What is written: conditions, tasks and every row."""
+    """What is written: conditions, tasks and every row of the protocol, without what `tune` judged on the way."""
     from benchmarks.suite.run import METHODS
     from benchmarks.suite.tasks import RECIPES
 
@@ -69,7 +69,12 @@ def about(conditions: dict, rows: list[dict], tasks: list[str]) -> dict:
         **conditions,
         "tasks": {name: {"classes": len(RECIPES[name].names), "about": RECIPES[name].about} for name in tasks},
         "sources": {name: method.source for name, method in METHODS.items()},
-        "rows": [row for row in rows if row["task"] in tasks],
+        "rows": [
+            {key: value for key, value in row.items() if key != "table"}
+            for row in rows
+            if row["task"] in tasks
+            and (row["method"] not in METHODS or (row["shots"], row["seed"]) in METHODS[row["method"]].runs())
+        ],
     }  # fmt: skip
 
 
