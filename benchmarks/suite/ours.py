@@ -39,7 +39,7 @@ def contest(
     start = time.process_time()
     base = rk.build("base", task.tower)
     played = tuning._Contest(
-        task.tower, task.bases, head, train.units, None, ConvexConfig(), seed, None, None, built
+        base, task.bases, head, train.units, None, ConvexConfig(), seed, None, None, built
     )
     opening = time.process_time() - start
     seconds, found = {}, {}
@@ -57,7 +57,7 @@ def contest(
     def fitted(entry) -> Fitted:
         if not entry.freedom:
             return Fitted(lambda split: head(split.units.output), 0)
-        adapter, own = played.made(entry, base)
+        adapter, own = played.made(entry)
         return Fitted(_frozen_logits(adapter, own), entry.numbers)
 
     for entry in played.entries:

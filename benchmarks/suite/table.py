@@ -95,6 +95,10 @@ def by_task(result: dict, names: tuple[str, ...]) -> list[str]:
     found = cells(result["rows"])
     counts = sorted({shots for _, shots, name in found if name == AUTO}, key=lambda n: (n is None, n))
 
+    names = tuple(
+        name for name in names if all((task, n, name) in found for task in result["tasks"] for n in counts)
+    )
+
     def texts(task: str, name: str) -> str:
         values = [f"{found[task, n, name].accuracy:.3f}".lstrip("0") for n in counts]
         return values[0] if name == BASE and len(set(values)) == 1 else " ".join(values)
@@ -119,7 +123,7 @@ def markdown(result: dict) -> str:
     lines = [
         f"{result['cpu']}, one thread, torch {result['torch']}. {len(tasks)} tasks, the bundled model. Accuracy on "
         "test images, averaged over tasks; seconds are processor time of one fit with all its tuning, averaged over "
-        "tasks, at the largest count run. Protocol: the head of `benchmarks/suite/run.py`.",
+        "tasks, at the largest count run. Protocol: the head of `benchmarks/suite/run.py`." + result.get("note", ""),
         "",
         "| method | " + " | ".join(f"{n or 'all'} a class" for n in counts) + " | mean rank at "
         + " / ".join(str(n or "all") for n in counts)
