@@ -2,6 +2,7 @@
 
 import open_clip
 import pytest
+import transformers
 from towers_table import PAGE, open_clip_rows, page
 
 
@@ -20,5 +21,8 @@ def test_every_open_clip_configuration_has_a_row(rows):
     }  # fmt: skip
 
 
+@pytest.mark.skipif(
+    not hasattr(transformers, "PixioModel"), reason="the page has towers that came with transformers 5"
+)
 def test_the_page_is_current():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/towers_table.py"
