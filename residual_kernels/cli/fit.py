@@ -3,19 +3,11 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
-from torch import nn
 
-from residual_kernels import distributed
-from residual_kernels.adapters.folder import CONFIG
-from residual_kernels.adapters.methods import METHODS, Method
 from residual_kernels.cli.apart import ADAPTER_FILES
-from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
-from residual_kernels.cli.fit_method import MethodFit, check_runs
-from residual_kernels.cli.inputs import Reader, prepare, reads_images
 from residual_kernels.cli.options import (
     CONTEST,
     ClassNames,
@@ -29,15 +21,16 @@ from residual_kernels.cli.options import (
     Tokens,
 )
 from residual_kernels.cli.outputs import folder_of, new_file
-from residual_kernels.data import models as sources
-from residual_kernels.data import prompts
-from residual_kernels.data.classes import Relabelled, positions
-from residual_kernels.data.images.base import Images
-from residual_kernels.train.inside import StreamImages
-from residual_kernels.train.labels import shots_of
-from residual_kernels.train.tuning import PROBE
-from residual_kernels.units.cache import HELD_OUT, UnitCache, encode
-from residual_kernels.zeroshot import ZeroShotHead
+from residual_kernels.cli.reading import reads_images
+from residual_kernels.data.model_names import BUNDLED
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from residual_kernels.cli.inputs import Reader
+    from residual_kernels.data.classes import Relabelled
+    from residual_kernels.data.images.base import Images
+    from residual_kernels.units.cache import UnitCache
 
 
 @reads_images
@@ -48,7 +41,7 @@ def fit_command(
     out_folder: Annotated[
         Path, typer.Option("--out", callback=folder_of(*ADAPTER_FILES), help="folder for the adapter")
     ],
-    reader: Reader,
+    reader: "Reader",
     val: Annotated[
         Path | None,
         typer.Option(
@@ -120,7 +113,7 @@ def fit_command(
         bool,
         typer.Option(help="class vectors from training images instead of text; from the --shots where given"),
     ] = False,
-    model: Model = sources.BUNDLED,
+    model: Model = BUNDLED,
     pretrained: Pretrained = None,
     class_names: ClassNames = None,
     templates: Templates = None,
@@ -132,6 +125,21 @@ def fit_command(
 
     Under torchrun its processes share every batch of a cache.
     """
+    from residual_kernels import distributed
+    from residual_kernels.adapters.folder import CONFIG
+    from residual_kernels.adapters.methods import METHODS, Method
+    from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
+    from residual_kernels.cli.fit_method import MethodFit, check_runs
+    from residual_kernels.cli.inputs import prepare
+    from residual_kernels.data import models as sources
+    from residual_kernels.data import prompts
+    from residual_kernels.data.classes import positions
+    from residual_kernels.train.inside import StreamImages
+    from residual_kernels.train.labels import shots_of
+    from residual_kernels.train.tuning import PROBE
+    from residual_kernels.units.cache import HELD_OUT, UnitCache, encode
+    from residual_kernels.zeroshot import ZeroShotHead
+
     distributed.initialise()
     if (out_folder / CONFIG).exists() or (out_folder.exists() and not out_folder.is_dir()):
         raise FileExistsError(f"{out_folder} exists already; name a new folder for the adapter")
@@ -237,13 +245,17 @@ class _Judges:
     """What `--val` named, and where its classes stand among those of `--data`."""
 
     path: Path
-    source: UnitCache | Images
+    source: "UnitCache | Images"
     places: list[int]
 
-    def images(self, reader: Reader) -> Relabelled:
+    def images(self, reader: "Reader") -> "Relabelled":
+        from residual_kernels.data.classes import Relabelled
+
         return Relabelled(reader.only_images(self.source, self.path), self.places)
 
-    def cache(self, reader: Reader, tower: nn.Module, kinds: Iterable[str]) -> UnitCache:
+    def cache(self, reader: "Reader", tower: "nn.Module", kinds: Iterable[str]) -> "UnitCache":
+        import torch
+
         cache = reader.cached(tower, self.source, kinds, "encoding validation")
         cache.labels = torch.tensor(self.places)[cache.truth]
         return cache

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from residual_kernels import distributed
 from residual_kernels.cli.options import Identity, OnUnreadable, Orientation
 from residual_kernels.cli.printing import bar, err, out
-from residual_kernels.cli.reading import reads_images as reads_images
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.images import Account, Images, find_unreadable, open_images, without
