@@ -197,7 +197,7 @@ def test_an_empty_path_is_no_path():
         ("https://example.com/a.zip", "an address in a network"),
         ("s3://bucket/{00..11}.tar", "an address in a network"),
         ("torchvision:FakeData", "draws noise"),
-        ("torchvision:VOCDetection@train", "is no classification data set: its labels are boxes"),
+        ("torchvision:VOCDetection@train", "is not a classification data set: its labels are boxes"),
         ("torchvision:CelebA@train", "its labels are attributes of faces"),
     ],
 )

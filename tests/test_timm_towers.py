@@ -385,7 +385,7 @@ def diff_attention():
 REFUSED = {
     "ConvNeXt": (lambda: timm.create_model("test_convnext"), r"ConvNeXt is hierarchical \(stages\)"),
     "Swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), "Swin.* is hierarchical"),
-    "ResNet": (lambda: timm.create_model("test_resnet"), "convolutional network"),
+    "ResNet": (lambda: timm.create_model("test_resnet"), "is hierarchical"),
     "FastViT": (lambda: timm.create_model("fastvit_t8", layers=(1, 1, 1, 1)), "FastVit is hierarchical"),
     "EfficientNet": (lambda: timm.create_model("test_efficientnet"), "lacks patch_embed"),
     "SAM": (lambda: timm.create_model("samvit_base_patch16_224", depth=1, img_size=64), "unknown parts neck"),

@@ -44,6 +44,10 @@ def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify:
     """
     path = Path(path)
     check_ending(path)
+    if images.is_meta:
+        raise ValueError(
+            "images on meta hold no values; the file is made on the CPU, from images that are real"
+        )
     images = images.detach().cpu()
     if any(value.device.type != "cpu" for value in (*module.parameters(), *module.buffers())):
         module = copy.deepcopy(module).to("cpu")  # a file for everywhere is made on the CPU

@@ -17,6 +17,7 @@ from residual_kernels.towers.checksum import on_cpu
 from residual_kernels.towers.watch import counter
 
 _SAMPLE = 256  # values of a parameter that are kept
+_RUN = 2**16  # values summed at a time
 # What is called rounding: an average of equal weights (d a + (1 - d) a) is off by this much after a few steps.
 _ROUNDINGS, _AT_MOST = 32, 0.01
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,10 +54,11 @@ def _kept(value: Tensor) -> Tensor:
     """(sum, sum of sizes, some of the values) of a parameter, float64."""
     flat = value.detach().reshape(-1)
     step = max(1, len(flat) // _SAMPLE) | 1  # odd, so that it does not stay in one column
-    wide = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-    # In the values' own precision, by torch's pairwise sums: float64 sums of float32 are ten times slower, and what
-    # counts as moved is many roundings.
-    sums = torch.stack([wide.sum(), wide.abs().sum()]).double()
+    sums = torch.zeros(2, dtype=torch.float64, device=flat.device)
+    # In runs that stay in a core's cache: one sum of float64 over all would be ten times slower.
+    for run in flat.split(_RUN if flat.device.type == "cpu" else len(flat)):
+        wide = run.double()
+        sums += torch.stack([wide.sum(), wide.abs().sum()])
     return torch.cat([sums, flat[::step].double()])
 
 

@@ -16,7 +16,9 @@ from torch.nn.modules import module as everywhere
 
 from residual_kernels.towers.base import Tower
 
-# Settings that a module keeps as attributes. `training` changes nothing that is not looked at where it matters.
+# Settings that change nothing in the output, or nothing that is not looked at where it matters (`training`).
+_NOT_LOOKED_AT = {"training", "grad_checkpointing", "gradient_checkpointing"}
+# What a setting that a module keeps as an attribute may be.
 _SETTINGS = (bool, int, float, str, tuple, type(None), types.FunctionType, types.MethodType)
 _METHODS = (types.FunctionType, property, staticmethod, classmethod)
 _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_modules", "_parameters")
@@ -80,7 +82,7 @@ class Watch:
         return [
             name
             for name, value in part.__dict__.items()
-            if name != "training" and _plain(value) and self._grown.get((part, name), 0) < _COUNTED
+            if name not in _NOT_LOOKED_AT and _plain(value) and self._grown.get((part, name), 0) < _COUNTED
         ]
 
     def _growing(self) -> dict[tuple[nn.Module, str], int]:

@@ -58,7 +58,7 @@ class TorchvisionImages(Images):
         made = _torchvision_class(name)
         if labelled and made.__name__ in _LABELS:
             raise ValueError(
-                f"torchvision:{made.__name__} is no classification data set: its labels are "
+                f"torchvision:{made.__name__} is not a classification data set: its labels are "
                 f"{_LABELS[made.__name__]}; use it without labels"
             )
         self.source = f"torchvision:{made.__name__}" + ("" if part is None else f"@{part}")
