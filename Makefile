@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` and `make test`. Both make .venv first.
+# `make demo` and `make test` are all the set-up there is: like lint, types, docs and sanitize, they make .venv first.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -23,14 +23,14 @@ test-oldest:  ## the tests with the oldest release of every dependency that pypr
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable ".[test]"
 	$(OLDEST)/bin/python -m pytest --durations=15
 
-lint: $(INSTALLED) types
+lint: $(INSTALLED) types  ## mypy, then ruff's checks and its format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(INSTALLED)  ## mypy, with what [tool.mypy] says
 	$(BIN)/python -m mypy
 
-gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|host|core|wide|fit|peers
+gpu:  ## on a machine with a GPU, with any Python that has torch, triton and pytest: PART=tests|host|core|wide|fit|peers|small
 	TRITON_INTERPRET=0 $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --part $(PART)
 
 docs: $(INSTALLED)  ## the documentation site, in build/site; a warning is an error
@@ -46,5 +46,5 @@ $(INSTALLED): pyproject.toml setup.py $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
-clean:
+clean:  ## removes the environments and everything that was built
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info residual_kernels/*.so

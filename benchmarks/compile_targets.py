@@ -299,6 +299,10 @@ def _sum(case: Case, empty: Callable[..., Tensor]) -> None:
     triton_backend.spectral_sum_backward(y, c, weight, tensors, sizes)
 
 
+# Routes for units of one tile, and those among them whose rows may choose their weights: from the backend's tables.
+NARROW_ROUTES = tuple(route.name for route in triton_backend.FORWARD if route.name != "matmul")
+ROW_ROUTES = tuple(name for name in NARROW_ROUTES if name != "folded")
+
 WIDTHS = (64, 72, 80, 88, 96, 104, 112)
 SPLITS = (64, 80, 96, 112)  # one width for each way a width is split: 64, 64 + 16, 64 + 32, 128
 SIZES = (14, 30, 64)  # K that packs into chunks of 16, 32 and 64 components
@@ -311,7 +315,7 @@ def cases(widths: tuple[int, ...], kinds: tuple, constants: tuple[bool, ...]) ->
     """Every tile and flag the launchers can choose for these widths and kinds."""
     found = []
     for width, size, (dtype, tf32), rows, given in product(widths, SIZES, kinds, ROWS, constants):
-        for route in ("fused", "two_pass"):
+        for route in ROW_ROUTES:
             found.append(Case("forward", route, width, size, rows, dtype, tf32, given))
             found.append(Case("forward", route, width, size, rows, dtype, tf32, given, tasks=3, indexed=True))
             for wanted in WANTED:
@@ -340,7 +344,7 @@ def edge_cases() -> list[Case]:
     half, single = torch.bfloat16, torch.float32
     one = {"rows": 1, "units": 1, "dim": 1, "width": 1, "size": 1}
     found = []
-    for dtype, route in product((half, single), ("fused", "two_pass", "folded")):
+    for dtype, route in product((half, single), NARROW_ROUTES):
         found.append(Case("forward", route, dtype=dtype, **one))
         found.append(Case("backward", route, dtype=dtype, wanted=WANTED[1], **one))
         found.append(Case("forward", route, 64, 30, 7, dtype, tasks=3))

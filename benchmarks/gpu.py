@@ -47,6 +47,7 @@ from residual_kernels.ops.triton import routes as triton_routes  # noqa: E402
 
 ROTATION = 160 << 20  # bytes of inputs to rotate through
 ROWS = (64, 256, 1024, 8192)
+NARROW_ROUTES = tuple(route.name for route in triton_backend.FORWARD if route.name != "matmul")
 
 
 # --- roofs ------------------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def reweight(
 
         timed("triton", ours())
         if mode == "fwd" and everything:
-            for route in ("fused", "two_pass", "folded"):
+            for route in NARROW_ROUTES:
                 timed(f"triton {route}", ours(route))
         for name in ("lowrank", "folded", "textbook", "encodings") if everything else ("lowrank", "folded"):
             make, first = PLAIN[name], "x" if name == "encodings" else "z"
@@ -425,7 +426,7 @@ def small(device: torch.device) -> None:
         p = problem(shape, 21, [82, 1, 30], dtype, device)
         tensors, sizes = triton_backend.pack(p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets)
         weight = p.weight[None]
-        for route in ("fused", "two_pass", "folded"):
+        for route in NARROW_ROUTES:
             y = triton_backend.spectral_reweight_forward(
                 p.z, p.scale, p.mean, weight, None, tensors, sizes, route
             )

@@ -103,6 +103,7 @@ def test_saved_loaded_merged_and_measured(tower, bases, name, tmp_path):
         rk.save_adapter(adapter, tmp_path / "a")
         again = rk.load_adapter(copy.deepcopy(tower), tmp_path / "a")
         assert type(again) is type(adapter)
+        assert again.method == name  # several methods share a class
         assert torch.equal(again(images), expected)
     truth = (head(expected).argmax(1) == labels).double().mean()
     assert rk.evaluate(again, head, loader).accuracy == pytest.approx(float(truth))
@@ -179,6 +180,21 @@ def test_a_folder_of_version_0_1_that_holds_a_stream(tower, bases, tmp_path):
     with torch.no_grad():
         images = images_for(tower, 2, torch.float64)
         assert torch.equal(again(images), adapter(images))
+
+
+def test_a_folder_that_names_another_method_is_refused(tower, bases, tmp_path):
+    rk.save_adapter(made("full", tower, bases), tmp_path)
+    config = json.loads((tmp_path / "adapter.json").read_text())
+    assert config["method"] == "full"
+    for name in ("shared", "unknown"):
+        (tmp_path / "adapter.json").write_text(json.dumps(config | {"method": name}))
+        with pytest.raises(
+            ValueError, match=f"names the method '{name}'; those of class ResiDual are fine, full"
+        ):
+            rk.load_adapter(tower, tmp_path)
+    older = {key: value for key, value in config.items() if key != "method"}  # as folders were before
+    (tmp_path / "adapter.json").write_text(json.dumps(older))
+    assert rk.load_adapter(tower, tmp_path).method is None
 
 
 def test_every_file_of_the_room_is_in_the_table():

@@ -50,8 +50,11 @@ def unsettled(tower: torch.nn.Module) -> torch.nn.Module:
     return tower
 
 
-def images_for(tower, count=3, dtype=torch.float32, seed=1):
-    return torch.randn(count, 3, *tower.image_size, generator=torch.Generator().manual_seed(seed)).to(dtype)
+def images_for(tower, count=3, dtype=torch.float32, seed=1, size=None):
+    """Random images of `size` (height, width), or of the tower's own `image_size` where it is such a pair."""
+    return torch.randn(
+        count, 3, *(size or tower.image_size), generator=torch.Generator().manual_seed(seed)
+    ).to(dtype)
 
 
 def plain(tower, images):
@@ -64,8 +67,9 @@ def relative(a, b):
     return float(((a - b).norm() / b.norm()).detach())
 
 
-def assert_exact(tower, bound, dtype=torch.float32, count=3):
-    images = images_for(tower, count, dtype)
+def assert_exact(tower, bound, dtype=torch.float32, count=3, size=None):
+    """The units of every image sum to the tower's own output, within `bound`; a wrong unit would not."""
+    images = images_for(tower, count, dtype, size=size)
     state = copy.deepcopy(tower.state_dict())
     expected = plain(tower, images)
     with torch.no_grad():

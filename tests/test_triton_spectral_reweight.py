@@ -32,7 +32,8 @@ NEEDS_GPU = [
 ]
 DEVICES = ["cpu"] if INTERPRETED else [pytest.param("cuda", marks=NEEDS_GPU)]
 gpu_only = pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_GPU)])
-NARROW_ROUTES = ("fused", "two_pass", "folded")
+ROW_ROUTES = ("fused", "two_pass")  # go row by row, so rows may choose their weights
+NARROW_ROUTES = (*ROW_ROUTES, "folded")
 INPUTS = ("weight", "z", "scale", "mean")
 
 
@@ -151,6 +152,13 @@ SHAPES = [  # rows, C, D, K of every unit
 ]
 
 
+@pytest.mark.parametrize("table", ["FORWARD", "BACKWARD"])
+def test_every_route_is_tried_here(table):
+    assert sorted(route.name for route in getattr(triton_backend, table)) == sorted(
+        [*NARROW_ROUTES, "matmul"]
+    )
+
+
 @pytest.mark.parametrize("route", NARROW_ROUTES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_every_gradient_float32(shape, route, device, force):
@@ -166,7 +174,7 @@ def test_values_and_every_gradient_half(shape, dtype, route, device, force):
     check(*make(*shape, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("route", ["fused", "two_pass"])
+@pytest.mark.parametrize("route", ROW_ROUTES)
 @pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
 def test_the_tensor_core_path_of_float32(shape, route, device, force, tf32):
     force(route)
@@ -189,14 +197,14 @@ def test_several_weights_at_once(rows, route, device, force):
     check(*make(rows, 16, 24, [18, 5], tasks=3), device)
 
 
-@pytest.mark.parametrize("route", ["fused", "two_pass"])
+@pytest.mark.parametrize("route", ROW_ROUTES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_choose_their_weight(dtype, route, device, force):
     force(route)
     check(*make(20, 24, 24, [18, 0, 5], tasks=4, indexed=True, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("route", ["fused", "two_pass", "folded"])
+@pytest.mark.parametrize("route", NARROW_ROUTES)
 @pytest.mark.parametrize("wanted", SUBSETS, ids="-".join)
 def test_each_subset_of_gradients(wanted, route, device, force):
     force(route)

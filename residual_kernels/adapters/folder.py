@@ -65,6 +65,7 @@ class Config(Head, _Config, TypedDict("_Class", {"class": str}), total=False):
 
     files: dict[str, dict[str, str]]
     bases_reference: Reference | None
+    method: str | None
 
 
 _CLASSES = {method.adapter.__name__: method.adapter for method in METHODS.values()}
@@ -145,7 +146,8 @@ def save_adapter(
         files.publish(
             {
                 "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
-                "options": adapter.options(), "tower": adapter._view.name, "checksum": checksum,
+                "method": adapter.method, "options": adapter.options(), "tower": adapter._view.name,
+                "checksum": checksum,
                 "shapes": {name: list(p.shape) for name, p in learned.items()},
                 "parameters": sum(p.numel() for p in learned.values()),
                 "weights_sha256": header["sha256"], "bases_sha256": stored, "bases_reference": reference,
@@ -286,6 +288,8 @@ class AdapterFolder:
         with torch.no_grad():
             for name, value in self.weights.items():
                 adapter.get_parameter(name).copy_(value)
+        if (method := self.config.get("method")) is not None:
+            adapter.method = method
         return adapter
 
     def _referred(self, given: SpectralBases | str | os.PathLike | None) -> SpectralBases | None:
@@ -408,6 +412,11 @@ def _config(path: Path) -> Config:
     cls = _CLASSES.get(config["class"])
     if cls is None:
         raise ValueError(f"{index} names the class {config['class']!r}; known are {', '.join(_CLASSES)}")
+    if (method := config.get("method")) is not None and (
+        method not in METHODS or METHODS[method].adapter is not cls
+    ):
+        theirs = ", ".join(name for name, known in METHODS.items() if known.adapter is cls)
+        raise ValueError(f"{index} names the method {method!r}; those of class {cls.__name__} are {theirs}")
     options, arguments = config["options"], _arguments(cls)
     if set(options) - (set(arguments) - {"tower", "bases"}):
         raise ValueError(f"{index} has unknown options {options!r}; save the adapter again")

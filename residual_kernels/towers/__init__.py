@@ -8,7 +8,8 @@ How to write a view of another family:
 
 1. A file here with `LOOKED_FOR` (what tells the family, for the error about unknown towers), `recognises(tower)` (true
    for unsupported members too, so that they get a reason) and a subclass of `transformer.TransformerTower`; an entry in
-   :func:`~residual_kernels.towers.families.view`.
+   the table `families` of :func:`~residual_kernels.towers.families.view`. The class's abstract members are what you
+   write; the steps below say what is not plain from their docstrings.
 2. `__init__` checks the structure against the parts it knows, refuses with UnsupportedTowerError and the reason, and
    sets module, name, layout, width, head_width, dim and pooling. It reads shapes only, so it works on the meta device.
 3. `embed` runs everything before the first block with the model's own code: the unit `emb`, convolutions included.
@@ -23,6 +24,8 @@ How to write a view of another family:
    (pooling = ATTENTION) is told by `pooler`, with `outer_norm` and `pool_mlp` where something stands behind it.
 7. Whatever makes the sum inexact is refused: a norm or an MLP behind the sum, max pooling, tokens that are merged.
 8. `constant_parameters` lists what `norm`, `projection` and `out_projection` read.
+9. `drops` names what training mode drops before the blocks (patches): units would not repeat. `inexact` names dropout
+   and drop path behind a branch or the final norm: they would spoil the sum.
 
 The test is one line for every variant: with random norms, biases and LayerScale, units must sum to the output.
 """
