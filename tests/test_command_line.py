@@ -425,3 +425,13 @@ def test_predictions_name_files_whose_names_are_no_text(run, photos, tmp_path):
     with (tmp_path / "p.csv").open(encoding="utf-8") as file:
         assert [row["image"] for row in csv.DictReader(file)] == ["caf\\udce9.png"]
     assert torch.tensor(list(json.loads((tmp_path / "p.json").read_text())["counts"].values())).sum() == 1
+
+
+@pytest.mark.parametrize("source", ["photos", "cache"])
+def test_an_analysis_of_two_images_is_refused_before_work(run, tmp_path, monkeypatch, source):
+    photos = put_images(tmp_path / "photos", each=1)
+    assert run("encode", "--data", photos, "--out", tmp_path / "cache")[0] == 0
+    monkeypatch.setattr(inputs, "encode", lambda *_, **__: pytest.fail("work was begun"))
+    code, _, err = run("analyze", "--data", tmp_path / source, "--out", tmp_path / "out")
+    assert (code, (tmp_path / "out").exists()) == (2, False)
+    assert f"{source} has 2 images to analyse, and 3 are needed" in err

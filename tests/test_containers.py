@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 import zipfile
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -204,6 +205,15 @@ def test_an_empty_path_is_no_path():
 def test_names_that_name_no_images(source, told):
     with pytest.raises(ValueError, match=told):
         open_images(source, same)
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a.zip", "s3://bucket/photos"])
+def test_an_address_that_was_made_a_path_is_an_address(address, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=f"^{address} is an address in a network"):
+        open_images(Path(address), same)  # Path makes one slash of two
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "ab:" / "photos", "cat/0.png")
+    assert len(open_images(Path("ab:/photos"), same)) == 1
 
 
 def test_folders_of_other_things_say_what_to_do(tmp_path):

@@ -388,6 +388,56 @@ def test_a_shard_cut_short_is_named_or_read_up_to_there(tmp_path):
         assert "what stands before is read" in " ".join(found.account.warnings())
 
 
+@pytest.mark.parametrize("labelled", [True, None])
+def test_an_image_whose_label_lies_behind_the_cut_is_left_out(tmp_path, labelled):
+    members = [
+        (f"{i}.{kind}", png(i) if kind == "png" else b"0") for i in range(3) for kind in ("png", "cls")
+    ]
+    whole = write_tar(tmp_path / "whole.tar", members).read_bytes()
+    with tarfile.open(tmp_path / "whole.tar") as file:
+        start = file.getmembers()[-1].offset
+    for end in (start, start + 100):
+        (tmp_path / "cut.tar").write_bytes(whole[:end])
+        found = open_images(tmp_path / "cut.tar", same, labelled=labelled, skip=True)
+        assert found.labels.tolist() == [0, 0]
+        assert (found.account.found, found.account.read) == (3, 2)
+        assert found.account.left_out == {"cut.tar/2": "its label is lost: the shard is damaged before it"}
+        assert len(open_images(tmp_path / "cut.tar", same, labelled=False, skip=True)) == 3
+    images = [(f"{i}.png", png(i)) for i in range(3)]  # a shard without labels loses none
+    whole = write_tar(tmp_path / "bare.tar", images).read_bytes()
+    (tmp_path / "bare.tar").write_bytes(whole[: 3 * 1024])
+    assert len(open_images(tmp_path / "bare.tar", same, labelled=None, skip=True)) == 3
+
+
+def test_links_of_a_shard_to_nothing_have_one_reason(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        for number in range(4):
+            link = tarfile.TarInfo(f"{number}.png")
+            link.type, link.linkname = tarfile.SYMTYPE, f"gone-{number}.png"
+            file.addfile(link)
+        whole = tarfile.TarInfo("9.png")
+        whole.size = len(png(9))
+        file.addfile(whole, io.BytesIO(png(9)))
+    account = open_images(tmp_path / "a.tar", same, labelled=False, skip=True).account
+    assert account.reasons() == {"it is a link to nothing in the archive": 4}
+    assert account.left_out["a.tar/2.png"] == "it is a link to nothing in the archive (gone-2.png)"
+
+
+def test_text_in_place_of_an_image_is_called_what_it_is(tmp_path):
+    texts = {
+        "a.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "a Git LFS pointer"),
+        "b.jpg": (b"\n<!DOCTYPE HTML><html>", "a web page"),
+        "c.jpg": (b"<html><body>404", "a web page"),
+        "d.jpg": (b"neither", "its format is unknown"),
+    }
+    (tmp_path / "x").mkdir()
+    for name, (data, _) in texts.items():
+        (tmp_path / "x" / name).write_bytes(data)
+    bad = find_unreadable(open_images(tmp_path, same))
+    for text, (_, reason) in zip(bad.values(), texts.values(), strict=True):
+        assert reason in text
+
+
 def test_more_shards_than_open_files(tmp_path, monkeypatch):
     import resource
 
@@ -427,7 +477,16 @@ def test_folders_that_are_numbers_are_in_number_order(tmp_path):
 
 
 def test_files_of_names_from_any_editor(tmp_path):
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"):
+    for encoding in (
+        "utf-8",
+        "utf-8-sig",
+        "utf-16",
+        "utf-16-le",
+        "utf-16-be",
+        "utf-32",
+        "utf-32-le",
+        "utf-32-be",
+    ):
         (tmp_path / "names.txt").write_bytes("café\r\n\r\nthé\r\n".encode(encoding))
         assert prompts.class_names(str(tmp_path / "names.txt"), ("a", "b")) == ("café", "thé"), encoding
     (tmp_path / "names.txt").write_bytes("ok\nth\xe9\n".encode("latin-1"))
@@ -523,6 +582,10 @@ def test_columns_of_hugging_face_data_sets(rows, tmp_path):
     both = rows(tmp_path / "both", photo, coarse, fine)
     with pytest.raises(ValueError, match="it has several: coarse, fine; say which with --label-column"):
         open_images(both, same)
+    unsure = open_images(both, same, labelled=None)
+    assert unsure.class_names is None
+    (note,) = unsure.account.warnings()
+    assert "read without labels, for several columns may hold them: coarse, fine" in note
     found = open_images(both, same, label_column="fine")
     assert (found.class_names, found.labels.tolist()) == (("x", "y", "z"), [2, 1, 0])
     assert found.picture(2)[0].size == (4, 6)
@@ -532,7 +595,8 @@ def test_columns_of_hugging_face_data_sets(rows, tmp_path):
     found = open_images(rows(tmp_path / "number", photo, number), same)
     assert (found.class_names, found.labels.tolist()) == (("2", "10"), [1, 0, 1])
     bare = rows(tmp_path / "bare", photo, ("note", Value("string"), ["p", "q", "p"]))
-    assert open_images(bare, same, labelled=None).class_names is None
+    unlabelled = open_images(bare, same, labelled=None)
+    assert (unlabelled.class_names, unlabelled.account.notes) == (None, [])
     assert open_images(bare, same, label_column="note").class_names == ("p", "q")
     several = rows(tmp_path / "several", photo, ("label", Sequence(ClassLabel(names=["a"])), [[0], [0], [0]]))
     empty = rows(tmp_path / "empty", photo, ("label", ClassLabel(names=["a"]), [0, -1, 0]))

@@ -290,6 +290,16 @@ def test_plans_that_cannot_be_run(written, tmp_path, change, message):
         read(written | change, tmp_path)
 
 
+@pytest.mark.parametrize("key", ["train", "val", "class_names"])
+def test_an_empty_text_in_a_plan_is_not_the_working_folder(written, tmp_path, key):
+    written["data"][0][key] = ""
+    with pytest.raises(ValueError, match=rf"plan\.yaml: a data set: {key} is empty"):
+        read(written, tmp_path)
+    written["data"][0][key] = "x"
+    with pytest.raises(ValueError, match=r"plan\.yaml: bases is empty"):
+        read(written | {"bases": ""}, tmp_path)
+
+
 def test_a_plan_that_is_no_plan(tmp_path):
     (tmp_path / "plan.yaml").write_text("a: [1")
     with pytest.raises(ValueError, match=r"plan\.yaml is not readable YAML"):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from residual_kernels.cli.inputs import Reader
 
 SHOWN = 10  # units in the printed table
+FEWEST = 3  # images; the TwoNN dimension asks each for two neighbours
 
 
 @reads_images
@@ -75,7 +76,10 @@ def analyze_command(
     bases = None if bases_file is None else SpectralBases.load(bases_file)
     clip, preprocess, tokenizer = prepare(model, pretrained, device)
     tower = sources.image_tower(clip)
-    cache = reader.cached(tower, reader.open(data, preprocess, labelled=None), (kind.value,), "encoding")
+    source = reader.open(data, preprocess, labelled=None)
+    if len(source) < FEWEST:
+        raise ValueError(f"{data} has {len(source)} images to analyse, and {FEWEST} are needed")
+    cache = reader.cached(tower, source, (kind.value,), "encoding")
     head = None
     if cache.labels is not None and cache.class_names is not None:
         names = cache.class_names = reader.class_names(class_names, cache.class_names, text=not prototypes)

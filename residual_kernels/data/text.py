@@ -52,9 +52,9 @@ def decoded(data: bytes, name: str) -> str:
     """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; ValueError for other bytes."""
     encoding = next((found for mark, found in _MARKS if data.startswith(mark)), "utf-8")
     if encoding == "utf-8" and b"\0" in data[:64]:
-        encoding = (
-            "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
-        )  # a mark is missing; a text holds no zeros
+        # a mark is missing; a text holds no zeros, so they are bytes of signs that take two or four
+        wide = "utf-32" if data[:2] == b"\0\0" or data[1:4] == b"\0\0\0" else "utf-16"
+        encoding = f"{wide}-be" if data[:1] == b"\0" else f"{wide}-le"
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:

@@ -103,6 +103,12 @@ class SweepPlan:
         if unknown:
             raise ValueError(f"{path}: unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
         rest = {key: value for key, value in found.items() if key not in ("towers", "data", "methods")}
+        for where, rows in (("", [rest]), ("a data set: ", found["data"])):
+            empty = [key for row in rows for key, value in row.items() if value == ""]
+            if empty:
+                raise ValueError(
+                    f"{path}: {where}{empty[0]} is empty; write a value after it, or leave it out"
+                )
         return cls(towers, data, methods, **rest)._checked(path)
 
     def _checked(self, path: str | os.PathLike) -> "SweepPlan":

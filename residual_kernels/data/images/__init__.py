@@ -7,6 +7,7 @@ files are images, what class each is), `account.py` (what became of everything f
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "without",
 ]
 _EXAMPLES = {"torchvision": "torchvision:GTSRB@test", "hf": "hf:tanganke/dtd@test"}
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]+:/")  # one slash: a Path keeps no second; C:/ is a drive
 _BY_NAME = {"torchvision": TorchvisionImages, "hf": HuggingFaceImages}
 
 
@@ -79,9 +81,10 @@ def open_images(
     if columns and scheme != "hf":
         named_so = " and ".join(f"--{name.replace('_', '-')}" for name in columns)
         raise ValueError(f"{named_so} can only be said of a Hugging Face data set (hf:NAME), not of {source}")
-    if rest.startswith("//"):
+    address = scheme not in _BY_NAME and _ADDRESS.match(os.fspath(source)) and not os.path.lexists(source)
+    if address or rest.startswith("//"):
         raise ValueError(
-            f"{source} is an address in a network, and only local data are read; download it first"
+            f"{scheme}://{rest.lstrip('/')} is an address in a network, and only local data are read; download it first"
         )
     if scheme in _BY_NAME and not rest:
         raise ValueError(

@@ -31,6 +31,14 @@ _ABOUT_ONE_FILE = frozenset(
     {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG,
      errno.EINVAL}  # of a seek to before the beginning, where a damaged zip says a member lies
 )  # fmt: skip
+_NO_IMAGES = (  # how text in an image's place begins, in lower case -> what it is
+    (
+        b"version https://git-lfs",
+        "it is a Git LFS pointer, not the image itself; fetch it with `git lfs pull`",
+    ),
+    (b"<!doctype html", "it is a web page; download the image itself"),
+    (b"<html", "it is a web page; download the image itself"),
+)
 _ORIENTATION = 274  # the EXIF tag
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
@@ -104,6 +112,9 @@ def decode(data: bytes, *, exif: bool = True) -> Image.Image:
     """
     if not data:
         raise ValueError("it is empty")
+    known = next((what for start, what in _NO_IMAGES if data.lstrip()[: len(start)].lower() == start), None)
+    if known is not None:
+        raise ValueError(known)
     with Image.open(io.BytesIO(data), formats=formats()) as image:
         image.load()
         return rgb(image, exif=exif)

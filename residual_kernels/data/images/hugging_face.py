@@ -58,13 +58,19 @@ class HuggingFaceImages(Images):
         self.preprocess, self.exif, self.identity = preprocess, exif, identity
         data = _load(name, part, root, download)
         self._image = self._image_column(data, image_column)
+        unsure: list[str] = []  # columns of which none is taken for the labels
         if labelled is None:
             labelled = label_column is not None or self._only_label(data) is not None
+            unsure = [] if labelled else self._may_be_labels(data)
         self._label = self._label_column(data, label_column) if labelled else None
         self.names = [f"{index:07d}" for index in range(len(data))]
         if not self.names:
             raise ValueError(f"{self.source} holds no images")
         self.account = Account(self.source, found=len(self.names))
+        if unsure:
+            self.account.notes.append(
+                f"read without labels, for several columns may hold them: {some(unsure)}; say which with --label-column"
+            )
         self.class_names, self.labels = None, torch.full((len(self.names),), -1)
         if self._label is not None:
             self.class_names, self.labels = self._classes(data)
@@ -91,11 +97,14 @@ class HuggingFaceImages(Images):
 
     def _only_label(self, data: Any) -> str | None:
         """The one column that must hold the labels."""
+        found = self._may_be_labels(data)
+        return found[0] if len(found) == 1 else None
+
+    def _may_be_labels(self, data: Any) -> list[str]:
+        """The columns that may hold the labels: those of classes, else those that are called so."""
         classes = [name for name, feature in data.features.items() if type(feature).__name__ == "ClassLabel"]
-        if classes:
-            return classes[0] if len(classes) == 1 else None
         called = [name for name in _LABELS if name in data.features and _is_plain(data.features[name])]
-        return called[0] if len(called) == 1 else None
+        return classes or called
 
     def _label_column(self, data: Any, asked: str | None) -> str:
         if asked is not None:
@@ -109,8 +118,7 @@ class HuggingFaceImages(Images):
         found = self._only_label(data)
         if found is not None:
             return found
-        classes = [name for name, feature in data.features.items() if type(feature).__name__ == "ClassLabel"]
-        return self._only(classes, data, "labels (feature ClassLabel)", "--label-column")
+        return self._only(self._may_be_labels(data), data, "labels (feature ClassLabel)", "--label-column")
 
     def _asked(self, data: Any, column: str) -> Any:
         if column not in data.features:

@@ -42,7 +42,7 @@ class _Group:
     labels: dict[str, int] = field(default_factory=dict)  # name without its ending -> label
 
 
-def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
+def samples(shard: Path, account: Account, skip: bool, labelled: bool | None = False) -> list[Sample]:
     """The images of a shard in its order.
 
     An image ``0001.v2.jpg`` has the label in ``0001.v2.cls`` or ``0001.cls``. A key that comes again later is another
@@ -52,6 +52,8 @@ def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
         shard: the tar file.
         account: counts the images, and what is no image.
         skip: whether damage ends the reading, and links to nothing are left out, instead of raising.
+        labelled: whether the last image before the damage is left out where its label is lost; None for where others
+            have labels.
     """
     if not shard.is_file():
         hint = (
@@ -74,7 +76,14 @@ def samples(shard: Path, account: Account, skip: bool) -> list[Sample]:
         if not (skip and groups):
             raise ValueError(damage)
         account.notes.append(f"{damage}; what stands before is read")
-    return _labelled(groups, account)
+    found = _labelled(groups, account)
+    if labelled is None:
+        labelled = any(one.label is not None for one in found)
+    if damage is not None and labelled:
+        while found and found[-1].label is None:
+            name = f"{shard.name}/{found.pop().name}"
+            account.left_out[name] = "its label is lost: the shard is damaged before it"
+    return found
 
 
 def _members(
@@ -102,7 +111,7 @@ def _members(
             if found is not None:
                 yield name, found
             elif ending_of(name) in image_endings():
-                reason = f"it is a link to {member.linkname}, and no file of that name is in the archive"
+                reason = f"it is a link to nothing in the archive ({member.linkname})"
                 if not skip and cut is None:
                     raise UnreadableImage(f"{shard}/{name}{MARK}{reason}")
                 account.found += 1

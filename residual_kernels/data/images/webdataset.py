@@ -55,7 +55,7 @@ class ShardImages(Images):
         self._places: list[tuple[int, int, int]] = []  # shard, offset, size
         labels: list[int | None] = []
         for number, shard in enumerate(self.shards):
-            found = samples(shard, self.account, skip)
+            found = samples(shard, self.account, skip, labelled)
             self.names += _unique(f"{shard.name}/{one.name}" for one in found)
             self._places += [(number, one.offset, one.size) for one in found]
             labels += [one.label for one in found]
