@@ -1,5 +1,6 @@
 """Two outputs of a command, or an output and an input, never name one place; said before any work."""
 
+import json
 import os
 import tarfile
 import zipfile
@@ -116,6 +117,24 @@ def test_an_output_is_not_an_input(run, no_work, photos, tmp_path, monkeypatch):
         ],
         {"--data": photos, "RUN": tmp_path / "run", "--model": "bundled"},
     )
+
+
+def test_a_sweep_does_not_write_where_its_plan_reads_images(run, no_work, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("DATA", str(tmp_path))
+    for train, bases in ((photos, None), ("$DATA/photos", None), (tmp_path / "gone", photos)):
+        plan = {
+            "towers": [{"model": "bundled"}],
+            "data": [{"name": "x", "train": str(train), "test": str(train)}],
+        }
+        plan |= {"methods": ["base"], **({} if bases is None else {"bases": str(bases)})}
+        (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+        said = refused(run, "sweep", tmp_path / "plan.yaml", "--out", photos / "results")
+        assert "would be read as images" in said
+        assert not (photos / "results").exists()
+        said = refused(
+            run, "sweep", tmp_path / "plan.yaml", "--out", tmp_path / "o", "--json", photos / "cat/0.png"
+        )
+        assert "is a file that" in said
 
 
 def test_the_names_of_own_files_are_those_that_are_written():

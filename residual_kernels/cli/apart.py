@@ -3,7 +3,7 @@
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import Enum
 from fnmatch import fnmatch
 from pathlib import Path
@@ -40,12 +40,13 @@ class Output(NamedTuple):
         return f"{self.option} {self.path}"
 
 
-def check(outputs: list[Output], inputs: Mapping[str, object]) -> None:
+def check(outputs: list[Output], inputs: Mapping[str, object], images: Collection[str] = _IMAGES) -> None:
     """Raises ValueError where two outputs, or an output and an input, have one place, however it is spelled.
 
     Args:
         outputs: what will be written.
         inputs: option -> what is read: a path, text that may be one, or a list of either.
+        images: the options among them whose folders are folders of images.
     """
     for number, one in enumerate(outputs):
         for other in outputs[:number]:
@@ -53,7 +54,7 @@ def check(outputs: list[Output], inputs: Mapping[str, object]) -> None:
             _check_pair(one, other)
     for option, source in _each(inputs):
         for output in outputs:
-            _check_input(output, option, source)
+            _check_input(output, option, source, option in images)
 
 
 def _check_pair(one: Output, other: Output) -> None:
@@ -68,7 +69,7 @@ def _check_pair(one: Output, other: Output) -> None:
         raise ValueError(f"{other} is a file that {one} writes itself; name another")
 
 
-def _check_input(output: Output, option: str, source: Path) -> None:
+def _check_input(output: Output, option: str, source: Path, images: bool) -> None:
     if _key(output.path) == _key(source):
         raise ValueError(f"{output} is what {option} reads; name another place")
     if not source.exists():
@@ -79,7 +80,7 @@ def _check_input(output: Output, option: str, source: Path) -> None:
     if inside is not None and source.is_dir():
         if output.is_file and output.path.exists() and _is_read(source, inside):
             raise ValueError(f"{output} is a file that {option} {source} reads; name another")
-        if not output.is_file and option in _IMAGES and not any((source / mark).is_file() for mark in _KEPT):
+        if not output.is_file and images and not any((source / mark).is_file() for mark in _KEPT):
             raise ValueError(
                 f"{output} lies in {option} {source} and would be read as images of it; name a folder elsewhere"
             )

@@ -57,6 +57,7 @@ def sweep(
     """
     from residual_kernels.cli.inputs import device_of
     from residual_kernels.data.images.account import Account
+    from residual_kernels.data.text import user_path
     from residual_kernels.experiments.plan import SweepPlan
     from residual_kernels.experiments.sweep import Sweep, SweepTable
 
@@ -71,7 +72,8 @@ def sweep(
     outputs = [apart.Output("--out", out_folder, apart.SWEEP_FILES)]
     if json_file is not None and os.fspath(json_file) != STDOUT:
         outputs.append(apart.Output("--json", json_file))
-    apart.check(outputs, {f"the plan {plan}": chosen.files()})
+    planned = f"the plan {plan}"
+    apart.check(outputs, {planned: [user_path(name) for name in chosen.files()]}, images=(planned,))
 
     def opened(source: str, preprocess: Callable, labelled: bool, **columns: str) -> "Images":
         reader.image_column, reader.label_column = columns.get("image_column"), columns.get("label_column")
