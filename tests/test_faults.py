@@ -260,8 +260,13 @@ def test_a_checkpoint_that_could_run_code_is_refused_without_advice_to_run_it(tm
         "create_model_and_transforms",
         lambda name, pretrained: torch.load(pretrained, weights_only=True),
     )
-    with pytest.raises(
-        ValueError, match=r"does not hold weights of ViT-B-32: it holds more than tensors"
-    ) as caught:
-        load_model("ViT-B-32", str(tmp_path / "w.pt"))
-    assert "weights_only" not in str(caught.value)
+    (tmp_path / "command.pt").write_bytes(
+        b"cos\nsystem\n(S'true'\ntR."
+    )  # torch blocks modules such as os by name
+    for name in ("w.pt", "command.pt"):
+        with pytest.raises(
+            ValueError, match=r"does not hold weights of ViT-B-32: it holds more than tensors"
+        ) as caught:
+            load_model("ViT-B-32", str(tmp_path / name))
+        assert "weights_only" not in str(caught.value)
+    assert "os.system" in str(caught.value)

@@ -37,9 +37,9 @@ def reason(error: BaseException) -> str:
     text = str(error)
     if "Error(s) in loading state_dict" in text:
         return _differences(text)
-    found = re.search(r"WeightsUnpickler error: (.*)", text)
+    found = re.search(r"WeightsUnpickler error: (.*)|(Trying to load unsupported GLOBAL .* is blocked)", text)
     if found is not None:
-        what = found[1].strip().rstrip(".")
+        what = (found[1] or found[2] or "").strip().rstrip(".")
         if not what:
             return "it is not a checkpoint"
         return (
