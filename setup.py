@@ -1,7 +1,8 @@
 """The compiled CPU backend; everything else about the package is in pyproject.toml.
 
-Each instruction set is compiled from its own file with its own flags, and the fastest one the processor has is chosen
-when the library runs: one wheel fits every x86-64. Without a compiler the package installs as pure Python.
+Each instruction set is compiled from its own file with its own flags, and the fastest one the processor has
+is chosen when the library runs: one wheel fits every x86-64. Without a compiler the package installs as pure
+Python.
 """
 
 import os
@@ -52,7 +53,8 @@ if SANITIZE:
 
 
 class BuildExtension(build_ext):
-    """Gives the file of an instruction set its flags, and says in one line when there is no compiler to use."""
+    """Gives the file of an instruction set its flags,
+    and says in one line when there is no compiler to use."""
 
     def build_extension(self, extension) -> None:
         compile_one = self.compiler._compile

@@ -1,9 +1,12 @@
-"""What does the check against the model itself cost? Beside an encode of 1,000 images, and in every later forward.
+"""What does the check against the model itself cost?
+
+Beside an encode of 1,000 images, and in every later forward.
 
     python -m benchmarks.agreement [--models bundled ViT-B-32 ...] [--images 1000] [--batch 32] [--json FILE]
 
-The check is timed as `encode` runs it: on the first image of the first batch. The encode is timed over `--images` and
-scaled to 1,000. `unchanged` is what each later forward pays: whether modules and hooks are still those of before.
+The check is timed as `encode` runs it: on the first image of the first batch. The encode is timed over
+`--images` and scaled to 1,000. `unchanged` is what each later forward pays: whether modules and hooks are
+still those of before.
 """
 
 import argparse
@@ -49,9 +52,14 @@ def measure(name: str, images: int, batch: int, device: str, dtype: torch.dtype)
         seconds(lambda: rk.encode(tower, [pictures] * batches, check=False), 1) * 1000 / (batches * batch)
     )
     return {
-        "model": name, "device": device, "dtype": str(dtype).removeprefix("torch."), "check_s": check,
-        "encode_1000_s": encode, "share": check / encode, "unchanged_us": unchanged * 1e6,
-    }  # fmt: skip
+        "model": name,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "check_s": check,
+        "encode_1000_s": encode,
+        "share": check / encode,
+        "unchanged_us": unchanged * 1e6,
+    }
 
 
 def main() -> None:
@@ -71,7 +79,8 @@ def main() -> None:
         rows.append(row)
         print(
             f"{row['model']:12} check {row['check_s'] * 1e3:7.1f} ms, encode of 1,000 images "
-            f"{row['encode_1000_s']:7.2f} s: {100 * row['share']:.2f} %; unchanged {row['unchanged_us']:.0f} us"
+            f"{row['encode_1000_s']:7.2f} s: {100 * row['share']:.2f} %; unchanged "
+            f"{row['unchanged_us']:.0f} us"
         )
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(rows, indent=1))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.attention_pooling --out benchmarks/results/counted/attention_pooling
 
-Nothing is timed. FLOP are counted by torch while the library's own code runs on the meta device, where tensors have
-shapes and no values; bytes are of the tensors that it returns or must hold. The short form's figures are those of the
-same tower pooled by average behind its norm: C coordinates a head instead of D.
+Nothing is timed. FLOP are counted by torch while the library's own code runs on the meta device, where
+tensors have shapes and no values; bytes are of the tensors that it returns or must hold. The short form's
+figures are those of the same tower pooled by average behind its norm: C coordinates a head instead of D.
 """
 
 import argparse
@@ -31,7 +31,10 @@ def counted(run) -> int:
 
 
 def measure(name: str, batch: int) -> dict:
-    """Per image: the tower plain and with its heads taken apart; what is stored, held, and computed after it."""
+    """Per image: the tower plain and with its heads taken apart.
+
+    What is stored, held, and computed after it.
+    """
     config = open_clip.get_model_config(name)
     with torch.device("meta"):
         tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"]).eval().requires_grad_(False)
@@ -46,13 +49,22 @@ def measure(name: str, batch: int) -> dict:
         plain, apart = counted(lambda: tower(images)), counted(lambda: view.terms(images, ("head",)))
     tokens = view.token_count(images)
     return {
-        "model": name, "heads": heads, "head_width": width, "dim": dim, "tokens": tokens, "batch": batch,
-        "tower_flop": plain / batch, "apart_flop": apart / batch,
-        "z_bytes": z.nbytes / batch, "short_z_bytes": heads * width * 4,
+        "model": name,
+        "heads": heads,
+        "head_width": width,
+        "dim": dim,
+        "tokens": tokens,
+        "batch": batch,
+        "tower_flop": plain / batch,
+        "apart_flop": apart / batch,
+        "z_bytes": z.nbytes / batch,
+        "short_z_bytes": heads * width * 4,
         "held_bytes": tokens * heads * width * 4,
-        "operator_flop": 2 * heads * KEPT * (dim + dim), "short_operator_flop": 2 * heads * KEPT * (width + dim),
-        "moment_bytes": 8 * heads * (dim + 2) ** 2, "short_moment_bytes": 8 * heads * (width + 2) ** 2,
-    }  # fmt: skip
+        "operator_flop": 2 * heads * KEPT * (dim + dim),
+        "short_operator_flop": 2 * heads * KEPT * (width + dim),
+        "moment_bytes": 8 * heads * (dim + 2) ** 2,
+        "short_moment_bytes": 8 * heads * (width + 2) ** 2,
+    }
 
 
 def table(result: dict) -> str:
@@ -64,10 +76,11 @@ def table(result: dict) -> str:
     for row in result["models"]:
         ratio = row["apart_flop"] / row["tower_flop"]
         lines.append(
-            f"| {row['model']} | {row['tower_flop'] / 1e9:.1f} | × {ratio:.2f} | {row['z_bytes'] / 1e3:,.0f} kB | "
-            f"{row['short_z_bytes'] / 1e3:.0f} kB | {row['held_bytes'] / 1e6:.0f} MB | "
-            f"{row['operator_flop'] / 1e6:.0f} | {row['short_operator_flop'] / 1e6:.0f} | "
-            f"{row['moment_bytes'] / 1e9:.2f} GB | {row['short_moment_bytes'] / 1e6:.0f} MB |"
+            f"| {row['model']} | {row['tower_flop'] / 1e9:.1f} | × {ratio:.2f} | "
+            f"{row['z_bytes'] / 1e3:,.0f} kB | {row['short_z_bytes'] / 1e3:.0f} kB | "
+            f"{row['held_bytes'] / 1e6:.0f} MB | {row['operator_flop'] / 1e6:.0f} | "
+            f"{row['short_operator_flop'] / 1e6:.0f} | {row['moment_bytes'] / 1e9:.2f} GB | "
+            f"{row['short_moment_bytes'] / 1e6:.0f} MB |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,13 +2,14 @@
 
     python -m benchmarks.bench_analysis --out benchmarks/results/<device>/analysis
 
-TwoNN: points of a head in its C+2 coordinates, float32, against nearest neighbours in the D outputs (as the textbook
-has them) and in the same C+2 coordinates. `cdist` is torch.cdist with its default (distances from a product: in float32
-wrong near duplicates) or without ("exact"), the whole N x N matrix, and topk; `scikit-learn` is
-NearestNeighbors(algorithm="brute"), float32. Variants take turns; ratios are of medians of one run.
+TwoNN: points of a head in its C+2 coordinates, float32, against nearest neighbours in the D outputs (as the
+textbook has them) and in the same C+2 coordinates. `cdist` is torch.cdist with its default (distances from a
+product: in float32 wrong near duplicates) or without ("exact"), the whole N x N matrix, and topk;
+`scikit-learn` is NearestNeighbors(algorithm="brute"), float32. Variants take turns; ratios are of medians of
+one run.
 
-Whole analysis: ViT-B-32 with random weights (144 heads) on images of random coordinates as its heads give them, ten
-classes, the bundled phrases as many random vectors.
+Whole analysis: ViT-B-32 with random weights (144 heads) on images of random coordinates as its heads give
+them, ten classes, the bundled phrases as many random vectors.
 """
 
 import argparse
@@ -79,7 +80,8 @@ def two_nn_times(count: int, rounds: int) -> dict:
 
 
 def two_nn_large(count: int) -> dict:
-    """One head of many points: seconds, and how far the peak of the process's memory rose beyond the points."""
+    """One head of many points: seconds, and how far the peak of the process's memory rose beyond the
+    points."""
     short, _ = head_points(count)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
@@ -144,8 +146,8 @@ def markdown(results: dict) -> str:
     large = results["two_nn_large"]
     lines += [
         "",
-        f"{large['points']:,} points: {large['seconds']:.1f} s and {large['peak_bytes'] / 1e6:.0f} MB beside them; "
-        f"a float64 matrix of all distances would take {large['textbook_bytes'] / 1e9:.0f} GB.",
+        f"{large['points']:,} points: {large['seconds']:.1f} s and {large['peak_bytes'] / 1e6:.0f} MB "
+        f"beside them; a float64 matrix of all distances would take {large['textbook_bytes'] / 1e9:.0f} GB.",
         "",
         f"## Every table: {results['whole']['model']}, {results['whole']['images']:,} images, "
         f"{results['whole']['classes']} classes: {results['whole']['seconds']:.1f} s",

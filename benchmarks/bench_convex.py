@@ -2,11 +2,11 @@
 
     python -m benchmarks.bench_convex --out benchmarks/results/<device>/convex [--photos cifar10.zip]
 
-Digits and photographs are the bundled model's, all training labels, ten strengths, five folds. ViT-B-32 has random
-weights and caches as in bench_fit; 10,000 images, 100 classes, energy 0.90, ten strengths, five folds, beside 30 epochs
-of AdamW at one rate. A row's label is the number of the encoded image it was drawn from, modulo the classes: it can be
-learned by heart. The table by size draws coefficients at random, which changes the number of evaluations but not what
-one costs: it gives both.
+Digits and photographs are the bundled model's, all training labels, ten strengths, five folds. ViT-B-32 has
+random weights and caches as in bench_fit; 10,000 images, 100 classes, energy 0.90, ten strengths, five folds,
+beside 30 epochs of AdamW at one rate. A row's label is the number of the encoded image it was drawn from,
+modulo the classes: it can be learned by heart. The table by size draws coefficients at random, which changes
+the number of evaluations but not what one costs: it gives both.
 """
 
 import argparse
@@ -126,10 +126,16 @@ def of_size(n: int, j: int, k: int, t: int, dim: int = 512) -> dict:
     start = time.process_time()
     found = path.run()
     return {
-        "N": n, "J": j, "K": k, "T": t, "evaluation_ms": 1e3 * once["cpu_seconds"],
-        "gflop": 4e-9 * n * j * min(k, dim) * t, "path_seconds": time.process_time() - start,
-        "evaluations": sum(one.evaluations for one in found), "strengths": len(found[0].candidates),
-    }  # fmt: skip
+        "N": n,
+        "J": j,
+        "K": k,
+        "T": t,
+        "evaluation_ms": 1e3 * once["cpu_seconds"],
+        "gflop": 4e-9 * n * j * min(k, dim) * t,
+        "path_seconds": time.process_time() - start,
+        "evaluations": sum(one.evaluations for one in found),
+        "strengths": len(found[0].candidates),
+    }
 
 
 def sizes() -> list[dict]:
@@ -143,27 +149,29 @@ def sizes() -> list[dict]:
 
 def table(found: dict) -> str:
     lines = [
-        f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, {len(FREEDOMS)} strengths, 5 folds.",
+        f"{found['cpu']}, {found['threads']} threads, torch {found['torch']}, {len(FREEDOMS)} strengths, 5 "
+        "folds.",
         "",
     ]
     lines += [
-        "| task | labels | J | fit, s (CPU s) | evaluations | model | fit | tune, s (CPU s) | winner | accuracy |",
+        "| task | labels | J | fit, s (CPU s) | evaluations | model | fit | tune, s (CPU s) | winner | "
+        "accuracy |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for one in found["tasks"]:
         lines.append(
-            f"| {one['task']} | {one['labels']} | {one['J']:,} | {one['seconds']:.2f} ({one['cpu_seconds']:.2f}) | "
-            f"{one['evaluations']} | {one['base_accuracy']:.3f} | {one['accuracy']:.3f} | "
-            f"{one['tune_seconds']:.2f} ({one['tune_cpu_seconds']:.2f}) | {one['tune_winner']} | "
-            f"{one['tune_accuracy']:.3f} |"
+            f"| {one['task']} | {one['labels']} | {one['J']:,} | {one['seconds']:.2f} "
+            f"({one['cpu_seconds']:.2f}) | {one['evaluations']} | {one['base_accuracy']:.3f} | "
+            f"{one['accuracy']:.3f} | {one['tune_seconds']:.2f} ({one['tune_cpu_seconds']:.2f}) | "
+            f"{one['tune_winner']} | {one['tune_accuracy']:.3f} |"
         )
     vit = found.get("vit")
     if vit:
         lines += [
             "",
-            f"{vit['images']:,} cached ViT-B-32 images, J = {vit['J']:,}, {vit['K']} classes: {vit['seconds']:.1f} s "
-            f"with {vit['strengths']} strengths and 5 folds, {vit['evaluations']} evaluations; accuracy of the folds "
-            f"{vit['base_accuracy']:.3f} -> {vit['accuracy']:.3f}"
+            f"{vit['images']:,} cached ViT-B-32 images, J = {vit['J']:,}, {vit['K']} classes: "
+            f"{vit['seconds']:.1f} s with {vit['strengths']} strengths and 5 folds, {vit['evaluations']} "
+            f"evaluations; accuracy of the folds {vit['base_accuracy']:.3f} -> {vit['accuracy']:.3f}"
             + (
                 f"; 30 epochs of AdamW at one rate {vit['adamw_seconds']:.1f} s."
                 if "adamw_seconds" in vit
@@ -172,15 +180,15 @@ def table(found: dict) -> str:
         ]
     lines += [
         "",
-        "| N | J | K | T | one evaluation, CPU ms | GFLOP | GFLOP/s | path, CPU s | evaluations | strengths |",
+        "| N | J | K | T | one evaluation, CPU ms | GFLOP | GFLOP/s | path, CPU s | evaluations | "
+        "strengths |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in found["sizes"]:
         lines.append(
             f"| {one['N']:,} | {one['J']:,} | {one['K']} | {one['T']} | {one['evaluation_ms']:.1f} | "
-            f"{one['gflop']:.2f} | "
-            f"{1e3 * one['gflop'] / one['evaluation_ms']:.0f} | {one['path_seconds']:.2f} | {one['evaluations']} | "
-            f"{one['strengths']} |"
+            f"{one['gflop']:.2f} | {1e3 * one['gflop'] / one['evaluation_ms']:.0f} | "
+            f"{one['path_seconds']:.2f} | {one['evaluations']} | {one['strengths']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_fit --out benchmarks/results/<device>/fit
 
-ViT-B-32 with random weights, heads, energy 0.90, batches of 64, random labels. A few hundred images are encoded and
-give the bases; the cache's rows are drawn from them with a little noise, as values do not change the time. Variants
-take turns in every round; times of cached steps are those of whole calls of `fit`, divided by their steps.
+ViT-B-32 with random weights, heads, energy 0.90, batches of 64, random labels. A few hundred images are
+encoded and give the bases; the cache's rows are drawn from them with a little noise, as values do not change
+the time. Variants take turns in every round; times of cached steps are those of whole calls of `fit`, divided
+by their steps.
 """
 
 import argparse
@@ -33,15 +34,23 @@ def drawn(cache: rk.UnitCache, rows: int, seed: int) -> rk.UnitCache:
     z = cache.z["head"][chosen]
     z *= 1 + 0.01 * torch.randn(z.shape, generator=generator)
     return rk.UnitCache(
-        {"head": z}, cache.scale[chosen], cache.mean[chosen], cache.output[chosen], labels, torch.arange(rows),
-        cache.checksum, list(map(str, range(CLASSES))),
-    )  # fmt: skip
+        {"head": z},
+        cache.scale[chosen],
+        cache.mean[chosen],
+        cache.output[chosen],
+        labels,
+        torch.arange(rows),
+        cache.checksum,
+        list(map(str, range(CLASSES))),
+    )
 
 
 class Textbook:
-    """The step as the paper's code takes it: every head's output in D dimensions, centred, onto its components, back.
+    """The step as the paper's code takes it: every head's output in D dimensions, centred,
+    onto its components, back.
 
-    Heads have different numbers of components, so these are padded to the most, and one product reads all heads.
+    Heads have different numbers of components, so these are padded to the most, and one product reads all
+    heads.
     """
 
     def __init__(self, bases: rk.SpectralBases, tower, head: rk.ZeroShotHead):
@@ -113,9 +122,14 @@ def steps(rounds: int, encoded: int, epoch_rows: int) -> tuple[dict, tuple]:
         for name, seconds in times.items()
     }
     result = {
-        "model": "ViT-B-32", "batch": BATCH, "components": len(residual.weight), "bases_images": len(small),
-        "classes": CLASSES, "epoch_rows": epoch_rows, "rows": rows,
-    }  # fmt: skip
+        "model": "ViT-B-32",
+        "batch": BATCH,
+        "components": len(residual.weight),
+        "bases_images": len(small),
+        "classes": CLASSES,
+        "epoch_rows": epoch_rows,
+        "rows": rows,
+    }
     return result, (residual, head, small)
 
 
@@ -127,30 +141,37 @@ def whole_fit(residual, head, small, images: int, epochs: int) -> dict:
     seconds = time.perf_counter() - start
     kept = images * len(residual.weight) * 4
     return {
-        "images": images, "val_images": len(val), "epochs": epochs, "seconds": seconds,
-        "seconds_before_training": result.history[0].seconds, "features_bytes": kept,
-    }  # fmt: skip
+        "images": images,
+        "val_images": len(val),
+        "epochs": epochs,
+        "seconds": seconds,
+        "seconds_before_training": result.history[0].seconds,
+        "features_bytes": kept,
+    }
 
 
 def table(result: dict) -> str:
     """The same numbers as Markdown."""
     step, fit = result["steps"], result["fit"]
     lines = [
-        f"CPU: {result['cpu']}, {result['threads']} threads, torch {result['torch']}", "",
-        f"{step['model']}, heads, energy 0.90 ({step['components']:,} components from {step['bases_images']} images), "
-        f"batches of {step['batch']}, {step['classes']} classes. Cached steps: of {step['epoch_rows']:,} rows, two "
-        "epochs a call, everything included.", "",
-        "| step | milliseconds | times faster than the textbook with the tower in the loop |", "|---|---|---|",
-    ]  # fmt: skip
+        f"CPU: {result['cpu']}, {result['threads']} threads, torch {result['torch']}",
+        "",
+        f"{step['model']}, heads, energy 0.90 ({step['components']:,} components from "
+        f"{step['bases_images']} images), batches of {step['batch']}, {step['classes']} classes. Cached "
+        f"steps: of {step['epoch_rows']:,} rows, two epochs a call, everything included.",
+        "",
+        "| step | milliseconds | times faster than the textbook with the tower in the loop |",
+        "|---|---|---|",
+    ]
     for name, row in step["rows"].items():
         lines.append(
             f"| {name} | {1e3 * row['seconds_a_step']:.2f} | {row['times_faster_than_textbook']:.1f} |"
         )
     lines += [
         "",
-        f"{fit['epochs']} epochs of {fit['images']:,} cached images, validated on {fit['val_images']:,} after each: "
-        f"{fit['seconds']:.1f} s, of which {fit['seconds_before_training']:.1f} s before the first step; "
-        f"{fit['features_bytes'] / 2**20:,.0f} MiB of coefficients in memory.",
+        f"{fit['epochs']} epochs of {fit['images']:,} cached images, validated on {fit['val_images']:,} "
+        f"after each: {fit['seconds']:.1f} s, of which {fit['seconds_before_training']:.1f} s before the "
+        f"first step; {fit['features_bytes'] / 2**20:,.0f} MiB of coefficients in memory.",
     ]
     return "\n".join(lines) + "\n"
 

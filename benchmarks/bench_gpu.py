@@ -2,8 +2,9 @@
 
     TRITON_INTERPRET=0 pytest benchmarks/bench_gpu.py --benchmark-only --benchmark-json=FILE
 
-A group is operator and shape; parameters are provider, mode and dtype: the layout that Liger-Kernel and others publish.
-`make gpu PART=peers` runs it. Wall time of a synchronised call, with its launches; benchmarks/gpu.py has device time.
+A group is operator and shape; parameters are provider, mode and dtype: the layout that Liger-Kernel and
+others publish. `make gpu PART=peers` runs it. Wall time of a synchronised call, with its launches;
+benchmarks/gpu.py has device time.
 """
 
 from collections.abc import Callable

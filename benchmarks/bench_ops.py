@@ -1,13 +1,13 @@
 """How fast the operators are on this machine's CPU, beside every way of writing them in PyTorch.
 
-    python -m benchmarks.bench_ops                    # the table on record: interleaved rounds, medians, memory
-    pytest benchmarks/bench_ops.py --benchmark-only   # one provider at a time, with pytest-benchmark's statistics
+    python -m benchmarks.bench_ops                    # the table on record: interleaved rounds, medians
+    pytest benchmarks/bench_ops.py --benchmark-only   # one provider at a time, by pytest-benchmark
 
-Within a group (operator, shape, components, rows, dtype, mode) the providers take turns, round after round, with this
-machine's own fp32 matrix product and its roofs between them: compare rows of one group only. The roof of arithmetic is
-the multiply-adds that all threads reach in registers (bfloat16: the processor's own dot products, where it has them).
-FLOP are those of the formula, and what a provider recomputes or wastes is not counted in its favour: forward
-2 N J (C + D), backward for weight 2 N J D.
+Within a group (operator, shape, components, rows, dtype, mode) the providers take turns, round after round,
+with this machine's own fp32 matrix product and its roofs between them: compare rows of one group only. The
+roof of arithmetic is the multiply-adds that all threads reach in registers (bfloat16: the processor's own dot
+products, where it has them). FLOP are those of the formula, and what a provider recomputes or wastes is not
+counted in its favour: forward 2 N J (C + D), backward for weight 2 N J D.
 """
 
 import argparse
@@ -34,11 +34,12 @@ from residual_kernels.ops import backends, reference, torch_backend
 GEMM_SIZE = 2048
 Forward = Callable[[Tensor, Tensor], Tensor]  # (z or units, weight) -> y
 
-# --- providers: spectral_reweight -------------------------------------------------------------------------------------
+# --- providers: spectral_reweight ---------------------------------------------------------------------------
 
 
 def padded(p: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """proj [R, K, C] and basis [R, K, D] with K the largest K_u, zeros behind, and the slots [J] of real components."""
+    """proj [R, K, C] and basis [R, K, D] with K the largest K_u, zeros behind,
+    and the slots [J] of real components."""
     (proj, slots, *_), (units, longest) = torch_backend.pack(
         p.proj, p.bias, p.slope, p.offset, p.basis, p.unit_offsets
     )
@@ -50,7 +51,8 @@ def textbook(p: Operands) -> Forward:
     """From z: every head to its D outputs, centred, onto its components, reweighted, back."""
     proj, basis, slots = padded(p)
     units, longest, _ = proj.shape
-    # Any map to D outputs whose components are proj will do: A = proj^T basis, since the basis is near orthonormal.
+    # Any map to D outputs whose components are proj will do: A = proj^T basis, since the basis is near
+    # orthonormal.
     to_outputs = torch.matmul(proj.transpose(1, 2), basis)  # [R, C, D]
     mean = basis.new_zeros(units, 1, basis.shape[2])
 
@@ -142,7 +144,7 @@ def inputs_of(name: str, p: Operands, copies: int) -> list[Tensor]:
     return [p.z, *(p.z.roll(i + 1, 0) for i in range(copies - 1))]
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def flop(shape: Shape, components: int, rows: int, mode: str) -> float:
@@ -236,13 +238,23 @@ def bench_reweight(
             rate = flop(shape, sum(components), rows, mode) / statistics.median(values)
             table.append(
                 {
-                    "operator": "spectral_reweight", "shape": shape.name, "components": kind, "J": sum(components),
-                    "N": rows, "dtype": str(dtype).removeprefix("torch."), "mode": mode, "provider": name,
-                    "median_s": statistics.median(values), "best_s": min(values), "rounds": rounds,
-                    "gflops": rate / 1e9, **roof, "share_of_peak": rate / 1e9 / roof["peak_gflops"],
+                    "operator": "spectral_reweight",
+                    "shape": shape.name,
+                    "components": kind,
+                    "J": sum(components),
+                    "N": rows,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "mode": mode,
+                    "provider": name,
+                    "median_s": statistics.median(values),
+                    "best_s": min(values),
+                    "rounds": rounds,
+                    "gflops": rate / 1e9,
+                    **roof,
+                    "share_of_peak": rate / 1e9 / roof["peak_gflops"],
                     "extra_bytes": memory[name],
                 }
-            )  # fmt: skip
+            )
         del runs
     return table
 
@@ -260,9 +272,11 @@ def bench_moments(shape: Shape, rows: int, rounds: int) -> list[dict]:
     runs = {
         "einsum": lambda: einsum_moments(p.z, p.scale, p.mean, shift),
         "einsum compiled": lambda: compiled(p.z, p.scale, p.mean, shift),
-        **{name: lambda name=name: ops.unit_moments(p.z, p.scale, p.mean, shift, backend=name)
-           for name in ("torch", "cpp")},
-    }  # fmt: skip
+        **{
+            name: lambda name=name: ops.unit_moments(p.z, p.scale, p.mean, shift, backend=name)
+            for name in ("torch", "cpp")
+        },
+    }
     for run in runs.values():
         run()
     memory = {name: extra_memory(run) for name, run in runs.items()}
@@ -273,18 +287,28 @@ def bench_moments(shape: Shape, rows: int, rounds: int) -> list[dict]:
         rate = rows * shape.units * size * (size + 1) / statistics.median(values)  # the symmetric half
         table.append(
             {
-                "operator": "unit_moments", "shape": shape.name, "components": "-", "J": 0, "N": rows,
-                "dtype": "float32", "mode": "fwd", "provider": name, "median_s": statistics.median(values),
-                "best_s": min(values), "rounds": rounds, "gflops": rate / 1e9, **roof,
+                "operator": "unit_moments",
+                "shape": shape.name,
+                "components": "-",
+                "J": 0,
+                "N": rows,
+                "dtype": "float32",
+                "mode": "fwd",
+                "provider": name,
+                "median_s": statistics.median(values),
+                "best_s": min(values),
+                "rounds": rounds,
+                "gflops": rate / 1e9,
+                **roof,
                 "share_of_peak": rate / 1e9 / roof["peak_gflops"],
                 "share_of_copy": p.z.numel() * 4 / statistics.median(values) / 1e9 / roof["copy_gb_s"],
                 "extra_bytes": memory[name],
             }
-        )  # fmt: skip
+        )
     return table
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 def markdown(record: dict) -> str:
@@ -295,9 +319,9 @@ def markdown(record: dict) -> str:
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, instruction set "
         f"{machine['instruction_set']}. Command: `{machine['command']}`.",
         "",
-        "Medians of interleaved rounds. `time / cpp`: how many times the compiled backend's time. `of peak`: the "
-        "formula's FLOP per second over the multiply-adds the same threads reach in registers, in the same rounds. "
-        "`extra`: growth of the process.",
+        "Medians of interleaved rounds. `time / cpp`: how many times the compiled backend's time. `of "
+        "peak`: the formula's FLOP per second over the multiply-adds the same threads reach in registers, "
+        "in the same rounds. `extra`: growth of the process.",
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in record["rows"]:
@@ -319,7 +343,8 @@ def markdown(record: dict) -> str:
             "",
             f"## {about}N = {rows}, {dtype}, {mode}",
             "",
-            f"Peak {peak:.0f} GFLOP/s, sgemm {first['sgemm_gflops']:.0f} GFLOP/s, copy {first['copy_gb_s']:.0f} GB/s.",
+            f"Peak {peak:.0f} GFLOP/s, sgemm {first['sgemm_gflops']:.0f} GFLOP/s, copy "
+            f"{first['copy_gb_s']:.0f} GB/s.",
             "",
             "| provider | ms | time / cpp | GFLOP/s | of peak | extra MB |",
             "|---|---|---|---|---|---|",
@@ -336,7 +361,10 @@ def markdown(record: dict) -> str:
 
 
 def measure(rounds: int, budget: float) -> list[dict]:
-    """The groups on record, the most telling first; what does not fit into `budget` seconds is left out by name."""
+    """The groups on record, the most telling first.
+
+    What does not fit into `budget` seconds is left out by name.
+    """
     fp32, bf16 = torch.float32, torch.bfloat16
     b16, l14, h14 = SHAPES["B/16"], SHAPES["L/14"], SHAPES["H/14"]
     step = ("step",)
@@ -408,7 +436,7 @@ def main() -> None:
     print(text)
 
 
-# --- the same providers under pytest-benchmark ------------------------------------------------------------------------
+# --- the same providers under pytest-benchmark --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rows", [64, 256])

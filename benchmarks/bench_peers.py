@@ -1,20 +1,22 @@
-"""ResiDual and its peers on the same work: accuracy from 4, 16 and all labelled images a class, numbers trained, time.
+"""ResiDual and its peers on the same work: accuracy from 4, 16 and all labelled images a class,
+numbers trained, time.
 
     python -m benchmarks.bench_peers --photos cifar10.zip --out benchmarks/results/<device>/peers
 
-Protocol. The bundled model; digits it never saw (scikit-learn's, in thirds), and with --photos CIFAR-10's photographs
-(100, 60 and 240 a class, all from the zip's test half: the model was trained on its train half). Every method sees the
-same labelled images, without augmentation, and the same whole validation part. Its grid (benchmarks/peers: six
-configurations where there is anything to choose) is tried with seed 0; the best by validation accuracy, then loss, is
-fitted with every seed, which chooses the labelled images and what is drawn at random. The test part is read once per
-seed, at the end. The class vectors are the text's for everyone but the linear probe.
+Protocol. The bundled model; digits it never saw (scikit-learn's, in thirds), and with --photos CIFAR-10's
+photographs (100, 60 and 240 a class, all from the zip's test half: the model was trained on its train half).
+Every method sees the same labelled images, without augmentation, and the same whole validation part. Its grid
+(benchmarks/peers: six configurations where there is anything to choose) is tried with seed 0; the best by
+validation accuracy, then loss, is fitted with every seed, which chooses the labelled images and what is drawn
+at random. The test part is read once per seed, at the end. The class vectors are the text's for everyone but
+the linear probe.
 
-seconds: one fit with the chosen configuration on one thread (mean over seeds); methods on cached units or outputs need
-the encoding once in addition, which is told. memory: growth of the resident peak of a fresh process during its first
-fit (Linux).
+seconds: one fit with the chosen configuration on one thread (mean over seeds); methods on cached units or
+outputs need the encoding once in addition, which is told. memory: growth of the resident peak of a fresh
+process during its first fit (Linux).
 
-Every row is written as it is found, to <out>.rows.jsonl; the same command goes on after the last one, and takes the
-file away when all are there.
+Every row is written as it is found, to <out>.rows.jsonl; the same command goes on after the last one, and
+takes the file away when all are there.
 """
 
 import argparse
@@ -49,7 +51,8 @@ def load_tasks(photos: Path | None) -> None:
 
 
 class PeakMemory:
-    """Growth of this process's resident peak while the block runs, in MiB; None where the system does not tell."""
+    """Growth of this process's resident peak while the block runs, in MiB;
+    None where the system does not tell."""
 
     def __enter__(self) -> "PeakMemory":
         self.mib = None
@@ -102,14 +105,19 @@ def cell(task_name: str, shots: int | None, name: str, seeds: Iterable[int] = SE
         parameters = fitted.parameters
         accuracies.append(score(fitted.logits(task.test), task.test)[0])
     return {
-        "task": task_name, "shots": shots, "method": name, "accuracies": accuracies,
+        "task": task_name,
+        "shots": shots,
+        "method": name,
+        "accuracies": accuracies,
         "accuracy": statistics.mean(accuracies),
         "std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        "parameters": parameters, "seconds": statistics.mean(seconds),
+        "parameters": parameters,
+        "seconds": statistics.mean(seconds),
         "memory_mib": memory,
-        "settings": chosen, "validation_accuracy": validation,
+        "settings": chosen,
+        "validation_accuracy": validation,
         "tried": [{"settings": settings, "validation_accuracy": found[0]} for found, settings in tried],
-    }  # fmt: skip
+    }
 
 
 def _cell(arguments: tuple) -> dict:
@@ -121,12 +129,14 @@ def _key(row: dict) -> tuple:
 
 
 def found_rows(kept: Path, conditions: dict) -> list[dict]:
-    """The rows of a run that was cut short, under the same conditions (the file's first line); none without a file."""
+    """The rows of a run that was cut short, under the same conditions (the file's first line);
+    none without a file."""
     head = json.dumps({"conditions": conditions}) + "\n"
     lines = kept.read_text().splitlines(keepends=True) if kept.is_file() else [head]
     if lines[0] != head:
         raise SystemExit(
-            f"{kept} holds rows found under other conditions ({lines[0].strip()[:200]} ...); remove it to start anew"
+            f"{kept} holds rows found under other conditions ({lines[0].strip()[:200]} ...); remove it to "
+            "start anew"
         )
     whole = [line for line in lines if line.endswith("\n")]  # a killed run may have cut its last one
     kept.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +153,10 @@ def run(
     kept: Path,
     say: Callable = print,
 ) -> dict:
-    """All rows; every cell in a fresh process of one thread, `workers` of them at a time; each appended to `kept`."""
+    """All rows.
+
+    Every cell in a fresh process of one thread, `workers` of them at a time; each appended to `kept`.
+    """
     names = ["digits"] + ([] if photos is None else ["photographs"])
     conditions = {"cpu": cpu_name(), "torch": torch.__version__, "workers": workers, "seeds": list(seeds)}
     grids = {name: METHODS[name].grid for name in METHODS}
@@ -173,21 +186,24 @@ def run(
         **conditions,
         "tasks": {
             name: {
-                "train": len(task.train.labels), "val": len(task.val.labels), "test": len(task.test.labels),
+                "train": len(task.train.labels),
+                "val": len(task.val.labels),
+                "test": len(task.test.labels),
                 "encoding_seconds": task.encoding_seconds,
             }
             for name, task in _tasks.items()
         },
         "methods": {name: METHODS[name].source for name in methods},
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def table(result: dict) -> str:
     """The same numbers as Markdown: a table for every task, the best accuracy of a column in bold."""
     lines = [
-        f"{result['cpu']}, one thread a fit, {result['workers']} at a time, torch {result['torch']}. Accuracy on the "
-        f"test part, mean ± standard deviation over {len(result['seeds'])} seeds. Protocol: the head of bench_peers.py."
+        f"{result['cpu']}, one thread a fit, {result['workers']} at a time, torch {result['torch']}. "
+        f"Accuracy on the test part, mean ± standard deviation over {len(result['seeds'])} seeds. "
+        "Protocol: the head of bench_peers.py."
     ]
     for task, about in result["tasks"].items():
         rows = [row for row in result["rows"] if row["task"] == task]
@@ -195,8 +211,9 @@ def table(result: dict) -> str:
         heads = [f"{count or 'all'} a class" for count in shots]
         lines += [
             "",
-            f"**{task}**: {about['train']} labelled images in all, {about['val']} for validation, {about['test']} for "
-            f"the test. Encoding train and validation took {about['encoding_seconds']:.1f} s.",
+            f"**{task}**: {about['train']} labelled images in all, {about['val']} for validation, "
+            f"{about['test']} for the test. Encoding train and validation took "
+            f"{about['encoding_seconds']:.1f} s.",
             "",
             "| method | " + " | ".join(heads) + " | numbers trained | seconds | memory, MiB |",
             "|---" * (len(shots) + 4) + "|",
@@ -212,7 +229,8 @@ def table(result: dict) -> str:
             last = own[shots[-1]]
             memory = "–" if last["memory_mib"] is None else f"{last['memory_mib']:.0f}"
             lines.append(
-                f"| {name} | {' | '.join(cells)} | {last['parameters']:,} | {last['seconds']:.2f} | {memory} |"
+                f"| {name} | {' | '.join(cells)} | {last['parameters']:,} | {last['seconds']:.2f} | "
+                f"{memory} |"
             )
     sources = "; ".join(f"{name}: {source}" for name, source in result["methods"].items())
     lines += [
@@ -237,9 +255,14 @@ def main() -> None:
     arguments = parser.parse_args()
     kept = arguments.out.with_suffix(".rows.jsonl")
     result = run(
-        arguments.photos, arguments.methods, [count or None for count in arguments.shots], arguments.seeds,
-        arguments.workers, kept, say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+        arguments.photos,
+        arguments.methods,
+        [count or None for count in arguments.shots],
+        arguments.seeds,
+        arguments.workers,
+        kept,
+        say=lambda text: print(text, flush=True),
+    )
     write_json(arguments.out.with_suffix(".json"), result)
     kept.unlink()
     text = table(json.loads(arguments.out.with_suffix(".json").read_text()))

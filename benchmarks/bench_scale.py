@@ -1,10 +1,13 @@
-"""What encoding once and reading again cost: encode to disk against the plain tower, and a cache's rows per second.
+"""What encoding once and reading again cost: encode to disk against the plain tower,
+and a cache's rows per second.
 
-    python -m benchmarks.bench_scale --out benchmarks/results/<device>/scale --folder <folder on the disk to measure>
+    python -m benchmarks.bench_scale --out benchmarks/results/<device>/scale --folder <folder on the disk to
+    measure>
 
-The tower has random weights at its true width and its images are in memory, so that nothing is decoded; variants take
-turns in every round, and ratios are of medians of one run. The cache that is read holds random numbers in a tower's
-true shapes. `cold` reads follow a request to the system to forget the files; `warm` ones find them in its memory.
+The tower has random weights at its true width and its images are in memory, so that nothing is decoded;
+variants take turns in every round, and ratios are of medians of one run. The cache that is read holds random
+numbers in a tower's true shapes. `cold` reads follow a request to the system to forget the files; `warm` ones
+find them in its memory.
 """
 
 import argparse
@@ -85,8 +88,12 @@ def synthetic(path: Path, images: int, units: int, width: int, dim: int, dtype: 
         tensors["ids"] = torch.arange(start, start + count)
         rows[start // size] = shards.write_shard(path, start // size, tensors, {"run": "", "first_image": ""})
     run = dict.fromkeys(shards.RUN) | {
-        "tower": "random", "checksum": "", "kinds": ["head"], "shard_images": size, "columns": columns,
-    }  # fmt: skip
+        "tower": "random",
+        "checksum": "",
+        "kinds": ["head"],
+        "shard_images": size,
+        "columns": columns,
+    }
     finish(path, run, rows, [images])
 
 
@@ -122,8 +129,10 @@ def reading(images: int, units: int, width: int, dim: int, rounds: int, folder: 
                 seconds.append(time.perf_counter() - start)
             median = statistics.median(seconds)
             rows[f"{name}, {state}"] = {
-                "seconds": seconds, "gigabytes_per_second": size / median / 1e9, "images_per_second": images / median,
-            }  # fmt: skip
+                "seconds": seconds,
+                "gigabytes_per_second": size / median / 1e9,
+                "images_per_second": images / median,
+            }
     shutil.rmtree(path)
     return {"images": images, "units": units, "width": width, "bytes": size, "rows": rows}
 

@@ -3,9 +3,9 @@
     python -m benchmarks.budget            compares with results/compile/budget.json; 1 when a kernel is worse
     python -m benchmarks.budget --write    takes what the kernels need now as the budget
 
-Each case is a call at a real shape in bf16; its figure is the issue floor on sm_90 (benchmarks/floors.py), for the call
-and for each kernel in it. Compilers differ: a budget holds for the Triton version it was written with, and others are
-reported only.
+Each case is a call at a real shape in bf16; its figure is the issue floor on sm_90 (benchmarks/floors.py),
+for the call and for each kernel in it. Compilers differ: a budget holds for the Triton version it was written
+with, and others are reported only.
 """
 
 import argparse

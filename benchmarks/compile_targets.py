@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of every kernel a launcher would launch, for devices that need not be here.
 
-The launchers run on meta tensors of real shapes while their launches are recorded, so that what is compiled is what
-they choose: tiles, warps, flags and all. Import it only in a process without TRITON_INTERPRET.
+The launchers run on meta tensors of real shapes while their launches are recorded, so that what is compiled
+is what they choose: tiles, warps, flags and all. Import it only in a process without TRITON_INTERPRET.
 """
 
 import os
@@ -95,7 +95,8 @@ class Launch:
 
 @dataclass
 class Resources:
-    """What a compiled kernel takes from the chip: spills in bytes a thread, occupancy as a share of all warps."""
+    """What a compiled kernel takes from the chip: spills in bytes a thread,
+    occupancy as a share of all warps."""
 
     kernel: str
     kind: str
@@ -169,7 +170,8 @@ def binary(launch: Launch, target: str) -> object:
 
 
 def resources_of(compiled: object, target: str) -> tuple[int, int, str]:
-    """Registers a thread, bytes of spills a thread, and the text in which matrix instructions are looked for."""
+    """Registers a thread, bytes of spills a thread,
+    and the text in which matrix instructions are looked for."""
     return (_read_amd if TARGETS[target].backend == "hip" else _read_nvidia)(compiled)
 
 
@@ -183,9 +185,18 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         kinds = ["fma"]
     wide = len(re.findall(r"ld\.global\S*\.v4|cp\.async\.cg|global_load_dwordx4|buffer_load_dwordx4", text))
     return Resources(
-        launch.label, launch.kind, target, launch.warps, launch.stages, registers, spills, shared, kinds, wide,
+        launch.label,
+        launch.kind,
+        target,
+        launch.warps,
+        launch.stages,
+        registers,
+        spills,
+        shared,
+        kinds,
+        wide,
         occupancy(target, launch.warps, registers, shared),
-    )  # fmt: skip
+    )
 
 
 def _read_nvidia(compiled) -> tuple[int, int, str]:
@@ -213,7 +224,8 @@ def _read_amd(compiled) -> tuple[int, int, str]:
 
 
 def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
-    """Resident warps over the most a multiprocessor holds: counted from registers and shared memory, not measured."""
+    """Resident warps over the most a multiprocessor holds: counted from registers and shared memory,
+    not measured."""
     if target == "gfx942":
         waves = min(8, 512 // max(-(-registers // 8) * 8, 8)) * 4
         programs = min(waves // warps, 65536 // shared if shared else 32)
@@ -225,7 +237,7 @@ def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
     return programs * warps / 64
 
 
-# --- cases ------------------------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -299,7 +311,8 @@ def _sum(case: Case, empty: Callable[..., Tensor]) -> None:
     triton_backend.spectral_sum_backward(y, c, weight, tensors, sizes)
 
 
-# Routes for units of one tile, and those among them whose rows may choose their weights: from the backend's tables.
+# Routes for units of one tile, and those among them whose rows may choose their weights: from the backend's
+# tables.
 NARROW_ROUTES = tuple(route.name for route in triton_backend.FORWARD if route.name != "matmul")
 ROW_ROUTES = tuple(name for name in NARROW_ROUTES if name != "folded")
 
@@ -335,12 +348,14 @@ def all_cases() -> list[Case]:
 
 
 def distinct_cases() -> list[Case]:
-    """The configurations that can differ in resources: bf16 stands for fp16, each split of a width for its widths."""
+    """The configurations that can differ in resources: bf16 stands for fp16,
+    each split of a width for its widths."""
     return cases(SPLITS, KINDS[:1] + KINDS[2:], (True,))
 
 
 def edge_cases() -> list[Case]:
-    """Sizes of one, which Triton makes constants of, several tasks in one tile, and units wider than a tile."""
+    """Sizes of one, which Triton makes constants of, several tasks in one tile,
+    and units wider than a tile."""
     half, single = torch.bfloat16, torch.float32
     one = {"rows": 1, "units": 1, "dim": 1, "width": 1, "size": 1}
     found = []

@@ -26,7 +26,8 @@ STREAM = (  # the heads of one layer, for every token: K = C and D = the model's
 
 @dataclass(frozen=True)
 class Count:
-    """Bytes that must move (each input read once, each output written once) and operations of one exact route."""
+    """Bytes that must move (each input read once, each output written once) and operations of one exact
+    route."""
 
     route: str
     bytes: float

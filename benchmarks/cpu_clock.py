@@ -1,4 +1,5 @@
-"""How the CPU benchmarks take time: variants in turns, so that what the machine does meanwhile falls on all alike."""
+"""How the CPU benchmarks take time: variants in turns,
+so that what the machine does meanwhile falls on all alike."""
 
 import platform
 import re
@@ -22,7 +23,8 @@ def cpu_name() -> str:
 
 
 def machine_name() -> str:
-    """The folder of results of this machine: its processor and the instruction set in use, as amd-zen5-avx512bf16."""
+    """The folder of results of this machine: its processor and the instruction set in use,
+    as amd-zen5-avx512bf16."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.is_file() else ""
     family = next(iter(re.findall(r"^cpu family\s*: (\d+)", text, re.MULTILINE)), "")

@@ -1,7 +1,7 @@
 """How is a file damaged? By accident and by one who means harm, as a random number generator says.
 
-Bytes are flipped, cut off, repeated or filled in; values of JSON and YAML are removed, exchanged or wrapped; headers of
-safetensors are rewritten, with a right checksum too.
+Bytes are flipped, cut off, repeated or filled in; values of JSON and YAML are removed, exchanged or wrapped;
+headers of safetensors are rewritten, with a right checksum too.
 """
 
 import copy
@@ -13,9 +13,33 @@ from pathlib import Path
 from typing import Any
 
 NASTY = [
-    None, True, -1, 0, 1, 2**31, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x", "../x", "/etc/passwd",
-    "a\nb", "\x1b[2J", "\ud800", "a" * 5000, [], [[]], {}, {"a": 1}, [1, "a"], {"schema": 1}, [None] * 3,
-]  # fmt: skip
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2**31,
+    2**63,
+    10**400,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "../x",
+    "/etc/passwd",
+    "a\nb",
+    "\x1b[2J",
+    "\ud800",
+    "a" * 5000,
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [1, "a"],
+    {"schema": 1},
+    [None] * 3,
+]
 
 
 def nodes(value: Any, path: tuple = ()) -> Iterator[tuple]:
@@ -55,13 +79,26 @@ def changed(value: Any, rng: random.Random) -> Any:
 
 
 def hostile_text(text: str, rng: random.Random) -> str:
-    """A JSON text with what no writer of JSON makes: names that come twice, numbers of 10,000 digits, depth."""
+    """A JSON text with what no writer of JSON makes: names that come twice,
+    numbers of 10,000 digits, depth."""
     places = [k for k, letter in enumerate(text) if letter in "{[:,"] or [0]
     at = rng.choice(places) + 1
     more = rng.choice(
-        ["9" * 10_000, "1e99999", "NaN", "-Infinity", "[" * 100_000, '{"a":' * 50_000, '"a": 1, "a": 2,',
-         '"schema": 1, "schema": 99,', '"\\ud800"', "\x00", "\ufeff", '"' + "a" * 10**6 + '"']
-    )  # fmt: skip
+        [
+            "9" * 10_000,
+            "1e99999",
+            "NaN",
+            "-Infinity",
+            "[" * 100_000,
+            '{"a":' * 50_000,
+            '"a": 1, "a": 2,',
+            '"schema": 1, "schema": 99,',
+            '"\\ud800"',
+            "\x00",
+            "\ufeff",
+            '"' + "a" * 10**6 + '"',
+        ]
+    )
     return text[:at] + more + text[at:]
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.damaged --each 120 --results benchmarks/results/faults
 
-A good file of each kind is made once; a copy of it is damaged (damage.py) and read. What may come out is a ValueError
-or FileNotFoundError of one line, or exactly what the good file gives. A read that takes more than 60 seconds or 4 GiB
-is a fault.
+A good file of each kind is made once; a copy of it is damaged (damage.py) and read. What may come out is a
+ValueError or FileNotFoundError of one line, or exactly what the good file gives. A read that takes more than
+60 seconds or 4 GiB is a fault.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Kind:
     bare: bool = False
 
 
-# --- what is damaged ------------------------------------------------------------------------------------------
+# --- what is damaged ----------------------------------------------------------------------------------------
 
 
 def make(root: Path) -> None:
@@ -87,7 +87,10 @@ def make(root: Path) -> None:
     state = {"epoch": 1, "active": [0], "groups": [{"lr": 0.1}], "tasks": [task], "seconds": 1.0}
     checkpoints.save(root / "fit.safetensors", {"a": 1}, state, {"0.best": torch.ones(1, 3)})
     (root / "plan.yaml").write_text(
-        "towers: [{model: bundled}]\nmethods: [base, fine]\nepochs: 3\nrates: [0.5, 1.0]\n"
+        "towers: [{model: bundled}]\n"
+        "methods: [base, fine]\n"
+        "epochs: 3\n"
+        "rates: [0.5, 1.0]\n"
         "data: [{name: d, train: /images, test: /test, class_names: null}]\n"
     )
     row = {
@@ -193,16 +196,18 @@ def kinds() -> list[Kind]:
         Kind("adapter's class list", "adapter", "classes.json", adapter),
         Kind("class vectors", "head.safetensors", "", head, bare=True),
         Kind("fit checkpoint", "fit.safetensors", "", checkpoint, bare=True),
-        Kind("analysis", "analysis", "analysis.json", lambda f: overview.Analysis.load(f).to_dict(), bare=True),
+        Kind(
+            "analysis", "analysis", "analysis.json", lambda f: overview.Analysis.load(f).to_dict(), bare=True
+        ),
         Kind("sweep plan", "plan.yaml", "", lambda f: repr(plan.SweepPlan.read(f)), bare=True),
         Kind("sweep result", "fine-0.json", "", lambda f: sweep._kept(f, "r"), bare=True),
         Kind("images in a zip", "images.zip", "", pictures, bare=True),
         Kind("images in a tar", "", "shard.tar", shards, bare=True),
         Kind("class names beside a tar", "", "classnames.txt", shards, bare=True),
-    ]  # fmt: skip
+    ]
 
 
-# --- what became of it ----------------------------------------------------------------------------------------
+# --- what became of it --------------------------------------------------------------------------------------
 
 
 def same(a: Any, b: Any) -> bool:

@@ -3,9 +3,9 @@
     TMPDIR=/dev/shm python -m benchmarks.faults --results benchmarks/results/faults   # all of it
     python -m benchmarks.faults --share 0.05 --seed 1 --writers save_adapter encode   # a sample
 
-A writer runs with the k-th of its calls failing (a full disk from there on, or once EIO, EACCES or EBUSY); or a child
-process runs it, which ends before that call (SIGKILL), or in the middle of a write. The calls are counted below libc
-(faults.c, preloaded), so those of compiled libraries are among them. After each stop:
+A writer runs with the k-th of its calls failing (a full disk from there on, or once EIO, EACCES or EBUSY); or
+a child process runs it, which ends before that call (SIGKILL), or in the middle of a write. The calls are
+counted below libc (faults.c, preloaded), so those of compiled libraries are among them. After each stop:
 
 * the folder holds the old result or the new one, whole;
 * files of others are as they were: content, inode and time;
@@ -34,12 +34,16 @@ from benchmarks.writers import FOREIGN, Writer, files_in, visible, writers
 
 ONCE, FROM_THERE, KILL, TORN = range(4)  # of faults.c
 STOPS = {
-    "SIGKILL": (KILL, 0), "SIGKILL inside a write": (TORN, 0), "disk full": (FROM_THERE, errno.ENOSPC),
-    "EIO": (ONCE, errno.EIO), "EACCES": (ONCE, errno.EACCES), "EBUSY": (ONCE, errno.EBUSY),
-}  # fmt: skip
+    "SIGKILL": (KILL, 0),
+    "SIGKILL inside a write": (TORN, 0),
+    "disk full": (FROM_THERE, errno.ENOSPC),
+    "EIO": (ONCE, errno.EIO),
+    "EACCES": (ONCE, errno.EACCES),
+    "EBUSY": (ONCE, errno.EBUSY),
+}
 
 
-# --- one stop -------------------------------------------------------------------------------------------------
+# --- one stop -----------------------------------------------------------------------------------------------
 
 
 class Shim:
@@ -150,9 +154,14 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
                 wrong.append(f"again: {sorted(set(files_in(folder)) ^ set(undisturbed))} differ")
             faults += [f"{writer.name}, {start}, call {k} ({call}), {stop}: {text}" for text in wrong]
     return {
-        "writer": writer.name, "start": start, "calls": len(calls), "share": share * writer.rarely, "stops": count,
-        "seconds": round(time.perf_counter() - started, 1), "faults": faults,
-    }  # fmt: skip
+        "writer": writer.name,
+        "start": start,
+        "calls": len(calls),
+        "share": share * writer.rarely,
+        "stops": count,
+        "seconds": round(time.perf_counter() - started, 1),
+        "faults": faults,
+    }
 
 
 def summed(rows: list[dict]) -> dict:

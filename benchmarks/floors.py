@@ -1,14 +1,17 @@
-"""Issue floors of the Triton kernels: what the compiled code of a call costs before any clock is asked. No GPU.
+"""Issue floors of the Triton kernels: what the compiled code of a call costs before any clock is asked.
+
+No GPU.
 
     python -m benchmarks.floors                       every shape and N, printed
     python -m benchmarks.floors --json FILE           the same rows as JSON
     python -m benchmarks.floors --write               into benchmarks/results/compile/floors.{json,md}
 
-A launch cannot be faster than its warp instructions divided by what the chip's schedulers issue: one instruction per
-scheduler and clock. That time is its *issue floor*. It is counted from the disassembled kernel, with the trip count of
-every loop, so it is exact for straight code and too high where a branch is not taken. The *estimate* of a launch is the
-largest of issue floor, bytes over bandwidth (each tensor once), 16-byte tile accesses over the bandwidth of the
-second-level cache, and operations over the matrix rate; launches are added. Neither is a measured time.
+A launch cannot be faster than its warp instructions divided by what the chip's schedulers issue: one
+instruction per scheduler and clock. That time is its *issue floor*. It is counted from the disassembled
+kernel, with the trip count of every loop, so it is exact for straight code and too high where a branch is not
+taken. The *estimate* of a launch is the largest of issue floor, bytes over bandwidth (each tensor once),
+16-byte tile accesses over the bandwidth of the second-level cache, and operations over the matrix rate;
+launches are added. Neither is a measured time.
 """
 
 import argparse
@@ -49,7 +52,7 @@ ISSUE_RATE = {
 }
 
 
-# --- compiled code ----------------------------------------------------------------------------------------------------
+# --- compiled code ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ class Code:
     occupancy: float
 
     def total(self, name: str, trips: list[float]) -> float:
-        """Sum of `name` over depths, each times how often it runs; a loop that was unrolled away has no depth."""
+        """Sum of `name` over depths, each times how often it runs.
+
+        A loop that was unrolled away has no depth.
+        """
         values = getattr(self, name)
         inner = trips[1:]
         used = [trips[0], *inner[len(inner) - (len(values) - 1) :]] if len(values) - 1 <= len(inner) else None
@@ -96,9 +102,11 @@ def _parse(text: str, amd: bool) -> tuple[list[tuple[str, str]], dict[str, int]]
 
 
 def _depths(instructions: list[tuple[str, str]], labels: dict[str, int]) -> list[int]:
-    """How many loops each instruction is in: a branch to a label above it closes a loop (a jump to itself: a trap).
+    """How many loops each instruction is in: a branch to a label above it closes a loop
+    (a jump to itself: a trap).
 
-    A branch right behind a try at a barrier is no loop: it waits, or comes back from where the waiting is done.
+    A branch right behind a try at a barrier is no loop: it waits, or comes back from where the waiting is
+    done.
     """
     loops: dict[int, int] = {}
     for at, (opcode, operands) in enumerate(instructions):
@@ -125,7 +133,8 @@ def _product_operations(opcode: str) -> float:
 
 
 def blackwell_products(ptx: str) -> list[float]:
-    """Operations of the tcgen05 instructions in their order: each is issued by one warp for its whole program."""
+    """Operations of the tcgen05 instructions in their order:
+    each is issued by one warp for its whole program."""
     values = {name: int(value) for name, value in re.findall(r"mov\.b32\s+(%r\d+), (\d+);", ptx)}
     found = []
     for kind, name in re.findall(r"tcgen05\.mma\S*kind::(\w+) [^,]+, [^,]+, [^,]+, (%r\d+),", ptx):
@@ -181,11 +190,12 @@ def code_of(launch: Launch, target: str) -> Code:
     return read_code(text, False, occupied, issued)
 
 
-# --- how often a loop runs --------------------------------------------------------------------------------------------
+# --- how often a loop runs ----------------------------------------------------------------------------------
 
 
 def trips(launch: Launch, chunks: int) -> list[float]:
-    """Programs of a launch, then the trips of its nested loops over all programs; `chunks` are those of the pack."""
+    """Programs of a launch, then the trips of its nested loops over all programs;
+    `chunks` are those of the pack."""
     a, programs = launch.values, float(launch.programs)
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     if name == "coefficients":
@@ -233,7 +243,7 @@ def trips(launch: Launch, chunks: int) -> list[float]:
     return [programs]
 
 
-# --- calls ------------------------------------------------------------------------------------------------------------
+# --- calls --------------------------------------------------------------------------------------------------
 
 VIEWS = {
     "empty",
@@ -301,7 +311,8 @@ def costed(target: str, chunks: int = 0) -> Iterator[Cost]:
     cost = Cost()
     with recorded(target) as launches, _Vendor() as vendor:
         products = fold.product_float32, two_pass.product_float32
-        # torch has no meta kernel of every version for a product with an output type of its own: recorded by hand
+        # torch has no meta kernel of every version for a product with an output type of its own: recorded by
+        # hand
         fold.product_float32 = two_pass.product_float32 = vendor.product
         try:
             yield cost
@@ -328,15 +339,26 @@ def _add_launch(cost: Cost, launch: Launch, target: str, chunks: int) -> None:
     cached = code.total("tile_bytes", count) * lanes
     seconds = max(floor, moved / BANDWIDTH, cached / CACHE_BANDWIDTH, flop / RATE)
     depth = len(code.instructions) - 1
-    cost.kernels.append({
-        "kernel": launch.label, "programs": launch.programs, "warps": launch.warps, "stages": launch.stages,
-        "instructions": sum(code.instructions), "per_step": code.instructions[depth] if depth else None,
-        "per_product": sum(code.instructions) / sum(code.products) if sum(code.products) else None,
-        "barriers_per_step": code.barriers[depth] if depth else None,
-        "barriers": sum(code.barriers), "narrow_accesses": sum(code.narrow), "occupancy": round(code.occupancy, 3),
-        "MB": moved / 1e6, "cache_MB": cached / 1e6, "GFLOP": flop / 1e9,
-        "floor_us": 1e6 * floor, "estimate_us": 1e6 * seconds,
-    })  # fmt: skip
+    cost.kernels.append(
+        {
+            "kernel": launch.label,
+            "programs": launch.programs,
+            "warps": launch.warps,
+            "stages": launch.stages,
+            "instructions": sum(code.instructions),
+            "per_step": code.instructions[depth] if depth else None,
+            "per_product": sum(code.instructions) / sum(code.products) if sum(code.products) else None,
+            "barriers_per_step": code.barriers[depth] if depth else None,
+            "barriers": sum(code.barriers),
+            "narrow_accesses": sum(code.narrow),
+            "occupancy": round(code.occupancy, 3),
+            "MB": moved / 1e6,
+            "cache_MB": cached / 1e6,
+            "GFLOP": flop / 1e9,
+            "floor_us": 1e6 * floor,
+            "estimate_us": 1e6 * seconds,
+        }
+    )
     cost.launches += 1
     cost.bytes += moved
     cost.flop += flop
@@ -349,7 +371,8 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def pooled(shape: Shape, kind: str, rows: int, mode: str, target: str) -> Cost:
-    """Forward (`fwd`), forward and dweight (`step`), or with dz too, of a bf16 call with the planned routes."""
+    """Forward (`fwd`), forward and dweight (`step`), or with dz too,
+    of a bf16 call with the planned routes."""
     z = _meta(rows, shape.units, shape.coordinates, dtype=torch.bfloat16)
     plain = shape in STREAM
     scale, mean = (None, None) if plain else (_meta(rows), _meta(rows))
@@ -415,11 +438,19 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
     found = []
 
     def add(fields: dict, cost: Cost, roof: float, aimed: float | None) -> None:
-        found.append({
-            **fields, "launches": cost.launches, "MB": cost.bytes / 1e6, "GFLOP": cost.flop / 1e9,
-            "floor_us": 1e6 * cost.floor, "estimate_us": 1e6 * cost.estimate, "roof_us": 1e6 * roof,
-            "aim_us": None if aimed is None else 1e6 * aimed, "kernels": cost.kernels,
-        })  # fmt: skip
+        found.append(
+            {
+                **fields,
+                "launches": cost.launches,
+                "MB": cost.bytes / 1e6,
+                "GFLOP": cost.flop / 1e9,
+                "floor_us": 1e6 * cost.floor,
+                "estimate_us": 1e6 * cost.estimate,
+                "roof_us": 1e6 * roof,
+                "aim_us": None if aimed is None else 1e6 * aimed,
+                "kernels": cost.kernels,
+            }
+        )
 
     for name in names:
         for kind in ("ragged", "full"):
@@ -466,7 +497,8 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| operator | shape | K | N | mode | launches | MB | GFLOP | floor, us | estimate, us | roof, us | aim, us |",
+        "| operator | shape | K | N | mode | launches | MB | GFLOP | floor, us | estimate, us | roof, us "
+        "| aim, us |",
         "|---|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in rows:
@@ -519,8 +551,11 @@ def main() -> None:
     rows = rows_of(options.target, options.shapes.split(","))
     record = {
         "note": "counted from compiled code: floors and estimates, nothing measured",
-        "target": options.target, "torch": torch.__version__, "triton": triton.__version__, "rows": rows,
-    }  # fmt: skip
+        "target": options.target,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "rows": rows,
+    }
     text = f"{table(rows)}\n\n{kernel_table(rows)}\n"
     if options.json is not None:
         options.json.write_text(json.dumps(record, indent=1) + "\n")
@@ -528,8 +563,9 @@ def main() -> None:
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / "floors.json").write_text(json.dumps(record) + "\n")
         head = (
-            f"# Issue floors\n\nbf16, {options.target}, triton {triton.__version__}. Floors and estimates are counted "
-            "from compiled code (`python -m benchmarks.floors --write`); nothing here is a measured time.\n\n"
+            "# Issue floors\n\n"
+            f"bf16, {options.target}, triton {triton.__version__}. Floors and estimates are counted from "
+            "compiled code (`python -m benchmarks.floors --write`); nothing here is a measured time.\n\n"
         )
         (RESULTS / "floors.md").write_text(head + text)
     print(text)

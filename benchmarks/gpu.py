@@ -1,11 +1,13 @@
-"""The kernels on a GPU: tests, the machine's roofs, and the benchmark table, in parts of under 8 minutes each.
+"""The kernels on a GPU: tests, the machine's roofs, and the benchmark table,
+in parts of under 8 minutes each.
 
     TRITON_INTERPRET=0 python -m benchmarks.gpu --results DIR --part tests|host|core|wide|fit|peers
-    TRITON_INTERPRET=1 python -m benchmarks.gpu --results DIR --part core --tiny      the flow, on a CPU, without times
+    TRITON_INTERPRET=1 python -m benchmarks.gpu --results DIR --part core --tiny   on a CPU, without times
 
-Device time is that of CUDA-graph replays: inputs (constants too) rotate through more memory than the second-level cache
-holds, and the median replay counts. Providers are those of benchmarks/bench_ops.py, eager and compiled with dynamic
-sizes, in bf16 unless said. A provider that does not fit into memory, or for which time runs out, is printed as such.
+Device time is that of CUDA-graph replays: inputs (constants too) rotate through more memory than the
+second-level cache holds, and the median replay counts. Providers are those of benchmarks/bench_ops.py, eager
+and compiled with dynamic sizes, in bf16 unless said. A provider that does not fit into memory, or for which
+time runs out, is printed as such.
 """
 
 import argparse
@@ -24,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def _package() -> None:
-    """The kernels need torch and triton alone: where other dependencies are missing, the library's face is left out."""
+    """The kernels need torch and triton alone: where other dependencies are missing,
+    the library's face is left out."""
     try:
         importlib.import_module("residual_kernels")
     except ImportError:
@@ -50,7 +53,7 @@ ROWS = (64, 256, 1024, 8192)
 NARROW_ROUTES = tuple(route.name for route in triton_backend.FORWARD if route.name != "matmul")
 
 
-# --- roofs ------------------------------------------------------------------------------------------------------------
+# --- roofs --------------------------------------------------------------------------------------------------
 
 
 def roofs(bench: Bench) -> None:
@@ -84,13 +87,14 @@ def roof(bench: Bench, found: list[counts.Count], kind: str) -> float | None:
     return counts.cheapest(found, bandwidth, rate).roof(bandwidth, rate)
 
 
-# --- spectral_reweight ------------------------------------------------------------------------------------------------
+# --- spectral_reweight --------------------------------------------------------------------------------------
 
 
 def input_sets(
     shape: Shape, rows: int, components: list[int], dtype: torch.dtype, device: torch.device
 ) -> list[Operands]:
-    """Problems of one shape with different data, enough of them to leave the cache between two uses of one."""
+    """Problems of one shape with different data, enough of them to leave the cache between two uses of
+    one."""
     first = problem(shape, rows, components, dtype, device)
     weight = sum(x.numel() * x.element_size() for x in vars(first).values())
     more = min(max(ROTATION // max(weight, 1), 1), 7)
@@ -173,9 +177,14 @@ def reweight(
     for mode in ("fwd", "step"):
         found = counts.reweight(shape, sum(components), rows, mode, dtype.itemsize)
         fields = {
-            "operator": "spectral_reweight", "shape": shape.name, "components": kind, "N": rows, "dtype": label,
-            "mode": mode, "roof": roof(bench, found, product),
-        }  # fmt: skip
+            "operator": "spectral_reweight",
+            "shape": shape.name,
+            "components": kind,
+            "N": rows,
+            "dtype": label,
+            "mode": mode,
+            "roof": roof(bench, found, product),
+        }
 
         def timed(provider, make, few=sets, first="z", mode=mode, fields=fields):
             bench.row(provider, lambda: calls_of(make, few, mode, first), **fields)
@@ -251,7 +260,7 @@ def memory(bench: Bench, shape: Shape, rows: int) -> None:
     bench.aim(what, outcome, 1.0, at_least=False)
 
 
-# --- stream, tasks, moments -------------------------------------------------------------------------------------------
+# --- stream, tasks, moments ---------------------------------------------------------------------------------
 
 
 def stream(bench: Bench, shape: Shape, rows: int) -> None:
@@ -369,7 +378,7 @@ def moments(bench: Bench, shape: Shape, rows: int) -> None:
     torch.set_float32_matmul_precision("highest")
 
 
-# --- parts ------------------------------------------------------------------------------------------------------------
+# --- parts --------------------------------------------------------------------------------------------------
 
 TINY = (Shape("tiny", 3, 16, 24, 8),)
 
@@ -411,8 +420,14 @@ def host(bench: Bench) -> None:
         p = input_sets(shape, rows, shape.ragged(), torch.bfloat16, bench.device)[0]
         for mode in ("fwd", "step"):
             (call,) = calls_of(ours(), [p], mode)
-            fields = {"operator": "host", "shape": shape.name, "components": "ragged", "N": rows, "dtype": "bfloat16",
-                      "mode": mode}  # fmt: skip
+            fields = {
+                "operator": "host",
+                "shape": shape.name,
+                "components": "ragged",
+                "N": rows,
+                "dtype": "bfloat16",
+                "mode": mode,
+            }
             replayed = bench.row("replayed", lambda call=call: [call], **fields)
             walled = bench.wall("eager", call, **fields)
             if replayed and walled:
@@ -469,7 +484,8 @@ def main(arguments: list[str] | None = None) -> int:
     {"core": core, "wide": wide, "host": host, "fit": gpu_fit.fit}[options.part](bench)
     bench.finish()
     print(
-        f"routes are planned with nominal rates: {triton_routes.BANDWIDTH:.3g} bytes/s, {triton_routes.VENDOR_RATE}"
+        f"routes are planned with nominal rates: {triton_routes.BANDWIDTH:.3g} bytes/s, "
+        f"{triton_routes.VENDOR_RATE}"
     )
     print(f"written: {bench.folder / options.part}.json and .md")
     return 0

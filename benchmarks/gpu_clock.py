@@ -1,4 +1,5 @@
-"""Device time by CUDA-graph replay, and the table of a GPU benchmark: rows, roofs, aims beside their outcomes."""
+"""Device time by CUDA-graph replay, and the table of a GPU benchmark: rows, roofs,
+aims beside their outcomes."""
 
 import json
 import statistics

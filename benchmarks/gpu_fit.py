@@ -1,8 +1,9 @@
-"""Steps of a fit a second on a GPU: the library's step modes beside compiled plain torch on the same coefficients.
+"""Steps of a fit a second on a GPU: the library's step modes beside compiled plain torch on the same
+coefficients.
 
-The tower is timm's or open_clip's with random weights, whichever is installed; its values do not change the time. What
-the library needs beyond torch for a fit (schedulefree, safetensors) may be missing on a bare machine: the part then
-says which package, and compiled plain torch is timed alone.
+The tower is timm's or open_clip's with random weights, whichever is installed; its values do not change the
+time. What the library needs beyond torch for a fit (schedulefree, safetensors) may be missing on a bare
+machine: the part then says which package, and compiled plain torch is timed alone.
 """
 
 import importlib
@@ -66,8 +67,13 @@ def plain(bench: Bench, components: int, dim: int, images: int) -> float | None:
         return torch.randn(*size, device=bench.device)
 
     labels = torch.randint(CLASSES, (images,), device=bench.device)
-    loss = Plain(random(images, components), random(images, dim), random(components, dim),
-                 F.normalize(random(dim, CLASSES), dim=0), labels)  # fmt: skip
+    loss = Plain(
+        random(images, components),
+        random(images, dim),
+        random(components, dim),
+        F.normalize(random(dim, CLASSES), dim=0),
+        labels,
+    )
     compiled = loss if bench.tiny else torch.compile(loss)
     weight = torch.ones(components, device=bench.device, requires_grad=True)
     optimizer = torch.optim.AdamW([weight], lr=0.01, fused=None if bench.tiny else True)
@@ -127,8 +133,18 @@ def fit(bench: Bench) -> None:
 
             def steps(step=step, epochs=2):
                 adapter = rk.ResiDual(tower, bases)
-                rk.fit(adapter, head, cache, labels=labels, solver="adamw", lr=0.1, epochs=epochs, patience=epochs,
-                       batch_size=BATCH, step=step)  # fmt: skip
+                rk.fit(
+                    adapter,
+                    head,
+                    cache,
+                    labels=labels,
+                    solver="adamw",
+                    lr=0.1,
+                    epochs=epochs,
+                    patience=epochs,
+                    batch_size=BATCH,
+                    step=step,
+                )
 
             rates[step] = rate(bench, steps, 2 * -(-images // BATCH))
             note(bench, step, rates[step], components)
@@ -138,13 +154,25 @@ def fit(bench: Bench) -> None:
         (value for name, value in rates.items() if value and name != "plain torch compiled"), default=None
     )
     rival = rates["plain torch compiled"]
-    bench.aim("fit: our best step mode over compiled plain torch", best / rival if best and rival else None, 1.0,
-              at_least=True)  # fmt: skip
+    bench.aim(
+        "fit: our best step mode over compiled plain torch",
+        best / rival if best and rival else None,
+        1.0,
+        at_least=True,
+    )
 
 
 def note(bench: Bench, provider: str, value: float | None, components: int) -> None:
     """A row of the table: seconds of a step, and steps a second in words."""
-    bench.add(provider, None if value is None else 1 / value, operator="fit", shape="ViT-B/16", components=components,
-              N=BATCH, dtype="float32", mode="step")  # fmt: skip
+    bench.add(
+        provider,
+        None if value is None else 1 / value,
+        operator="fit",
+        shape="ViT-B/16",
+        components=components,
+        N=BATCH,
+        dtype="float32",
+        mode="step",
+    )
     if value is not None:
         print(f"fit {provider}: {value:.0f} steps a second", flush=True)

@@ -1,4 +1,5 @@
-"""The parts of `make gpu` that pytest runs: the tests of the kernels with compute-sanitizer, and peers as JSON."""
+"""The parts of `make gpu` that pytest runs: the tests of the kernels with compute-sanitizer,
+and peers as JSON."""
 
 import importlib
 import importlib.util
@@ -35,8 +36,20 @@ def tests(folder: Path) -> int:
         if left < 30:
             print(f"{tool}: time ran out")
             continue
-        command = [sanitizer, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "benchmarks.gpu",
-                   "--part", "small", "--results", str(folder)]  # fmt: skip
+        command = [
+            sanitizer,
+            "--tool",
+            tool,
+            "--error-exitcode",
+            "1",
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--part",
+            "small",
+            "--results",
+            str(folder),
+        ]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
@@ -66,6 +79,12 @@ def peers(folder: Path) -> int:
         print("peers: left out, the package pytest-benchmark is not installed")
         return 0
     pytest = importlib.import_module("pytest")
-    arguments = ["-q", "--benchmark-only", f"--benchmark-json={folder / 'peers.json'}", "--rootdir", str(ROOT),
-                 str(ROOT / "benchmarks" / "bench_gpu.py")]  # fmt: skip
+    arguments = [
+        "-q",
+        "--benchmark-only",
+        f"--benchmark-json={folder / 'peers.json'}",
+        "--rootdir",
+        str(ROOT),
+        str(ROOT / "benchmarks" / "bench_gpu.py"),
+    ]
     return int(pytest.main(arguments, plugins=[_Deadline(time.monotonic() + TESTS_BUDGET)]))

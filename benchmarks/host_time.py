@@ -1,14 +1,13 @@
-"""What the Python in front of the kernels costs: eager calls of the Triton backend with a driver that launches nothing.
+"""What the Python in front of the kernels costs:
+eager calls of the Triton backend with a driver that launches nothing.
 
     python -m benchmarks.host_time                 printed
     python -m benchmarks.host_time --write         into benchmarks/results/host/host_time.json
 
-Tensors have real shapes and lie on the CPU; kernels are compiled for sm_90, and their launch is a function that
-returns.
-The vendor's products are replaced likewise. What is left is what one core does before the device can start: the
-library,
-PyTorch's dispatch and autograd, and Triton's launch without the driver's own call (about 3 us each on a real machine).
-Quoted beside `add_` on one number.
+Tensors have real shapes and lie on the CPU; kernels are compiled for sm_90, and their launch is a function
+that returns. The vendor's products are replaced likewise. What is left is what one core does before the
+device can start: the library, PyTorch's dispatch and autograd, and Triton's launch without the driver's own
+call (about 3 us each on a real machine). Quoted beside `add_` on one number.
 """
 
 import argparse

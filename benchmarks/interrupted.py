@@ -2,10 +2,10 @@
 
     python -m benchmarks.interrupted --results benchmarks/results/faults      # 20 kills of each command
 
-`encode`, `bases`, `fit` with a checkpoint, `sweep` and `report` run on drawn images with the bundled model. Each is run
-once without disturbance. Then it is killed (SIGKILL) at a random moment between the beginning of its work and its end,
-and run again. The files must be those of the undisturbed run, byte for byte; the clock that fits note their seconds by
-stands still.
+`encode`, `bases`, `fit` with a checkpoint, `sweep` and `report` run on drawn images with the bundled model.
+Each is run once without disturbance. Then it is killed (SIGKILL) at a random moment between the beginning of
+its work and its end, and run again. The files must be those of the undisturbed run, byte for byte; the clock
+that fits note their seconds by stands still.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def commands(data: Path) -> dict[str, list[str]]:
     """Arguments of each command; OUT stands for the folder it writes into."""
     plan = data / "plan.yaml"
     plan.write_text(
-        f"towers: [{{model: bundled}}]\nmethods: [base, fine, coarse]\nepochs: 40\n"
+        f"towers: [{{model: bundled}}]\n"
+        "methods: [base, fine, coarse]\n"
+        "epochs: 40\n"
         f"data: [{{name: d, train: {data / 'images'}, test: {data / 'test'}}}]\n"
     )
     cache = str(data / "cache")
@@ -48,12 +50,23 @@ def commands(data: Path) -> dict[str, list[str]]:
         "encode": ["encode", "--data", str(data / "images"), "--out", "OUT/c", "--shard-images", "16"],
         "bases": ["bases", "--data", str(data / "images"), "--out", "OUT/b.safetensors"],
         "fit": [
-            "fit", "--data", cache, "--out", "OUT/a", "--checkpoint", "OUT/fit.safetensors", "--epochs", "60",
-            "--patience", "60", "--method", "full",
+            "fit",
+            "--data",
+            cache,
+            "--out",
+            "OUT/a",
+            "--checkpoint",
+            "OUT/fit.safetensors",
+            "--epochs",
+            "60",
+            "--patience",
+            "60",
+            "--method",
+            "full",
         ],
         "sweep": ["sweep", str(plan), "--out", "OUT/s"],
         "report": ["report", str(data / "run"), "--data", cache, "--out", "OUT/r.html"],
-    }  # fmt: skip
+    }
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -65,8 +78,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def start(arguments: list[str], place: Path) -> int:
-    """A process that runs the command, forked from this one; it makes a file `mark` where its work begins: when it
-    first calls a module, or gathers what a report says."""
+    """A process that runs the command, forked from this one; it makes a file `mark` where its work begins:
+    when it first calls a module, or gathers what a report says."""
     (place / "mark").unlink(missing_ok=True)
     pid = os.fork()
     if pid:
@@ -175,11 +188,28 @@ def main() -> None:
         wanted = commands(place)
         for arguments in (
             [
-                "encode", "--data", str(place / "images"), "--out", str(place / "cache"), "--kinds", "head", "--kinds",
+                "encode",
+                "--data",
+                str(place / "images"),
+                "--out",
+                str(place / "cache"),
+                "--kinds",
+                "head",
+                "--kinds",
                 "mlp",
             ],
-            ["fit", "--data", str(place / "cache"), "--out", str(place / "run"), "--method", "fine", "--epochs", "3"],
-        ):  # fmt: skip
+            [
+                "fit",
+                "--data",
+                str(place / "cache"),
+                "--out",
+                str(place / "run"),
+                "--method",
+                "fine",
+                "--epochs",
+                "3",
+            ],
+        ):
             if ended(start(arguments, place)):
                 raise SystemExit((place / "errors").read_text())
         for name, arguments in wanted.items():

@@ -1,9 +1,11 @@
-"""What does long and heavy use do? Peak memory at N, 4 N and 16 N images, thousands of repetitions, threads, forks.
+"""What does long and heavy use do?
+
+Peak memory at N, 4 N and 16 N images, thousands of repetitions, threads, forks.
 
     python -m benchmarks.load --results benchmarks/results/faults
 
-Each measurement runs in a process of its own, forked before anything was computed; memory is what the kernel counts for
-it (VmHWM, VmRSS), beyond what it had when the measurement began.
+Each measurement runs in a process of its own, forked before anything was computed; memory is what the kernel
+counts for it (VmHWM, VmRSS), beyond what it had when the measurement began.
 """
 
 import argparse
@@ -53,7 +55,7 @@ def in_process(run: Callable[[], object]) -> dict:
                 "peak_mib": round((_status("VmHWM") - before) / MIB, 1),
                 "cpu_seconds": round(time.process_time() - start, 2),
                 **(found if isinstance(found, dict) else {}),
-            }  # fmt: skip
+            }
             os.write(write, json.dumps(result).encode())
             code = 0
         except BaseException:
@@ -167,7 +169,8 @@ def many_calls() -> dict:
 
 
 def in_eight_threads(call: Callable[[], torch.Tensor], allowed: list[torch.Tensor], beside=None) -> dict:
-    """Calls made in eight threads at once, and how many gave each of the outputs that are allowed, or another one."""
+    """Calls made in eight threads at once, and how many gave each of the outputs that are allowed,
+    or another one."""
     counts, lock, running = [0] * (len(allowed) + 1), threading.Lock(), [8]
 
     def run() -> None:
@@ -203,7 +206,8 @@ def eight_threads() -> dict:
 
 
 def switched_set() -> dict:
-    """One AdapterSet in eight threads, while another switches its active name: every output is one member's."""
+    """One AdapterSet in eight threads, while another switches its active name:
+    every output is one member's."""
     tower, _ = model_and_batches()
     images = torch.randn(20, 3, 32, 32)
     inside = rk.fit_bases(tower, [images], placement="stream").truncate(components=2)
@@ -231,7 +235,8 @@ def switched_set() -> dict:
 
 
 def attached_in_between() -> dict:
-    """attach and detach while other threads are inside a forward pass: each output is the tower's or the adapter's."""
+    """attach and detach while other threads are inside a forward pass:
+    each output is the tower's or the adapter's."""
     model, _, _ = rk.load_bundled()
     images = torch.randn(8, 3, 32, 32)
     bases = rk.fit_bases(model.visual, [images, torch.randn(12, 3, 32, 32)]).truncate(components=2)

@@ -1,4 +1,5 @@
-"""What the main job costs: a tower plain, decomposed and adapted; bases against the textbook; calls of little work.
+"""What the main job costs: a tower plain, decomposed and adapted; bases against the textbook;
+calls of little work.
 
     python -m benchmarks.main_job --out benchmarks/results/<device>/main_job
 
@@ -52,10 +53,11 @@ def towers(name: str, batch: int, rounds: int) -> dict:
 
 
 def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
-    """PCA of the 144 heads of ViT-B-32 from given coordinates: moments of C+2 numbers against one SVD of N x D a head.
+    """PCA of the 144 heads of ViT-B-32 from given coordinates:
+    moments of C+2 numbers against one SVD of N x D a head.
 
-    The textbook projects a head to the D outputs, centres, and takes the singular vectors, as the paper's code does. It
-    is timed on `textbook_heads` of the heads, one after the other, and compared by the head.
+    The textbook projects a head to the D outputs, centres, and takes the singular vectors, as the paper's
+    code does. It is timed on `textbook_heads` of the heads, one after the other, and compared by the head.
     """
     from residual_kernels import towers
     from residual_kernels.bases.moments import MomentSum
@@ -86,16 +88,24 @@ def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
     fast = statistics.median(times["moments"]) / heads
     slow = statistics.median(times["textbook"]) / textbook_heads
     return {
-        "rows": rows, "heads": heads, "dim": dim, "textbook_heads": textbook_heads, "seconds": times,
-        "moments_s_per_head": fast, "textbook_s_per_head": slow, "ratio": slow / fast,
-    }  # fmt: skip
+        "rows": rows,
+        "heads": heads,
+        "dim": dim,
+        "textbook_heads": textbook_heads,
+        "seconds": times,
+        "moments_s_per_head": fast,
+        "textbook_s_per_head": slow,
+        "ratio": slow / fast,
+    }
 
 
 def small_calls(rounds: int) -> dict:
-    """What a call costs where there is little work: median seconds of each, and ratios to the plain way beside it.
+    """What a call costs where there is little work: median seconds of each,
+    and ratios to the plain way beside it.
 
-    One image through ViT-B-32, attached and plain; the operator at N = 1; the functional form without a pack, from its
-    second call on, forward and backward, beside the low-rank form in PyTorch; an adapter of ViT-L-14 made and moved.
+    One image through ViT-B-32, attached and plain; the operator at N = 1; the functional form without a pack,
+    from its second call on, forward and backward, beside the low-rank form in PyTorch; an adapter of ViT-L-14
+    made and moved.
     """
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-B-32").eval()
@@ -190,9 +200,10 @@ def table(result: dict) -> str:
     lines += [f"| {name} | {ratio:.3f} |" for name, ratio in result["small"]["ratios"].items()] + [""]
     pca = result["bases"]
     lines.append(
-        f"Bases from {pca['rows']:,} images, D = {pca['dim']}, seconds a head: {pca['moments_s_per_head']:.4f} here "
-        f"(all {pca['heads']} together), {pca['textbook_s_per_head']:.2f} by one SVD of N x D "
-        f"({pca['textbook_heads']} heads): {pca['ratio']:.0f} times faster."
+        f"Bases from {pca['rows']:,} images, D = {pca['dim']}, seconds a head: "
+        f"{pca['moments_s_per_head']:.4f} here (all {pca['heads']} together), "
+        f"{pca['textbook_s_per_head']:.2f} by one SVD of N x D ({pca['textbook_heads']} heads): "
+        f"{pca['ratio']:.0f} times faster."
     )
     return "\n".join(lines) + "\n"
 

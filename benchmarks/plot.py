@@ -1,4 +1,5 @@
-"""Draws what a benchmark measured and never measures: `python -m benchmarks.plot FOLDER` reads ops.json there."""
+"""Draws what a benchmark measured and never measures:
+`python -m benchmarks.plot FOLDER` reads ops.json there."""
 
 import argparse
 import json
@@ -10,9 +11,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {
-    "cpp": "#c1272d", "torch": "#7f7f7f", "lowrank": "#0000a7", "folded": "#008176",
-    "encodings": "#b3831f", "textbook": "#5c3a92",
-}  # fmt: skip
+    "cpp": "#c1272d",
+    "torch": "#7f7f7f",
+    "lowrank": "#0000a7",
+    "folded": "#008176",
+    "encodings": "#b3831f",
+    "textbook": "#5c3a92",
+}
 
 
 def speedups(rows: list[dict]) -> list[tuple[str, list[tuple[str, float]]]]:
@@ -56,8 +61,11 @@ def draw(record: dict, to: Path) -> None:
     for axis in axes.flat[len(groups) :]:
         axis.set_visible(False)
     machine = record["machine"]
-    figure.suptitle(f"Time over that of the compiled backend: {machine['cpu']}, {machine['threads']} threads, "
-                    f"{machine['instruction_set']}, torch {machine['torch']}", fontsize=9)  # fmt: skip
+    figure.suptitle(
+        f"Time over that of the compiled backend: {machine['cpu']}, {machine['threads']} threads, "
+        f"{machine['instruction_set']}, torch {machine['torch']}",
+        fontsize=9,
+    )
     figure.tight_layout()
     figure.savefig(to, dpi=130)
     plt.close(figure)

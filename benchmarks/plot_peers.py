@@ -1,4 +1,5 @@
-"""Draws what bench_peers measured and never measures: `python -m benchmarks.plot_peers FOLDER` reads its peers.json."""
+"""Draws what bench_peers measured and never measures:
+`python -m benchmarks.plot_peers FOLDER` reads its peers.json."""
 
 import argparse
 import itertools
@@ -20,15 +21,25 @@ APART, NEAR, STEPS = (
     40,
 )  # decades between markers; share of the accuracies' range; rounds of moving
 COLOURS = {
-    "base": "#444444", "linear probe": "#7f7f7f", "CLIP-Adapter": "#0000a7", "Tip-Adapter": "#3b8bc2",
-    "Tip-Adapter-F": "#1b4f72", "LoRA": "#b3831f", "fine-tuning": "#5c3a92",
-    "ResiDual coarse": "#e8a09a", "ResiDual fine": "#d9534f", "ResiDual full": "#a31621",
-    "ResiDual output": "#e07b39", "ResiDual linear": "#7a4b3a", "ResiDual stream": "#00a87a",
-}  # fmt: skip
+    "base": "#444444",
+    "linear probe": "#7f7f7f",
+    "CLIP-Adapter": "#0000a7",
+    "Tip-Adapter": "#3b8bc2",
+    "Tip-Adapter-F": "#1b4f72",
+    "LoRA": "#b3831f",
+    "fine-tuning": "#5c3a92",
+    "ResiDual coarse": "#e8a09a",
+    "ResiDual fine": "#d9534f",
+    "ResiDual full": "#a31621",
+    "ResiDual output": "#e07b39",
+    "ResiDual linear": "#7a4b3a",
+    "ResiDual stream": "#00a87a",
+}
 
 
 def apart(rows: list[dict]) -> list[float]:
-    """Where markers stand on the axis of numbers trained: those that would touch are moved a little to either side.
+    """Where markers stand on the axis of numbers trained:
+    those that would touch are moved a little to either side.
 
     Markers touch when their numbers lie within a third of a decade, and their accuracies within `NEAR`.
     """
@@ -48,9 +59,16 @@ def panel(axis: Axes, rows: list[dict]) -> None:
     for row, across in zip(rows, apart(rows), strict=True):
         ours = row["method"].startswith(OURS)
         axis.errorbar(
-            across, row["accuracy"], yerr=row["std"], fmt="o" if ours else "s", markersize=7,
-            color=COLOURS.get(row["method"], "#999999"), capsize=2, elinewidth=1, markeredgecolor="white",
-        )  # fmt: skip
+            across,
+            row["accuracy"],
+            yerr=row["std"],
+            fmt="o" if ours else "s",
+            markersize=7,
+            color=COLOURS.get(row["method"], "#999999"),
+            capsize=2,
+            elinewidth=1,
+            markeredgecolor="white",
+        )
     base = next((row["accuracy"] for row in rows if row["method"] == "base"), None)
     if base is not None:
         axis.axhline(base, color=COLOURS["base"], linewidth=0.8, linestyle=":")
@@ -82,17 +100,22 @@ def draw(result: dict, to: Path) -> None:
         axis.set_xlabel("learned numbers", fontsize=8)
     handles = [
         Line2D(
-            [], [], linestyle="", marker="o" if name.startswith(OURS) else "s", markersize=7, label=name,
+            [],
+            [],
+            linestyle="",
+            marker="o" if name.startswith(OURS) else "s",
+            markersize=7,
+            label=name,
             color=COLOURS.get(name, "#999999"),
         )
         for name in result["methods"]
-    ]  # fmt: skip
+    ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=8, frameon=False)
     figure.suptitle(
         "The same tower, labelled images and validation part for everyone; mean and deviation over "
         f"{len(result['seeds'])} seeds; circles: this library; markers that would touch stand side by side",
         fontsize=9,
-    )  # fmt: skip
+    )
     lines = -(-len(handles) // 5)
     figure.tight_layout(rect=(0, 0.01 + 0.2 * lines / figure.get_figheight(), 1, 1))
     figure.savefig(to, dpi=130)

@@ -1,8 +1,8 @@
 """What every Triton kernel takes from the chip, without a GPU: registers, spills, shared memory, occupancy.
 
-    python -m benchmarks.resources                    a pairwise choice of configurations for every target, printed
-    python -m benchmarks.resources --every sm_90      every configuration the launchers can choose, on one target
-    python -m benchmarks.resources --write            both, into benchmarks/results/compile/resources.{json,md}
+    python -m benchmarks.resources                 a pairwise choice of configurations for every target
+    python -m benchmarks.resources --every sm_90   every configuration the launchers can choose, one target
+    python -m benchmarks.resources --write         both, into benchmarks/results/compile/resources.{json,md}
 
 Registers and spills are ptxas' and LLVM's own figures; occupancy is counted from them, not measured.
 """
@@ -80,19 +80,21 @@ def complaints(row: Resources) -> list[str]:
 def table(rows: list[Resources]) -> str:
     """A Markdown table."""
     lines = [
-        "| kernel | products | target | warps | stages | registers | spills | shared | instructions | occupancy |",
+        "| kernel | products | target | warps | stages | registers | spills | shared | instructions | "
+        "occupancy |",
         "|---|---|---|---:|---:|---:|---:|---:|---|---:|",
     ]
     for r in rows:
         lines.append(
-            f"| {r.kernel} | {r.kind} | {r.target} | {r.warps} | {r.stages} | {r.registers} | {r.spills} | {r.shared} "
-            f"| {', '.join(r.instructions) or '-'} | {r.occupancy:.0%} |"
+            f"| {r.kernel} | {r.kind} | {r.target} | {r.warps} | {r.stages} | {r.registers} | {r.spills} | "
+            f"{r.shared} | {', '.join(r.instructions) or '-'} | {r.occupancy:.0%} |"
         )
     return "\n".join(lines)
 
 
 def summary(rows: list[Resources]) -> str:
-    """One line per target and kernel: how many configurations, worst spills, most shared memory, range of occupancy."""
+    """One line per target and kernel: how many configurations, worst spills, most shared memory,
+    range of occupancy."""
     lines = [
         "| target | kernel | configurations | registers | spills | shared | occupancy | products by |",
         "|---|---|---:|---|---|---|---|---|",
@@ -104,8 +106,8 @@ def summary(rows: list[Resources]) -> str:
         low, high = min(r.occupancy for r in group), max(r.occupancy for r in group)
         by = sorted({f"{r.kind}: {'+'.join(r.instructions)}" for r in group if r.instructions})
         lines.append(
-            f"| {target} | {kernel} | {len(group)} | to {max(r.registers for r in group)} "
-            f"| to {max(r.spills for r in group)} | to {max(r.shared for r in group)} | {low:.0%} to {high:.0%} "
+            f"| {target} | {kernel} | {len(group)} | to {max(r.registers for r in group)} | to "
+            f"{max(r.spills for r in group)} | to {max(r.shared for r in group)} | {low:.0%} to {high:.0%} "
             f"| {'; '.join(by) or '-'} |"
         )
     return "\n".join(lines)
@@ -123,11 +125,12 @@ def write(rows: list[Resources]) -> None:
     (RESULTS / "resources.json").write_text(json.dumps(record, indent=0) + "\n")
     text = [
         "# Resources of the Triton kernels",
-        f"{len(rows)} configurations compiled ahead of time by triton {triton.__version__}, no GPU involved: nothing "
-        "here is measured. sm_90 has every configuration the launchers can choose for head widths 64 to 112 (bf16 "
-        "stands for fp16, one width for each way a width is split); the other targets have a pairwise choice. "
-        "Registers are per thread, spills bytes per thread, shared memory bytes per program; occupancy is counted. "
-        "Every configuration is in resources.json; `python -m benchmarks.resources --write` makes both files.",
+        f"{len(rows)} configurations compiled ahead of time by triton {triton.__version__}, no GPU "
+        "involved: nothing here is measured. sm_90 has every configuration the launchers can choose for "
+        "head widths 64 to 112 (bf16 stands for fp16, one width for each way a width is split); the other "
+        "targets have a pairwise choice. Registers are per thread, spills bytes per thread, shared memory "
+        "bytes per program; occupancy is counted. Every configuration is in resources.json; `python -m "
+        "benchmarks.resources --write` makes both files.",
         summary(rows),
     ]
     (RESULTS / "resources.md").write_text("\n\n".join(text) + "\n")

@@ -1,11 +1,12 @@
-"""docs/SCALE.md's tables: what an image costs to encode, store and fit, and what 1.3 million and 400 million cost.
+"""docs/SCALE.md's tables: what an image costs to encode, store and fit,
+and what 1.3 million and 400 million cost.
 
     python -m benchmarks.scale            prints them
     python -m benchmarks.scale --write    puts them into docs/SCALE.md, between its markers
 
-Operations of a tower are counted by torch on the meta device, bytes and operations of the rest on paper. Rates of this
-machine are read from results/amd-epyc (bench_scale, bench_ops); rates of a GPU are assumptions, printed with the
-tables.
+Operations of a tower are counted by torch on the meta device, bytes and operations of the rest on paper.
+Rates of this machine are read from results/amd-epyc (bench_scale, bench_ops); rates of a GPU are assumptions,
+printed with the tables.
 """
 
 import argparse
@@ -30,8 +31,8 @@ SIZES = {"1.3 M": 1_300_000, "400 M": 400_000_000}
 SMALL = 4 * 2 + 8 * 2  # s, m, label and id of an image, in bytes
 EPOCHS = 30
 
-# Assumptions, none of them measured: an H100's nominal bf16 rate and the share of it that a ViT reaches while encoding,
-# and what one GPU's share of a parallel file system gives.
+# Assumptions, none of them measured: an H100's nominal bf16 rate and the share of it that a ViT reaches while
+# encoding, and what one GPU's share of a parallel file system gives.
 NOMINAL, REACHED = 989e12, 0.40
 STORAGE = 2e9
 
@@ -74,7 +75,8 @@ class Cost:
 
 def per_image(costs: list[Cost]) -> list[str]:
     lines = [
-        "| tower | encode, GFLOP | cache for `fine`, kB | for `full`, kB | J at 0.90 | fit, MFLOP | encode / fit |",
+        "| tower | encode, GFLOP | cache for `fine`, kB | for `full`, kB | J at 0.90 | fit, MFLOP | "
+        "encode / fit |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for cost in costs:
@@ -100,9 +102,14 @@ def measured() -> Rates:
     tower = next(tower for tower in scale["encoding"] if tower["model"] == TOWERS["B/16"])
     images = tower["rows"]["encode, heads, bfloat16"]["images_per_second"]
     wanted = {
-        "operator": "spectral_reweight", "shape": "B/16", "components": "ragged", "N": 256, "mode": "step",
-        "dtype": "float32", "provider": "cpp",
-    }  # fmt: skip
+        "operator": "spectral_reweight",
+        "shape": "B/16",
+        "components": "ragged",
+        "N": 256,
+        "mode": "step",
+        "dtype": "float32",
+        "provider": "cpp",
+    }
     rows = json.loads((RESULTS / "ops.json").read_text())["rows"]
     fit = next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
     read = scale["reading"]["rows"]["read shuffled, cold"]["gigabytes_per_second"]
@@ -127,7 +134,8 @@ def time_text(seconds: float) -> str:
 
 def whole(costs: list[Cost], cpu: Rates) -> list[str]:
     lines = [
-        "| images | tower | cache | encode: 2 cores | 1 GPU | 64 GPUs | fit, an epoch: 2 cores | 1 GPU | 64 GPUs |",
+        "| images | tower | cache | encode: 2 cores | 1 GPU | 64 GPUs | fit, an epoch: 2 cores | 1 GPU | "
+        "64 GPUs |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for label, images in SIZES.items():
@@ -136,7 +144,8 @@ def whole(costs: list[Cost], cpu: Rates) -> list[str]:
             cells = [f"{size / 1e9:,.0f} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"]
             machines = ((cpu, 1), (GPU, 1), (GPU, 64))
             cells += [time_text(images * cost.encode / rates.encode / count) for rates, count in machines]
-            # An epoch reads the cache once; reading goes on beside the products, so the slower of the two counts.
+            # An epoch reads the cache once; reading goes on beside the products, so the slower of the two
+            # counts.
             cells += [
                 time_text(max(images * cost.fit / rates.fit, size / rates.read) / count)
                 for rates, count in machines
@@ -149,8 +158,8 @@ def tables() -> dict[str, list[str]]:
     costs = [Cost.of(name) for name in TOWERS]
     cpu = measured()
     rates = [
-        f"* 2 cores (measured): encoding {cpu.encode / 1e9:.0f} GFLOP/s, the fit's operator {cpu.fit / 1e9:.0f} "
-        f"GFLOP/s, a cache in shuffled order from the disk {cpu.read / 1e9:.2f} GB/s.",
+        f"* 2 cores (measured): encoding {cpu.encode / 1e9:.0f} GFLOP/s, the fit's operator "
+        f"{cpu.fit / 1e9:.0f} GFLOP/s, a cache in shuffled order from the disk {cpu.read / 1e9:.2f} GB/s.",
         f"* 1 GPU (assumed, not measured): {REACHED:.0%} of {NOMINAL / 1e12:.0f} TFLOP/s of bf16 products, "
         f"{STORAGE / 1e9:.0f} GB/s from storage. 64 GPUs: 64 times as much; nothing is lost to waiting.",
     ]

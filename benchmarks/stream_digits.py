@@ -2,8 +2,8 @@
 
     python -m benchmarks.stream_digits [--json FILE]
 
-The demo's own split, templates and drawings for bases. Every variant tries the learning rates below and keeps the one
-that is best on the validation third (accuracy, then loss); the test third is read once, at the end.
+The demo's own split, templates and drawings for bases. Every variant tries the learning rates below and keeps
+the one that is best on the validation third (accuracy, then loss); the test third is read once, at the end.
 """
 
 import argparse
@@ -78,10 +78,14 @@ def main() -> None:
         (accuracy, _), adapter, rate = best
         rows.append(
             {
-                "variant": variant, "parameters": len(adapter.weight), "rate": rate, "validation": accuracy,
-                "test": rk.evaluate(adapter, head, test).accuracy, "seconds": time.perf_counter() - start,
+                "variant": variant,
+                "parameters": len(adapter.weight),
+                "rate": rate,
+                "validation": accuracy,
+                "test": rk.evaluate(adapter, head, test).accuracy,
+                "seconds": time.perf_counter() - start,
             }
-        )  # fmt: skip
+        )
         adapter.detach()
     print(f"{'variant':28} {'numbers':>8} {'rate':>6} {'validation':>10} {'test':>7} {'seconds':>8}")
     for row in rows:

@@ -1,7 +1,9 @@
-"""Which writers has the library? Each as a call that writes into a folder, small enough for thousands of stops.
+"""Which writers has the library?
 
-What takes seconds and changes no file (loading a model, drawing a figure, tracing a module) is computed once. The
-writer "report, drawn anew" draws each time, for a share of its stops.
+Each as a call that writes into a folder, small enough for thousands of stops.
+
+What takes seconds and changes no file (loading a model, drawing a figure, tracing a module) is computed once.
+The writer "report, drawn anew" draws each time, for a share of its stops.
 """
 
 import atexit
@@ -21,9 +23,12 @@ FOREIGN = ("mine.txt", "sub/code.py", ".hidden.part", "head.safetensors.bak")
 
 @dataclass(frozen=True)
 class Writer:
-    """What writes into a folder. `old` makes the state that is written over; None where only a new folder is allowed.
+    """What writes into a folder.
 
-    Files that a reader takes by themselves (a page, its figures) are whole one by one after a kill: `at_once` is False.
+    `old` makes the state that is written over; None where only a new folder is allowed.
+
+    Files that a reader takes by themselves (a page, its figures) are whole one by one after a kill: `at_once`
+    is False.
     """
 
     name: str
@@ -77,7 +82,8 @@ DRAWN_ANEW = "report, drawn anew"
 class Once:
     """Patches for this process: what changes no file is computed at its first call and kept.
 
-    Figures are kept as the bytes of their files, and seconds stand still, so that two runs leave the same files.
+    Figures are kept as the bytes of their files, and seconds stand still, so that two runs leave the same
+    files.
     """
 
     def __init__(self):
@@ -106,9 +112,13 @@ class Once:
 
         Figure.savefig = save
         for holder, name in (
-            (drawings, "on_page"), (drawings, "in_folder"), (figures, "accuracy_table"), (models, "load_model"),
-            (torch.onnx, "export"), (torch.export, "export"),
-        ):  # fmt: skip
+            (drawings, "on_page"),
+            (drawings, "in_folder"),
+            (figures, "accuracy_table"),
+            (models, "load_model"),
+            (torch.onnx, "export"),
+            (torch.export, "export"),
+        ):
             setattr(holder, name, self._once(getattr(holder, name), named=holder in (models, figures)))
         fitting.time = types.SimpleNamespace(perf_counter=lambda: 0.0)
 
@@ -285,7 +295,7 @@ def writers(names: list[str] | None = None) -> list[Writer]:
             lambda f: export.write(merged, f / "m.onnx", images[:2], verify=False),
             lambda f: files.write_text(f / "m.onnx", "old"),
         ),
-    ]  # fmt: skip
+    ]
     if names == [WRONG]:
         return [Writer(WRONG, _in_place, lambda f: (f / "n.json").write_text('{"a": 1}'))]
     return [writer for writer in result if names is None or writer.name in names]

@@ -1,4 +1,5 @@
-"""Accelerate runs your own loop; `accelerate launch` runs the same file on many devices, in autocast on a GPU."""
+"""Accelerate runs your own loop; `accelerate launch` runs the same file on many devices,
+in autocast on a GPU."""
 
 import torch
 from accelerate import Accelerator

@@ -1,7 +1,8 @@
-"""Hugging Face's Trainer on a transformers CLIPModel: ResiDual stands in it, and its weights alone are trained.
+"""Hugging Face's Trainer on a transformers CLIPModel: ResiDual stands in it,
+and its weights alone are trained.
 
-The model is tiny and random, so that this runs offline. With CLIPModel.from_pretrained, images and captions come from
-its CLIPProcessor, and the rest stays as it is.
+The model is tiny and random, so that this runs offline. With CLIPModel.from_pretrained, images and captions
+come from its CLIPProcessor, and the rest stays as it is.
 """
 
 import torch
@@ -40,13 +41,25 @@ class ZeroShotTrainer(Trainer):
 
 
 arguments = TrainingArguments(
-    "runs", num_train_epochs=6, learning_rate=0.5, per_device_train_batch_size=64, remove_unused_columns=False,
-    label_names=["labels"], save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-)  # fmt: skip
+    "runs",
+    num_train_epochs=6,
+    learning_rate=0.5,
+    per_device_train_batch_size=64,
+    remove_unused_columns=False,
+    label_names=["labels"],
+    save_strategy="no",
+    logging_strategy="no",
+    report_to="none",
+    disable_tqdm=True,
+)
 trainer = ZeroShotTrainer(
-    model, arguments, collate, train, val,
+    model,
+    arguments,
+    collate,
+    train,
+    val,
     compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(1) == seen.label_ids).mean()},
-)  # fmt: skip
+)
 before = trainer.evaluate()["eval_accuracy"]  # of the untouched model
 
 bases = rk.fit_bases(model, images[:600].split(100), kinds=("head", "mlp"))

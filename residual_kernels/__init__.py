@@ -1,5 +1,5 @@
-"""residual_kernels: one learned number per principal component of each attention head makes a CLIP-like model better at
-your own task (ResiDual, Basile et al., TMLR 2025), exact and fast.
+"""residual_kernels: one learned number per principal component of each attention head makes a CLIP-like model
+better at your own task (ResiDual, Basile et al., TMLR 2025), exact and fast.
 
 Importing the package loads none of its rooms; a public name loads its own when it is first used (PEP 562).
 """

@@ -1,4 +1,5 @@
-"""Modules of version 0.1 by their old names: `import residual_kernels.images` still works, with a DeprecationWarning.
+"""Modules of version 0.1 by their old names: `import residual_kernels.images` still works,
+with a DeprecationWarning.
 
 Only the names of modules are kept here. Public names (`rk.ResiDual`, `rk.ops.spectral_reweight`) never moved.
 """

@@ -30,12 +30,12 @@ KINDS = ("head", "mlp")  # units whose components may be weighted
 class Classifier:
     """A CLIP-like model, fitted to labelled images, that labels new ones.
 
-    `fit` never leaves the model worse than it was, as far as its labels can tell: the untouched model competes, and
-    wins where nothing is better by one standard error.
+    `fit` never leaves the model worse than it was, as far as its labels can tell: the untouched model
+    competes, and wins where nothing is better by one standard error.
 
     Args:
-        model: an open_clip or transformers model with an image tower. Its weights are not changed; they are frozen
-            while an adapter is fitted to it.
+        model: an open_clip or transformers model with an image tower. Its weights are not changed; they are
+            frozen while an adapter is fitted to it.
         preprocess: PIL image -> tensor [3, H, W], the model's own.
         tokenizer: the model's own. Without one, class vectors are the mean embeddings of each class's images.
         class_names: what the classes are called in prompts: {label: words}. Labels themselves by default.
@@ -46,10 +46,9 @@ class Classifier:
         cache: a folder that keeps the encoded training images, so that an interrupted `fit` resumes.
 
     Attributes (after `fit`):
-        classes_: the labels, sorted; columns of `predict_proba` are in this order.
-        adapter_: the winner, a module that stands where the image tower stood.
-        head_: its class vectors.
-        result_: the :class:`TuneResult`: what every candidate reached and why the winner won; None after `load`.
+        classes_: the labels, sorted; columns of `predict_proba` are in this order. adapter_: the winner, a
+        module that stands where the image tower stood. head_: its class vectors. result_: the
+        :class:`TuneResult`: what every candidate reached and why the winner won; None after `load`.
     """
 
     _estimator_type = "classifier"
@@ -79,7 +78,8 @@ class Classifier:
     def _check_model(self) -> None:
         if not isinstance(self.model, nn.Module):
             raise ValueError(
-                f"Classifier takes (model, preprocess, tokenizer); model is a {type(self.model).__name__}, not a module"
+                f"Classifier takes (model, preprocess, tokenizer); model is a {type(self.model).__name__}, "
+                "not a module"
             )
         if not callable(self.preprocess):
             raise ValueError(f"preprocess must be callable, PIL image -> tensor; got {self.preprocess!r}")
@@ -88,8 +88,8 @@ class Classifier:
         """Fits the model to labelled images.
 
         Args:
-            X: a folder of class folders (or anything that :func:`open_images` reads), or a sequence of PIL images, a
-                uint8 array [N, H, W, 3], or preprocessed images [N, 3, H, W].
+            X: a folder of class folders (or anything that :func:`open_images` reads), or a sequence of PIL
+                images, a uint8 array [N, H, W, 3], or preprocessed images [N, 3, H, W].
             y: a label for each image, of any sortable type. Left out for a folder, which has its own.
 
         Raises:
@@ -150,15 +150,19 @@ class Classifier:
         return float(np.mean(self.predict(images) == np.asarray(list(y))))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes adapter, class vectors and labels to the folder `path`; `residual-kernels eval` reads it too.
+        """Writes adapter, class vectors and labels to the folder `path`; `residual-kernels eval` reads it
+        too.
 
         The model is not part of it.
         """
         self._check_fitted()
         save_adapter(
-            self.adapter_, path, head=self.head_, base_head=self._base_head,
+            self.adapter_,
+            path,
+            head=self.head_,
+            base_head=self._base_head,
             class_names=list(map(str, self.classes_)),
-        )  # fmt: skip
+        )
 
     def push(
         self,
@@ -171,11 +175,14 @@ class Classifier:
         private: bool | None = None,
         token: str | None = None,
     ) -> str:
-        """Pushes adapter, class vectors, labels and a model card to the Hugging Face hub. The model is not part of it.
+        """Pushes adapter, class vectors, labels and a model card to the Hugging Face hub.
+
+        The model is not part of it.
 
         Args:
             repo_id: "name/repository"; made when it is not there.
-            task, tower: for the card: what it labels, and which model it belongs to ("open_clip ViT-B-16, openai").
+            task, tower: for the card: what it labels, and which model it belongs to ("open_clip ViT-B-16,
+                openai").
             accuracy: measured on images that were not fitted to, in [0, 1]; `score` gives it.
             card: further metadata of the card (license, datasets, language ...).
             private, token: as in huggingface_hub.
@@ -190,10 +197,18 @@ class Classifier:
         from residual_kernels.adapters.hub import push_adapter  # loads the hub's client
 
         return push_adapter(
-            self.adapter_, repo_id, task=task, tower=tower, accuracy=accuracy, head=self.head_,
-            base_head=self._base_head, class_names=list(map(str, self.classes_)), card=card, private=private,
+            self.adapter_,
+            repo_id,
+            task=task,
+            tower=tower,
+            accuracy=accuracy,
+            head=self.head_,
+            base_head=self._base_head,
+            class_names=list(map(str, self.classes_)),
+            card=card,
+            private=private,
             token=token,
-        )  # fmt: skip
+        )
 
     @classmethod
     def pull(
@@ -207,7 +222,8 @@ class Classifier:
         token: str | bool | None = None,
         **options: Any,
     ) -> "Classifier":
-        """The classifier that :meth:`push` put on the Hugging Face hub, around the model that it was fitted on.
+        """The classifier that :meth:`push` put on the Hugging Face hub,
+        around the model that it was fitted on.
 
         Args:
             repo_id: "name/repository".
@@ -242,8 +258,8 @@ class Classifier:
             A fitted classifier; `result_` is None.
 
         Raises:
-            FileNotFoundError: there is no adapter. ValueError: it was fitted on another model, or holds no class
-                vectors.
+            FileNotFoundError: there is no adapter. ValueError: it was fitted on another model, or holds no
+                class vectors.
         """
         loaded = cls(model, preprocess, tokenizer, **options)
         folder = AdapterFolder.open(path)
@@ -325,7 +341,8 @@ class Classifier:
         return ZeroShotHead.from_text(self.model, self.tokenizer, names, self.templates)
 
     def _images(self, X: Any) -> Any:
-        """X as something with a length whose items are preprocessed images (and labels, of a folder of classes)."""
+        """X as something with a length whose items are preprocessed images
+        (and labels, of a folder of classes)."""
         if isinstance(X, (str, os.PathLike)):
             from residual_kernels.data.images import open_images  # loads Pillow
 
@@ -334,8 +351,8 @@ class Classifier:
             return X
         if not hasattr(X, "__len__") or not hasattr(X, "__getitem__"):
             raise ValueError(
-                "images must be a folder, a sequence of PIL images, a uint8 array [N, H, W, 3] or preprocessed images "
-                f"[N, 3, H, W]; got {type(X).__name__}"
+                "images must be a folder, a sequence of PIL images, a uint8 array [N, H, W, 3] or "
+                f"preprocessed images [N, 3, H, W]; got {type(X).__name__}"
             )
         return _Pictures(X, self.preprocess)
 
@@ -382,8 +399,8 @@ class _Pictures(Dataset):
             picture = Image.fromarray(picture)
         elif not hasattr(picture, "convert"):
             raise ValueError(
-                f"image {index} is a {type(picture).__name__}; give PIL images, a uint8 array [N, H, W, 3] or the path "
-                "of a folder"
+                f"image {index} is a {type(picture).__name__}; give PIL images, a uint8 array [N, H, W, 3] "
+                "or the path of a folder"
             )
         return self.preprocess(picture)
 
@@ -403,7 +420,10 @@ class _Unlabelled(Dataset):
         return item[0] if isinstance(item, tuple) else item
 
     def fingerprint(self) -> str | None:
-        """What tells these images from others, where the data set knows; the cache of an interrupted fit asks."""
+        """What tells these images from others, where the data set knows.
+
+        The cache of an interrupted fit asks.
+        """
         return self.images.fingerprint() if hasattr(self.images, "fingerprint") else None
 
 

@@ -1,4 +1,7 @@
-"""How do results look in a notebook, and as rows? Small escaped HTML, and tables of dicts that pandas can take over."""
+"""How do results look in a notebook, and as rows?
+
+Small escaped HTML, and tables of dicts that pandas can take over.
+"""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +29,10 @@ class Table(list):
         self.columns = tuple(columns if columns is not None else self[0] if self else ())
 
     def to_pandas(self) -> "pandas.DataFrame":
-        """The rows as a pandas DataFrame. Raises ImportError, with what to install, where pandas is missing."""
+        """The rows as a pandas DataFrame.
+
+        Raises ImportError, with what to install, where pandas is missing.
+        """
         pandas = need("pandas", "pandas", "a data frame")
         return pandas.DataFrame(list(self), columns=list(self.columns))
 
@@ -44,7 +50,9 @@ def card(
     rows: Sequence[Sequence[Any]] = (),
     notes: Iterable[str | None] = (),
 ) -> str:
-    """A small piece of HTML: a title, facts in one line, a table of at most ROWS rows, sentences. All text is escaped.
+    """A small piece of HTML: a title, facts in one line, a table of at most ROWS rows, sentences.
+
+    All text is escaped.
 
     Args:
         title: what is shown; "" for none.

@@ -1,6 +1,7 @@
 """How do several processes share the work? torch.distributed as torchrun starts it, and nothing home-made.
 
-Without torchrun (no WORLD_SIZE in the environment) every function here answers for one process and does nothing.
+Without torchrun (no WORLD_SIZE in the environment) every function here answers for one process and does
+nothing.
 """
 
 import contextlib
@@ -19,10 +20,11 @@ TIMEOUT = 1800.0  # seconds a process waits for one that is silent; one that die
 
 
 def initialise(timeout: float = TIMEOUT) -> bool:
-    """Joins the process group that torchrun describes in the environment; True when there are several processes.
+    """Joins the process group that torchrun describes in the environment;
+    True when there are several processes.
 
-    gloo for tensors on the CPU and, where there are GPUs, nccl for those on a GPU; each process takes the GPU of its
-    LOCAL_RANK. A group that exists already is left as it is. Call `finish` at the end.
+    gloo for tensors on the CPU and, where there are GPUs, nccl for those on a GPU; each process takes the GPU
+    of its LOCAL_RANK. A group that exists already is left as it is. Call `finish` at the end.
     """
     if not is_distributed() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -95,7 +97,10 @@ def _waiting() -> Iterator[None]:
 
 
 def from_first(make: Callable[[], Any], timeout: float = TIMEOUT) -> Any:
-    """What `make` gives in process 0, in every process. When it raises there, the others raise RuntimeError."""
+    """What `make` gives in process 0, in every process.
+
+    When it raises there, the others raise RuntimeError.
+    """
     value, failure = None, None
     if rank() == 0:
         try:
@@ -116,7 +121,10 @@ def share(count: int) -> slice:
 
 
 def total(tensor: Tensor) -> Tensor:
-    """The sum over processes, added in the order of their ranks: the same bits everywhere. For small tensors."""
+    """The sum over processes, added in the order of their ranks: the same bits everywhere.
+
+    For small tensors.
+    """
     if world() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world())]

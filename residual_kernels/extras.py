@@ -1,4 +1,5 @@
-"""Optional libraries: imported where a feature needs them, and named with their extra when they are missing."""
+"""Optional libraries: imported where a feature needs them,
+and named with their extra when they are missing."""
 
 import importlib
 from types import ModuleType
@@ -35,5 +36,6 @@ def need(module: str, extra: str, what: str) -> ModuleType:
     except ImportError as error:
         name = module.partition(".")[0]
         raise ImportError(
-            f"{what} needs the library `{name}`; install it with pip install 'residual-kernels[{extra}]' ({error})"
+            f"{what} needs the library `{name}`; install it with pip install 'residual-kernels[{extra}]' "
+            f"({error})"
         ) from error

@@ -1,8 +1,10 @@
-"""How does a folder of several files change at once? Its index file names the others, with checksums, and comes last.
+"""How does a folder of several files change at once?
 
-A reader opens the index and from it the files it names. The others are written beside those of the old index, under
-names that are free, so at every instant the folder holds the old set whole or the new one whole. Nothing else in the
-folder is opened, moved or removed.
+Its index file names the others, with checksums, and comes last.
+
+A reader opens the index and from it the files it names. The others are written beside those of the old index,
+under names that are free, so at every instant the folder holds the old set whole or the new one whole.
+Nothing else in the folder is opened, moved or removed.
 """
 
 import contextlib
@@ -34,19 +36,20 @@ WAIT = 60  # seconds for another process that writes into the same folder
 class FileSet(contextlib.AbstractContextManager):
     """The next state of a folder: files added one by one, which take effect together.
 
-    Use: ``with FileSet(folder, "index.json", members, read) as files:``, then `add_json` or `add_tensors` for each
-    file, then `publish`. Left without `publish`, it changes nothing. Killed, it changes nothing either: the next one
-    removes what it left. Two writers of one folder wait for each other.
+    Use: ``with FileSet(folder, "index.json", members, read) as files:``, then `add_json` or `add_tensors` for
+    each file, then `publish`. Left without `publish`, it changes nothing. Killed, it changes nothing either:
+    the next one removes what it left. Two writers of one folder wait for each other.
 
-    A file keeps its plain name (``weights.safetensors``) where that is free, and gets one with a piece of its checksum
-    (``weights-0f3c....safetensors``) where a file of the old set, or of somebody else, has it.
+    A file keeps its plain name (``weights.safetensors``) where that is free, and gets one with a piece of its
+    checksum (``weights-0f3c....safetensors``) where a file of the old set, or of somebody else, has it.
 
     Args:
         folder: made when it is not there.
         index: name of the index file.
         members: plain names that its files may have.
-        read: from an index file's path to the files it names, by plain name: {"weights.safetensors": {"name": ...,
-            "sha256": ...}}. It raises ValueError for an index of somebody else, which is then not written over.
+        read: from an index file's path to the files it names, by plain name: {"weights.safetensors": {"name":
+            ..., "sha256": ...}}. It raises ValueError for an index of somebody else, which is then not
+            written over.
     """
 
     def __init__(
@@ -178,7 +181,8 @@ class FileSet(contextlib.AbstractContextManager):
             ) from error
 
     def _recover(self) -> None:
-        """Removes what writers that were killed have left: unfinished files, and files that none but they name."""
+        """Removes what writers that were killed have left: unfinished files,
+        and files that none but they name."""
         for note in partials(self.folder, [self.index]):
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
                 named = json.loads(note.read_bytes())["files"]
@@ -209,7 +213,10 @@ def is_member(plain: str, name: str) -> bool:
 
 
 def checked_entry(plain: str, entry: Any) -> dict[str, str]:
-    """What an index says of one file, {"name", "sha256"}; a ValueError unless the name is one a FileSet would give."""
+    """What an index says of one file, {"name", "sha256"}.
+
+    A ValueError unless the name is one a FileSet would give.
+    """
     name, digest = (entry.get("name"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
     if not (isinstance(name, str) and isinstance(digest, str) and is_member(plain, name)):
         raise ValueError(f"the file that it names for {plain[:100]!r} is {str(entry)[:100]!r}")

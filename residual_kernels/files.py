@@ -1,4 +1,7 @@
-"""How are files written and read? Atomically and durably, as safetensors or JSON, with a checksum verified on load."""
+"""How are files written and read?
+
+Atomically and durably, as safetensors or JSON, with a checksum verified on load.
+"""
 
 import contextlib
 import csv
@@ -26,21 +29,33 @@ _GROUP: ContextVar[list | None] = ContextVar("files of `together`", default=None
 SCHEMA = 1  # of every file this library writes; a reader refuses a newer one
 METADATA = "residual_kernels"  # the key of our header in a safetensors file
 _DTYPES = {  # as safetensors names them, in the order in which it lays tensors out
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64", torch.float32: "F32",
-    torch.uint32: "U32", torch.int32: "I32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16",
-    torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.uint64: "U64",
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.complex64: "C64",
+    torch.float32: "F32",
+    torch.uint32: "U32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.uint16: "U16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-# --- one file -------------------------------------------------------------------------------------------------
+# --- one file -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary path beside `path` that replaces it when the block ends well and is removed when it does not.
+    """A temporary path beside `path` that replaces it when the block ends well and is removed when it does
+    not.
 
-    After the block the file is on the disk itself (inside :func:`together`: after that block). A link is followed; a
-    device or a pipe is written into. An OSError names `path`.
+    After the block the file is on the disk itself (inside :func:`together`: after that block). A link is
+    followed; a device or a pipe is written into. An OSError names `path`.
     """
     path = Path(path)
     with naming(path):
@@ -67,7 +82,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def _leads_to_output(path: Path) -> bool:
-    """Whether it is a link of the system, as /dev/stdout is, to what a process has open. /dev/shm holds plain files."""
+    """Whether it is a link of the system, as /dev/stdout is,
+    to what a process has open. /dev/shm holds plain files."""
     parts = Path(os.path.abspath(path)).parts
     return parts[1:2] == ("proc",) or (parts[1:2] == ("dev",) and parts[2:3] != ("shm",))
 
@@ -76,8 +92,9 @@ def _leads_to_output(path: Path) -> bool:
 def together() -> Iterator[None]:
     """Files written in the block take their places at its end, in the order in which they were written.
 
-    When the block fails, or one of them cannot take its place, all is as it was. A kill in the short time between the
-    first and the last leaves each file whole, some of them new: what the others follow from is written last.
+    When the block fails, or one of them cannot take its place, all is as it was. A kill in the short time
+    between the first and the last leaves each file whole, some of them new: what the others follow from is
+    written last.
     """
     if _GROUP.get() is not None:
         yield
@@ -117,11 +134,14 @@ def naming(path: Path) -> Iterator[None]:
         raise told from error
 
 
-# --- text and tables ------------------------------------------------------------------------------------------
+# --- text and tables ----------------------------------------------------------------------------------------
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Writes text as UTF-8, atomically; what no UTF-8 has, of a file name for example, is written as \\udc80."""
+    """Writes text as UTF-8, atomically.
+
+    What no UTF-8 has, of a file name for example, is written as \\udc80.
+    """
     with atomic_path(path) as temporary:
         temporary.write_bytes(text.encode(errors="backslashreplace"))
 
@@ -153,7 +173,7 @@ def _harmless(cell: Any) -> Any:
     return cell
 
 
-# --- JSON -----------------------------------------------------------------------------------------------------
+# --- JSON ---------------------------------------------------------------------------------------------------
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
@@ -177,8 +197,8 @@ class Head(TypedDict):
 def read_json(path: str | os.PathLike, what: str, form: type = Head) -> Any:
     """What the JSON file at `path` holds, as `form` says (:mod:`residual_kernels.schema`).
 
-    Raises FileNotFoundError when there is none, and ValueError naming the file when it is damaged, of another kind, of
-    a newer schema, or of another form.
+    Raises FileNotFoundError when there is none, and ValueError naming the file when it is damaged, of another
+    kind, of a newer schema, or of another form.
     """
     value = schema.read(Path(path), f"{path} is not a readable {what}")
     return _checked(value, what, form, f"{path}")
@@ -211,7 +231,10 @@ def digest(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
 def save_tensors(
     path: str | os.PathLike, tensors: Mapping[str, Tensor], what: str, header: Mapping[str, Any]
 ) -> dict:
-    """Writes tensors and a JSON header to one safetensors file, atomically; returns the header with its checksum."""
+    """Writes tensors and a JSON header to one safetensors file, atomically.
+
+    Returns the header with its checksum.
+    """
     with atomic_path(path) as temporary:
         return write_tensors(temporary, tensors, what, header)
 
@@ -229,8 +252,8 @@ def write_safetensors(
 ) -> None:
     """Writes a safetensors file in place, byte for byte as its library does.
 
-    That one makes a temporary file of its own, which nothing removes after a kill, and wants all tensors on the CPU at
-    once. Here one at a time is copied, where it does not lie there already.
+    That one makes a temporary file of its own, which nothing removes after a kill, and wants all tensors on
+    the CPU at once. Here one at a time is copied, where it does not lie there already.
     """
     rank = list(_DTYPES)
     order = sorted(tensors, key=lambda name: (rank.index(tensors[name].dtype), name))
@@ -240,8 +263,10 @@ def write_safetensors(
         tensor = tensors[name]
         start, end = end, end + tensor.numel() * tensor.element_size()
         described[name] = {
-            "dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
-        }  # fmt: skip
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -252,10 +277,11 @@ def write_safetensors(
 
 
 def map_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and header of a file written by :func:`save_tensors`, mapped: bytes are read where they are touched.
+    """Tensors and header of a file written by :func:`save_tensors`, mapped:
+    bytes are read where they are touched.
 
-    Raises FileNotFoundError when there is none, ValueError when it is another kind of file, of a newer schema, of
-    another form, or truncated. The checksum is not verified.
+    Raises FileNotFoundError when there is none, ValueError when it is another kind of file, of a newer
+    schema, of another form, or truncated. The checksum is not verified.
     """
     path = Path(path)
     if not path.is_file():
@@ -286,7 +312,8 @@ def load_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple
 
 
 def check_shapes(path: str | os.PathLike, tensors: Mapping[str, Tensor], forms: Mapping[str, tuple]) -> None:
-    """Raises ValueError unless there are tensors of these names with these (dtypes, *sizes); None is any size."""
+    """Raises ValueError unless there are tensors of these names with these (dtypes, *sizes);
+    None is any size."""
     for name, (dtypes, *sizes) in forms.items():
         found = tensors.get(name)
         if found is None:

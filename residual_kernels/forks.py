@@ -1,4 +1,7 @@
-"""What happens in a process that is forked from one that computes? It goes on with one thread, and does not hang."""
+"""What happens in a process that is forked from one that computes?
+
+It goes on with one thread, and does not hang.
+"""
 
 import functools
 import os
@@ -10,8 +13,8 @@ import torch
 def compute_alone_after_a_fork() -> None:
     """From now on a forked child computes with one thread. Called wherever this library begins to compute.
 
-    The threads of PyTorch's OpenMP team do not exist in a child, and its first operator with several threads would wait
-    for them for ever. A DataLoader's worker processes get one thread for the same reason.
+    The threads of PyTorch's OpenMP team do not exist in a child, and its first operator with several threads
+    would wait for them for ever. A DataLoader's worker processes get one thread for the same reason.
     """
     if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
         os.register_at_fork(after_in_child=_compute_alone)

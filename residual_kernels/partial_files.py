@@ -1,4 +1,7 @@
-"""How does a file come about beside its place? Unfinished, locked by its writer, and removed when that was killed."""
+"""How does a file come about beside its place?
+
+Unfinished, locked by its writer, and removed when that was killed.
+"""
 
 import contextlib
 import errno
@@ -21,9 +24,9 @@ PARTIAL = ".part"  # the ending of a file that is being written
 class Partial:
     """A file (or a folder of files) that is being written beside its place, under a name of ours.
 
-    Its writer holds a lock on it, which ends with the process, so an unlocked one was left by a process that was killed
-    and the next writer of the same place removes it. It has the mode of the file `like` (by default the one that it
-    will replace), or, where there is none, what the umask gives a new file.
+    Its writer holds a lock on it, which ends with the process, so an unlocked one was left by a process that
+    was killed and the next writer of the same place removes it. It has the mode of the file `like` (by
+    default the one that it will replace), or, where there is none, what the umask gives a new file.
     """
 
     def __init__(self, place: Path, like: Path | None = None, *, folder: bool = False):
@@ -128,8 +131,8 @@ def remove_partials(folder: Path, names: Iterable[str]) -> None:
 
 
 def lock(handle: int, wait: bool = True) -> bool | None:
-    """Locks an open file for this process until it is closed; False when another holds it, None where there are no
-    locks."""
+    """Locks an open file for this process until it is closed; False when another holds it, None where there
+    are no locks."""
     if fcntl is None:
         return None
     try:

@@ -1,7 +1,9 @@
-"""What may a JSON file hold? One reader for all: bounded, typed, and every fault one ValueError that says where.
+"""What may a JSON file hold?
 
-The form of a file is a type: dataclasses and TypedDicts of int, float, str, bool, None, list[...], tuple[..., ...],
-dict[str, ...], unions, Literal, :data:`Count` and :data:`Measured`. A float is finite.
+One reader for all: bounded, typed, and every fault one ValueError that says where.
+
+The form of a file is a type: dataclasses and TypedDicts of int, float, str, bool, None, list[...], tuple[...,
+...], dict[str, ...], unions, Literal, :data:`Count` and :data:`Measured`. A float is finite.
 """
 
 import contextlib
@@ -80,10 +82,12 @@ def _bounded(value: Any, where: str, depth: int) -> None:
 
 
 def typed(value: Any, form: Any, where: str, at: str = "") -> Any:
-    """The value as its form says: tuples where it says tuple, dataclasses made; a ValueError names what is wrong.
+    """The value as its form says: tuples where it says tuple, dataclasses made.
 
-    A dataclass or TypedDict may have more keys than its form, from a newer version: a dataclass drops them. A null
-    where a dataclass has a float is NaN.
+    A ValueError names what is wrong.
+
+    A dataclass or TypedDict may have more keys than its form, from a newer version: a dataclass drops them. A
+    null where a dataclass has a float is NaN.
     """
     origin, inner = typing.get_origin(form), typing.get_args(form)
     if form is Any:

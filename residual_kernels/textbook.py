@@ -1,11 +1,12 @@
-"""ResiDual in plain PyTorch, to be read from top to bottom: decompose a CLIP image tower, find components, fit weights.
+"""ResiDual in plain PyTorch, to be read from top to bottom.
 
-Nothing here is fast or small in memory, and the library does not use it: the tests hold the library to it. `weights` is
-the state dict of an open_clip image tower with a class token (``model.visual.state_dict()``); N images, L layers,
-H heads, U = 1 + LH + L units, D output dimensions, K_u components of unit u.
+Decompose a CLIP image tower, find components, fit weights. Nothing here is fast or small in memory, and the
+library does not use it: the tests hold the library to it. `weights` is the state dict of an open_clip image
+tower with a class token (``model.visual.state_dict()``); N images, L layers, H heads, U = 1 + LH + L units, D
+output dimensions, K_u components of unit u.
 
-    units = decompose(weights, images, heads=8)                      # [N, U, D]; units.sum(1) is the tower's output
-    means, components = principal_components(units[:, 1:49], 0.90)   # of the 48 heads of six layers
+    units = decompose(weights, images, heads=8)  # [N, U, D]; units.sum(1) is the tower's output
+    means, components = principal_components(units[:, 1:49], 0.90)  # of the 48 heads of six layers
     weight = fit(units[:, 1:49], labels, class_vectors, logit_scale, means, components)
     embedding = reweight(units[:, 1:49], means, components, weight)  # [N, D]
 """
@@ -28,7 +29,10 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def stream_terms(weights: Weights, images: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs the tower. What each unit adds to the class token: embedding [N, 1, W], heads [N, LH, W], MLPs [N, L, W]."""
+    """Runs the tower.
+
+    What each unit adds to the class token: embedding [N, 1, W], heads [N, LH, W], MLPs [N, L, W].
+    """
     kernel = weights["conv1.weight"]
     patches = F.conv2d(images, kernel, stride=kernel.shape[-1]).flatten(2).mT
     token = weights["class_embedding"].expand(len(images), 1, -1)
@@ -55,8 +59,9 @@ def stream_terms(weights: Weights, images: Tensor, heads: int) -> tuple[Tensor, 
 def decompose(weights: Weights, images: Tensor, heads: int) -> Tensor:
     """The output as a sum of units, [N, U, D]: the embedding, the heads layer by layer, the MLPs.
 
-    The final norm is linear once its scale s and mean m are known, so each unit goes through it and the projection P by
-    itself: x_u = s (raw_u * gamma) P + (beta - s m gamma) P / share_u, where the 1 / share_u add up to one.
+    The final norm is linear once its scale s and mean m are known, so each unit goes through it and the
+    projection P by itself: x_u = s (raw_u * gamma) P + (beta - s m gamma) P / share_u, where the 1 / share_u
+    add up to one.
     """
     embedding, of_heads, of_mlps = stream_terms(weights, images, heads)
     terms = 2 * of_mlps.shape[1] + 1  # the embedding, and an attention and an MLP for each layer
@@ -99,10 +104,20 @@ def logits(embedding: Tensor, class_vectors: Tensor, logit_scale: float) -> Tens
 
 
 def fit(
-    units: Tensor, labels: Tensor, class_vectors: Tensor, logit_scale: float, means: Tensor, components: list[Tensor],
-    *, lr: float = 0.8, epochs: int = 30, batch_size: int = 64, seed: int = 0,
-) -> Tensor:  # fmt: skip
-    """The weight [J] that classifies the images best: cross-entropy, schedule-free AdamW, from a start at one."""
+    units: Tensor,
+    labels: Tensor,
+    class_vectors: Tensor,
+    logit_scale: float,
+    means: Tensor,
+    components: list[Tensor],
+    *,
+    lr: float = 0.8,
+    epochs: int = 30,
+    batch_size: int = 64,
+    seed: int = 0,
+) -> Tensor:
+    """The weight [J] that classifies the images best: cross-entropy, schedule-free AdamW,
+    from a start at one."""
     import schedulefree
 
     c, basis = coefficients(units, means, components), torch.cat(components)

@@ -1,4 +1,7 @@
-"""How is text of others (names of files and classes) shown? What would steer a terminal or break a page is escaped."""
+"""How is text of others (names of files and classes) shown?
+
+What would steer a terminal or break a page is escaped.
+"""
 
 import re
 

@@ -34,8 +34,8 @@ class ZeroShotHead(nn.Module):
         class_names: K names.
         logit_scale: natural logarithm of the scale; 0.0 for none.
 
-    Warns where names repeat, and where two class vectors are equal or nearly so (cosine above 0.9999; of more than
-    2,000 classes, equal alone), as those of the prompts "Turkey" and "turkey".
+    Warns where names repeat, and where two class vectors are equal or nearly so (cosine above 0.9999; of more
+    than 2,000 classes, equal alone), as those of the prompts "Turkey" and "turkey".
 
     Raises ValueError for vectors of another shape, or with NaN or Inf.
     """
@@ -88,7 +88,8 @@ class ZeroShotHead(nn.Module):
         *,
         logit_scale: float | None = None,
     ) -> "ZeroShotHead":
-        """open_clip's own class vectors: the mean over templates of normalised text embeddings, normalised again.
+        """open_clip's own class vectors: the mean over templates of normalised text embeddings,
+        normalised again.
 
         Args:
             model: an open_clip model, or a transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval.
@@ -102,12 +103,12 @@ class ZeroShotHead(nn.Module):
             A head with class vectors [D, K].
 
         Raises:
-            ValueError: empty or repeated names, a template without a place for the name, a model without a text side,
-                or a text tower whose embeddings have another width than the image tower's.
+            ValueError: empty or repeated names, a template without a place for the name, a model without a
+                text side, or a text tower whose embeddings have another width than the image tower's.
 
         Warns where a prompt is cut at the context length, and where two class vectors are equal or nearly so.
-        SigLIP's logit_bias is the same for every class, so it changes neither labels nor softmax and is left out: add
-        it to the logits for sigmoid probabilities.
+        SigLIP's logit_bias is the same for every class, so it changes neither labels nor softmax and is left
+        out: add it to the logits for sigmoid probabilities.
         """
         from open_clip import build_zero_shot_classifier
 
@@ -125,7 +126,8 @@ class ZeroShotHead(nn.Module):
             tokenizer = side.tokenize
         elif not hasattr(model, "encode_text"):
             raise ValueError(
-                f"{type(model).__name__} embeds no text; use ZeroShotHead.from_prototypes on images of each class"
+                f"{type(model).__name__} embeds no text; use ZeroShotHead.from_prototypes on images of "
+                "each class"
             )
         device = next(model.parameters()).device
         modes = {module: module.training for module in model.modules()}
@@ -152,7 +154,8 @@ class ZeroShotHead(nn.Module):
         return cls(vectors, class_names, logit_scale)
 
     def alike(self, limit: float = ALIKE) -> list[tuple[str, str, float]]:
-        """Pairs of classes whose vectors are equal or nearly so: (name, name, cosine above `limit`), nearest first."""
+        """Pairs of classes whose vectors are equal or nearly so: (name, name, cosine above `limit`),
+        nearest first."""
         vectors = self.class_vectors.detach()
         directions = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=0)
         found = []
@@ -166,7 +169,8 @@ class ZeroShotHead(nn.Module):
         return sorted(found, key=lambda pair: -pair[2])
 
     def _equal(self) -> list[tuple[str, str, float]]:
-        """The same of classes whose vectors are equal, number for number: it takes no time for 20,000 classes."""
+        """The same of classes whose vectors are equal, number for number:
+        it takes no time for 20,000 classes."""
         first: dict[bytes, str] = {}
         found = []
         rows = self.class_vectors.detach().T.float().cpu().contiguous().numpy()
@@ -264,7 +268,8 @@ def _told(alike: Sequence[tuple[str, str, float]]) -> str:
 def _cut(
     tokenizer: Callable, class_names: Sequence[str], templates: Sequence[Callable[[str], str]]
 ) -> str | None:
-    """The first prompt that fills the context length, so that words behind it are not read; None where all fit."""
+    """The first prompt that fills the context length, so that words behind it are not read;
+    None where all fit."""
     for template in templates:
         prompt = max((template(name) for name in class_names), key=len)
         whole, longer = _tokens(tokenizer([prompt])), _tokens(tokenizer([f"{prompt} and so on"]))

@@ -6,7 +6,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _old_interpreter() -> None:
-    """The interpreter of Triton before 3.7 makes an int of an array that holds one number; numpy 2.4 refuses that."""
+    """The interpreter of Triton before 3.7 makes an int of an array that holds one number.
+
+    Numpy 2.4 refuses that.
+    """
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7):

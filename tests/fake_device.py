@@ -1,4 +1,5 @@
-"""A second device without one: tensors that say cuda:0, hold CPU values and refuse the company of CPU tensors.
+"""A second device without one: tensors that say cuda:0,
+hold CPU values and refuse the company of CPU tensors.
 
     with fake_device.installed() as device:
         tower = fake_device.moved(tower)
@@ -6,9 +7,10 @@
             ...
         assert seen.waits == {}
 
-`waits` counts what makes the host wait for the device, by operator; `launches` counts operators that would start a
-kernel. Copies to the host that do not wait arrive only when somebody waits: until then the host reads NaN. CUDA graphs
-are recorded and replayed. What the tier cannot show: races between streams, and the device's own rounding.
+`waits` counts what makes the host wait for the device, by operator; `launches` counts operators that would
+start a kernel. Copies to the host that do not wait arrive only when somebody waits: until then the host reads
+NaN. CUDA graphs are recorded and replayed. What the tier cannot show: races between streams, and the device's
+own rounding.
 """
 
 import collections
@@ -28,13 +30,36 @@ from torch.utils._pytree import tree_leaves, tree_map
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
 WAITING = {  # operators whose result's size, or whose answer, the host must know
-    "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal", "is_nonzero", "bincount",
-    "repeat_interleave", "_local_scalar_dense", "linalg_eigh", "_linalg_eigh",
-}  # fmt: skip
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "equal",
+    "is_nonzero",
+    "bincount",
+    "repeat_interleave",
+    "_local_scalar_dense",
+    "linalg_eigh",
+    "_linalg_eigh",
+}
 FREE = {  # operators that start nothing on the device
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "view", "_unsafe_view",
-    "_reshape_alias", "lift_fresh", "set_", "resize_", "is_same_size", "_local_scalar_dense",
-}  # fmt: skip
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "alias",
+    "view",
+    "_unsafe_view",
+    "_reshape_alias",
+    "lift_fresh",
+    "set_",
+    "resize_",
+    "is_same_size",
+    "_local_scalar_dense",
+}
 
 
 @dataclass
@@ -58,9 +83,14 @@ class OnDevice(Tensor):
     @staticmethod
     def __new__(cls, held: Tensor) -> "OnDevice":
         made = Tensor._make_wrapper_subclass(  # meta beneath: autograd would ask a real device for streams
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
-            layout=held.layout, device=torch.device("meta"),
-        )  # fmt: skip
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=torch.device("meta"),
+        )
         made.held = held
         return made
 
@@ -206,7 +236,8 @@ class _Device:
         return target
 
     def refuse(self, name: str, args: tuple, leaves: list[Tensor]) -> None:
-        """As torch does: no CPU tensor beside ours, but for a single number, and for an index, which is waited for."""
+        """As torch does: no CPU tensor beside ours, but for a single number, and for an index,
+        which is waited for."""
         strangers = [x for x in leaves if not isinstance(x, OnDevice)]
         if name in ("lift_fresh", "detach"):
             return
@@ -219,8 +250,8 @@ class _Device:
             strangers = [x for x in strangers if not any(x is one for one in index)]
         if any(x.ndim for x in strangers):
             raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! "
-                f"({name}, shapes {[tuple(x.shape) for x in leaves]})"
+                "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
+                f"and cpu! ({name}, shapes {[tuple(x.shape) for x in leaves]})"
             )
 
     def compute(self, func, name: str, args: tuple, kwargs: dict, ours: list[OnDevice]):
@@ -264,7 +295,7 @@ def _spoil(values: Tensor) -> None:
 DEVICE = _Device()
 
 
-# --- streams, events, graphs ----------------------------------------------------------------------------------------
+# --- streams, events, graphs --------------------------------------------------------------------------------
 
 
 class _Event:
@@ -325,16 +356,26 @@ def _quiet(*_, **__) -> contextlib.AbstractContextManager:
 
 
 _CUDA_MODULE = {
-    "_lazy_init": lambda: None, "is_available": lambda: True, "current_device": lambda: 0, "device_count": lambda: 1,
+    "_lazy_init": lambda: None,
+    "is_available": lambda: True,
+    "current_device": lambda: 0,
+    "device_count": lambda: 1,
     "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, name="fake", major=9, minor=0),
-    "get_device_name": lambda *_: "fake", "get_device_capability": lambda *_: (9, 0),
-    "synchronize": lambda *_: DEVICE.wait("synchronize"), "Event": _Event, "Stream": _Stream,
-    "current_stream": lambda *_: _Stream(), "stream": _quiet, "device": _quiet, "CUDAGraph": _Graph,
-    "graph": _capture, "is_current_stream_capturing": lambda: DEVICE.graph is not None,
-}  # fmt: skip
+    "get_device_name": lambda *_: "fake",
+    "get_device_capability": lambda *_: (9, 0),
+    "synchronize": lambda *_: DEVICE.wait("synchronize"),
+    "Event": _Event,
+    "Stream": _Stream,
+    "current_stream": lambda *_: _Stream(),
+    "stream": _quiet,
+    "device": _quiet,
+    "CUDAGraph": _Graph,
+    "graph": _capture,
+    "is_current_stream_capturing": lambda: DEVICE.graph is not None,
+}
 
 
-# --- what torch does below the dispatcher ---------------------------------------------------------------------------
+# --- what torch does below the dispatcher -------------------------------------------------------------------
 
 
 def _tensor_methods() -> dict[str, Callable]:
@@ -349,7 +390,8 @@ def _tensor_methods() -> dict[str, Callable]:
         def method(self, *args, **kwargs):
             if isinstance(self, OnDevice):
                 raise TypeError(
-                    "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to host memory"
+                    "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to "
+                    "host memory"
                 )
             return was(self, *args, **kwargs)
 

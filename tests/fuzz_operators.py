@@ -1,11 +1,13 @@
-"""Random calls of the operators: right against float64, or refused; never a crash, never memory that is not theirs.
+"""Random calls of the operators: right against float64, or refused; never a crash,
+never memory that is not theirs.
 
     python tests/fuzz_operators.py --calls 10000 --out build/fuzz.json
 
-Half of the calls are valid: ragged, strided, empty and negated operands on every backend and every instruction set of
-this processor. Their values and gradients are compared with the reference in float64. The other half calls the
-registered operators with packs and sizes that were damaged in one place: an error must name it, or the result must have
-the shape it should. Under `make sanitize` a read or write out of bounds ends the run.
+Half of the calls are valid: ragged, strided, empty and negated operands on every backend and every
+instruction set of this processor. Their values and gradients are compared with the reference in float64. The
+other half calls the registered operators with packs and sizes that were damaged in one place: an error must
+name it, or the result must have the shape it should. Under `make sanitize` a read or write out of bounds ends
+the run.
 """
 
 import argparse
@@ -66,7 +68,8 @@ class Case:
         return torch.randn(*shape, generator=self.draw, dtype=torch.float64).to(self.dtype)
 
     def strided(self, *shape: int) -> torch.Tensor:
-        """A tensor of this shape: contiguous, transposed, sliced, broadcast or negated in place of its memory."""
+        """A tensor of this shape: contiguous, transposed, sliced,
+        broadcast or negated in place of its memory."""
         kind = self.rng.choice(("plain", "transposed", "sliced", "expanded", "negated"))
         if kind == "transposed":
             return self.normal(*shape[::-1]).permute(*reversed(range(len(shape))))
@@ -93,9 +96,16 @@ def check_valid(case: Case, backend: str) -> None:
         }
         held = [values[name] for name in ("proj", "bias", "slope", "offset")]
         y = function(
-            leaves["z"], leaves["scale"], leaves["mean"], *held, leaves["weight"], values["basis"], case.offsets,
-            weight_index=case.index, **options,
-        )  # fmt: skip
+            leaves["z"],
+            leaves["scale"],
+            leaves["mean"],
+            *held,
+            leaves["weight"],
+            values["basis"],
+            case.offsets,
+            weight_index=case.index,
+            **options,
+        )
         there = [x for x in leaves.values() if x is not None]
         return [y.detach(), *torch.autograd.grad(y, there, upstream)]
 
@@ -120,7 +130,8 @@ def check_valid(case: Case, backend: str) -> None:
 
 
 def damaged(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
-    """A tensor that is not what it should be: shorter, longer, of another dtype, strides, shape or content."""
+    """A tensor that is not what it should be: shorter, longer, of another dtype, strides,
+    shape or content."""
     how = rng.choice(("short", "long", "dtype", "strides", "flat", "content", "empty", "meta"))
     if how == "short" and x.ndim and len(x):
         return x[: rng.randrange(len(x))]

@@ -1,4 +1,5 @@
-"""Numbers of the paper's released code on a tiny random CLIP (tests/data/golden, see its README), and that CLIP."""
+"""Numbers of the paper's released code on a tiny random CLIP (tests/data/golden, see its README),
+and that CLIP."""
 
 import functools
 import json

@@ -1,4 +1,5 @@
-"""hypothesis, where it is installed: elsewhere a test of a property is skipped, and the other tests of its file run."""
+"""hypothesis, where it is installed: elsewhere a test of a property is skipped,
+and the other tests of its file run."""
 
 from collections.abc import Callable
 

@@ -87,16 +87,47 @@ def test_bases_by_reference(tower, tmp_path):
     cases = [
         (lambda: rk.load_adapter(tower, tmp_path / "a"), FileNotFoundError, "fitted on 20 images"),
         (lambda: rk.load_adapter(tower, tmp_path / "a", bases=other), ValueError, "other bases"),
-        (lambda: rk.load_adapter(tower, tmp_path / "a", bases=bases.truncate(components=2)), ValueError, "up to 2"),
-        (lambda: rk.load_adapter(tower, tmp_path / "a", bases=bases.of("mlp")), ValueError, "hold mlp, not head"),
-        (lambda: rk.load_adapter(tower, tmp_path / "a", bases="no.safetensors"), FileNotFoundError, "no file at"),
-        (lambda: rk.load_adapter(tower, tmp_path / "whole", bases=bases), ValueError, "omit the argument bases"),
-        (lambda: rk.save_adapter(fine, tmp_path / "a", bases=tmp_path / "other.safetensors"), ValueError, "other base"),
-        (lambda: rk.save_adapter(fine, tmp_path / "a", bases=tmp_path / "none"), FileNotFoundError, "no spectral"),
-        (lambda: rk.save_adapter(fine, tmp_path / "whole", bases=tmp_path / "whole" / "bases.safetensors"),
-         ValueError, "outside of"),
-        (lambda: rk.save_adapter(MAKE["linear"](tower, bases), tmp_path / "a", bases=False), ValueError, "no bases"),
-    ]  # fmt: skip
+        (
+            lambda: rk.load_adapter(tower, tmp_path / "a", bases=bases.truncate(components=2)),
+            ValueError,
+            "up to 2",
+        ),
+        (
+            lambda: rk.load_adapter(tower, tmp_path / "a", bases=bases.of("mlp")),
+            ValueError,
+            "hold mlp, not head",
+        ),
+        (
+            lambda: rk.load_adapter(tower, tmp_path / "a", bases="no.safetensors"),
+            FileNotFoundError,
+            "no file at",
+        ),
+        (
+            lambda: rk.load_adapter(tower, tmp_path / "whole", bases=bases),
+            ValueError,
+            "omit the argument bases",
+        ),
+        (
+            lambda: rk.save_adapter(fine, tmp_path / "a", bases=tmp_path / "other.safetensors"),
+            ValueError,
+            "other base",
+        ),
+        (
+            lambda: rk.save_adapter(fine, tmp_path / "a", bases=tmp_path / "none"),
+            FileNotFoundError,
+            "no spectral",
+        ),
+        (
+            lambda: rk.save_adapter(fine, tmp_path / "whole", bases=tmp_path / "whole" / "bases.safetensors"),
+            ValueError,
+            "outside of",
+        ),
+        (
+            lambda: rk.save_adapter(MAKE["linear"](tower, bases), tmp_path / "a", bases=False),
+            ValueError,
+            "no bases",
+        ),
+    ]
     tower.requires_grad_(True)
     for run, error, message in cases:
         with pytest.raises(error, match=message):

@@ -1,4 +1,5 @@
-"""One folder of an adapter: written from Python, by `fit` and for the hub alike, and used by every command alike."""
+"""One folder of an adapter: written from Python, by `fit` and for the hub alike,
+and used by every command alike."""
 
 import csv
 import json

@@ -50,10 +50,15 @@ def test_each_row_gets_what_its_adapter_gives_alone(tower, bases):
     alone = several(tower, bases)
     adapters = rk.AdapterSet(tower, alone)
     assert adapters.groups == (
-        ("digits", "letters", "shapes"), ("full", "full too"), ("anchored", "anchored too"),
-        ("mean",), ("coarse", "coarse too"), ("output",),
-        ("stream", "stream too"), ("last layer",),
-    )  # fmt: skip
+        ("digits", "letters", "shapes"),
+        ("full", "full too"),
+        ("anchored", "anchored too"),
+        ("mean",),
+        ("coarse", "coarse too"),
+        ("output",),
+        ("stream", "stream too"),
+        ("last layer",),
+    )
     names = [*alone, None, "letters", "digits", None, "full"]
     images = images_for(tower, len(names))
     with torch.no_grad():
@@ -186,7 +191,10 @@ def test_refusals_change_nothing(tower, bases):
         (lambda: adapters.add("linear", rk.OutputLinear(tower)), "one weight vector"),
         (lambda: adapters.add("set", adapters), "one weight vector"),
         (lambda: adapters.add("other", rk.CoarseHeads(other)), "wraps another tower"),
-        (lambda: adapters.add("h", rk.CoarseHeads(tower), rk.ZeroShotHead(torch.ones(5, 2), "ab")), "reads 5 numbers"),
+        (
+            lambda: adapters.add("h", rk.CoarseHeads(tower), rk.ZeroShotHead(torch.ones(5, 2), "ab")),
+            "reads 5 numbers",
+        ),
         (lambda: adapters.remove("letters"), "known are digits"),
         (lambda: setattr(adapters, "active", "letters"), "no adapter 'letters'"),
         (lambda: adapters(images, "letters"), "no adapter 'letters'"),
@@ -199,7 +207,7 @@ def test_refusals_change_nothing(tower, bases):
         (lambda: adapters.merge(), "no one weight"),
         (lambda: streams.from_units(terms, ["s"] * 2), "works inside the tower"),
         (lambda: rk.save_adapter(adapters, "nowhere"), "save_adapter keeps"),
-    ]  # fmt: skip
+    ]
     for run, message in cases:
         with pytest.raises(ValueError, match=message):
             run()

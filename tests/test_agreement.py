@@ -1,4 +1,5 @@
-"""What is decomposed is what the model computes: compared on one image, and refused with the place where it is not."""
+"""What is decomposed is what the model computes: compared on one image,
+and refused with the place where it is not."""
 
 import copy
 import types

@@ -1,4 +1,5 @@
-"""How many dimensions a unit uses: the authors' numbers, and nearest neighbours against distances written out."""
+"""How many dimensions a unit uses: the authors' numbers,
+and nearest neighbours against distances written out."""
 
 import golden
 import numpy as np
@@ -79,10 +80,13 @@ def test_truncated_bases_are_refused_where_their_spectrum_is_needed(fitted):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    count=st.integers(3, 300), size=st.integers(1, 40), seed=st.integers(0, 10**6),
-    dtype=st.sampled_from([torch.float32, torch.float64]), far=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
+    count=st.integers(3, 300),
+    size=st.integers(1, 40),
+    seed=st.integers(0, 10**6),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    far=st.sampled_from([0.0, 1.0, 1e3, 1e6]),
     copies=st.integers(0, 40),
-)  # fmt: skip
+)
 def test_nearest_two_is_exact(count, size, seed, dtype, far, copies):
     generator = torch.Generator().manual_seed(seed)
     points = torch.randn(count, size, generator=generator, dtype=dtype) + far
@@ -131,7 +135,8 @@ def slope(first, second, fraction=0.9):
 
 
 def test_duplicates_and_a_large_mean_do_not_change_the_dimension():
-    """Distances through products give a duplicate a small distance instead of zero, and its ratio ruins the slope."""
+    """Distances through products give a duplicate a small distance instead of zero,
+    and its ratio ruins the slope."""
     generator = torch.Generator().manual_seed(0)
     points = torch.randn(600, 300, generator=generator)
     points = torch.cat([points, points[:200]])

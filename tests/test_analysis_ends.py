@@ -52,7 +52,10 @@ def test_agreement_is_numpy_s_correlation(made, monkeypatch, batch):
 
 
 def test_a_word_is_shown_where_direction_and_images_agree(made):
-    """The planted word of a component whose coefficient follows the output; the rest of the dictionary is noise."""
+    """The planted word of a component whose coefficient follows the output.
+
+    The rest of the dictionary is noise.
+    """
     residual, cache = made
     reading = weights.read_weights(residual, cache)
     direction = weights.directions(residual, range(len(reading))).double()

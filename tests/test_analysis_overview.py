@@ -1,4 +1,7 @@
-"""All tables at once: they are those of the single analyses, and come back from disk; the command writes them."""
+"""All tables at once: they are those of the single analyses, and come back from disk.
+
+The command writes them.
+"""
 
 import csv
 import json
@@ -55,11 +58,18 @@ def test_tables_are_those_of_the_single_analyses(made):
     matrix = analysis.similarity_matrix(bases, weights="singular")
     assert torch.equal(torch.tensor(found.similarity["singular"], dtype=torch.float64), matrix)
     assert [(c.of, c.rest) for c in found.selections] == [
-        ("units", "zero"), ("units", "mean"), ("components", "zero")
-    ]  # fmt: skip
+        ("units", "zero"),
+        ("units", "mean"),
+        ("components", "zero"),
+    ]
     assert set(found.selections[0].accuracy) == {
-        "pearson", "pearson_classes", "spearman", "spearman_classes", "accuracy", "variance"
-    }  # fmt: skip
+        "pearson",
+        "pearson_classes",
+        "spearman",
+        "spearman_classes",
+        "accuracy",
+        "variance",
+    }
     assert {len(curves.random) for curves in found.selections} == {3}
     assert len(found.components) == 9 * 18
     assert torch.equal(
@@ -175,10 +185,20 @@ def test_without_labels_and_words_and_with_a_loader(made):
 def test_attention_pooling(kind):
     """Its units have no short form: z is x_u itself, C = D and one map for all."""
     torch.manual_seed(0)
-    tower = timm.models.VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=0, class_token=False,
-        global_pool="map",
-    ).double().eval()  # fmt: skip
+    tower = (
+        timm.models.VisionTransformer(
+            img_size=32,
+            patch_size=16,
+            embed_dim=24,
+            depth=2,
+            num_heads=2,
+            num_classes=0,
+            class_token=False,
+            global_pool="map",
+        )
+        .double()
+        .eval()
+    )
     images = torch.randn(40, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     labels = torch.arange(40) % 3
     cache = rk.encode(tower, [(images, labels)], kinds=(kind,), class_names=list("abc"))
@@ -219,10 +239,22 @@ def test_command(folder, tmp_path):
     run = CliRunner()
     words = tmp_path / "words.txt"
     words.write_text("red\nblue\nthe number three\n")
-    done = run.invoke(app, [
-        "analyze", "--data", str(folder), "--out", str(tmp_path / "out"), "--words", str(words), "--seeds", "2",
-        "--json", str(tmp_path / "all.json"),
-    ])  # fmt: skip
+    done = run.invoke(
+        app,
+        [
+            "analyze",
+            "--data",
+            str(folder),
+            "--out",
+            str(tmp_path / "out"),
+            "--words",
+            str(words),
+            "--seeds",
+            "2",
+            "--json",
+            str(tmp_path / "all.json"),
+        ],
+    )
     assert done.exit_code == 0, done.output
     assert "highest accuracy" in done.output
     found = analysis.Analysis.load(tmp_path / "out")

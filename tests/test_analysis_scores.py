@@ -1,4 +1,5 @@
-"""Scores of units: SciPy's correlations of units written out, and each unit's own accuracy through the head."""
+"""Scores of units: SciPy's correlations of units written out,
+and each unit's own accuracy through the head."""
 
 import golden
 import pytest
@@ -105,16 +106,12 @@ def test_a_constant_unit_scores_nothing(tower, cache):
 
 def test_groups_give_the_same(tower, cache, monkeypatch):
     head = rk.ZeroShotHead(golden.numbers("inputs")["centroids"].double(), range(5))
-    whole = [
-        correlations(tower, cache), rank_correlations(tower, cache), own_accuracy(tower, cache, head)
-    ]  # fmt: skip
+    whole = [correlations(tower, cache), rank_correlations(tower, cache), own_accuracy(tower, cache, head)]
     monkeypatch.setattr(reading, "GROUP_BYTES", 1)
     monkeypatch.setattr(reading, "ROWS", 7)
     monkeypatch.setattr(source, "ROWS", 7)
     monkeypatch.setattr(scores, "RANK_BYTES", 8 * 64 * 5)
-    parts = [
-        correlations(tower, cache), rank_correlations(tower, cache), own_accuracy(tower, cache, head)
-    ]  # fmt: skip
+    parts = [correlations(tower, cache), rank_correlations(tower, cache), own_accuracy(tower, cache, head)]
     for a, b in zip(whole, parts, strict=True):
         assert (a - b).abs().max() < 1e-12
     some = correlations(tower, cache, units=[(2, 1), (0, 0)])
@@ -150,8 +147,10 @@ def test_property_basis():
     other[20:] *= 3
     assert (scores.property_basis(rows, 8) - scores.property_basis(other, 8)).abs().max() > 1e-3
     for bad, match in (
-        (torch.zeros(2, 8), "zero"), (torch.ones(2, 7), "rows of 8"), (torch.full((1, 8), float("inf")), "NaN")
-    ):  # fmt: skip
+        (torch.zeros(2, 8), "zero"),
+        (torch.ones(2, 7), "rows of 8"),
+        (torch.full((1, 8), float("inf")), "NaN"),
+    ):
         with pytest.raises(ValueError, match=match):
             scores.property_basis(bad, 8)
 

@@ -56,9 +56,15 @@ def test_curves_of_heads(made, rest):
     score = torch.tensor([0.1, 0.9, 0.3, 0.3, -1.0, 0.0, 0.8, 0.2, 0.5])
     order = [1, 6, 8, 2, 3, 7, 0, 5, 4]  # equals in layout order
     curves = selection_curves(
-        tower, cache, head, {"mine": score, "other": -score}, rest=rest, bases=bases,
-        fractions=(0.01, 0.3, 0.5, 1.0), seeds=[3, 4],
-    )  # fmt: skip
+        tower,
+        cache,
+        head,
+        {"mine": score, "other": -score},
+        rest=rest,
+        bases=bases,
+        fractions=(0.01, 0.3, 0.5, 1.0),
+        seeds=[3, 4],
+    )
     assert curves.kept == (1, 3, 4, 9)
     for place, count in enumerate(curves.kept):
         y = ablate(tower, cache, [1 + head_ for head_ in order[:count]], rest, bases=bases)
@@ -86,9 +92,17 @@ def test_curves_of_components(made, rest, kind):
     total = len(residual.weight)
     score = torch.rand(total, generator=torch.Generator().manual_seed(0))
     curves = selection_curves(
-        tower, cache, head, {"mine": score}, kind=kind, of="components", rest=rest, bases=kept_bases,
-        fractions=(0.1, 0.5), seeds=(),
-    )  # fmt: skip
+        tower,
+        cache,
+        head,
+        {"mine": score},
+        kind=kind,
+        of="components",
+        rest=rest,
+        bases=kept_bases,
+        fractions=(0.1, 0.5),
+        seeds=(),
+    )
     assert curves.total == total
     for place, count in enumerate(curves.kept):
         with torch.no_grad():

@@ -72,9 +72,11 @@ def test_matrix_between_data_sets_and_ragged_bases(bases, weights, monkeypatch):
             "uniform": lambda s, u: torch.ones(len(s.components(u))),
         }[weights]
         hand = by_hand(
-            bases.components(units[0]).numpy(), half.components(units[1]).numpy(),
-            scale(bases, units[0]).numpy(), scale(half, units[1]).numpy(),
-        )  # fmt: skip
+            bases.components(units[0]).numpy(),
+            half.components(units[1]).numpy(),
+            scale(bases, units[0]).numpy(),
+            scale(half, units[1]).numpy(),
+        )
         assert_allclose(float(matrix[a, b]), hand, atol=1e-12)
         assert_allclose(spectral_cosine(bases, units[0], half, units[1], weights=weights), hand, atol=1e-12)
 

@@ -1,4 +1,5 @@
-"""What a weight means: against units made in full, scikit-learn's F test, sorting, and one evaluation per head."""
+"""What a weight means: against units made in full, scikit-learn's F test, sorting,
+and one evaluation per head."""
 
 from copy import deepcopy
 

@@ -1,4 +1,5 @@
-"""Words of heads and components: the authors' choices where they are right, and both algorithms written out."""
+"""Words of heads and components: the authors' choices where they are right,
+and both algorithms written out."""
 
 import golden
 import pytest
@@ -74,8 +75,9 @@ def test_authors_somp(made, criterion):
 
 @pytest.mark.parametrize("criterion", words.CRITERIA)
 def test_authors_somp_of_components_depends_on_signs(made, criterion):
-    """Theirs centres over the components, whose signs are arbitrary: one of the choices gives their words. Ours does
-    not centre there, so that no sign matters."""
+    """Theirs centres over the components, whose signs are arbitrary: one of the choices gives their words.
+
+    Ours does not centre there, so that no sign matters."""
     _, _, bases, dictionary, unit = made
     expected = golden.numbers("sparse")[f"somp_{criterion}_pc3__chosen"].tolist()
     phi, scatter = bases.components(unit)[:3], bases.explained_variance(unit)[:3] * 63
@@ -106,7 +108,8 @@ def test_authors_omp(made):
 
 
 def gandelsman(X, D, count, rank):
-    """TextSpan as published: project texts onto the data's leading directions, take the largest spread, remove it."""
+    """TextSpan as published: project texts onto the data's leading directions, take the largest spread,
+    remove it."""
     V = torch.linalg.svd(X, full_matrices=False).Vh[:rank]
     D = F.normalize(D) @ V.T @ V
     total = X.var(0).sum()
@@ -136,8 +139,8 @@ def test_text_span(made, rank):
 
 
 def test_authors_text_span(made):
-    """Their rank of 20 is one more than this unit has (C+2 and its mean): the last direction is rounding noise, which
-    changes the lengths of the projected texts and so the later choices. The early ones agree."""
+    """Their rank of 20 is one more than this unit has (C+2 and its mean): the last direction is rounding
+    noise, which changes the lengths of the projected texts and so the later choices. The early ones agree."""
     _, _, bases, dictionary, unit = made
     expected = golden.numbers("sparse")
     found = unit_words(bases, dictionary, unit, 10, method="textspan", rank=20)
@@ -166,7 +169,10 @@ def test_rows_in_float32_and_in_blocks(made, monkeypatch):
 
 
 def test_near_copies_of_a_word_and_a_spent_dictionary(made):
-    """A repeated atom is in the span of the first; a dictionary smaller than the unit ends when nothing is left."""
+    """A repeated atom is in the span of the first.
+
+    A dictionary smaller than the unit ends when nothing is left.
+    """
     _, _, bases, dictionary, unit = made
     twice = TextDictionary(tuple("abcd"), dictionary.vectors[[3, 3, 9, 9]])
     found = unit_words(bases, twice, unit, 4)

@@ -1,4 +1,5 @@
-"""The anchored form: y = f(x) + sum_j (weight_j - 1) c_j basis_j, which weights of one leave as the tower is."""
+"""The anchored form: y = f(x) + sum_j (weight_j - 1) c_j basis_j,
+which weights of one leave as the tower is."""
 
 import copy
 import json
@@ -33,7 +34,8 @@ def first(output):
 
 
 def changed(tower, images, bases, weight_of):
-    """The formula on units made in full: the tower's output, and weight - 1 of what each unit has on its components."""
+    """The formula on units made in full: the tower's output,
+    and weight - 1 of what each unit has on its components."""
     with torch.no_grad():
         parts = rk.decompose(tower, images)
     units, y = parts.units(), plain(tower, images)
@@ -109,7 +111,10 @@ def test_weight_one_is_the_tower_to_the_bit(name, dtype):
 
 
 def test_gradients_at_one_and_elsewhere():
-    """Against finite differences of the formula; at one, where the tower itself answers, as just beside it."""
+    """Against finite differences of the formula.
+
+    At one, where the tower itself answers, as just beside it.
+    """
     tower = build().double()
     bases, images = fitted(tower, ("head", "mlp"), components=3), images_for(tower, 4, torch.float64)
     upstream = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -163,9 +168,13 @@ def task():
     images = images_for(tower, 90, torch.float64) * 0.5 + (labels - 1.0)[:, None, None, None]
     cache = rk.encode(tower, [(images, labels)], kinds=("head", "mlp"), class_names=CLASSES)
     vectors = torch.randn(32, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return tower, images, cache, rk.fit_bases(tower, cache, ("head", "mlp")), rk.ZeroShotHead(
-        vectors, CLASSES, math.log(10.0)
-    )  # fmt: skip
+    return (
+        tower,
+        images,
+        cache,
+        rk.fit_bases(tower, cache, ("head", "mlp")),
+        rk.ZeroShotHead(vectors, CLASSES, math.log(10.0)),
+    )
 
 
 def test_a_fit_starts_at_the_tower(task, tmp_path):
@@ -289,9 +298,20 @@ def test_on_the_command_line(run, digits, tmp_path):  # noqa: F811
     )
     assert code == 0, err
     code, out, err = run(
-        "fit", "--method", "anchored", "--data", tmp_path / "c", "--lr", 0.05, "--epochs", 2,
-        "--out", tmp_path / "a", "--json", tmp_path / "f.json",
-    )  # fmt: skip
+        "fit",
+        "--method",
+        "anchored",
+        "--data",
+        tmp_path / "c",
+        "--lr",
+        0.05,
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "a",
+        "--json",
+        tmp_path / "f.json",
+    )
     assert code == 0, err
     found = json.loads((tmp_path / "f.json").read_text())
     assert found["method"] == "anchored"

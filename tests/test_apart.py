@@ -36,9 +36,14 @@ def test_two_outputs_of_one_command_have_two_places(run, no_work, photos, tmp_pa
             run, "fit", *data, "--out", "o", "--checkpoint", "x.csv", "--json", other
         )
     for command, options in (
-        ("encode", data), ("bases", data), ("fit", data), ("analyze", data), ("merge", adapter), ("demo", ()),
+        ("encode", data),
+        ("bases", data),
+        ("fit", data),
+        ("analyze", data),
+        ("merge", adapter),
+        ("demo", ()),
         ("sweep", ("plan.yaml",)),
-    ):  # fmt: skip
+    ):
         assert "same place" in refused(run, command, *options, "--out", "x.onnx", "--json", "x.onnx"), command
     assert "same place" in refused(run, "report", "a", *data, "--json", "a/report.html")
     assert "same place" in refused(run, "report", "a", *data, "--out", "p.html", "--json", "p")
@@ -54,10 +59,16 @@ def test_an_output_is_not_inside_another_output_nor_one_of_its_files(run, no_wor
     data = ("--data", photos)
     assert "lies below --json" in refused(run, "encode", *data, "--out", out / "c", "--json", out)
     for command, name, more in (
-        ("encode", "manifest.json", data), ("encode", "shard-00000.safetensors", data), ("fit", "adapter.json", data),
-        ("fit", "classes.json", data), ("analyze", "analysis.json", data), ("analyze", "similarity-x.csv", data),
-        ("demo", "a.png", ()), ("sweep", "table.md", ("plan",)), ("sweep", "results/x.json", ("plan",)),
-    ):  # fmt: skip
+        ("encode", "manifest.json", data),
+        ("encode", "shard-00000.safetensors", data),
+        ("fit", "adapter.json", data),
+        ("fit", "classes.json", data),
+        ("analyze", "analysis.json", data),
+        ("analyze", "similarity-x.csv", data),
+        ("demo", "a.png", ()),
+        ("sweep", "table.md", ("plan",)),
+        ("sweep", "results/x.json", ("plan",)),
+    ):
         said = refused(run, command, *more, "--out", out, "--json", out / name)
         assert "writes itself" in said, command
     apart.check(
@@ -92,18 +103,27 @@ def test_an_output_is_not_an_input(run, no_work, photos, tmp_path, monkeypatch):
         ((*eval_, "--data", "s-{0..1}.tar", "--json", "s-1.tar"), "is a shard that --data reads"),
         ((*eval_, "--data", photos, "--json", photos / "cat" / "0.png"), "is a file that --data"),
         ((*predict, "--data", photos, "--json", "run/adapter.json"), "is a file that RUN run reads"),
-        ((*predict, "--data", photos, "--pretrained", "w.pt", "--json", "./w.pt"), "is what --pretrained reads"),
+        (
+            (*predict, "--data", photos, "--pretrained", "w.pt", "--json", "./w.pt"),
+            "is what --pretrained reads",
+        ),
         (("fit", "--data", photos, "--val", "more", "--out", "more"), "is what --val reads"),
-        (("fit", "--data", photos, "--out", "o", "--class-names", "names.txt", "--json", "link.txt"), "--class-names"),
+        (
+            ("fit", "--data", photos, "--out", "o", "--class-names", "names.txt", "--json", "link.txt"),
+            "--class-names",
+        ),
         (("fit", "--data", photos, "--bases", "o/bases.safetensors", "--out", "o"), "would replace"),
         (("encode", "--data", photos, "--out", photos), "is what --data reads"),
         (("encode", "--data", photos, "--out", photos / "cache"), "would be read as images"),
-        (("analyze", "--data", photos, "--words", "words.txt", "--out", "o", "--json", "words.txt"), "is what --words"),
+        (
+            ("analyze", "--data", photos, "--words", "words.txt", "--out", "o", "--json", "words.txt"),
+            "is what --words",
+        ),
         (("bases", "--merge", "b.safetensors", "--out", "b.safetensors"), "is what FILES reads"),
         (("merge", "run", "--out", "run"), "folder"),
         (("sweep", "plan.yaml", "--out", "o", "--json", "plan.yaml"), "is what PLAN reads"),
         (("report", "run", "--data", photos, "--out", photos / "page.html"), "would be read as images"),
-    ]  # fmt: skip
+    ]
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "bases.safetensors").write_text("x")
     for arguments, message in cases:
@@ -146,8 +166,10 @@ def test_the_names_of_own_files_are_those_that_are_written():
 
 def test_an_empty_value_is_refused(run, no_work, photos, tmp_path):
     for arguments in (
-        ("encode", "--data", "", "--out", tmp_path / "c"), ("encode", "--data=", "--out", tmp_path / "c"),
-        ("encode", "--data", photos, "--out", ""), ("predict", "a", "--data", photos, "--out", "o", "--model", ""),
-    ):  # fmt: skip
+        ("encode", "--data", "", "--out", tmp_path / "c"),
+        ("encode", "--data=", "--out", tmp_path / "c"),
+        ("encode", "--data", photos, "--out", ""),
+        ("predict", "a", "--data", photos, "--out", "o", "--model", ""),
+    ):
         assert "is empty; write a value after it" in refused(run, *arguments)
     assert "an argument is empty" in refused(run, "report", "", "--data", photos)

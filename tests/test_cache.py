@@ -107,11 +107,21 @@ def test_any_rows_in_any_order(memory, folder, monkeypatch, bytes_mapped):
     mapped = rk.UnitCache.load(folder)
     generator = torch.Generator().manual_seed(0)
     cases = [
-        slice(None), slice(3, 9), slice(8, 30), slice(11, 22), slice(5, 5), slice(55, 99), slice(None, None, 7),
-        torch.tensor([], dtype=torch.int64), torch.tensor([59]), torch.tensor([4, 4, -1, 0]), torch.arange(9, 40),
-        memory.labels == 1, *(torch.randint(60, (n,), generator=generator) for n in (1, 7, 64)),
+        slice(None),
+        slice(3, 9),
+        slice(8, 30),
+        slice(11, 22),
+        slice(5, 5),
+        slice(55, 99),
+        slice(None, None, 7),
+        torch.tensor([], dtype=torch.int64),
+        torch.tensor([59]),
+        torch.tensor([4, 4, -1, 0]),
+        torch.arange(9, 40),
+        memory.labels == 1,
+        *(torch.randint(60, (n,), generator=generator) for n in (1, 7, 64)),
         torch.randperm(60, generator=generator),
-    ]  # fmt: skip
+    ]
     half = torch.randperm(60, generator=generator)[:30]
     for rows in cases:
         assert_same_terms(mapped.terms(rows), memory.terms(rows))

@@ -67,9 +67,20 @@ def test_the_whole_way(run, digits, tmp_path):
     assert code == 0, err
     assert "hold 90 % of the variance" in out
     code, out, err = run(
-        "fit", "--data", tmp_path / "cache", "--bases", tmp_path / "b.safetensors", "--out", tmp_path / "adapter",
-        "--method", "fine", "--epochs", 12, "--json", tmp_path / "f.json",
-    )  # fmt: skip
+        "fit",
+        "--data",
+        tmp_path / "cache",
+        "--bases",
+        tmp_path / "b.safetensors",
+        "--out",
+        tmp_path / "adapter",
+        "--method",
+        "fine",
+        "--epochs",
+        12,
+        "--json",
+        tmp_path / "f.json",
+    )
     assert code == 0, err
     fitted = json.loads((tmp_path / "f.json").read_text())
     assert fitted["val_accuracy"] > fitted["base_accuracy"]
@@ -102,9 +113,18 @@ def test_the_whole_way(run, digits, tmp_path):
 @pytest.mark.parametrize("method", ["coarse", "full", "output", "linear"])
 def test_every_method_fits_from_a_folder(run, digits, tmp_path, method):
     code, out, err = run(
-        "fit", "--data", digits / "train", "--val", digits / "test", "--method", method, "--epochs", 2,
-        "--out", tmp_path / "a",
-    )  # fmt: skip
+        "fit",
+        "--data",
+        digits / "train",
+        "--val",
+        digits / "test",
+        "--method",
+        method,
+        "--epochs",
+        2,
+        "--out",
+        tmp_path / "a",
+    )
     assert code == 0, err
     assert f"({method}, 200 images" in out
     assert run("eval", "--adapter", tmp_path / "a", "--data", digits / "test")[0] == 0
@@ -244,7 +264,8 @@ def test_unreadable_images_are_an_error_or_left_out_and_named(run, digits, tmp_p
 
 
 def test_inside_the_tower(run, digits, tmp_path):
-    """--method stream: bases over tokens, a fit that runs the tower, eval and predict; and what it cannot do."""
+    """--method stream: bases over tokens, a fit that runs the tower, eval and predict;
+    and what it cannot do."""
     bases, kept = tmp_path / "stream.safetensors", tmp_path / "stream"
     code, out, err = run(
         "bases", "--data", digits / "test", "--out", bases, "--placement", "stream", "--tokens", "class"
@@ -252,9 +273,24 @@ def test_inside_the_tower(run, digits, tmp_path):
     assert code == 0, err
     assert "components of 80 tokens" in out
     code, out, err = run(
-        "fit", "--data", digits / "train", "--val", digits / "test", "--method", "stream", "--bases", bases,
-        "--components", 3, "--epochs", 2, "--out", kept, "--json", tmp_path / "fit.json",
-    )  # fmt: skip
+        "fit",
+        "--data",
+        digits / "train",
+        "--val",
+        digits / "test",
+        "--method",
+        "stream",
+        "--bases",
+        bases,
+        "--components",
+        3,
+        "--epochs",
+        2,
+        "--out",
+        kept,
+        "--json",
+        tmp_path / "fit.json",
+    )
     assert code == 0, err
     assert "with 144 numbers (stream, 200 images" in out
     assert json.loads((kept / "adapter.json").read_text())["options"]["tokens"] == "class"

@@ -40,9 +40,24 @@ def digits(tmp_path_factory):
 
 def test_many_fits_and_a_checkpoint(run, digits, tmp_path):  # noqa: F811
     fit = (
-        "fit", "--data", digits / "c" / "train", "--val", digits / "c" / "test", "--lr", 0.1, "--lr", 0.4,
-        "--seeds", 2, "--seed", 3, "--epochs", 3, "--method", "fine",
-    )  # fmt: skip
+        "fit",
+        "--data",
+        digits / "c" / "train",
+        "--val",
+        digits / "c" / "test",
+        "--lr",
+        0.1,
+        "--lr",
+        0.4,
+        "--seeds",
+        2,
+        "--seed",
+        3,
+        "--epochs",
+        3,
+        "--method",
+        "fine",
+    )
     found = []
     for name in ("a", "b"):  # the second goes on from the first one's checkpoint, which is finished
         code, out, err = run(
@@ -95,9 +110,16 @@ def test_few_images(run, digits, tmp_path):  # noqa: F811
     assert "12 images" in out
     assert 0 < json.loads((tmp_path / "f.json").read_text())["val_balanced_accuracy"] <= 1
     code, out, err = run(
-        "eval", "--adapter", tmp_path / "a", "--data", digits / "test", "--confusion", tmp_path / "m.csv",
-        "--json", tmp_path / "e.json",
-    )  # fmt: skip
+        "eval",
+        "--adapter",
+        tmp_path / "a",
+        "--data",
+        digits / "test",
+        "--confusion",
+        tmp_path / "m.csv",
+        "--json",
+        tmp_path / "e.json",
+    )
     assert code == 0, err
     assert "balanced" in out
     seen = json.loads((tmp_path / "e.json").read_text())
@@ -195,8 +217,13 @@ def test_auto_is_the_default_and_says_why(run, digits, tmp_path):  # noqa: F811
     assert code == 0, err
     found = json.loads((tmp_path / "f.json").read_text())
     assert [one["name"] for one in found["candidates"]] == [
-        "base", "anchored", "fine", "full", "anchored + class vectors", "probe"
-    ]  # fmt: skip
+        "base",
+        "anchored",
+        "fine",
+        "full",
+        "anchored + class vectors",
+        "probe",
+    ]
     assert (found["judged_by"], found["images"]) == ("folds", 36)
     assert found["accuracy"] >= found["base_accuracy"]
     assert found["why"] in out
@@ -237,9 +264,19 @@ def test_auto_keeps_the_model_where_nothing_is_better(run, digits, tmp_path):  #
 
 def test_probe_by_name_and_with_validation(run, digits, tmp_path):  # noqa: F811
     code, out, err = run(
-        "fit", "--data", digits / "c" / "train", "--val", digits / "c" / "test", "--method", "probe", "--balanced",
-        "--out", tmp_path / "a", "--json", tmp_path / "f.json",
-    )  # fmt: skip
+        "fit",
+        "--data",
+        digits / "c" / "train",
+        "--val",
+        digits / "c" / "test",
+        "--method",
+        "probe",
+        "--balanced",
+        "--out",
+        tmp_path / "a",
+        "--json",
+        tmp_path / "f.json",
+    )
     assert code == 0, err
     found = json.loads((tmp_path / "f.json").read_text())
     assert [one["name"] for one in found["candidates"]] == ["base", "probe"]
@@ -269,19 +306,51 @@ def test_prototypes_use_no_label_beyond_the_shots(run, digits, tmp_path, monkeyp
     ):
         data = digits / ("train" if method == "stream" else "c/train")
         code, _, err = run(
-            "fit", "--data", data, "--val", digits / ("test" if method == "stream" else "c/test"), "--method", method,
-            "--prototypes", "--shots", 3, *more, "--out", tmp_path / method,
-        )  # fmt: skip
+            "fit",
+            "--data",
+            data,
+            "--val",
+            digits / ("test" if method == "stream" else "c/test"),
+            "--method",
+            method,
+            "--prototypes",
+            "--shots",
+            3,
+            *more,
+            "--out",
+            tmp_path / method,
+        )
         assert code == 0, err
     assert seen == [[3, 3, 3]] * 3
 
 
 def test_stream_takes_rates_seeds_shots_and_balance(run, digits, tmp_path):  # noqa: F811
     code, out, err = run(
-        "fit", "--data", digits / "train", "--val", digits / "test", "--method", "stream", "--components", 2,
-        "--epochs", 1, "--lr", 0.1, "--lr", 0.3, "--seeds", 2, "--shots", 4, "--balanced", "--out", tmp_path / "a",
-        "--json", tmp_path / "f.json",
-    )  # fmt: skip
+        "fit",
+        "--data",
+        digits / "train",
+        "--val",
+        digits / "test",
+        "--method",
+        "stream",
+        "--components",
+        2,
+        "--epochs",
+        1,
+        "--lr",
+        0.1,
+        "--lr",
+        0.3,
+        "--seeds",
+        2,
+        "--shots",
+        4,
+        "--balanced",
+        "--out",
+        tmp_path / "a",
+        "--json",
+        tmp_path / "f.json",
+    )
     assert code == 0, err
     fits = json.loads((tmp_path / "f.json").read_text())["fits"]
     assert [(one["lr"], one["seed"]) for one in fits] == [(0.1, 0), (0.3, 0), (0.1, 1), (0.3, 1)]

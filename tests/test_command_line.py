@@ -1,4 +1,5 @@
-"""The command line's contract with people: options, outputs, accounts of what was read, and where text goes."""
+"""The command line's contract with people: options, outputs, accounts of what was read,
+and where text goes."""
 
 import csv
 import json
@@ -101,9 +102,16 @@ def test_every_command_and_option_has_help():
     for name in ("encode", "bases", "fit", "eval", "predict", "report", "analyze"):
         assert reading <= {option for parameter in commands[name].params for option in parameter.opts}, name
     more = {  # what is done only where it is asked for
-        "--data", "--json", "--confusion", "--checkpoint", "--adapter", "--images", "--shots",
-        "--components", "--max-components",
-    }  # fmt: skip
+        "--data",
+        "--json",
+        "--confusion",
+        "--checkpoint",
+        "--adapter",
+        "--images",
+        "--shots",
+        "--components",
+        "--max-components",
+    }
     for name, command in commands.items():
         for parameter in command.params:
             if parameter.param_type_name == "option" and parameter.default is None and not parameter.required:
@@ -209,9 +217,20 @@ def test_paths_are_expanded(run, photos, tmp_path, monkeypatch):
 def test_text_that_a_terminal_cannot_show_is_escaped(photos, tmp_path):
     photos.rename(tmp_path / "caf\u00e9")
     done = subprocess.run(
-        [sys.executable, "-m", "residual_kernels", "encode", "--data", tmp_path / "caf\u00e9", "--out", tmp_path / "c"],
-        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "residual_kernels",
+            "encode",
+            "--data",
+            tmp_path / "caf\u00e9",
+            "--out",
+            tmp_path / "c",
+        ],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
     assert done.returncode == 0, done.stderr
     assert b"caf\\xe9: 6 images found, 6 read" in done.stdout
 

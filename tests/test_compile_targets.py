@@ -1,6 +1,9 @@
-"""Every Triton kernel compiles for every target, inside its limits and with the instructions that were meant. No GPU.
+"""Every Triton kernel compiles for every target, inside its limits and with the instructions that were meant.
 
-Runs in processes of its own, because TRITON_INTERPRET, which the other tests need, changes what a kernel is at import.
+No GPU.
+
+Runs in processes of its own, because TRITON_INTERPRET, which the other tests need, changes what a kernel is
+at import.
 """
 
 import json
@@ -14,7 +17,8 @@ import pytest
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parent.parent
-# Triton 3.4's compiler ends in an assertion of its own for kernels on sm_100; for AMD it asks for a linker (LLVM 19's).
+# Triton 3.4's compiler ends in an assertion of its own for kernels on sm_100; for AMD it asks for a linker
+# (LLVM 19's).
 OLD = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6)
 LINKER = not OLD or "TRITON_HIP_LLD_PATH" in os.environ
 INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma"}
@@ -42,7 +46,8 @@ KERNELS = {
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Rows of benchmarks.resources: a pairwise choice of routes, widths, dtypes, rows, flags and wanted gradients."""
+    """Rows of benchmarks.resources: a pairwise choice of routes, widths, dtypes, rows,
+    flags and wanted gradients."""
     folder = tmp_path_factory.mktemp("resources")
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     processes = []
@@ -119,7 +124,8 @@ def test_a_complaint_is_made():
         "from benchmarks.resources import complaints\n"
         "good = Resources('fwd c64 n64', 'bf16', 'sm_90', 4, 3, 100, 0, 1000, ['wgmma'], 4, 0.5)\n"
         "assert complaints(good) == []\n"
-        "for change in ({'spills': 32}, {'shared': 300000}, {'instructions': ['mma.sync']}, {'kind': 'fp32'},\n"
+        "for change in ({'spills': 32}, {'shared': 300000}, {'instructions': ['mma.sync']}, {'kind': "
+        "'fp32'},\n"
         "               {'instructions': ['fma']}, {'target': 'gfx942'}):\n"
         "    assert complaints(replace(good, **change)), change\n"
     )
@@ -166,10 +172,13 @@ def test_a_worse_kernel_is_told():
         "        /*0080*/                   BRA `(.L_x_2);\n"
         "'''\n"
         "found = floors.read_code(text, False, 0.5)\n"
-        "assert found.instructions == (3, 3, 3) and found.barriers == (0, 0, 1) and found.narrow == (0, 1, 0)\n"
-        "assert found.operations == (0.0, 0.0, 2.0 * 64 * 32 * 16 / 4) and found.tile_bytes == (0.0, 512.0, 0.0)\n"
+        "assert found.instructions == (3, 3, 3) and found.barriers == (0, 0, 1) and found.narrow == (0, "
+        "1, 0)\n"
+        "assert found.operations == (0.0, 0.0, 2.0 * 64 * 32 * 16 / 4) and found.tile_bytes == (0.0, "
+        "512.0, 0.0)\n"
         "assert found.total('instructions', [10, 100, 1000]) == 30 + 300 + 3000\n"
-        "ptx = 'mov.b32 %r5, 136314896; @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r5, %p2;'\n"
+        "ptx = 'mov.b32 %r5, 136314896; @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, "
+        "%r5, %p2;'\n"
         "assert floors.blackwell_products(ptx) == [2.0 * 128 * 128 * 16]\n"
         "waiting = text.replace('BAR.SYNC.DEFER_BLOCKING', 'SYNCS.PHASECHK.TRANS64.TRYWAIT')\n"
         "assert floors.read_code(waiting, False, 0.5).instructions == (9,)  # no loop\n"

@@ -119,8 +119,12 @@ def test_links_of_a_shard_lead_to_members_before_or_behind_them(tmp_path):
         file.addfile(member, io.BytesIO(png(7)))
     found = open_images(path, same, labelled=False)
     assert [name.removeprefix("a.tar/") for name in found.names] == [
-        "x/first", "x/second", "x/chain", "x/folder", "y/late"
-    ]  # fmt: skip
+        "x/first",
+        "x/second",
+        "x/chain",
+        "x/folder",
+        "y/late",
+    ]
     assert {found.picture(row)[0].getpixel((0, 0))[0] for row in range(5)} == {7}
     assert (found.account.found, found.account.read) == (5, 5)
 

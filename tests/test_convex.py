@@ -172,9 +172,13 @@ def test_the_optimum_is_scipys(name):
         if objective.shape.scale:
             bounds[-1] = (-1 + 1e-9, None)
         oracle = minimize(
-            value_and_grad, np.zeros(objective.shape.size), jac=True, bounds=bounds, method="L-BFGS-B",
+            value_and_grad,
+            np.zeros(objective.shape.size),
+            jac=True,
+            bounds=bounds,
+            method="L-BFGS-B",
             options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-10},
-        )  # fmt: skip
+        )
         assert float(found.value[t]) == pytest.approx(oracle.fun, rel=1e-9)
         assert torch.allclose(found.theta[t], torch.from_numpy(oracle.x), atol=2e-4)
         # the certificate holds: nothing is lower than value - gap
@@ -343,7 +347,7 @@ def test_one_standard_error_in_the_towers_favour():
     assert best_of(base, []) is None
 
 
-# --- through fit ------------------------------------------------------------------------------------------------
+# --- through fit --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -470,8 +474,11 @@ def test_many_label_sets_and_seeds_side_by_side(tower, cache, bases, head):
     anchored = rk.ResiDual(tower, bases, "all")
     fits = rk.fit_many(anchored, head, train, labels=[train.labels, other], seeds=(0, 1), shots=10)
     assert [(task.labels, task.seed, task.lr) for task in fits.tasks] == [
-        (0, 0, None), (0, 1, None), (1, 0, None), (1, 1, None)
-    ]  # fmt: skip
+        (0, 0, None),
+        (0, 1, None),
+        (1, 0, None),
+        (1, 1, None),
+    ]
     for number, (task, result) in enumerate(zip(fits.tasks, fits.results, strict=True)):
         alone = rk.fit(
             anchored, head, train, labels=(train.labels, other)[task.labels], seed=task.seed, shots=10

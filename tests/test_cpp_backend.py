@@ -1,4 +1,5 @@
-"""The compiled CPU backend: values and every gradient against float64, on every instruction set this machine has."""
+"""The compiled CPU backend: values and every gradient against float64,
+on every instruction set this machine has."""
 
 import os
 import threading
@@ -360,12 +361,17 @@ def test_weight_index_out_of_range_is_an_error():
 
 @pytest.mark.parametrize("constant", ["weight", "bias", "slope", "offset"])
 def test_a_perturbed_constant_fails(constant, monkeypatch):
-    """Values and gradients are linear in each constant, so the perturbation can be sized to be just noticed."""
+    """Values and gradients are linear in each constant,
+    so the perturbation can be sized to be just noticed."""
     arguments, dy = make(20, 24, 70, [26, 3, 26])
     truth, terms = truth_and_terms(arguments, dy)
     check(arguments, dy, monkeypatch)
-    affected = {"weight": ("y", "dz", "dscale", "dmean"), "bias": ("y", "dweight", "dscale"),
-                "slope": ("y", "dweight", "dmean"), "offset": ("y", "dweight")}  # fmt: skip
+    affected = {
+        "weight": ("y", "dz", "dscale", "dmean"),
+        "bias": ("y", "dweight", "dscale"),
+        "slope": ("y", "dweight", "dmean"),
+        "offset": ("y", "dweight"),
+    }
     for name in affected[constant]:
         moved = arguments[constant].double()
         moved[7] += 1

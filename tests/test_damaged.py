@@ -1,6 +1,7 @@
 """Files that were damaged, or made to harm: one clear ValueError, and never a wrong answer.
 
-The variable DAMAGED_FILES says how many are tried, 320 by default: ``DAMAGED_FILES=1200 pytest tests/test_damaged.py``.
+The variable DAMAGED_FILES says how many are tried, 320 by default: ``DAMAGED_FILES=1200 pytest
+tests/test_damaged.py``.
 """
 
 import copy
@@ -35,7 +36,8 @@ def test_damaged_files():
 
 
 def test_a_reader_that_believes_everything_is_found_out(tmp_path):
-    """What the search for faults finds: other numbers in silence, and an error that says nothing to a reader."""
+    """What the search for faults finds: other numbers in silence,
+    and an error that says nothing to a reader."""
     (tmp_path / "good").mkdir()
     place = tmp_path / "good" / "n.json"
     place.write_text(json.dumps({"schema": 1, "numbers": list(range(99))}))

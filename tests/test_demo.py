@@ -34,7 +34,8 @@ def test_the_story_is_true(result):
 
 
 def test_the_sum_in_the_picture_is_the_model_s_own_lead():
-    """What the parts add to one class's lead over another sums to the difference of logits, before and after."""
+    """What the parts add to one class's lead over another sums to the difference of logits,
+    before and after."""
     model, preprocess, tokenizer = rk.load_bundled()
     images = demo.digit_images()[0][:40]
     batch = torch.stack([preprocess(image) for image in images])
@@ -57,8 +58,13 @@ def test_the_sum_in_the_picture_is_the_model_s_own_lead():
 
 def test_pictures(result):
     assert [path.name for path in result.pictures] == [
-        "overview.png", "accuracy.png", "weights.png", "spectra.png", "digits.png", "component.png",
-    ]  # fmt: skip
+        "overview.png",
+        "accuracy.png",
+        "weights.png",
+        "spectra.png",
+        "digits.png",
+        "component.png",
+    ]
     for path in result.pictures:
         with Image.open(path) as image:
             assert image.format == "PNG"

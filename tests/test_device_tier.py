@@ -1,6 +1,7 @@
 """A tower on another device, without one: nothing meets a CPU tensor, and nobody waits where nobody has to.
 
-The device is tests/fake_device.py: its tensors hold CPU values, so that every result is compared with the CPU's own.
+The device is tests/fake_device.py: its tensors hold CPU values, so that every result is compared with the
+CPU's own.
 """
 
 import copy
@@ -65,7 +66,7 @@ def same(found, expected, tolerance=1e-5):
     assert (found - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1)
 
 
-# --- the device itself ----------------------------------------------------------------------------------------------
+# --- the device itself --------------------------------------------------------------------------------------
 
 
 def test_the_device_refuses_counts_and_delivers_late(device):
@@ -81,8 +82,11 @@ def test_the_device_refuses_counts_and_delivers_late(device):
         b.to(fake_device.CUDA)
     assert seen.launches["add"] == seen.launches["sum"] == 1
     assert seen.waits == {
-        "_local_scalar_dense": 1, "tolist": 1, "copy to the host": 1, "copy to the device": 1,
-    }  # fmt: skip
+        "_local_scalar_dense": 1,
+        "tolist": 1,
+        "copy to the host": 1,
+        "copy to the device": 1,
+    }
     with device.counted() as seen:
         late, event = a.to("cpu", non_blocking=True), torch.cuda.Event()
         event.record()
@@ -107,7 +111,7 @@ def test_a_graph_does_again_what_was_captured(device):
         x.tolist()
 
 
-# --- units ----------------------------------------------------------------------------------------------------------
+# --- units --------------------------------------------------------------------------------------------------
 
 
 def test_cpu_images_are_moved_by_decompose(device, images, known):
@@ -184,7 +188,7 @@ def test_checksum_is_one_copy(device):
     assert sum(seen.waits.values()) == 1
 
 
-# --- adapters -------------------------------------------------------------------------------------------------------
+# --- adapters -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["fine", "anchored", "coarse", "output", "linear"])
@@ -273,7 +277,7 @@ def test_attach_and_adapter_set(device, images, known):
     same(together(images[:3]), plain)
 
 
-# --- fits -----------------------------------------------------------------------------------------------------------
+# --- fits ---------------------------------------------------------------------------------------------------
 
 
 def fitted(adapter, head, cache, **options):
@@ -301,7 +305,8 @@ def test_a_fit_is_the_cpu_s_and_its_steps_wait_for_nothing(device, known, step):
 
 
 def test_a_fit_from_the_cache_waits_for_no_batch(device, known):
-    """The features do not fit in memory here: they are read, checked on the CPU, and sent while the device works."""
+    """The features do not fit in memory here: they are read, checked on the CPU,
+    and sent while the device works."""
     _, bases, cache = known
     moved, waits = fake_device.moved(build()), []
     checksum(moved)  # kept from here on
@@ -363,7 +368,8 @@ def test_copies_stay_on_the_device(device, images, known):
 
 
 def test_a_fit_on_a_device_takes_the_kernels(known):
-    """The Triton backend on the device, in Triton's interpreter: spectral_sum's kernels are in the captured step."""
+    """The Triton backend on the device, in Triton's interpreter:
+    spectral_sum's kernels are in the captured step."""
     pytest.importorskip("triton", reason="the package triton is not installed")
     tower, bases, cache = known
     expected, weights = fitted(rk.ResiDual(tower, bases), head_of(), cache, epochs=1, batch_size=30)

@@ -80,8 +80,8 @@ def saved(figure, tmp_path):
 def test_adapters_say_what_they_are(tower, cache, bases, head, made):
     fine = made(rk.build("fine", tower, bases, seed=4))
     assert repr(fine) == (
-        f"ResiDual(method='fine', rest='zero', kinds=('head',), J={len(fine.weight)}, tower='VisionTransformer', "
-        "fitted=False)"
+        f"ResiDual(method='fine', rest='zero', kinds=('head',), J={len(fine.weight)}, "
+        "tower='VisionTransformer', fitted=False)"
     )
     rk.fit(fine, head, cache, epochs=1)
     assert "fitted=True" in repr(fine)
@@ -290,9 +290,13 @@ def test_analyses_are_tables_and_figures(tower, cache, bases, head, tmp_path):
 def test_small_pages_are_escaped(tower, cache, bases, head, made):
     adapter = made(rk.build("fine", tower, bases))
     shown = (
-        bases, bases.layout, cache, rk.evaluate(adapter, head, cache), adapter.table(),
+        bases,
+        bases.layout,
+        cache,
+        rk.evaluate(adapter, head, cache),
+        adapter.table(),
         rk.train.compare(adapter, head, cache),
-    )  # fmt: skip
+    )
     for one in shown:
         page = one._repr_html_()
         assert len(page) < 8000

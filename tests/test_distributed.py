@@ -143,7 +143,10 @@ def _dies(folder, report):
 
 
 def test_a_process_that_dies_leaves_a_cache_to_go_on_with(undisturbed, tmp_path):
-    """The other finishes its own shards and ends with an error; the next run makes what is missing, alone or not."""
+    """The other finishes its own shards and ends with an error.
+
+    The next run makes what is missing, alone or not.
+    """
     start = time.monotonic()
     ranks = processes.start_ranks(2, _dies, tmp_path / "c", tmp_path)
     assert processes.exit_codes(ranks) == [3, 9]
@@ -187,17 +190,34 @@ def test_torchrun_on_the_command_line(tmp_path):
     arguments = ["--data", tmp_path / "images", "--batch-size", 4, "--shard-images", 8, "--device", "cpu"]
     done = subprocess.run(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m",
-            "residual_kernels.cli", "encode", *map(str, arguments), "--out", tmp_path / "two",
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "residual_kernels.cli",
+            "encode",
+            *map(str, arguments),
+            "--out",
+            tmp_path / "two",
         ],
-        capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("20 images of 2 classes") == 1
     model, preprocess, _ = rk.load_bundled()
     images = ImageFiles(tmp_path / "images", preprocess)
     rk.encode(
-        model.visual, DataLoader(images, batch_size=4), tmp_path / "one", class_names=images.class_names,
+        model.visual,
+        DataLoader(images, batch_size=4),
+        tmp_path / "one",
+        class_names=images.class_names,
         shard_images=8,
-    )  # fmt: skip
+    )
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

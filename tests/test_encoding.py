@@ -190,7 +190,7 @@ def test_another_run_is_refused_and_both_are_named(tower, tmp_path, finished):
         (tower, loader(), {"dtype": torch.bfloat16}, "other dtype .float32 there, bfloat16 here"),
         (tower, loader(), {"class_names": "abd"}, "other classes .a, b, c there, a, b, d here"),
         (tower, loader(), {"shard_images": 7}, "images in a shard .24 there, 7 here"),
-    ]  # fmt: skip
+    ]
     for its_tower, source, options, message in cases:
         with pytest.raises(ValueError, match=message):
             rk.encode(its_tower, source, folder, **(first | options))
@@ -333,9 +333,13 @@ def test_the_command_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch)
     images = ImageFiles(tmp_path / "images", preprocess)
     with pytest.raises(KeyboardInterrupt):
         rk.encode(
-            model.visual, DataLoader(images, batch_size=4), folder, class_names=images.class_names,
-            shard_images=8, progress=stopping(3, []),
-        )  # fmt: skip
+            model.visual,
+            DataLoader(images, batch_size=4),
+            folder,
+            class_names=images.class_names,
+            shard_images=8,
+            progress=stopping(3, []),
+        )
     code, _, err = command("--dtype", "bfloat16")
     assert code == 2
     assert "holds a cache of other dtype (float32 there, bfloat16 here)" in err
@@ -361,7 +365,8 @@ def _deep():
 
 
 def _peak(folder, count, report):
-    """How far the peak rises over what the process has at its start, for encode and for passes over the cache."""
+    """How far the peak rises over what the process has at its start,
+    for encode and for passes over the cache."""
     shards.MAPPED_BYTES = 2**22
     source = DataLoader(Noise(count, size=(16, 16)), batch_size=100)
     rk.encode(_deep(), stream(100, 100, size=(16, 16)), kinds=KINDS)  # what torch takes once
@@ -399,9 +404,14 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
 
 def _encode(folder, pause=0.0):
     rk.encode(
-        build(), loader(), folder, KINDS, class_names="abc", shard_images=SHARD,
+        build(),
+        loader(),
+        folder,
+        KINDS,
+        class_names="abc",
+        shard_images=SHARD,
         progress=lambda _: time.sleep(pause),
-    )  # fmt: skip
+    )
 
 
 def test_killed_at_twenty_random_moments(undisturbed, tmp_path):

@@ -45,9 +45,14 @@ def command(*arguments, **options):
         **options.pop("environment", {}),
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "residual_kernels.cli", *map(str, arguments)], env=environment, cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
-    )  # fmt: skip
+        [sys.executable, "-m", "residual_kernels.cli", *map(str, arguments)],
+        env=environment,
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +105,20 @@ def test_ctrl_c_ends_a_fit_and_its_checkpoint_stays(drawn, tmp_path):
     cache, kept = tmp_path / "cache", tmp_path / "fit.safetensors"
     made = command("encode", "--data", drawn / "images", "--out", cache)
     assert made.wait(120) == 0, made.stderr.read()
-    arguments = ["fit", "--method", "fine", "--data", cache, "--out", tmp_path / "run", "--checkpoint", kept,
-                 "--patience", "3000", "--epochs"]  # fmt: skip
+    arguments = [
+        "fit",
+        "--method",
+        "fine",
+        "--data",
+        cache,
+        "--out",
+        tmp_path / "run",
+        "--checkpoint",
+        kept,
+        "--patience",
+        "3000",
+        "--epochs",
+    ]
     process = command(*arguments, "3000")
     deadline = time.monotonic() + 120
     while not kept.exists() and time.monotonic() < deadline:
@@ -154,9 +171,15 @@ def test_a_killed_worker_ends_the_command(drawn, tmp_path):
     mark = tmp_path / "mark"
     when = "os.path.exists(os.environ['MARK']) and os.getpid() != int(open(os.environ['MARK']).read())"
     process = command(
-        "encode", "--data", drawn / "images", "--out", tmp_path / "c", "--workers", "2",
+        "encode",
+        "--data",
+        drawn / "images",
+        "--out",
+        tmp_path / "c",
+        "--workers",
+        "2",
         environment={**site(tmp_path / "site", when), "MARK": str(mark)},
-    )  # fmt: skip
+    )
     mark.write_text(str(process.pid))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
@@ -191,9 +214,12 @@ def test_a_rank_that_is_killed_ends_torchrun_and_its_shards_are_kept(drawn, tmp_
     ]
     done = subprocess.run(
         [sys.executable, *torchrun, *map(str, encode), "--out", str(tmp_path / "c")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "FIRST": str(first), **variables}, capture_output=True, text=True,
-        timeout=240, cwd=ROOT,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", "FIRST": str(first), **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+    )
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr, done.stderr
     kept = {path.name: path.read_bytes() for path in (tmp_path / "c").glob("shard-*")}
@@ -241,7 +267,10 @@ def test_no_code_of_a_model_s_folder_runs(tmp_path):
         )
     )
     (tmp_path / "evil.py").write_text(
-        f"open({str(tmp_path / 'RAN')!r}, 'w')\nfrom transformers import CLIPConfig\nclass C(CLIPConfig):\n    pass\n"
+        f"open({str(tmp_path / 'RAN')!r}, 'w')\n"
+        "from transformers import CLIPConfig\n"
+        "class C(CLIPConfig):\n"
+        "    pass\n"
     )
     with pytest.raises(ValueError, match="brings code of its own, and this library runs none"):
         load_model(f"hf:{tmp_path}")

@@ -1,4 +1,5 @@
-"""Figures: one style whatever matplotlib is set to, the numbers that were given, colours and text that stand out."""
+"""Figures: one style whatever matplotlib is set to, the numbers that were given,
+colours and text that stand out."""
 
 import itertools
 
@@ -18,9 +19,17 @@ from residual_kernels.figures.overview import Ends, Read, Sum
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0; applied to linear RGB.
 BLINDNESS = {
-    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
-}  # fmt: skip
+    "protanopia": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deuteranopia": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
 
 
 def linear(colour):
@@ -159,9 +168,13 @@ def test_the_overview_says_what_it_was_given():
     said = [text.get_text() for text in figure.texts]
     for text in (
         "the first 2 of them; over all 1,200 test images, accuracy rises from 50.0% to 75.0%",
-        "sum −1.0: “one”", "sum +1.0: “two”", "high end: “a ring”", "low end: “a cross”",
-        "weight 1 before, −1.50 after", "one of 96: layer 1, head 0, component 0",
-    ):  # fmt: skip
+        "sum −1.0: “one”",
+        "sum +1.0: “two”",
+        "high end: “a ring”",
+        "low end: “a cross”",
+        "weight 1 before, −1.50 after",
+        "one of 96: layer 1, head 0, component 0",
+    ):
         assert text in said, text
     grids = [axes.images[0].get_array() for axes in figure.axes if axes.get_title() in ("before", "after")]
     assert np.allclose(grids[0], parts)

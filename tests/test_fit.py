@@ -61,7 +61,8 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_features_give_what_units_give(tower, cache, bases, name):
-    """from_features on features is from_units on terms, for one weight, for T, and for T with rows of their own."""
+    """from_features on features is from_units on terms, for one weight, for T,
+    and for T with rows of their own."""
     adapter = ADAPTERS[name](tower, bases)
     features = adapter.features(cache.terms(slice(0, 12)))
     weights = [p.detach() for p in adapter.trainable()]
@@ -129,7 +130,8 @@ def test_many_fits_in_float32():
 
 
 def test_label_sets_at_once(tower, cache, bases, head):
-    """Two tasks on the same images, of 3 and of 2 classes, each with a head of its own, from starts of their own."""
+    """Two tasks on the same images, of 3 and of 2 classes, each with a head of its own,
+    from starts of their own."""
     train, val = parts(cache)
     heads = [head, new_head("de", 5)]
     sets = [train.labels, train.ids % 2], [val.labels, val.ids % 2]
@@ -137,8 +139,16 @@ def test_label_sets_at_once(tower, cache, bases, head):
     starts = [[torch.ones_like(residual.weight)], [torch.full_like(residual.weight, 0.5)]]
     options = {"epochs": 3, "batch_size": 16}
     many = rk.fit_many(
-        residual, heads, train, val, seeds=(0, 1), labels=sets[0], val_labels=sets[1], starts=starts, **options
-    )  # fmt: skip
+        residual,
+        heads,
+        train,
+        val,
+        seeds=(0, 1),
+        labels=sets[0],
+        val_labels=sets[1],
+        starts=starts,
+        **options,
+    )
     assert [(task.labels, task.seed) for task in many.tasks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert (residual.weight == 1).all()
     for index, task in enumerate(many.tasks):
@@ -189,8 +199,15 @@ def test_a_cache_too_large_for_memory_is_read_ahead(tower, cache, bases, head, n
     runs = []
     for memory in (None, 0):
         many = rk.fit_many(
-            ADAPTERS[name](tower, bases), head, train, val, seeds=(0, 1), lrs=(0.1, 0.01), epochs=2, memory=memory,
-        )  # fmt: skip
+            ADAPTERS[name](tower, bases),
+            head,
+            train,
+            val,
+            seeds=(0, 1),
+            lrs=(0.1, 0.01),
+            epochs=2,
+            memory=memory,
+        )
         runs.append(many)
     for a, b in zip(runs[0].tensors, runs[1].tensors, strict=True):
         assert (a - b).abs().max() < 1e-9
@@ -396,7 +413,10 @@ def test_nan_units_are_named_by_row(tower, cache, bases, head):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_one_graph_a_step_on_a_gpu(tower, cache, bases, head, name):
-    """Captured, eager and on the CPU: the same fits; tasks stop at different epochs, and the last batch is smaller."""
+    """Captured, eager and on the CPU: the same fits.
+
+    Tasks stop at different epochs, and the last batch is smaller.
+    """
     train, val = parts(cache)
     options = {"lrs": (0.5, 0.01), "seeds": (0, 7), "epochs": 6, "patience": 2, "batch_size": 16}
     expected = rk.fit_many(ADAPTERS[name](tower, bases), head, train, val, **options)

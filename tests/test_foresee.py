@@ -24,7 +24,10 @@ towers:
   - {model: "hf:somebody/something"}
 data:
   - {name: here, train: FOLDER/train, test: FOLDER/test, templates: "clip_benchmark:gtsbr"}
-  - {name: by name, train: "torchvision:CIFAR11@train", test: "torchvision:CIFAR10@tset", class_names: names.txt}
+  - name: by name
+    train: "torchvision:CIFAR11@train"
+    test: "torchvision:CIFAR10@tset"
+    class_names: names.txt
 methods: [base, fine]
 """
 

@@ -1,4 +1,7 @@
-"""What is folded into constants may not train by any door; what an adapter stands in tells the truth about it."""
+"""What is folded into constants may not train by any door.
+
+What an adapter stands in tells the truth about it.
+"""
 
 import copy
 
@@ -228,9 +231,15 @@ def test_a_folded_weight_that_is_computed_from_others_is_watched(where):
 
     torch.manual_seed(0)
     tower = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, init_values=0.5,
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=64,
+        depth=2,
+        num_heads=2,
+        init_values=0.5,
         num_classes=16,
-    ).eval()  # fmt: skip
+    ).eval()
     images = torch.randn(4, 3, 32, 32)
     part = tower.blocks[1].get_submodule(where)
     name = "weight" if where == "attn.proj" else "gamma"

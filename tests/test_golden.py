@@ -93,7 +93,8 @@ def adapter_of(tag, tower, bases):
 
 
 def their_weights(tag, adapter, values):
-    """Their lambdas in our order: MLPs stand before heads there, and every unit has D of them (we keep the rank)."""
+    """Their lambdas in our order: MLPs stand before heads there, and every unit has D of them
+    (we keep the rank)."""
     if tag.startswith("fullD"):
         values = values.view(12, 32)
         return torch.cat([values[3:, :18].flatten(), values[:3].flatten()])

@@ -1,4 +1,5 @@
-"""Folders that somebody else has prepared: pipes in place of files, second names of files, names that lead out."""
+"""Folders that somebody else has prepared: pipes in place of files, second names of files,
+names that lead out."""
 
 import contextlib
 import os
@@ -108,5 +109,11 @@ def test_names_of_classes_name_no_files(made, tmp_path):
     kept = rk.AdapterFolder.open(folder)
     assert list(kept.class_names) == list(kept.head.class_names) == names
     assert {path.name for path in tmp_path.rglob("*")} == {
-        "x", "a", "adapter.json", "weights.safetensors", "bases.safetensors", "head.safetensors", "classes.json",
-    }  # fmt: skip
+        "x",
+        "a",
+        "adapter.json",
+        "weights.safetensors",
+        "bases.safetensors",
+        "head.safetensors",
+        "classes.json",
+    }

@@ -71,15 +71,25 @@ def test_pushed_and_pulled(tower, bases, api):
     residual = rk.ResiDual(tower, bases.truncate(energy=0.9), init="normal")
     head = rk.ZeroShotHead(torch.randn(32, 2), ["cat", "dog | wolf"], 1.0)
     address = rk.push_adapter(
-        residual, "me/pets", task="pets\nat home", tower="tiny", accuracy=0.91234, head=head,
+        residual,
+        "me/pets",
+        task="pets\nat home",
+        tower="tiny",
+        accuracy=0.91234,
+        head=head,
         card={"license": "apache-2.0", "base_model": "someone/tiny"},
-    )  # fmt: skip
+    )
     assert address == "https://hub/me/pets/commit/1"
     assert api.commits[0]["commit_message"] == "ResiDual: pets at home"
     files = {file.name for file in (api.root / "me/pets").iterdir()}
     assert files == {
-        "adapter.json", "weights.safetensors", "bases.safetensors", "head.safetensors", "config.json", "README.md",
-    }  # fmt: skip
+        "adapter.json",
+        "weights.safetensors",
+        "bases.safetensors",
+        "head.safetensors",
+        "config.json",
+        "README.md",
+    }
 
     again, head_again = rk.pull_adapter(build(), "me/pets", revision="abc")
     assert api.asked[0]["revision"] == "abc"
@@ -146,9 +156,12 @@ def test_refused_before_anything_is_sent(tower, bases, api):
     cases = [
         (lambda: rk.push_adapter(residual, "me/a", task="t", tower="t", accuracy=91.0), "share of images"),
         (lambda: rk.push_adapter(residual, "me/a", task="t", tower="t", bases="file"), "bases is True"),
-        (lambda: rk.push_adapter(rk.CoarseHeads(tower), "me/a", task="t", tower="t", bases=False), "no bases"),
+        (
+            lambda: rk.push_adapter(rk.CoarseHeads(tower), "me/a", task="t", tower="t", bases=False),
+            "no bases",
+        ),
         (lambda: rk.push_adapter(tower, "me/a", task="t", tower="t"), "save_adapter keeps"),
-    ]  # fmt: skip
+    ]
     for run, message in cases:
         with pytest.raises(ValueError, match=message):
             run()

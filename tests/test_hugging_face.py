@@ -33,22 +33,35 @@ from residual_kernels.demo import story as demo
 from residual_kernels.towers.hugging_face.tower import ImageTower, image_tower
 
 TEXT = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 60,
-    "max_position_embeddings": 12, "projection_dim": 32, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 60,
+    "max_position_embeddings": 12,
+    "projection_dim": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 BLIP_TEXT = TEXT | {"sep_token_id": 3}
 SIGLIP_TEXT = {name: value for name, value in TEXT.items() if name != "projection_dim"}
 
 
 def vision(width=48, heads=3, size=16, patch=8, **more) -> dict:
     return {
-        "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 2, "num_attention_heads": heads,
-        "image_size": size, "patch_size": patch,
-    } | more  # fmt: skip
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "image_size": size,
+        "patch_size": patch,
+    } | more
 
 
 def unsettled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model with random norms, biases, tokens and LayerScale, so that nothing in it is a hidden identity."""
+    """The model with random norms, biases, tokens and LayerScale,
+    so that nothing in it is a hidden identity."""
     for name, p in model.named_parameters():
         if p.ndim == 1 and p.numel() > 1:
             torch.nn.init.normal_(p, 1.0 if name.endswith("weight") or "lambda" in name else 0.0, 0.2)
@@ -70,9 +83,10 @@ def clip(dim=32, seed=0, **more):
 
 def blip(dim=32, **more):
     config = BlipConfig(
-        vision_config=vision(**more), text_config=BLIP_TEXT | {"encoder_hidden_size": more.get("width", 48)},
+        vision_config=vision(**more),
+        text_config=BLIP_TEXT | {"encoder_hidden_size": more.get("width", 48)},
         image_text_hidden_size=dim,
-    )  # fmt: skip
+    )
     return make("BlipForImageTextRetrieval", config)
 
 
@@ -275,7 +289,8 @@ def test_the_image_tower_is_made_of_the_models_parts():
 
 
 def test_an_untrained_pooler_is_no_part_of_the_tower():
-    """ViTModel.from_pretrained of a classifier draws a new pooler each time; bases and adapters must not notice."""
+    """ViTModel.from_pretrained of a classifier draws a new pooler each time;
+    bases and adapters must not notice."""
     model = TINY["ViTModel"]()
     before = towers.checksum(image_tower(model))
     torch.nn.init.normal_(model.pooler.dense.weight)
@@ -355,7 +370,10 @@ def test_quantised_and_pruned_layers_are_refused():
 
 
 def test_the_whole_way(tmp_path):
-    """Batches as transformers has them, a cache, a fit by prototypes, an adapter on disk; the model unchanged."""
+    """Batches as transformers has them, a cache, a fit by prototypes, an adapter on disk.
+
+    The model unchanged.
+    """
     model = TINY["Dinov2Model"]()
     images = images_for(model, 48)
     labels = (embedding_of(model, images)[:, 0] > 0).long()

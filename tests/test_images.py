@@ -24,7 +24,8 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/{cat,dog_house} with 2 and 3 images, one of them nested, one grey, and a file that is no image."""
+    """train/{cat,dog_house} with 2 and 3 images, one of them nested, one grey,
+    and a file that is no image."""
     root = tmp_path / "data" / "train"
     for index, name in enumerate(
         ["cat/a.png", "cat/b.png", "dog_house/c.png", "dog_house/in/d.PNG", "dog_house/e.jpg"]
@@ -227,7 +228,8 @@ def test_a_pipeline_of_webdataset_is_a_loader(shards):
 
 @pytest.fixture
 def torchvision_root(tmp_path):
-    """Country211 (parts by `split`, classes from folders) and GTSRB's test part (no class names of its own)."""
+    """Country211 (parts by `split`, classes from folders) and GTSRB's test part
+    (no class names of its own)."""
     for place, name in (("FR", "a"), ("IT", "b"), ("IT", "c")):
         path = tmp_path / "country211" / "test" / place / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""What importing costs: the package loads torch, numpy and safetensors, and nothing heavy before it is used."""
+"""What importing costs: the package loads torch, numpy and safetensors,
+and nothing heavy before it is used."""
 
 import json
 import subprocess
@@ -17,16 +18,34 @@ else:
 
 LIGHT = {"torch", "numpy", "safetensors", "residual_kernels", "filelock"}
 HEAVY = (
-    "matplotlib", "sklearn", "scipy", "open_clip", "timm", "torchvision", "huggingface_hub", "transformers", "typer",
-    "rich", "yaml", "plotly", "jinja2", "PIL", "triton", "sympy", "torch._dynamo", "torch._inductor",
-)  # fmt: skip
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "open_clip",
+    "timm",
+    "torchvision",
+    "huggingface_hub",
+    "transformers",
+    "typer",
+    "rich",
+    "yaml",
+    "plotly",
+    "jinja2",
+    "PIL",
+    "triton",
+    "sympy",
+    "torch._dynamo",
+    "torch._inductor",
+)
 
 
 def loaded_by(code: str) -> set[str]:
     """Names of the modules that `code` loads in a fresh Python, beyond those of `import torch, numpy`."""
     program = (
-        "import json, sys, torch, numpy\nbefore = set(sys.modules)\n"
-        f"{code}\nprint(json.dumps(sorted(set(sys.modules) - before)))"
+        "import json, sys, torch, numpy\n"
+        "before = set(sys.modules)\n"
+        f"{code}\n"
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))

@@ -165,12 +165,13 @@ def test_wandb_takes_the_open_run_or_ends_its_own(fit, monkeypatch, there):
 def test_mlflow_takes_the_active_run_or_ends_its_own(fit, monkeypatch, there):
     calls = []
     module(
-        monkeypatch, "mlflow",
+        monkeypatch,
+        "mlflow",
         active_run=lambda: object() if there else None,
         start_run=lambda: calls.append("started"),
         log_metrics=lambda metrics, step: calls.append((step, metrics["fit/val_loss"])),
         end_run=calls.append,
-    )  # fmt: skip
+    )
     result = fit("mlflow")
     wanted = [(row.epoch, row.val_loss) for row in result.history]
     assert calls == (wanted if there else ["started", *wanted, "FINISHED"])
@@ -180,9 +181,13 @@ def test_a_tracker_hears_of_a_fit_that_failed(parts, monkeypatch):
     tower, cache, bases, head = parts
     adapter, ended = rk.ResiDual(tower, bases), []
     module(
-        monkeypatch, "mlflow", active_run=lambda: None, start_run=lambda: None,
-        log_metrics=lambda metrics, step: 1 / 0, end_run=ended.append,
-    )  # fmt: skip
+        monkeypatch,
+        "mlflow",
+        active_run=lambda: None,
+        start_run=lambda: None,
+        log_metrics=lambda metrics, step: 1 / 0,
+        end_run=ended.append,
+    )
     with pytest.raises(ZeroDivisionError):
         rk.fit(adapter, head, cache, cache, epochs=1, log="mlflow")
     assert ended == ["FAILED"]

@@ -1,4 +1,5 @@
-"""Every figure of docs/MEASURED.md, and those of other pages, are those of the committed results, within rounding."""
+"""Every figure of docs/MEASURED.md, and those of other pages, are those of the committed results,
+within rounding."""
 
 import json
 import re
@@ -18,7 +19,8 @@ def result(name):
 
 
 def operators():
-    """The groups of ops.json: (operator, shape, components, N, dtype, mode) and {provider: row}, in the order run."""
+    """The groups of ops.json: (operator, shape, components, N, dtype, mode) and {provider: row},
+    in the order run."""
     groups = []
     for row in result("amd-epyc/ops.json")["rows"]:
         key = tuple(row[name] for name in ("operator", "shape", "components", "N", "dtype", "mode"))
@@ -140,8 +142,13 @@ def kernels():
 
 
 ROWS = [
-    *main_job(), *fit(), *analysis(), *scale(), *counted(), *kernels(),
-]  # fmt: skip
+    *main_job(),
+    *fit(),
+    *analysis(),
+    *scale(),
+    *counted(),
+    *kernels(),
+]
 
 
 @pytest.mark.parametrize("place", range(len(ROWS)))

@@ -1,4 +1,5 @@
-"""Adapters folded away: equal to what they replace, put back bit for bit, and at home outside of this package."""
+"""Adapters folded away: equal to what they replace, put back bit for bit,
+and at home outside of this package."""
 
 import copy
 import json
@@ -248,7 +249,10 @@ def test_onnx_gives_the_same_numbers(bundled, name, tmp_path):
 
 
 def test_attached_modules_are_exported_too(tmp_path):
-    """With our operator inside, so that they are read where this package is; what cannot be merged goes this way."""
+    """With our operator inside, so that they are read where this package is.
+
+    What cannot be merged goes this way.
+    """
     tower = build(
         layers=1, pool_type="avg", final_ln_after_pool=False
     )  # whose images are taken in groups, but not in a graph

@@ -119,7 +119,8 @@ def test_saved_loaded_merged_and_measured(tower, bases, name, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in ("base", "linear")])
 def test_component_weights(tower, bases, name):
-    """One number for every component that the adapter reads, in the order of the layout; of other weights too."""
+    """One number for every component that the adapter reads, in the order of the layout;
+    of other weights too."""
     adapter = made(name, tower, bases, init="normal")
     own = adapter.component_weight()
     other = torch.randn(3, 2, len(adapter.weight), dtype=torch.float64)

@@ -1,4 +1,5 @@
-"""The drop-in modules: what they compute, what they keep, what they refuse, and how they live in other code."""
+"""The drop-in modules: what they compute, what they keep, what they refuse,
+and how they live in other code."""
 
 import copy
 import pickle
@@ -329,7 +330,8 @@ def every_adapter(tower, bases):
 
 
 def test_state_dict_carries_everything_to_another_tower(tower, images, bases):
-    """Loaded into an adapter around a tower with other weights, it gives the first one's numbers, cached units too."""
+    """Loaded into an adapter around a tower with other weights, it gives the first one's numbers,
+    cached units too."""
     other = build(seed=5).double()
     theirs = rk.fit_bases(other, [images_for(other, 30, torch.float64, seed=7)], kinds=("emb", "head", "mlp"))
     sized = bases.of("head").truncate(energy=0.9)

@@ -1,4 +1,7 @@
-"""Class names agree wherever a head meets data; class vectors and prompts that cannot tell classes apart are named."""
+"""Class names agree wherever a head meets data.
+
+Class vectors and prompts that cannot tell classes apart are named.
+"""
 
 import warnings
 

@@ -31,9 +31,15 @@ def packed(backend="torch", **options):
 
 def call(inputs, weight, pack, *, z=None, tensors=None, sizes=None, dim=None, index=None):
     return OPS.spectral_reweight(
-        inputs[0] if z is None else z, *inputs[1:], weight, index,
-        list(tensors or pack.tensors), list(sizes or pack.sizes), dim or pack.dim, pack.backend,
-    )  # fmt: skip
+        inputs[0] if z is None else z,
+        *inputs[1:],
+        weight,
+        index,
+        list(tensors or pack.tensors),
+        list(sizes or pack.sizes),
+        dim or pack.dim,
+        pack.backend,
+    )
 
 
 @pytest.mark.parametrize("backend", ALL)
@@ -54,9 +60,15 @@ def test_the_registered_operator_refuses_what_does_not_fit_its_pack(backend):
         call(inputs, weight, pack, index=torch.tensor([0, 1, 5, 0, 0, 0, 0]))
     with pytest.raises(ValueError, match="dy must be"):
         OPS.spectral_reweight_backward(
-            torch.ones(2, 7, 3), *inputs, weight, None, list(pack.tensors), list(pack.sizes),
-            [True] * 4, backend,
-        )  # fmt: skip
+            torch.ones(2, 7, 3),
+            *inputs,
+            weight,
+            None,
+            list(pack.tensors),
+            list(pack.sizes),
+            [True] * 4,
+            backend,
+        )
 
 
 @pytest.mark.skipif("cpp" not in CPU, reason="the extension is not built")
@@ -115,9 +127,13 @@ def test_nothing_gives_nothing_or_zeros(backend, empty):
         assert grad.isfinite().all()
     if empty == "components":
         assert not y.any()
-        assert not any(x.any() for x in torch.autograd.grad(
-            run(spectral_reweight, leaves[:3], constants, leaves[3], offsets, backend=backend).sum(), leaves[:3]
-        ))  # fmt: skip
+        assert not any(
+            x.any()
+            for x in torch.autograd.grad(
+                run(spectral_reweight, leaves[:3], constants, leaves[3], offsets, backend=backend).sum(),
+                leaves[:3],
+            )
+        )
     total, moment = unit_moments(inputs[0], inputs[1], inputs[2], backend=backend)
     assert total.isfinite().all()
     assert moment.isfinite().all()

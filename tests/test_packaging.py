@@ -1,4 +1,5 @@
-"""What the distributions hold: the sdist all sources, the wheel the package and its extension and nothing else."""
+"""What the distributions hold: the sdist all sources,
+the wheel the package and its extension and nothing else."""
 
 import subprocess
 import sys
@@ -90,7 +91,9 @@ def test_the_wheel_installs_and_its_extension_loads_without_torch(distributions,
     if not list(tmp_path.glob("residual_kernels/_cpp.*")):
         return  # no compiler here: the wheel is pure, as the test above has seen
     (tmp_path / "load.py").write_text(
-        "import sys\nimport residual_kernels._cpp as cpp\nassert 'torch' not in sys.modules\n"
+        "import sys\n"
+        "import residual_kernels._cpp as cpp\n"
+        "assert 'torch' not in sys.modules\n"
         "print(cpp.__file__, cpp.instruction_sets())\n"
     )
     done = subprocess.run([sys.executable, tmp_path / "load.py"], capture_output=True, text=True, check=True)

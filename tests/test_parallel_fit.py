@@ -40,7 +40,8 @@ def a_head(dtype):
 
 
 def _bases(folder, cache_of_all):
-    """In one of several processes: bases from the shared cache, and from a loader of the own share of images."""
+    """In one of several processes: bases from the shared cache,
+    and from a loader of the own share of images."""
     distributed.initialise()
     tower = a_tower(cache_of_all.output.dtype)
     images = images_for(tower, 41, cache_of_all.output.dtype)
@@ -124,11 +125,14 @@ def _fit(folder, cache, options):
     distributed.finish()
 
 
-@pytest.mark.parametrize("world, dtype, options", [
-    (2, torch.float64, {}),
-    (3, torch.float64, {"memory": 0}),
-    (3, torch.float32, {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "world, dtype, options",
+    [
+        (2, torch.float64, {}),
+        (3, torch.float64, {"memory": 0}),
+        (3, torch.float32, {}),
+    ],
+)
 def test_the_fit_of_several_processes(tmp_path, world, dtype, options):
     cache = a_cache(a_tower(dtype), dtype)
     weight, linear, history = a_fit(cache)

@@ -88,10 +88,14 @@ def test_a_row_holds_what_the_table_and_the_picture_need(small, tmp_path):
     methods = ["base", "Tip-Adapter", "ResiDual fine"]
     rows = [bench_peers.cell("digits", shots, name, seeds=(0, 1)) for shots in (2, None) for name in methods]
     result = {
-        "cpu": "a CPU", "torch": "2", "workers": 1, "seeds": [0, 1], "rows": rows,
+        "cpu": "a CPU",
+        "torch": "2",
+        "workers": 1,
+        "seeds": [0, 1],
+        "rows": rows,
         "tasks": {"digits": {"train": 599, "val": 60, "test": 60, "encoding_seconds": 1.0}},
         "methods": {name: METHODS[name].source for name in methods},
-    }  # fmt: skip
+    }
     fine = rows[2]
     assert fine["settings"] in METHODS["ResiDual fine"].grid
     assert len(fine["tried"]) == len(METHODS["ResiDual fine"].grid)

@@ -105,8 +105,16 @@ def test_numbers_without_a_range_are_refused_by_name(values, tmp_path):
 def test_orientation_is_applied_or_not_and_part_of_the_identity(tmp_path):
     exif = Image.Exif()
     picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6) * 10).convert("RGB")
-    truth = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
-             6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}  # fmt: skip
+    truth = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: np.rot90,
+    }
     for value, turned in truth.items():
         exif[274] = value
         data = encoded(picture, "PNG", exif=exif)
@@ -129,12 +137,22 @@ def test_orientation_is_applied_or_not_and_part_of_the_identity(tmp_path):
 
 def test_every_error_of_a_decoder_names_the_image_and_none_of_the_machine_does():
     about_it = (
-        zlib.error("x"), RuntimeError("File 'x' is encrypted, password required"), NotImplementedError("compression"),
-        SyntaxError("x"), EOFError(), struct.error("x"), IndexError("x"), ValueError("x"), OSError("cut short"),
-        FileNotFoundError(errno.ENOENT, "No such file"), PermissionError(errno.EACCES, "denied"),
-        OSError(errno.ELOOP, "too many links"), zipfile.BadZipFile("x"), OverflowError("x"),
+        zlib.error("x"),
+        RuntimeError("File 'x' is encrypted, password required"),
+        NotImplementedError("compression"),
+        SyntaxError("x"),
+        EOFError(),
+        struct.error("x"),
+        IndexError("x"),
+        ValueError("x"),
+        OSError("cut short"),
+        FileNotFoundError(errno.ENOENT, "No such file"),
+        PermissionError(errno.EACCES, "denied"),
+        OSError(errno.ELOOP, "too many links"),
+        zipfile.BadZipFile("x"),
+        OverflowError("x"),
         Image.DecompressionBombError("x"),
-    )  # fmt: skip
+    )
     for error in about_it:
         with pytest.raises(UnreadableImage, match="^its name is not a readable image: "), reading("its name"):
             raise error
@@ -231,8 +249,15 @@ def test_links_end_and_every_folder_is_listed_once(tmp_path):
 
 
 def test_what_systems_leave_behind_is_treated_alike_everywhere(tmp_path):
-    junk = ("__MACOSX/cat/._0.png", ".ipynb_checkpoints/0.png", "cat/.ipynb_checkpoints/0-checkpoint.png",
-            "cat/@eaDir/0.png", "cat/Thumbs.db", "@eaDir/0.png", "$RECYCLE.BIN/0.png")  # fmt: skip
+    junk = (
+        "__MACOSX/cat/._0.png",
+        ".ipynb_checkpoints/0.png",
+        "cat/.ipynb_checkpoints/0-checkpoint.png",
+        "cat/@eaDir/0.png",
+        "cat/Thumbs.db",
+        "@eaDir/0.png",
+        "$RECYCLE.BIN/0.png",
+    )
     root = put(tmp_path / "d", "cat/0.png", "dog/1.png", "cat/notes.txt", "cat/film.mp4", "cat/a.heic", *junk)
     members = [(str(p.relative_to(root)), p.read_bytes()) for p in sorted(root.rglob("*")) if p.is_file()]
     zipped = ImageFiles(write_zip(tmp_path / "d.zip", [(f"./{name}", data) for name, data in members]), same)
@@ -249,10 +274,18 @@ def test_what_systems_leave_behind_is_treated_alike_everywhere(tmp_path):
 
 def test_names_inside_a_zip(tmp_path):
     """Backslashes, absolute and repeated names, UTF-8 without its flag, an unknown encoding, a way out."""
-    path = write_zip(tmp_path / "a.zip", [
-        ("cat\\a.png", png(1)), ("/cat/b.png", png(2)), ("C:\\cat\\c.png", png(3)), ("../cat/out.png", png()),
-        ("kXXX/d.png", png(4)), ("gXXX/e.png", png(5)), ("cat/./a.png", png(6)),
-    ])  # fmt: skip
+    path = write_zip(
+        tmp_path / "a.zip",
+        [
+            ("cat\\a.png", png(1)),
+            ("/cat/b.png", png(2)),
+            ("C:\\cat\\c.png", png(3)),
+            ("../cat/out.png", png()),
+            ("kXXX/d.png", png(4)),
+            ("gXXX/e.png", png(5)),
+            ("cat/./a.png", png(6)),
+        ],
+    )
     data = path.read_bytes().replace(b"kXXX", "ké1".encode()).replace(b"gXXX", b"\xc3\xa8\xd6\xd0")
     path.write_bytes(data)
     images = open_images(path, same)
@@ -333,13 +366,28 @@ def test_a_flat_folder_has_no_labels_where_none_are_asked(tmp_path):
 
 def test_samples_of_a_shard(tmp_path):
     """Dots in keys, keys that come again, two images of one key, labels apart from their images, links."""
-    path = write_tar(tmp_path / "a.tar", [
-        ("0001.v1.jpg", png(1)), ("0001.v2.jpg", png(2)), ("0001.cls", b"1"),  # one key, by webdataset's rule
-        ("img.7.png", png(3)), ("img.7.cls", b"2"), ("img.8.png", png(4)), ("img.8.cls", b"3"),
-        ("k.png", png(5)), ("k.cls", b"4"), ("m.png", png(6)), ("m.cls", b"5"),
-        ("k.png", png(7)), ("k.cls", b"6"),  # the key again: another sample
-        ("late.png", png(8)), ("other.png", png(9)), ("late.cls", b"\xef\xbb\xbf7\n"), ("other.cls", b"8"),
-    ])  # fmt: skip
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("0001.v1.jpg", png(1)),
+            ("0001.v2.jpg", png(2)),
+            ("0001.cls", b"1"),  # one key, by webdataset's rule
+            ("img.7.png", png(3)),
+            ("img.7.cls", b"2"),
+            ("img.8.png", png(4)),
+            ("img.8.cls", b"3"),
+            ("k.png", png(5)),
+            ("k.cls", b"4"),
+            ("m.png", png(6)),
+            ("m.cls", b"5"),
+            ("k.png", png(7)),
+            ("k.cls", b"6"),  # the key again: another sample
+            ("late.png", png(8)),
+            ("other.png", png(9)),
+            ("late.cls", b"\xef\xbb\xbf7\n"),
+            ("other.cls", b"8"),
+        ],
+    )
     with tarfile.open(path, "a") as file:
         for kind, name in ((tarfile.LNKTYPE, "hard.png"), (tarfile.SYMTYPE, "soft.png")):
             member = tarfile.TarInfo(name)
@@ -350,8 +398,18 @@ def test_samples_of_a_shard(tmp_path):
             file.addfile(label, io.BytesIO(b"9"))
     images = open_images(path, same)
     assert [name.split("/")[1] for name in images.names] == [
-        "0001.v1", "0001.v2", "img.7", "img.8", "k", "m", "k#2", "late", "other", "hard", "soft"
-    ]  # fmt: skip
+        "0001.v1",
+        "0001.v2",
+        "img.7",
+        "img.8",
+        "k",
+        "m",
+        "k#2",
+        "late",
+        "other",
+        "hard",
+        "soft",
+    ]
     assert images.labels.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9]
     values = [images.picture(row)[0].getpixel((0, 0))[0] for row in range(len(images))]
     assert values == [1, 2, 3, 4, 5, 6, 7, 8, 9, 8, 8]

@@ -1,4 +1,5 @@
-"""README and docs are true: Python blocks run, commands parse, paths exist, tables are the committed figures."""
+"""README and docs are true: Python blocks run, commands parse, paths exist,
+tables are the committed figures."""
 
 import ast
 import json
@@ -81,7 +82,8 @@ VERBS = "analyze|bases|bench|demo|doctor|encode|eval|fit|merge|predict|report|sw
 def commands():
     """Every call of this project's programs in the pages: (page, line, program, arguments, whole).
 
-    `whole` lines stand in blocks. Those inside a sentence, such as `fit --method auto`, may leave out what is required.
+    `whole` lines stand in blocks. Those inside a sentence, such as `fit --method auto`, may leave out what is
+    required.
     """
     for page in PAGES:
         parts = re.split(r"^```(\w*)\n", page.read_text().replace("\\\n", " "), flags=re.MULTILINE)
@@ -109,7 +111,8 @@ COMMANDS = list(commands())
     ids=[f"{one[0].stem}: {one[1][:60]}" for one in COMMANDS],
 )
 def test_commands_parse(page, line, program, arguments, whole):
-    """By the real parsers, without running anything: options exist and take such values, required ones are given."""
+    """By the real parsers, without running anything: options exist and take such values,
+    required ones are given."""
     parse = parse_ours if program == "residual-kernels" else parse_benchmark
     parse(program, arguments, whole)
 

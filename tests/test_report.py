@@ -1,4 +1,5 @@
-"""The report: its numbers are those of evaluate, nothing comes from outside, and nothing in a name becomes markup."""
+"""The report: its numbers are those of evaluate, nothing comes from outside,
+and nothing in a name becomes markup."""
 
 import base64
 import csv
@@ -81,7 +82,8 @@ def world():
 
 
 def made_of(world):
-    """The report's dictionary: what the bundled model's captions know, and a word that must not become code."""
+    """The report's dictionary: what the bundled model's captions know,
+    and a word that must not become code."""
     return TextDictionary.from_words(world.model, world.tokenizer, [*bundled_phrases(), SCRIPT])
 
 
@@ -199,8 +201,14 @@ def test_the_page_holds_what_its_script_draws(made, html):
     data = data_of(html)
     shown = re.findall(r'data-chart="([^"]*)"[^>]*><svg', html)
     assert shown == [
-        "classes", "confusion-without", "confusion-with", "spectra", "dimension", "similarity", "selection"
-    ]  # fmt: skip
+        "classes",
+        "confusion-without",
+        "confusion-with",
+        "spectra",
+        "dimension",
+        "similarity",
+        "selection",
+    ]
     ids = re.findall(r'<[^>]*\bid="([^"]*)"', html)
     used = re.findall(r'<[^>]*(?:href="#|url\(#)([^")]*)', html)
     assert set(used) <= set(ids)  # what a figure refers to is there
@@ -224,10 +232,18 @@ def test_every_figure_and_table_is_a_file_too(made):
     folder = path.with_suffix("")
     assert sorted(files) == sorted(folder.iterdir())
     figures = {
-        "classes", "confusion-without", "confusion-with", "weights", "reach", "lost", "spectra", "dimension",
-        "similarity", "selection",
+        "classes",
+        "confusion-without",
+        "confusion-with",
+        "weights",
+        "reach",
+        "lost",
+        "spectra",
+        "dimension",
+        "similarity",
+        "selection",
         *(f"{side}-{place}" for side in ("raised", "faded") for place in (1, 2, 3)),
-    }  # fmt: skip
+    }
     assert {file.stem for file in files if file.suffix == ".png"} == figures
     assert {file.stem for file in files if file.suffix == ".svg"} == figures
     for name in figures:
@@ -365,7 +381,8 @@ def test_adapters_without_components(world, method):
 
 
 def test_hardly_any_images(world):
-    """Three images of one picture: nothing varies, nothing is NaN on the page, and no map where no unit has a layer."""
+    """Three images of one picture: nothing varies, nothing is NaN on the page,
+    and no map where no unit has a layer."""
     one = world.pictures.preprocess(world.pictures.pictures[0]).expand(3, -1, -1, -1)
     cache = rk.encode(world.tower, [(one, torch.zeros(3))], kinds=("emb", "head"), class_names=NAMES)
     bases = rk.fit_bases(world.tower, cache, ("emb",))

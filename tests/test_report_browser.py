@@ -1,4 +1,5 @@
-"""The report in a browser: no errors, a head by click and by keyboard, a phone's width, a dark room, paper."""
+"""The report in a browser: no errors, a head by click and by keyboard, a phone's width,
+a dark room, paper."""
 
 import shutil
 
@@ -20,9 +21,15 @@ webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not in
 support_ui = pytest.importorskip("selenium.webdriver.support.ui", reason="selenium is not installed")
 OWNED = "<img src=x onerror=\"document.title='owned'\">"
 OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--window-size=1280,900",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1280,900",
+)
 
 
 class Pictures(Images):
@@ -105,7 +112,8 @@ def drawn(browser):
     """How many charts have an x axis with labels."""
     return js(
         browser,
-        "[...document.querySelectorAll('[data-chart]')].filter(p => p.querySelector('[id*=xtick] text')).length",
+        "[...document.querySelectorAll('[data-chart]')].filter(p => p.querySelector('[id*=xtick] "
+        "text')).length",
     )
 
 
@@ -181,7 +189,10 @@ def test_a_phone_scrolls_one_way_only(page, width):
     browser = page(width)
     assert js(browser, "document.documentElement.scrollWidth") <= width
     assert js(browser, "[...document.querySelectorAll('.grid button')].every(b => b.offsetWidth >= 24)")
-    wide = "[...document.querySelectorAll('.chart svg')].filter(s => s.getBoundingClientRect().right > innerWidth + 1)"
+    wide = (
+        "[...document.querySelectorAll('.chart svg')].filter(s => s.getBoundingClientRect().right > "
+        "innerWidth + 1)"
+    )
     assert js(browser, f"{wide}.length") == 0
     browser.find_element("css selector", ".grid tbody tr:nth-child(1) td:nth-of-type(1) button").click()
     assert js(browser, "document.documentElement.scrollWidth") <= width
@@ -191,7 +202,8 @@ def test_a_phone_scrolls_one_way_only(page, width):
 
 
 def test_a_dark_room(page):
-    """Text stands out from its ground by 4.5 to 1 in both schemes, and charts follow when the scheme changes."""
+    """Text stands out from its ground by 4.5 to 1 in both schemes,
+    and charts follow when the scheme changes."""
     contrast = """(() => {
       const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255)
         .map(x => x <= .03928 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4);

@@ -47,7 +47,8 @@ def made(tmp_path):
 
 
 def test_what_a_checkpoint_lacks_is_said_whole(made, tmp_path):
-    """Another width, another architecture, lists, arrays, pointers, pages, folders: one line with the whole reason."""
+    """Another width, another architecture, lists, arrays, pointers, pages, folders:
+    one line with the whole reason."""
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "other.safetensors")

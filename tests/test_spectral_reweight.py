@@ -1,4 +1,5 @@
-"""The operator over the torch backend: against the reference in float64, and what the functional face promises."""
+"""The operator over the torch backend: against the reference in float64,
+and what the functional face promises."""
 
 import pytest
 import torch

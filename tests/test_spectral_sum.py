@@ -186,9 +186,12 @@ def test_a_fit_reads_features_through_it(several, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     phi = torch.linalg.qr(torch.randn(24, 10, generator=generator, dtype=torch.float64)).Q.T.contiguous()
     part = KindBases(
-        components=phi, variance=torch.ones(10).double(), mean=torch.randn(2, 24, generator=generator).double(),
-        offsets=torch.tensor([0, 4, 10]), total_variance=torch.ones(2).double(),
-    )  # fmt: skip
+        components=phi,
+        variance=torch.ones(10).double(),
+        mean=torch.randn(2, 24, generator=generator).double(),
+        offsets=torch.tensor([0, 4, 10]),
+        total_variance=torch.ones(2).double(),
+    )
     calls = []
     monkeypatch.setattr(ops, "spectral_sum", lambda *a, run=ops.spectral_sum: calls.append(1) or run(*a))
     c = torch.randn(*((3,) if several else ()), 7, 10, generator=generator)

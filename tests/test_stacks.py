@@ -1,4 +1,5 @@
-"""In other people's stacks: DDP, FSDP2, GradScaler, checkpointing, DataLoader workers, CUDA graphs, and the examples.
+"""In other people's stacks: DDP, FSDP2, GradScaler, checkpointing, DataLoader workers, CUDA graphs,
+and the examples.
 
 torch.compile, autocast, deepcopy, casts and meta construction are in test_modules.py.
 """
@@ -139,8 +140,12 @@ class Embeds:
 def test_in_a_dataloader_worker():
     residual, images = made()
     loader = DataLoader(
-        TensorDataset(images), batch_size=2, num_workers=1, collate_fn=Embeds(residual), multiprocessing_context="spawn"
-    )  # fmt: skip
+        TensorDataset(images),
+        batch_size=2,
+        num_workers=1,
+        collate_fn=Embeds(residual),
+        multiprocessing_context="spawn",
+    )
     with torch.no_grad():
         assert relative(torch.cat(list(loader)), residual(images)) < 1e-6
 

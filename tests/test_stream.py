@@ -1,4 +1,5 @@
-"""placement="stream": against a dense reference that edits the untouched tower's own blocks; and in others' code."""
+"""placement="stream": against a dense reference that edits the untouched tower's own blocks;
+and in others' code."""
 
 import copy
 import pickle
@@ -37,7 +38,8 @@ def heads_in_the_stream(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Dense:
-    """The formula on the untouched tower: forward hooks add Phi^T diag(weight - 1) Phi (h - mu) of full-width heads."""
+    """The formula on the untouched tower: forward hooks add Phi^T diag(weight - 1) Phi
+    (h - mu) of full-width heads."""
 
     def __init__(self, tower, residual, bases, tokens="all", layers=None):
         self.tower, self.seen, self.hooks = tower, {}, []
@@ -260,7 +262,10 @@ def test_kept_on_disk_and_attached(tmp_path):
 
 
 def test_fit_evaluate_and_predict_with_loaders():
-    """Cached units do not tell what a change inside the tower does, so a cache is refused; a loader is taken."""
+    """Cached units do not tell what a change inside the tower does, so a cache is refused.
+
+    A loader is taken.
+    """
     tower = build()
     images, labels = images_for(tower, 24), torch.arange(24) % 3
     loader = DataLoader(list(zip(images, labels.tolist(), strict=True)), batch_size=8)

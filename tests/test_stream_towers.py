@@ -14,10 +14,26 @@ from residual_kernels import towers
 from residual_kernels.towers.edit import stream_maps
 
 TIMM = (
-    "class token", "average, norm after", "average, norm before", "no class token", "registers", "DINOv2",
-    "inner norms", "norms behind branches", "RMS norms behind branches", "attention pooling", "distilled",
-    "EVA01", "EVA02", "EVA02-E", "DINOv3", "grouped queries", "PE-Core", "BEiT", "relative positions",
-)  # fmt: skip
+    "class token",
+    "average, norm after",
+    "average, norm before",
+    "no class token",
+    "registers",
+    "DINOv2",
+    "inner norms",
+    "norms behind branches",
+    "RMS norms behind branches",
+    "attention pooling",
+    "distilled",
+    "EVA01",
+    "EVA02",
+    "EVA02-E",
+    "DINOv3",
+    "grouped queries",
+    "PE-Core",
+    "BEiT",
+    "relative positions",
+)
 HUGGING_FACE = (
     "CLIPModel",
     "BlipForImageTextRetrieval",
@@ -46,8 +62,8 @@ def made(name):
 class Hooked:
     """Phi^T diag(weight - 1) Phi (h - mu) of full-width heads, added by hooks on the model's own modules.
 
-    z is what the module with the output projection's weight is given. The change is added behind that module, divided
-    by LayerScale, or behind the norm that stands there.
+    z is what the module with the output projection's weight is given. The change is added behind that module,
+    divided by LayerScale, or behind the norm that stands there.
     """
 
     def __init__(self, model, residual, bases, run):

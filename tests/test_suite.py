@@ -1,4 +1,5 @@
-"""The evidence suite in a small version: its pictures, everybody's fit, what is recorded, and the table's errors."""
+"""The evidence suite in a small version: its pictures, everybody's fit, what is recorded,
+and the table's errors."""
 
 import itertools
 import json
@@ -35,10 +36,18 @@ def test_eight_tasks_need_no_photographs():
     assert len(tasks.RECIPES) == 12
 
 
-@pytest.mark.parametrize("draw_some", [
-    pictures.new_letters, pictures.greek, pictures.textures, pictures.outlines, pictures.dots, pictures.case,
-    pictures.tilt,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "draw_some",
+    [
+        pictures.new_letters,
+        pictures.greek,
+        pictures.textures,
+        pictures.outlines,
+        pictures.dots,
+        pictures.case,
+        pictures.tilt,
+    ],
+)
 def test_drawn_pictures_are_balanced_and_the_same_every_time(draw_some):
     images, labels = draw_some(2, 5)
     again, labels_again = draw_some(2, 5)
@@ -86,7 +95,10 @@ def test_every_method_fits_and_leaves_the_tower_alone(counting, monkeypatch):
 
 
 def test_class_vectors_are_moved_first_where_words_say_nothing(counting, monkeypatch):
-    """Fitted together, components and class vectors get into each other's way here; one after the other they do not."""
+    """Fitted together, components and class vectors get into each other's way here.
+
+    One after the other they do not.
+    """
     head, name = counting.head(counting.train), "anchored + class vectors"
     found = rk.tune(counting.tower, counting.bases, head, counting.train.units)
     rows = {one.name: one for one in found.table}
@@ -137,9 +149,18 @@ def test_discriminants_are_those_of_one_shrunk_covariance():
 
 def _row(task="a", shots=4, seed=0, method="base", right=50, base_right=50, won=0, lost=0):
     return {
-        "task": task, "shots": shots, "seed": seed, "method": method, "test": 100, "right": right,
-        "base_right": base_right, "won": won, "lost": lost, "parameters": 3, "seconds": 0.5,
-    }  # fmt: skip
+        "task": task,
+        "shots": shots,
+        "seed": seed,
+        "method": method,
+        "test": 100,
+        "right": right,
+        "base_right": base_right,
+        "won": won,
+        "lost": lost,
+        "parameters": 3,
+        "seconds": 0.5,
+    }
 
 
 def test_a_cell_is_below_by_more_than_its_error():
@@ -165,9 +186,14 @@ def test_a_run_resumes_and_drops_a_cut_line(tmp_path, counting, monkeypatch):
     monkeypatch.setattr(run.tasks, "task", lambda name, archive: counting)
     record = run.Record(tmp_path / "rows.jsonl", {"torch": "x"})
     assert not run.run(record, None, ["base", "LP++"], ["counting"], budget=-1.0, say=said.append)
-    monkeypatch.setattr(run, "METHODS", {
-        "base": run.Method(peers.base, "", (4,), (0, 1)), "LP++": run.Method(peers.lp_plus_plus, "", (4,), (0,)),
-    })  # fmt: skip
+    monkeypatch.setattr(
+        run,
+        "METHODS",
+        {
+            "base": run.Method(peers.base, "", (4,), (0, 1)),
+            "LP++": run.Method(peers.lp_plus_plus, "", (4,), (0,)),
+        },
+    )
     assert run.run(record, None, ["base", "LP++"], ["counting"], say=said.append)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"key": ["cut')

@@ -88,7 +88,8 @@ def read(plan, tmp_path) -> SweepPlan:
 
 
 def test_two_towers_two_data_sets(written, tmp_path, monkeypatch):
-    """Every cell of the table is there and right, and a second run does only what is missing or has changed."""
+    """Every cell of the table is there and right,
+    and a second run does only what is missing or has changed."""
     plan = read(written, tmp_path)
     torch.manual_seed(0)  # of the tiny model's weights
     rows = Sweep(plan, tmp_path / "out").run()
@@ -144,7 +145,10 @@ def test_shared_bases_and_shots(written, data, tmp_path):
 
 
 def test_the_stream_form_and_marks(written, tmp_path):
-    """stream is fitted on the images themselves; cells below the model and seeds that collapsed are marked."""
+    """stream is fitted on the images themselves.
+
+    Cells below the model and seeds that collapsed are marked.
+    """
     plan = written | {"towers": written["towers"][:1], "seeds": 1, "methods": ["base", "stream"], "epochs": 1}
     rows = Sweep(read(plan, tmp_path), tmp_path / "out").run()
     assert [row["method"] for row in rows] == ["base", "stream"] * 2
@@ -210,10 +214,18 @@ def test_a_sweep_accounts_for_all_it_read(written, data, tmp_path, capsys, monke
     (photos / "test" / "1" / "notes.txt").write_text("x")
     (tmp_path / "names.txt").write_text("cat\ndog\n")
     plan = {
-        "towers": written["towers"][:1], "methods": ["base", "coarse"], "epochs": 1, "bases": str(photos / "train"),
-        "data": [{"name": "p", **{part: str(photos / part) for part in ("train", "test")},
-                  "class_names": str(tmp_path / "names.txt")}],
-    }  # fmt: skip
+        "towers": written["towers"][:1],
+        "methods": ["base", "coarse"],
+        "epochs": 1,
+        "bases": str(photos / "train"),
+        "data": [
+            {
+                "name": "p",
+                **{part: str(photos / part) for part in ("train", "test")},
+                "class_names": str(tmp_path / "names.txt"),
+            }
+        ],
+    }
     read(plan, tmp_path)
 
     def call(*options):
@@ -249,8 +261,9 @@ def test_a_sweep_accounts_for_all_it_read(written, data, tmp_path, capsys, monke
         test = by_source[str(photos / "test")]
         assert (test["found"], test["read"], test["ignored"]) == (9, 8, {".txt": 1})
         assert [(row["folder"], row["name"], row["images"]) for row in test["classes"]] == [
-            ("0", "cat", 4), ("1", "dog", 4)
-        ]  # fmt: skip
+            ("0", "cat", 4),
+            ("1", "dog", 4),
+        ]
         assert "9 images found, 8 read, 1 left out" in out.replace("\n", " ")
     code, _, err = call(
         "--unreadable", "fail"

@@ -28,9 +28,11 @@ SIZE = (32, 48)  # of the small towers: 2 x 3 patches
 
 
 def unsettled(tower: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """The tower in eval mode with random norms, biases, LayerScale, tokens and position tables: no hidden identity.
+    """The tower in eval mode with random norms, biases, LayerScale, tokens and position tables:
+    no hidden identity.
 
-    Classifiers, which timm initialises to nearly nothing, get weights too: behind a bias alone no mistake would show.
+    Classifiers, which timm initialises to nearly nothing, get weights too: behind a bias alone no mistake
+    would show.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, p in tower.named_parameters():
@@ -60,7 +62,8 @@ def small(family, seed=0, **options) -> torch.nn.Module:
     return tower
 
 
-# One name for every distinct timm trunk of open_clip: resolutions differ in position tables, embed_dim in the last map.
+# One name for every distinct timm trunk of open_clip: resolutions differ in position tables, embed_dim in the
+# last map.
 def configurations() -> dict[str, dict]:
     found = {}
     for path in sorted((Path(open_clip.__file__).parent / "model_configs").glob("*.json")):
@@ -119,29 +122,72 @@ PLAIN = {
     "RMS norms behind branches": (VisionTransformer, {"block_fn": ResPostBlock, "norm_layer": "rmsnorm"}),
     "attention pooling": (VisionTransformer, {"global_pool": "map"}),
     "attention pooling, no class token": (VisionTransformer, {"global_pool": "map", "class_token": False}),
-    "attention pooling of all tokens": (VisionTransformer, {"global_pool": "map", "pool_include_prefix": True}),
+    "attention pooling of all tokens": (
+        VisionTransformer,
+        {"global_pool": "map", "pool_include_prefix": True},
+    ),
     "attention pooling, two norms": (VisionTransformer, {"global_pool": "map", "fc_norm": True}),
     "attention pooling, classes": (VisionTransformer, {"global_pool": "map", "num_classes": 7}),
     "distilled": (VisionTransformerDistilled, {}),
     "EVA01": (Eva, {"qkv_bias": True, "init_values": 0.1}),
-    "EVA02": (Eva, {"qkv_fused": False, "use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True,
-                    "scale_attn_inner": True, "global_pool": "token"}),
+    "EVA02": (
+        Eva,
+        {
+            "qkv_fused": False,
+            "use_rot_pos_emb": True,
+            "swiglu_mlp": True,
+            "scale_mlp": True,
+            "scale_attn_inner": True,
+            "global_pool": "token",
+        },
+    ),
     "EVA02-E": (Eva, {"use_post_norm": True, "global_pool": "token"}),
     "gates": (Eva, {"attn_type": "rope", "use_rot_pos_emb": True, "rope_rotate_half": True}),
-    "DINOv3": (Eva, {"use_rot_pos_emb": True, "rope_type": "dinov3", "num_reg_tokens": 4, "use_abs_pos_emb": False,
-                     "use_fc_norm": False, "init_values": 0.1}),
+    "DINOv3": (
+        Eva,
+        {
+            "use_rot_pos_emb": True,
+            "rope_type": "dinov3",
+            "num_reg_tokens": 4,
+            "use_abs_pos_emb": False,
+            "use_fc_norm": False,
+            "init_values": 0.1,
+        },
+    ),
     "mixed rotary positions": (Eva, {"use_rot_pos_emb": True, "rope_type": "mixed", "attn_type": "rope"}),
-    "grouped queries": (Eva, {"use_rot_pos_emb": True, "attn_type": "rope", "num_kv_heads": 1, "qkv_fused": False,
-                              "qk_norm": True}),
-    "PE-Core": (Eva, {"use_rot_pos_emb": True, "attn_type": "rope", "global_pool": "map", "attn_pool_num_heads": 4,
-                      "use_pre_transformer_norm": True, "num_classes": 7}),
+    "grouped queries": (
+        Eva,
+        {
+            "use_rot_pos_emb": True,
+            "attn_type": "rope",
+            "num_kv_heads": 1,
+            "qkv_fused": False,
+            "qk_norm": True,
+        },
+    ),
+    "PE-Core": (
+        Eva,
+        {
+            "use_rot_pos_emb": True,
+            "attn_type": "rope",
+            "global_pool": "map",
+            "attn_pool_num_heads": 4,
+            "use_pre_transformer_norm": True,
+            "num_classes": 7,
+        },
+    ),
     "BEiT": (Beit, {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 0.1}),
-    "BEiT, shared positions": (Beit, {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": True,
-                                      "global_pool": "token"}),
+    "BEiT, shared positions": (
+        Beit,
+        {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": True, "global_pool": "token"},
+    ),
     "relative positions": (VisionTransformerRelPos, {"class_token": True, "global_pool": "token"}),
     "shared relative positions": (VisionTransformerRelPos, {"shared_rel_pos": True, "rel_pos_type": "bias"}),
-    "relative positions, norms behind": (VisionTransformerRelPos, {"block_fn": ResPostRelPosBlock, "fc_norm": True}),
-}  # fmt: skip
+    "relative positions, norms behind": (
+        VisionTransformerRelPos,
+        {"block_fn": ResPostRelPosBlock, "fc_norm": True},
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -182,7 +228,8 @@ def test_another_image_size_where_the_tower_takes_any():
         rk.decompose(tower, images[..., :60])
 
 
-# The structures on which the rest of the library is tried: pooled by attention, one more coordinate, another stem.
+# The structures on which the rest of the library is tried: pooled by attention, one more coordinate, another
+# stem.
 WHOLE = ("attention pooling", "EVA02-E", "BEiT", "average, norm before")
 
 
@@ -365,7 +412,8 @@ def test_training_mode_is_refused_where_units_would_not_repeat():
 
 
 def quantised():
-    """As bitsandbytes leaves a tower: a linear layer of integers that mean nothing without scales kept elsewhere."""
+    """As bitsandbytes leaves a tower: a linear layer of integers that mean nothing without scales kept
+    elsewhere."""
     tower = small(VisionTransformer)
     proj = tower.blocks[1].attn.proj
     proj.weight = torch.nn.Parameter(proj.weight.detach().mul(100).to(torch.int8), requires_grad=False)
@@ -384,7 +432,10 @@ def diff_attention():
 
 REFUSED = {
     "ConvNeXt": (lambda: timm.create_model("test_convnext"), r"ConvNeXt is hierarchical \(stages\)"),
-    "Swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)), "Swin.* is hierarchical"),
+    "Swin": (
+        lambda: timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1)),
+        "Swin.* is hierarchical",
+    ),
     "ResNet": (lambda: timm.create_model("test_resnet"), "is hierarchical"),
     "FastViT": (lambda: timm.create_model("fastvit_t8", layers=(1, 1, 1, 1)), "FastVit is hierarchical"),
     "EfficientNet": (lambda: timm.create_model("test_efficientnet"), "lacks patch_embed"),
@@ -398,11 +449,14 @@ REFUSED = {
     "two norms": (lambda: small(Eva, use_fc_norm=True, use_post_transformer_norm=True), "normalises twice"),
     "parameter-free pooling": (lambda: small(VisionTransformer, global_pool="prr"), "AttentionPoolPrr"),
     "two classifiers": (lambda: small(VisionTransformerDistilled, num_classes=5), "reset_classifier"),
-    "MLP head": (lambda: TimmModel("test_vit", 8, image_size=160, pool="avg", proj="mlp"), "its head is not linear"),
+    "MLP head": (
+        lambda: TimmModel("test_vit", 8, image_size=160, pool="avg", proj="mlp"),
+        "its head is not linear",
+    ),
     "quantised": (quantised, "proj of attention in block 1 is quantised \\(torch.int8\\)"),
     "another projection": (wrapped_projection, "proj of attention in block 0 is Conv1d"),
     "two poolings": (lambda: build(attentional_pool="parallel"), "pools twice"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)

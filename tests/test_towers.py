@@ -128,7 +128,8 @@ def test_custom_tower_in_float64(name):
 
 
 def test_both_attentions_give_the_same_units():
-    """nn.MultiheadAttention and open_clip's own Attention share parameter names, so they share a state_dict too."""
+    """nn.MultiheadAttention and open_clip's own Attention share parameter names,
+    so they share a state_dict too."""
     one, other = build(block_type="default"), build(block_type="custom")
     other.load_state_dict(one.state_dict())
     assert type(one.transformer.resblocks[0].attn) is not type(other.transformer.resblocks[0].attn)
@@ -185,7 +186,8 @@ def test_gradients_reach_images_and_survive_checkpointing():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_towers(dtype):
-    """Units in half precision are as near the float64 tower as the half-precision tower itself is, times four."""
+    """Units in half precision are as near the float64 tower as the half-precision tower itself is,
+    times four."""
     tower = build()
     images = images_for(tower)
     truth = plain(copy.deepcopy(tower).double(), images.double())

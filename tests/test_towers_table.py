@@ -17,8 +17,11 @@ def test_every_open_clip_configuration_has_a_row(rows):
     assert len([row for row in supported if row.family == "open_clip.VisionTransformer"]) >= 56
     assert len([row for row in supported if row.family.startswith("timm.")]) >= 60
     assert {row.family for row in rows.values() if not row.supported} == {
-        "ModifiedResNet", "ConvNeXt", "FastVit", "SwinTransformer",
-    }  # fmt: skip
+        "ModifiedResNet",
+        "ConvNeXt",
+        "FastVit",
+        "SwinTransformer",
+    }
 
 
 @pytest.mark.skipif(

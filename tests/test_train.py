@@ -157,13 +157,16 @@ def test_fit_stops_early_and_never_starts_again(tower, bases, cache, head):
     assert torch.equal(residual.weight, start)
 
 
-@pytest.mark.parametrize("make", [
-    lambda tower, bases: rk.CoarseHeads(tower, init="normal"),
-    lambda tower, bases: rk.CoarseHeads(tower, "sum", kinds=("head", "mlp")),
-    lambda tower, bases: rk.OutputSpectral(tower, bases),
-    lambda tower, bases: rk.OutputLinear(tower),
-    lambda tower, bases: rk.ResiDual(tower, bases.of("mlp"), "mean"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda tower, bases: rk.CoarseHeads(tower, init="normal"),
+        lambda tower, bases: rk.CoarseHeads(tower, "sum", kinds=("head", "mlp")),
+        lambda tower, bases: rk.OutputSpectral(tower, bases),
+        lambda tower, bases: rk.OutputLinear(tower),
+        lambda tower, bases: rk.ResiDual(tower, bases.of("mlp"), "mean"),
+    ],
+)
 def test_every_adapter_fits(tower, bases, cache, head, make):
     adapter = make(tower, bases)
     before = rk.evaluate(adapter, head, cache).loss
@@ -225,7 +228,10 @@ def test_refusals(tower, data, bases, cache, head):
 
 
 def test_fit_trains_the_adapter_alone(data, head):
-    """README's own sequence: detach, then fit again; the tower's parameters are trainable again, and stay put."""
+    """README's own sequence: detach, then fit again.
+
+    The tower's parameters are trainable again, and stay put.
+    """
     tower = build()
     tower.requires_grad_(True)
     residual = rk.ResiDual(tower, rk.fit_bases(tower, [data[0]]).truncate(energy=0.9))

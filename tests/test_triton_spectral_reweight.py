@@ -138,7 +138,7 @@ def check(arguments, dy, device, wanted=INPUTS, dtype=None):
     return got
 
 
-# --- values and gradients ---------------------------------------------------------------------------------------------
+# --- values and gradients -----------------------------------------------------------------------------------
 
 SUBSETS = [chosen for count in range(1, 5) for chosen in combinations(INPUTS, count)]
 SHAPES = [  # rows, C, D, K of every unit
@@ -289,13 +289,18 @@ def test_any_small_shape(rows, width, dim, fractions, seed):
 
 @pytest.mark.parametrize("constant", ["weight", "bias", "slope", "offset"])
 def test_a_perturbed_constant_fails(constant, device):
-    """Values and gradients are linear in each constant, so the perturbation can be sized to be just noticed."""
+    """Values and gradients are linear in each constant,
+    so the perturbation can be sized to be just noticed."""
     arguments, dy = make(7, 16, 24, [1, 18, 5])
     arguments, dy = to(arguments, device), dy.to(device)
     truth, terms = truth_and_terms(arguments, dy)
     check(arguments, dy, device)
-    affected = {"weight": ("y", "dz", "dscale", "dmean"), "bias": ("y", "dweight", "dscale"),
-                "slope": ("y", "dweight", "dmean"), "offset": ("y", "dweight")}  # fmt: skip
+    affected = {
+        "weight": ("y", "dz", "dscale", "dmean"),
+        "bias": ("y", "dweight", "dscale"),
+        "slope": ("y", "dweight", "dmean"),
+        "offset": ("y", "dweight"),
+    }
     for name in affected[constant]:
         moved = arguments[constant].double()
         moved[3] += 1
@@ -328,7 +333,7 @@ def test_inputs_are_left_alone(device):
         assert value is None or torch.equal(value, before[name]), name
 
 
-# --- routes and plans -------------------------------------------------------------------------------------------------
+# --- routes and plans ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("route", [*NARROW_ROUTES, "matmul"])
@@ -347,9 +352,19 @@ def test_the_route_asked_for_is_the_route_taken(route, device, force, monkeypatc
 
 
 L14 = triton_routes.Problem(
-    rows=64, tasks=1, indexed=False, units=384, coordinates=64, components=384 * 66, padded=384 * 72,
-    dim=768, chunks=384 * 3, block_k=32, longest=72, kind="half",
-)  # fmt: skip
+    rows=64,
+    tasks=1,
+    indexed=False,
+    units=384,
+    coordinates=64,
+    components=384 * 66,
+    padded=384 * 72,
+    dim=768,
+    chunks=384 * 3,
+    block_k=32,
+    longest=72,
+    kind="half",
+)
 
 
 def test_the_plan_follows_the_shape():
@@ -442,7 +457,7 @@ def test_pieces_cover_a_width_without_a_doubled_tile(width):
     assert tail == 0 or (tail >= 16 and tail & (tail - 1) == 0)
 
 
-# --- the wrapping -----------------------------------------------------------------------------------------------------
+# --- the wrapping -------------------------------------------------------------------------------------------
 
 
 def packed(arguments, backend="triton"):
@@ -489,10 +504,17 @@ def test_passes_opcheck(options, device):
     ]
     torch.library.opcheck(
         torch.ops.residual_kernels.spectral_reweight.default,
-        (*leaves, weight.detach().requires_grad_(), arguments["weight_index"], list(pack.tensors), list(pack.sizes),
-         pack.dim, "triton"),
+        (
+            *leaves,
+            weight.detach().requires_grad_(),
+            arguments["weight_index"],
+            list(pack.tensors),
+            list(pack.sizes),
+            pack.dim,
+            "triton",
+        ),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
-    )  # fmt: skip
+    )
 
 
 def test_float64_is_refused_by_name(device):
@@ -529,7 +551,7 @@ def test_importing_the_library_imports_no_triton():
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=os.getcwd())
 
 
-# --- GPU only ---------------------------------------------------------------------------------------------------------
+# --- GPU only -----------------------------------------------------------------------------------------------
 
 
 @gpu_only
@@ -584,7 +606,7 @@ def test_offsets_past_two_to_the_31(route, device, force):
     assert_within(dweight, truth["dweight"], terms["dweight"], "dweight", dtype=torch.bfloat16)
 
 
-# --- workspace --------------------------------------------------------------------------------------------------------
+# --- workspace ----------------------------------------------------------------------------------------------
 
 
 def test_a_caller_says_what_may_be_spent(monkeypatch):

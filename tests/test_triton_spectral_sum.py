@@ -123,7 +123,8 @@ def test_a_perturbed_weight_fails(device):
 
 
 def test_it_is_taken_where_it_pays(monkeypatch):
-    """By estimate: few rows with tf32, where c * weight would cost as much as the product; never with exact float32."""
+    """By estimate: few rows with tf32, where c * weight would cost as much as the product;
+    never with exact float32."""
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     try:
         assert not kernels.pays(64, 1, 11269, 768)
@@ -138,9 +139,14 @@ def test_a_pack_in_another_dtype_is_refused(device):
     _, here, _ = made(4, 1, [7], 16, device)
     zeros = here["basis"].new_zeros(7)
     half = ops.pack_units(
-        here["basis"].new_zeros(7, 16).bfloat16(), zeros, zeros, zeros, here["basis"].bfloat16(),
-        torch.tensor([0, 7], device=device), backend="triton",
-    )  # fmt: skip
+        here["basis"].new_zeros(7, 16).bfloat16(),
+        zeros,
+        zeros,
+        zeros,
+        here["basis"].bfloat16(),
+        torch.tensor([0, 7], device=device),
+        backend="triton",
+    )
     with pytest.raises(ValueError, match="packed"):
         ops.spectral_sum(here["c"], here["weight"], half)
     op = torch.ops.residual_kernels.spectral_sum

@@ -61,7 +61,8 @@ def compute(arguments, backend):
 
 
 def check(arguments, device, *, exact=True):
-    """`exact`: the tile products are exact float32 ones, so the result is held to float32; else to z's dtype."""
+    """`exact`: the tile products are exact float32 ones, so the result is held to float32;
+    else to z's dtype."""
     arguments = {name: None if value is None else value.to(device) for name, value in arguments.items()}
     truth, terms = compute(arguments, "truth"), compute(absolute(arguments), "truth")
     got = compute(arguments, "triton")
@@ -121,8 +122,10 @@ def test_what_the_torch_backend_does(shape, device, monkeypatch):
     monkeypatch.setattr(torch_backend, "unit_moments", lambda *args: (calls.append(1), function(*args))[1])
     arguments = {k: None if v is None else v.to(device) for k, v in make(*shape).items()}
     got, truth, terms = (
-        compute(arguments, "triton"), compute(arguments, "truth"), compute(absolute(arguments), "truth")
-    )  # fmt: skip
+        compute(arguments, "triton"),
+        compute(arguments, "truth"),
+        compute(absolute(arguments), "truth"),
+    )
     assert bool(calls) == (shape[0] > 0)  # no rows: no backend is asked
     for tensors in zip(got, truth, terms, strict=True):
         assert_within(*tensors, dtype=torch.float32, length=len(arguments["z"]))

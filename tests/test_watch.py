@@ -1,4 +1,5 @@
-"""A tower that is changed after an adapter was made or images ran: named at the next use, whatever was changed."""
+"""A tower that is changed after an adapter was made or images ran: named at the next use,
+whatever was changed."""
 
 import types
 

@@ -1,4 +1,7 @@
-"""Towers as people use them: wrapped, averaged, cast, quantised, tied, dispatched. Exact, or refused by name."""
+"""Towers as people use them: wrapped, averaged, cast, quantised, tied, dispatched.
+
+Exact, or refused by name.
+"""
 
 import copy
 import json
@@ -104,7 +107,8 @@ def shard_like_fsdp1(tower):
 
 
 class Linear8bit(nn.Linear):
-    """A layer that rounds its weight in its call, as those of quantising libraries do that subclass nn.Linear."""
+    """A layer that rounds its weight in its call,
+    as those of quantising libraries do that subclass nn.Linear."""
 
     def forward(self, x):
         step = self.weight.abs().max() / 127

@@ -2,7 +2,8 @@
 
     python tests/towers_table.py
 
-Towers are built on the meta device, without values, and asked for their view; nothing in the table is typed by hand.
+Towers are built on the meta device, without values, and asked for their view; nothing in the table is typed
+by hand.
 """
 
 import json
@@ -27,26 +28,75 @@ PAGE = Path(__file__).parent.parent / "docs" / "TOWERS.md"
 
 # One name at least for every structure among timm's transformers, and the well-known towers that are none.
 TIMM = (
-    "vit_tiny_patch16_224", "vit_base_patch16_224", "vit_base_patch32_384", "vit_large_patch16_224",
-    "vit_huge_patch14_224", "vit_base_patch16_clip_224", "vit_large_patch14_clip_336",
-    "vit_base_patch16_siglip_256", "vit_base_patch16_siglip_gap_256", "vit_base_patch14_dinov2",
-    "vit_large_patch14_dinov2", "vit_base_patch14_reg4_dinov2", "vit_giant_patch14_reg4_dinov2",
-    "vit_base_patch16_dinov3", "vit_large_patch16_dinov3", "vit_huge_plus_patch16_dinov3", "vit_7b_patch16_dinov3",
-    "deit_base_patch16_224", "deit_base_distilled_patch16_224", "deit3_base_patch16_224", "deit3_huge_patch14_224",
-    "beit_base_patch16_224", "beitv2_base_patch16_224", "beitv2_large_patch16_224", "beit3_base_patch16_224",
-    "eva_giant_patch14_336", "eva_large_patch14_196", "eva02_base_patch14_448", "eva02_large_patch14_448",
-    "vit_base_r50_s16_224", "vit_base_mci_224", "vitamin_base_224", "flexivit_base", "vit_base_patch16_rpn_224",
-    "vit_relpos_base_patch16_224", "vit_relpos_base_patch16_rpn_224", "vit_srelpos_medium_patch16_224",
-    "vit_base_patch16_gap_224", "vit_medium_patch16_reg4_gap_256", "vit_so150m_patch16_reg4_map_256",
-    "vit_base_patch16_rope_224", "vit_base_patch16_rope_mixed_224", "vit_betwixt_patch16_rope_reg4_gap_256",
-    "vit_pe_core_base_patch16_224", "vit_pe_spatial_base_patch16_512", "vit_pe_lang_large_patch14_448",
-    "vit_base_patch14_reg1_tipsv2", "vit_base_patch16_radio_v3", "vit_intern300m_patch14_448",
-    "vit_base_patch16_sapiens2", "aimv2_large_patch14_224", "vit_base_patch16_lingbot", "vit_base_patch16_xp_224",
-    "vit_base_patch16_18x2_224", "vit_dwee_patch16_reg1_gap_256", "naflexvit_base_patch16_gap",
-    "samvit_base_patch16", "cait_s24_224", "xcit_small_12_p16_224", "hiera_base_224", "mvitv2_base",
-    "swin_base_patch4_window7_224", "swinv2_base_window8_256", "convnext_base", "resnet50", "fastvit_mci2",
-    "efficientnet_b0", "mobilenetv4_conv_small",
-)  # fmt: skip
+    "vit_tiny_patch16_224",
+    "vit_base_patch16_224",
+    "vit_base_patch32_384",
+    "vit_large_patch16_224",
+    "vit_huge_patch14_224",
+    "vit_base_patch16_clip_224",
+    "vit_large_patch14_clip_336",
+    "vit_base_patch16_siglip_256",
+    "vit_base_patch16_siglip_gap_256",
+    "vit_base_patch14_dinov2",
+    "vit_large_patch14_dinov2",
+    "vit_base_patch14_reg4_dinov2",
+    "vit_giant_patch14_reg4_dinov2",
+    "vit_base_patch16_dinov3",
+    "vit_large_patch16_dinov3",
+    "vit_huge_plus_patch16_dinov3",
+    "vit_7b_patch16_dinov3",
+    "deit_base_patch16_224",
+    "deit_base_distilled_patch16_224",
+    "deit3_base_patch16_224",
+    "deit3_huge_patch14_224",
+    "beit_base_patch16_224",
+    "beitv2_base_patch16_224",
+    "beitv2_large_patch16_224",
+    "beit3_base_patch16_224",
+    "eva_giant_patch14_336",
+    "eva_large_patch14_196",
+    "eva02_base_patch14_448",
+    "eva02_large_patch14_448",
+    "vit_base_r50_s16_224",
+    "vit_base_mci_224",
+    "vitamin_base_224",
+    "flexivit_base",
+    "vit_base_patch16_rpn_224",
+    "vit_relpos_base_patch16_224",
+    "vit_relpos_base_patch16_rpn_224",
+    "vit_srelpos_medium_patch16_224",
+    "vit_base_patch16_gap_224",
+    "vit_medium_patch16_reg4_gap_256",
+    "vit_so150m_patch16_reg4_map_256",
+    "vit_base_patch16_rope_224",
+    "vit_base_patch16_rope_mixed_224",
+    "vit_betwixt_patch16_rope_reg4_gap_256",
+    "vit_pe_core_base_patch16_224",
+    "vit_pe_spatial_base_patch16_512",
+    "vit_pe_lang_large_patch14_448",
+    "vit_base_patch14_reg1_tipsv2",
+    "vit_base_patch16_radio_v3",
+    "vit_intern300m_patch14_448",
+    "vit_base_patch16_sapiens2",
+    "aimv2_large_patch14_224",
+    "vit_base_patch16_lingbot",
+    "vit_base_patch16_xp_224",
+    "vit_base_patch16_18x2_224",
+    "vit_dwee_patch16_reg1_gap_256",
+    "naflexvit_base_patch16_gap",
+    "samvit_base_patch16",
+    "cait_s24_224",
+    "xcit_small_12_p16_224",
+    "hiera_base_224",
+    "mvitv2_base",
+    "swin_base_patch4_window7_224",
+    "swinv2_base_window8_256",
+    "convnext_base",
+    "resnet50",
+    "fastvit_mci2",
+    "efficientnet_b0",
+    "mobilenetv4_conv_small",
+)
 
 # Sizes that a transformers model is known with; its configuration's own are those of a B-16 or B-32.
 _LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -111,8 +161,8 @@ class Row:
             return f"| `{self.name}` | {self.family} | {self.reason} |"
         floats = self.layers * self.heads * self.coordinates
         return (
-            f"| `{self.name}` | {self.family} | {self.pooling} | {self.layers} × {self.heads} | {self.coordinates} | "
-            f"{self.dim} | {floats * 4 / 1000:,.0f} kB |"
+            f"| `{self.name}` | {self.family} | {self.pooling} | {self.layers} × {self.heads} | "
+            f"{self.coordinates} | {self.dim} | {floats * 4 / 1000:,.0f} kB |"
         )
 
 
@@ -120,7 +170,8 @@ _RANDOM = {"uniform_", "normal_", "erfinv_", "clamp_", "trunc_normal_", "kaiming
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Leaves out the random filling of tensors, which means nothing on the meta device and takes most of the time."""
+    """Leaves out the random filling of tensors, which means nothing on the meta device and takes most of the
+    time."""
 
     def __torch_function__(self, function, types, arguments=(), keywords=None):
         if function.__name__ in _RANDOM and arguments:
@@ -189,18 +240,19 @@ SECTIONS: dict[str, Callable[[], list[Row]]] = {
 INTRODUCTION = """\
 # Towers
 
-This page lists the image towers whose units the library computes exactly. `python tests/towers_table.py` writes it: it
-builds every tower without values and asks for its view. A test keeps this page current. Other tests check that the
-units of every structure sum to the tower's output.
+This page lists the image towers whose units the library computes exactly. `python tests/towers_table.py`
+writes it: it builds every tower without values and asks for its view. A test keeps this page current. Other
+tests check that the units of every structure sum to the tower's output.
 
-* *pooling*: how the tokens of the last layer become one embedding. With an average, the norm may come before or
-  after it; both are exact.
+* *pooling*: how the tokens of the last layer become one embedding. With an average, the norm may come before
+  or after it; both are exact.
 * *L × H*: layers and heads of each. *C*: coordinates of a head. *D*: the embedding.
-* *z*: the bytes that a cache holds for all heads of one image, in float32. With attention pooling a head has no
-  short form, so the cache holds the heads' outputs themselves (C = D); "Your own tower" says what that costs.
+* *z*: the bytes that a cache holds for all heads of one image, in float32. With attention pooling a head has
+  no short form, so the cache holds the heads' outputs themselves (C = D); "Your own tower" says what that
+  costs.
 * Towers that are refused stand below each list, with the reason that the library gives.
-* Wrapped, cast, averaged and quantised towers, the check against the model itself, and a recipe for a tower that nobody
-  has seen: [TOWERS_IN_USE.md](TOWERS_IN_USE.md).
+* Wrapped, cast, averaged and quantised towers, the check against the model itself, and a recipe for a tower
+  that nobody has seen: [TOWERS_IN_USE.md](TOWERS_IN_USE.md).
 """
 
 

@@ -1,7 +1,8 @@
-"""Other ways to adapt the same tower to the same task, each small, after its paper, tuned on the same validation part.
+"""Other ways to adapt the same tower to the same task, each small, after its paper,
+tuned on the same validation part.
 
-A :class:`Method` fits one configuration to a few labelled images and hands back logits for any split. `METHODS` is the
-list that :mod:`benchmarks.bench_peers` runs; one more method is one more line there.
+A :class:`Method` fits one configuration to a few labelled images and hands back logits for any split.
+`METHODS` is the list that :mod:`benchmarks.bench_peers` runs; one more method is one more line there.
 """
 
 from benchmarks.peers.on_outputs import base, clip_adapter, linear_probe, tip_adapter, tip_adapter_f
@@ -9,7 +10,8 @@ from benchmarks.peers.on_tower import fine_tuning, lora, stream
 from benchmarks.peers.on_units import coarse, fine, full, linear, output
 from benchmarks.peers.tasks import Fitted, Method, Split, Task, digits, few, photographs
 
-# Six configurations each where there is anything to choose, so that nobody is tuned more carefully than another.
+# Six configurations each where there is anything to choose, so that nobody is tuned more carefully than
+# another.
 METHODS = {
     "base": Method(base, ({},), "zero-shot, no training"),
     "linear probe": Method(

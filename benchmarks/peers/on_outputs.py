@@ -16,7 +16,10 @@ def base(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitte
 
 
 def linear_probe(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
-    """Logistic regression on the outputs by L-BFGS, its strength chosen on validation (Radford et al. 2021)."""
+    """Logistic regression on the outputs by L-BFGS, its strength chosen on validation (Radford et al.
+
+    2021).
+    """
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=settings["C"], max_iter=5000, random_state=seed)
@@ -28,9 +31,15 @@ def linear_probe(task: Task, train: Split, settings: dict[str, Any], seed: int) 
 
 
 def _train(
-    parameters: list[Tensor], loss: Callable[[Tensor], Tensor], count: int, seed: int, *, lr: float, epochs: int,
+    parameters: list[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    seed: int,
+    *,
+    lr: float,
+    epochs: int,
     batch: int,
-) -> None:  # fmt: skip
+) -> None:
     """AdamW with a cosine schedule over shuffled rows."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(parameters, lr=lr, eps=1e-4, weight_decay=1e-2)
@@ -69,7 +78,10 @@ def clip_adapter(task: Task, train: Split, settings: dict[str, Any], seed: int) 
 
 
 class _KeyValueCache:
-    """Tip-Adapter's logits: the text's, plus alpha * exp(-beta (1 - f . keys)) one_hot (Zhang et al. 2022)."""
+    """Tip-Adapter's logits: the text's, plus alpha * exp(-beta (1 - f . keys)) one_hot (Zhang et al.
+
+    2022).
+    """
 
     def __init__(self, task: Task, train: Split):
         self.head = task.head
@@ -99,14 +111,18 @@ class _KeyValueCache:
 
 
 def tip_adapter(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
-    """Nothing trained: the labelled outputs are the keys of a cache; alpha and beta are searched on validation."""
+    """Nothing trained: the labelled outputs are the keys of a cache.
+
+    Alpha and beta are searched on validation.
+    """
     cache = _KeyValueCache(task, train)
     cache.search(task.val)
     return Fitted(lambda split: cache.logits(split.units.output), 0)
 
 
 def tip_adapter_f(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
-    """The same with the keys trained from there (AdamW, eps 1e-4, cosine, batch 256), and searched once more."""
+    """The same with the keys trained from there (AdamW, eps 1e-4, cosine, batch 256),
+    and searched once more."""
     cache = _KeyValueCache(task, train)
     cache.search(task.val)
     cache.keys.requires_grad_()

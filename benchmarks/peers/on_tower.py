@@ -1,4 +1,7 @@
-"""What trains through the tower: full fine-tuning, LoRA, and ResiDual inside the stream. One loop for the three."""
+"""What trains through the tower: full fine-tuning, LoRA, and ResiDual inside the stream.
+
+One loop for the three.
+"""
 
 import copy
 from typing import Any
@@ -19,7 +22,8 @@ CHECKS = 2  # of the validation accuracy while training; the best state is kept
 def _train(
     task: Task, module: nn.Module, train: Split, seed: int, *, lr: float, weight_decay: float = 0.0
 ) -> Fitted:
-    """AdamW, a tenth of the steps as warm-up, then a cosine; cross-entropy of the model's own class vectors."""
+    """AdamW, a tenth of the steps as warm-up, then a cosine;
+    cross-entropy of the model's own class vectors."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     steps = STEPS.get(len(train.labels), MOST_STEPS)
@@ -71,7 +75,8 @@ def lora(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitte
 
 
 def stream(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
-    """One number per kept component of every head, where the head enters the residual stream, for every token."""
+    """One number per kept component of every head, where the head enters the residual stream,
+    for every token."""
     bases = task.stream_bases.truncate(energy=settings["energy"])
     residual = rk.ResiDual(copy.deepcopy(task.tower), bases, placement="stream")
     return _train(task, residual, train, seed, lr=settings["lr"])

@@ -1,7 +1,7 @@
 """This library's variants on cached units, by `fit` with schedule-free AdamW from weights of one.
 
-The paper stops after 5 epochs without a better validation accuracy, of at most 30; of 40 images an epoch has one or two
-steps, so here it is 20 of at most 100, as many as CLIP-Adapter gets.
+The paper stops after 5 epochs without a better validation accuracy, of at most 30; of 40 images an epoch has
+one or two steps, so here it is 20 of at most 100, as many as CLIP-Adapter gets.
 """
 
 from typing import Any

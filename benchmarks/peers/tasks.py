@@ -92,11 +92,16 @@ def _task(name: str, model, head, background: Tensor, images: Tensor, labels: Te
     train, val, test = _splits(tower, images, labels, runs)
     encoding = (time.perf_counter() - start) * (len(train.labels) + len(val.labels)) / len(labels)
     return Task(
-        name=name, tower=tower, head=head,
+        name=name,
+        tower=tower,
+        head=head,
         bases=rk.fit_bases(tower, _batches(background), kinds=("head", "mlp")),
         stream_bases=rk.fit_bases(tower, _batches(background[::3]), placement="stream"),
-        train=train, val=val, test=test, encoding_seconds=encoding,
-    )  # fmt: skip
+        train=train,
+        val=val,
+        test=test,
+        encoding_seconds=encoding,
+    )
 
 
 def digits(drawings: int = DRAWINGS) -> Task:
@@ -110,7 +115,8 @@ def digits(drawings: int = DRAWINGS) -> Task:
 
 
 def photographs(archive: Path, drawings: int = DRAWINGS) -> Task:
-    """CIFAR-10's photographs: all three parts from the zip's test half, as the model was trained on its train half.
+    """CIFAR-10's photographs: all three parts from the zip's test half,
+    as the model was trained on its train half.
 
     That one serves the bases alone, without its labels.
     """

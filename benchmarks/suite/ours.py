@@ -1,4 +1,5 @@
-"""This library's methods: what `tune` chooses, the candidates it chose among, and the paper's forms by its recipe."""
+"""This library's methods: what `tune` chooses, the candidates it chose among,
+and the paper's forms by its recipe."""
 
 import time
 
@@ -86,8 +87,8 @@ def _frozen_logits(adapter, head):
 
 
 def paper(name: str):
-    """The paper's form by its recipe: N(1, 1), schedule-free AdamW at 0.8, batch 64, 30 epochs; no early stopping,
-    since nobody has validation images."""
+    """The paper's form by its recipe: N(1, 1), schedule-free AdamW at 0.8, batch 64, 30 epochs; no early
+    stopping, since nobody has validation images."""
 
     def fit(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
         adapter = rk.build(name, task.tower, task.bases, seed=seed)

@@ -1,9 +1,10 @@
-"""Peers that read the model's output alone: LP++, Tip-Adapter (-F), GDA, ProKeR and CLIP-Adapter, after their papers.
+"""Peers that read the model's output alone: LP++, Tip-Adapter (-F), GDA, ProKeR and CLIP-Adapter,
+after their papers.
 
-Nobody has validation images. What a paper searches on them is chosen here by folds of the user's own labels, the same
-folds for everybody; with one label a class there are no folds to speak of, and the paper's fixed values stand, or the
-model where there are none. Learning rates that a paper fixes for towers hundreds of times this size are those of
-:data:`benchmarks.suite.rates.RATES`, found on tasks outside the suite.
+Nobody has validation images. What a paper searches on them is chosen here by folds of the user's own labels,
+the same folds for everybody; with one label a class there are no folds to speak of, and the paper's fixed
+values stand, or the model where there are none. Learning rates that a paper fixes for towers hundreds of
+times this size are those of :data:`benchmarks.suite.rates.RATES`, found on tasks outside the suite.
 """
 
 from collections.abc import Callable, Iterable
@@ -64,7 +65,8 @@ def base(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fit
 
 
 def lp_plus_plus(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
-    """Class weights w_k + alpha_k t_k, steps from Lipschitz constants, 300 epochs: nothing to tune (Huang et al. 2024).
+    """Class weights w_k + alpha_k t_k, steps from Lipschitz constants, 300 epochs: nothing to tune
+    (Huang et al. 2024).
 
     The authors keep the epoch of best validation accuracy; without validation images it is the last one.
     """
@@ -135,10 +137,11 @@ def tip_adapter(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int)
 
 
 def tip_adapter_f(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
-    """The same with the keys trained from there: AdamW, eps 1e-4, cosine, batch 256, alpha and beta as searched.
+    """The same with the keys trained from there: AdamW, eps 1e-4, cosine, batch 256,
+    alpha and beta as searched.
 
-    The authors search alpha and beta again after training, on validation images; an image's own trained key would
-    flatter such a search here.
+    The authors search alpha and beta again after training, on validation images; an image's own trained key
+    would flatter such a search here.
     """
     keys = _features(train).clone().requires_grad_()
     values = F.one_hot(train.labels, len(head.class_names)).float()
@@ -149,8 +152,12 @@ def tip_adapter_f(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: in
         lambda rows: F.cross_entropy(
             text[rows] + alpha * _reads(features[rows], keys, values, beta, None), train.labels[rows]
         ),
-        len(train.labels), seed, lr=RATES["Tip-Adapter-F"], epochs=20, batch=256,
-    )  # fmt: skip
+        len(train.labels),
+        seed,
+        lr=RATES["Tip-Adapter-F"],
+        epochs=20,
+        batch=256,
+    )
     trained = keys.detach()
     return _by_output(head, trained.numel(), lambda f: alpha * _reads(f, trained, values, beta, None))
 
@@ -168,7 +175,10 @@ def _adamw(parameters, loss: Callable[[Tensor], Tensor], count: int, seed: int, 
 
 
 def clip_adapter(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
-    """A bottleneck of D/4 on the output, mixed back in by a ratio (Gao et al. 2021): 0.2 or 0.6 by folds, else 0.2."""
+    """A bottleneck of D/4 on the output, mixed back in by a ratio (Gao et al.
+
+    2021): 0.2 or 0.6 by folds, else 0.2.
+    """
     features, labels = _features(train), train.labels
     fold = folds(train, seed)
     ratio = 0.2
@@ -206,14 +216,20 @@ def _bottleneck(features: Tensor, labels: Tensor, head, seed: int, ratio: float,
         return ratio * layers(f) + (1 - ratio) * f
 
     _adamw(
-        list(layers.parameters()), lambda rows: F.cross_entropy(head(embed(features[rows])), labels[rows]),
-        len(labels), seed, lr=RATES["CLIP-Adapter"], epochs=epochs, batch=256,
-    )  # fmt: skip
+        list(layers.parameters()),
+        lambda rows: F.cross_entropy(head(embed(features[rows])), labels[rows]),
+        len(labels),
+        seed,
+        lr=RATES["CLIP-Adapter"],
+        epochs=epochs,
+        batch=256,
+    )
     return embed, sum(p.numel() for p in layers.parameters())
 
 
 def _discriminant(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
-    """Weights [D, K] and offsets [K] of Gaussian discriminants with one covariance, shrunk as in the paper."""
+    """Weights [D, K] and offsets [K] of Gaussian discriminants with one covariance,
+    shrunk as in the paper."""
     present = labels.unique()
     means = torch.stack([features[labels == k].mean(0) for k in present])
     centred = features - means[torch.searchsorted(present, labels)]
@@ -229,7 +245,10 @@ def _discriminant(features: Tensor, labels: Tensor, classes: int) -> tuple[Tenso
 
 
 def gda(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
-    """The text's logits plus alpha times Gaussian discriminants (Wang et al. 2024), alpha in 1e-4 ... 1e4 by folds."""
+    """The text's logits plus alpha times Gaussian discriminants (Wang et al.
+
+    2024), alpha in 1e-4 ... 1e4 by folds.
+    """
     features, labels, classes = _features(train), train.labels, len(head.class_names)
     fold, found = folds(train, seed), _discriminant(features, labels, classes)
     if fold is None or found is None:  # one image a class has no covariance

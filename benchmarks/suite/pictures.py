@@ -1,7 +1,9 @@
-"""What do the tasks show? Pictures [n, 32, 32, 3] uint8, drawn, scanned or from a zip of photographs, and their labels.
+"""What do the tasks show?
 
-Every drawn picture is a function of a seed and its number. No font, class or transformation below took part in making
-the bundled model, except where a docstring says so.
+Pictures [n, 32, 32, 3] uint8, drawn, scanned or from a zip of photographs, and their labels.
+
+Every drawn picture is a function of a seed and its number. No font, class or transformation below took part
+in making the bundled model, except where a docstring says so.
 """
 
 import functools
@@ -38,13 +40,41 @@ NEW_LETTERS = (
 )
 GREEK = "αβγδεζηθικλμνξοπρστυφχψω"
 GREEK_NAMES = (
-    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
-    "omicron", "pi", "rho", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
-)  # fmt: skip
+    "alpha",
+    "beta",
+    "gamma",
+    "delta",
+    "epsilon",
+    "zeta",
+    "eta",
+    "theta",
+    "iota",
+    "kappa",
+    "lambda",
+    "mu",
+    "nu",
+    "xi",
+    "omicron",
+    "pi",
+    "rho",
+    "sigma",
+    "tau",
+    "upsilon",
+    "phi",
+    "chi",
+    "psi",
+    "omega",
+)
 GREEK_FONTS = (
-    "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSansMono.ttf", "DejaVuSerif.ttf",
-    "DejaVuSerif-Italic.ttf", "STIXGeneral.ttf", "STIXGeneralItalic.ttf",
-)  # fmt: skip
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Italic.ttf",
+    "STIXGeneral.ttf",
+    "STIXGeneralItalic.ttf",
+)
 TURNS = ("upright", "turned left", "upside down", "turned right")
 
 
@@ -230,7 +260,25 @@ def animals_in_negative(images: np.ndarray, labels: np.ndarray) -> Pictures:
 
 
 __all__ = [
-    "DIGITS", "GREEK_NAMES", "LETTERS", "PATTERNS", "PHOTOS", "QUESTION", "SHAPES", "TURNS", "Pictures",
-    "animals_in_negative", "case", "digits", "dots", "edges", "greek", "new_letters", "outlines", "photographs",
-    "textures", "tilt", "turned",
-]  # fmt: skip
+    "DIGITS",
+    "GREEK_NAMES",
+    "LETTERS",
+    "PATTERNS",
+    "PHOTOS",
+    "QUESTION",
+    "SHAPES",
+    "TURNS",
+    "Pictures",
+    "animals_in_negative",
+    "case",
+    "digits",
+    "dots",
+    "edges",
+    "greek",
+    "new_letters",
+    "outlines",
+    "photographs",
+    "textures",
+    "tilt",
+    "turned",
+]

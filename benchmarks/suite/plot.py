@@ -1,7 +1,7 @@
 """Draws what the suite measured: `python -m benchmarks.suite.plot benchmarks/results/<device>/suite.json`.
 
-One panel a count. A dot is a method's average gain over the untouched model, its line runs from the worst task to the
-best. What lies left of zero is what a user would have regretted.
+One panel a count. A dot is a method's average gain over the untouched model, its line runs from the worst
+task to the best. What lies left of zero is what a user would have regretted.
 """
 
 import argparse
@@ -45,10 +45,12 @@ def draw(result: dict) -> Figure:
         panel.grid(visible=False, axis="y")
     panels[0].set_yticks(range(len(names)), names)
     figure.suptitle(
-        f"{len(tasks)} tasks: average gain (dot), worst to best task (line), tasks below the model by more than one "
-        "error (orange)",
-        fontsize=10, x=0.01, ha="left",
-    )  # fmt: skip
+        f"{len(tasks)} tasks: average gain (dot), worst to best task (line), tasks below the model by more "
+        "than one error (orange)",
+        fontsize=10,
+        x=0.01,
+        ha="left",
+    )
     return figure
 
 

@@ -1,7 +1,7 @@
 """Learning rates of the peers that train by AdamW, found on two tasks outside the suite.
 
-Their papers fix rates for towers hundreds of times this size. Here each method's rate is the one of best accuracy,
-averaged over letters as edge drawings and grey photographs, 16 labels a class:
+Their papers fix rates for towers hundreds of times this size. Here each method's rate is the one of best
+accuracy, averaged over letters as edge drawings and grey photographs, 16 labels a class:
 
     python -m benchmarks.suite.rates --photographs cifar10.zip
 """
@@ -41,9 +41,13 @@ def development(archive: Path | None) -> list:
 
     found = [
         made(
-            "letters as edges", pictures.LETTERS, tasks._asked("what", "letter"), letters(16, 201), letters(40, 202)
+            "letters as edges",
+            pictures.LETTERS,
+            tasks._asked("what", "letter"),
+            letters(16, 201),
+            letters(40, 202),
         )
-    ]  # fmt: skip
+    ]
     if archive is not None:
         images, labels = pictures.photographs(archive, "test", 400)
         grey = np.repeat(images.mean(3, keepdims=True), 3, 3).astype(np.uint8)

@@ -1,18 +1,20 @@
-"""Twelve small tasks, few labels, everybody's recipe: accuracy, numbers, seconds, and who falls below the model.
+"""Twelve small tasks, few labels, everybody's recipe: accuracy, numbers, seconds,
+and who falls below the model.
 
     python -m benchmarks.suite.run --photographs cifar10.zip --out benchmarks/results/<device>/suite
 
-Protocol. The bundled model; 1, 4, 16 and all labelled images a class; five seeds, which choose the images and what is
-drawn at random; with all labels one. Nobody sees test labels, nobody has validation images,
-nobody augments: what has to be chosen is chosen by folds of the labelled images, or is the paper's fixed value
-(`peers.py` says which). Bases come from drawings (and, where the task shows photographs, photographs of the half that
-is not tested), never from a task. Class vectors are the text's, or means of the labelled images where there is no text.
-Methods that train the tower cost a thousand times the others' time; they run at 16 labels with one seed.
+Protocol. The bundled model; 1, 4, 16 and all labelled images a class; five seeds, which choose the images and
+what is drawn at random; with all labels one. Nobody sees test labels, nobody has validation images, nobody
+augments: what has to be chosen is chosen by folds of the labelled images, or is the paper's fixed value
+(`peers.py` says which). Bases come from drawings (and, where the task shows photographs, photographs of the
+half that is not tested), never from a task. Class vectors are the text's, or means of the labelled images
+where there is no text. Methods that train the tower cost a thousand times the others' time; they run at 16
+labels with one seed.
 
 Without --photographs the tasks that show photographs are left out.
 
-Every fit is a line of <out>.rows.jsonl, written whole or not at all; the same command resumes after the last one.
-seconds: processor time of one thread.
+Every fit is a line of <out>.rows.jsonl, written whole or not at all; the same command resumes after the last
+one. seconds: processor time of one thread.
 """
 
 import argparse
@@ -77,10 +79,18 @@ def _row(task, shots, seed, name: str, fitted: Fitted, base: torch.Tensor, more:
     """What is recorded of one fit; `base` is which test images the untouched model labels right."""
     right = fitted.logits(task.test).argmax(1) == task.test.labels
     return {
-        "task": task.name, "shots": shots, "seed": seed, "method": name, "test": len(right),
-        "right": int(right.sum()), "base_right": int(base.sum()), "won": int((right & ~base).sum()),
-        "lost": int((base & ~right).sum()), "parameters": fitted.parameters, **more,
-    }  # fmt: skip
+        "task": task.name,
+        "shots": shots,
+        "seed": seed,
+        "method": name,
+        "test": len(right),
+        "right": int(right.sum()),
+        "base_right": int(base.sum()),
+        "won": int((right & ~base).sum()),
+        "lost": int((base & ~right).sum()),
+        "parameters": fitted.parameters,
+        **more,
+    }
 
 
 def fitted_rows(task: tasks.SuiteTask, shots: int | None, seed: int, name: str) -> list[dict]:
@@ -98,7 +108,8 @@ def fitted_rows(task: tasks.SuiteTask, shots: int | None, seed: int, name: str) 
 
 
 class Record:
-    """The lines found so far, under the same conditions (the first line); a line is written whole or not at all."""
+    """The lines found so far, under the same conditions (the first line);
+    a line is written whole or not at all."""
 
     def __init__(self, path: Path, conditions: dict):
         self.path = path
@@ -134,7 +145,10 @@ def run(
     budget: float = float("inf"),
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Fits what is not recorded yet, cheap methods first; whether all is there. `budget`: seconds of processor time."""
+    """Fits what is not recorded yet, cheap methods first; whether all is there.
+
+    `budget`: seconds of processor time.
+    """
     start = time.process_time()
     dear = [name for name in methods if METHODS[name].shots != SHOTS]
     for part in ([name for name in methods if name not in dear], dear):
@@ -149,9 +163,9 @@ def run(
                 record.add(key, rows)
                 for row in rows[:1]:
                     say(
-                        f"[{time.process_time() - start:6.0f} s] {task_name:14s} {shots or 'all'!s:>3s} {seed} "
-                        f"{row['method']:20s} {row['right'] / row['test']:.3f} "
-                        f"(base {row['base_right'] / row['test']:.3f}) {row['seconds']:.2f} s"
+                        f"[{time.process_time() - start:6.0f} s] {task_name:14s} {shots or 'all'!s:>3s} "
+                        f"{seed} {row['method']:20s} {row['right'] / row['test']:.3f} (base "
+                        f"{row['base_right'] / row['test']:.3f}) {row['seconds']:.2f} s"
                     )
     return True
 
@@ -179,9 +193,13 @@ def main() -> None:
     conditions = {"cpu": cpu_name(), "torch": torch.__version__}
     record = Record(arguments.out.with_suffix(".rows.jsonl"), conditions)
     whole = run(
-        record, arguments.photographs, arguments.methods, chosen, arguments.budget,
+        record,
+        arguments.photographs,
+        arguments.methods,
+        chosen,
+        arguments.budget,
         say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+    )
     from benchmarks.suite.table import about
 
     result = about(conditions, record.rows(), chosen)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.suite.table benchmarks/results/<device>/suite.json     # writes the .md beside it
 
-A cell is a task at a count. Its error is of the difference from the model on the same test images: what the test
-sample leaves uncertain, and what the seeds do.
+A cell is a task at a count. Its error is of the difference from the model on the same test images: what the
+test sample leaves uncertain, and what the seeds do.
 """
 
 import argparse
@@ -18,9 +18,21 @@ from residual_kernels.files import write_text
 
 BASE, AUTO = "base", ours.AUTO
 ORDER = (
-    BASE, AUTO, *ours.CANDIDATES.values(), "fine (paper)", "full (paper)", "LP++", "Tip-Adapter", "Tip-Adapter-F",
-    "GDA", "ProKeR", "CLIP-Adapter", "LoRA", "CLIP-SVD", "fine-tuning",
-)  # fmt: skip
+    BASE,
+    AUTO,
+    *ours.CANDIDATES.values(),
+    "fine (paper)",
+    "full (paper)",
+    "LP++",
+    "Tip-Adapter",
+    "Tip-Adapter-F",
+    "GDA",
+    "ProKeR",
+    "CLIP-Adapter",
+    "LoRA",
+    "CLIP-SVD",
+    "fine-tuning",
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +59,13 @@ class Cell:
         )
         seeds = statistics.variance(gains) / len(gains) if len(gains) > 1 else 0.0
         return cls(
-            statistics.fmean(row["right"] / row["test"] for row in rows), statistics.fmean(gains),
-            (sampling + seeds) ** 0.5, len(rows), statistics.fmean(row["parameters"] for row in rows),
+            statistics.fmean(row["right"] / row["test"] for row in rows),
+            statistics.fmean(gains),
+            (sampling + seeds) ** 0.5,
+            len(rows),
+            statistics.fmean(row["parameters"] for row in rows),
             statistics.fmean(row["seconds"] for row in rows),
-        )  # fmt: skip
+        )
 
 
 def cells(rows: Iterable[dict]) -> dict[tuple[str, int | None, str], Cell]:
@@ -61,13 +76,16 @@ def cells(rows: Iterable[dict]) -> dict[tuple[str, int | None, str], Cell]:
 
 
 def about(conditions: dict, rows: list[dict], tasks: list[str]) -> dict:
-    """What is written: conditions, tasks and every row of the protocol, without what `tune` judged on the way."""
+    """What is written: conditions, tasks and every row of the protocol,
+    without what `tune` judged on the way."""
     from benchmarks.suite.run import METHODS
     from benchmarks.suite.tasks import RECIPES
 
     return {
         **conditions,
-        "tasks": {name: {"classes": len(RECIPES[name].names), "about": RECIPES[name].about} for name in tasks},
+        "tasks": {
+            name: {"classes": len(RECIPES[name].names), "about": RECIPES[name].about} for name in tasks
+        },
         "sources": {name: method.source for name, method in METHODS.items()},
         "rows": [
             {key: value for key, value in row.items() if key != "table"}
@@ -75,7 +93,7 @@ def about(conditions: dict, rows: list[dict], tasks: list[str]) -> dict:
             if row["task"] in tasks
             and (row["method"] not in METHODS or (row["shots"], row["seed"]) in METHODS[row["method"]].runs())
         ],
-    }  # fmt: skip
+    }
 
 
 def ranks(found: dict, tasks: list[str], shots, methods: list[str]) -> dict[str, float]:
@@ -121,22 +139,27 @@ def markdown(result: dict) -> str:
         return all((task, shots, name) in found for task in tasks)
 
     lines = [
-        f"{result['cpu']}, one thread, torch {result['torch']}. {len(tasks)} tasks, the bundled model. Accuracy on "
-        "test images, averaged over tasks; seconds are processor time of one fit with all its tuning, averaged over "
-        "tasks, at the largest count run. Protocol: the head of `benchmarks/suite/run.py`." + result.get("note", ""),
+        f"{result['cpu']}, one thread, torch {result['torch']}. {len(tasks)} tasks, the bundled model. "
+        "Accuracy on test images, averaged over tasks; seconds are processor time of one fit with all its "
+        "tuning, averaged over tasks, at the largest count run. Protocol: the head of "
+        "`benchmarks/suite/run.py`." + result.get("note", ""),
         "",
-        "| method | " + " | ".join(f"{n or 'all'} a class" for n in counts) + " | mean rank at "
+        "| method | "
+        + " | ".join(f"{n or 'all'} a class" for n in counts)
+        + " | mean rank at "
         + " / ".join(str(n or "all") for n in counts)
-        + " | seeds | numbers trained | seconds | worst cell against base | cells below base by more than one error |",
+        + " | seeds | numbers trained | seconds | worst cell against base | cells below base by more "
+        "than one error |",
         "|---" * (len(counts) + 7) + "|",
-    ]  # fmt: skip
+    ]
     best = {
         n: max(
             statistics.fmean(found[task, n, name].accuracy for task in tasks)
-            for name in names if whole(name, n)
+            for name in names
+            if whole(name, n)
         )
         for n in counts
-    }  # fmt: skip
+    }
     every_rank = {n: ranks(found, tasks, n, [name for name in names if whole(name, n)]) for n in counts}
     for name in names:
         own = {key: cell for key, cell in found.items() if key[2] == name and key[0] in tasks}
@@ -189,12 +212,15 @@ def markdown(result: dict) -> str:
         "↓ below the model by more than one error.",
         "",
         "Tasks: "
-        + "; ".join(f"{name}: {one['about']}, {one['classes']} classes" for name, one in result["tasks"].items())
+        + "; ".join(
+            f"{name}: {one['about']}, {one['classes']} classes" for name, one in result["tasks"].items()
+        )
         + ".",
         "",
-        "Sources: " + "; ".join(f"{name}: {source}" for name, source in result["sources"].items() if name != "contest")
+        "Sources: "
+        + "; ".join(f"{name}: {source}" for name, source in result["sources"].items() if name != "contest")
         + ".",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 

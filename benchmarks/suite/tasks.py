@@ -23,7 +23,8 @@ BASES_PHOTOS = 200  # a class, of the train half, without labels
 
 @dataclass(frozen=True)
 class Recipe:
-    """One task by name: its classes, how each is asked for (None: the means of labelled images), and its pictures."""
+    """One task by name: its classes, how each is asked for (None: the means of labelled images),
+    and its pictures."""
 
     names: tuple[str, ...]
     templates: Sequence[str | Callable[[str], str]] | None
@@ -60,9 +61,14 @@ class SuiteTask:
             float(self.text_head.logit_scale),
         )
         return SuiteTask(
-            self.name, self.tower, tuple(head.class_names), head, self.bases,
-            _some(self.train, chosen), _some(self.test, chosen),
-        )  # fmt: skip
+            self.name,
+            self.tower,
+            tuple(head.class_names),
+            head,
+            self.bases,
+            _some(self.train, chosen),
+            _some(self.test, chosen),
+        )
 
 
 def _some(split: Split, chosen: Sequence[int]) -> Split:
@@ -109,50 +115,66 @@ def _asked(attribute: str, kind: str = "") -> tuple[Callable[[str], str], ...]:
 RECIPES: dict[str, Recipe] = {
     "digits": Recipe(pictures.DIGITS, TEMPLATES, _digits, about="scikit-learn's handwritten digits"),
     "new fonts": Recipe(
-        pictures.LETTERS, _asked("what", "letter"), _parts(pictures.new_letters, 25),
+        pictures.LETTERS,
+        _asked("what", "letter"),
+        _parts(pictures.new_letters, 25),
         about="Fraktur, script, calligraphic and typewriter letters",
     ),
     "Greek": Recipe(
-        pictures.GREEK_NAMES, None, _parts(pictures.greek, 24),
+        pictures.GREEK_NAMES,
+        None,
+        _parts(pictures.greek, 24),
         about="24 Greek letters; class vectors are means of labelled images",
     ),
     "textures": Recipe(
-        pictures.PATTERNS, _asked("what", "pattern"), _parts(pictures.textures, 10),
+        pictures.PATTERNS,
+        _asked("what", "pattern"),
+        _parts(pictures.textures, 10),
         about="drawn patterns, enlarged, faint and grainy",
     ),
     "outlines": Recipe(
         pictures.SHAPES, _asked("what", "shape"), _parts(pictures.outlines, 11), about="edges of drawn shapes"
     ),
     "counting": Recipe(
-        ("one", "two", "three", "four", "five", "six"), ("{} dots", "a picture of {} dots"),
-        _parts(pictures.dots, 6), about="one to six dots",
+        ("one", "two", "three", "four", "five", "six"),
+        ("{} dots", "a picture of {} dots"),
+        _parts(pictures.dots, 6),
+        about="one to six dots",
     ),
     "case": Recipe(
         ("capital", "lower case"), _asked("case"), _parts(pictures.case, 2), about="capital or small letters"
     ),
     "tilt": Recipe(
-        ("upright", "left", "right"), _asked("tilt"), _parts(pictures.tilt, 3),
+        ("upright", "left", "right"),
+        _asked("tilt"),
+        _parts(pictures.tilt, 3),
         about="digits and letters that lean",
     ),
     "photographs": Recipe(
         pictures.PHOTOS, _asked("what", "photo"), _photographs, True, "CIFAR-10, ten classes"
     ),
     "edge drawings": Recipe(
-        pictures.PHOTOS, _asked("what", "photo"),
-        _changed(lambda images, labels, seed: (pictures.edges(images), labels)), True,
+        pictures.PHOTOS,
+        _asked("what", "photo"),
+        _changed(lambda images, labels, seed: (pictures.edges(images), labels)),
+        True,
         "edges of the photographs",
     ),
     "orientation": Recipe(
-        pictures.TURNS, ("a photo that is {}", "something {}"),
-        _changed(lambda images, labels, seed: pictures.turned(images, seed)), True,
+        pictures.TURNS,
+        ("a photo that is {}", "something {}"),
+        _changed(lambda images, labels, seed: pictures.turned(images, seed)),
+        True,
         "photographs turned by 0, 90, 180 or 270 degrees",
     ),
     "negatives": Recipe(
-        pictures.QUESTION, ("a photo of a {}", "a {}"),
-        _changed(lambda images, labels, seed: pictures.animals_in_negative(images, labels)), True,
+        pictures.QUESTION,
+        ("a photo of a {}", "a {}"),
+        _changed(lambda images, labels, seed: pictures.animals_in_negative(images, labels)),
+        True,
         "grey negatives: vehicle or animal",
     ),
-}  # fmt: skip
+}
 
 
 def names(archive: Path | None) -> list[str]:

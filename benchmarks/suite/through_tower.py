@@ -1,8 +1,9 @@
 """Peers that train the image tower: LoRA on queries, keys and values, CLIP-SVD, and fine-tuning.
 
-One loop for the three: AdamW, batch 32, cosine, cross-entropy of the model's own class vectors, which stay (the papers
-train the text tower too). A fixed number of steps and the last weights: nobody has validation images. The papers take
-500 steps a label and class for LoRA, thousands in all; here there are STEPS, a budget of processor time.
+One loop for the three: AdamW, batch 32, cosine, cross-entropy of the model's own class vectors, which stay
+(the papers train the text tower too). A fixed number of steps and the last weights: nobody has validation
+images. The papers take 500 steps a label and class for LoRA, thousands in all; here there are STEPS, a budget
+of processor time.
 """
 
 import math
@@ -102,7 +103,10 @@ def lora(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fit
 
 
 def clip_svd(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
-    """The singular values of every attention and MLP matrix (Koleilat et al. 2025): queries, keys, values apart."""
+    """The singular values of every attention and MLP matrix (Koleilat et al.
+
+    2025): queries, keys, values apart.
+    """
     fixed: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     endings = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     for name, weight in _weights(task, endings).items():
@@ -112,10 +116,11 @@ def clip_svd(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) ->
 
     def changed() -> dict[str, Tensor]:
         return {
-            name: torch.cat([(u * s) @ v for u, s, v in factors]) if len(factors) > 1 else
-            (factors[0][0] * factors[0][1]) @ factors[0][2]
+            name: torch.cat([(u * s) @ v for u, s, v in factors])
+            if len(factors) > 1
+            else (factors[0][0] * factors[0][1]) @ factors[0][2]
             for name, factors in fixed.items()
-        }  # fmt: skip
+        }
 
     numbers = [s for factors in fixed.values() for _, s, _ in factors]
     return _trained(task, train, head, seed, numbers, changed, RATES["CLIP-SVD"], 0.01)

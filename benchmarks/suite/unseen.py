@@ -2,11 +2,12 @@
 
     python -m benchmarks.suite.unseen --photographs cifar10.zip --out benchmarks/results/<device>/unseen
 
-Every second class is labelled, 16 images each. Test images of these classes are read among their names (base), those of
-the others among theirs (novel), as the few-shot literature does it, with the harmonic mean of both. The tasks are the
-suite's that have a text and at least four classes; with fewer than four labelled ones, classes cannot be folds, and
-images are. A linear probe, Tip-Adapter and their like know the labelled classes alone and cannot stand in this table;
-where `auto` moves class vectors, those of novel classes stay the text's.
+Every second class is labelled, 16 images each. Test images of these classes are read among their names
+(base), those of the others among theirs (novel), as the few-shot literature does it, with the harmonic mean
+of both. The tasks are the suite's that have a text and at least four classes; with fewer than four labelled
+ones, classes cannot be folds, and images are. A linear probe, Tip-Adapter and their like know the labelled
+classes alone and cannot stand in this table; where `auto` moves class vectors, those of novel classes stay
+the text's.
 """
 
 import argparse
@@ -88,9 +89,12 @@ def _row(task: tasks.SuiteTask, name: str, seed: int) -> dict:
             own = head if part == "base" else half.text_head
             after = own(outputs(half.test)).argmax(1) == truth
         row[part] = {
-            "test": len(truth), "right": int(after.sum()), "base_right": int(before.sum()),
-            "won": int((after & ~before).sum()), "lost": int((before & ~after).sum()),
-        }  # fmt: skip
+            "test": len(truth),
+            "right": int(after.sum()),
+            "base_right": int(before.sum()),
+            "won": int((after & ~before).sum()),
+            "lost": int((before & ~after).sum()),
+        }
     if fit is not None:
         done()
     return row
@@ -127,20 +131,25 @@ def markdown(result: dict) -> str:
 
     names, chosen = list(result["methods"]), result["tasks"]
     cells = {
-        (task, name, part): Cell.of([
-            {**row[part], "parameters": 0, "seconds": row.get("seconds", 0.0)}
-            for row in result["rows"] if row["task"] == task and row["method"] == name
-        ])
-        for task in chosen for name in names for part in ("base", "novel")
-    }  # fmt: skip
+        (task, name, part): Cell.of(
+            [
+                {**row[part], "parameters": 0, "seconds": row.get("seconds", 0.0)}
+                for row in result["rows"]
+                if row["task"] == task and row["method"] == name
+            ]
+        )
+        for task in chosen
+        for name in names
+        for part in ("base", "novel")
+    }
     lines = [
-        f"{result['cpu']}, one thread, torch {result['torch']}. {len(chosen)} tasks, {SHOTS} labels for each of half "
-        "the classes. Protocol: the head of `benchmarks/suite/unseen.py`.",
+        f"{result['cpu']}, one thread, torch {result['torch']}. {len(chosen)} tasks, {SHOTS} labels for "
+        "each of half the classes. Protocol: the head of `benchmarks/suite/unseen.py`.",
         "",
-        "| method | labelled classes | novel classes | harmonic mean | novel below the model by more than one error "
-        "| seeds |",
+        "| method | labelled classes | novel classes | harmonic mean | novel below the model by more than "
+        "one error | seeds |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for name in names:
         base, novel = (
             statistics.fmean(cells[task, name, part].accuracy for task in chosen)
@@ -187,9 +196,13 @@ def main() -> None:
     conditions = {"cpu": cpu_name(), "torch": torch.__version__}
     record = Record(arguments.out.with_suffix(".rows.jsonl"), conditions)
     whole = run(
-        record, arguments.photographs, chosen, arguments.methods, arguments.budget,
+        record,
+        arguments.photographs,
+        chosen,
+        arguments.methods,
+        arguments.budget,
         say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+    )
     if not whole:
         print("stopped at the budget; the same command resumes")
         return

@@ -42,15 +42,25 @@ CONFIG = {
     "model_cfg": {
         "embed_dim": 128,
         "vision_cfg": {
-            "image_size": 32, "patch_size": 8, "width": 128, "head_width": 16, "layers": 6, "mlp_ratio": 4.0,
+            "image_size": 32,
+            "patch_size": 8,
+            "width": 128,
+            "head_width": 16,
+            "layers": 6,
+            "mlp_ratio": 4.0,
         },
         "text_cfg": {"context_length": 24, "vocab_size": 0, "width": 128, "heads": 4, "layers": 3},
     },
     "preprocess_cfg": {
-        "size": 32, "mode": "RGB", "mean": [0.45, 0.45, 0.45], "std": [0.3, 0.3, 0.3],
-        "interpolation": "bicubic", "resize_mode": "squash", "fill_color": 0,
+        "size": 32,
+        "mode": "RGB",
+        "mean": [0.45, 0.45, 0.45],
+        "std": [0.3, 0.3, 0.3],
+        "interpolation": "bicubic",
+        "resize_mode": "squash",
+        "fill_color": 0,
     },
-}  # fmt: skip
+}
 
 
 def build_vocabulary(path: Path, labels: np.ndarray, texts: int = 60_000) -> None:
@@ -251,8 +261,10 @@ def main() -> None:
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = AdamWScheduleFree(
         [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=args.lr, warmup_steps=args.warmup, betas=(0.95, 0.98),
-    )  # fmt: skip
+        lr=args.lr,
+        warmup_steps=args.warmup,
+        betas=(0.95, 0.98),
+    )
     n_photos = round(args.batch * args.photo_share) if photos else 0
     is_photo = np.arange(args.batch) < n_photos
 

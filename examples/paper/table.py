@@ -2,8 +2,9 @@
 
     python examples/paper/table.py paper          # the folder given to `residual-kernels sweep --out`
 
-`published.json` holds what we know of the paper's numbers: its range of averages. Whoever has the paper's table writes
-single cells into "cells", as {"tower": {"method": {"data set": accuracy}}}; they then stand in brackets.
+`published.json` holds what we know of the paper's numbers: its range of averages. Whoever has the paper's
+table writes single cells into "cells", as {"tower": {"method": {"data set": accuracy}}}; they then stand in
+brackets.
 """
 
 import argparse
@@ -45,8 +46,8 @@ def layout(columns: list[str], rows: list[dict], published: dict) -> str:
     few, many = published["numbers learned"]
     lines += [
         "",
-        f"Published ({published['source']}): ResiDual reaches an average accuracy of {low:.2f} to {high:.2f} with "
-        f"{few:,} to {many:,} learned numbers, equal to full fine-tuning of about "
+        f"Published ({published['source']}): ResiDual reaches an average accuracy of {low:.2f} to "
+        f"{high:.2f} with {few:,} to {many:,} learned numbers, equal to full fine-tuning of about "
         f"{published['numbers learned by full fine-tuning']:,}. "
         + ("In brackets: published cells." if cells else "Its single cells are not in published.json."),
     ]

@@ -31,29 +31,35 @@ class _Member(nn.Module):
 
 
 class AdapterSet(TowerAdapter):
-    """Several adapters over one tower. Called like the tower, with the active one; or with a name for every row.
+    """Several adapters over one tower.
 
-        adapters = AdapterSet(model.visual, {"digits": a, "letters": b}, heads={"digits": digits, "letters": letters})
+    Called like the tower, with the active one; or with a name for every row.
+
+        heads = {"digits": digits, "letters": letters}
+        adapters = AdapterSet(model.visual, {"digits": a, "letters": b}, heads=heads)
         adapters(images)                                     # the active one, at first the first
         adapters.active = "letters"                          # no tensor moves; None: the tower's own output
         adapters(images, names=["digits", None, "letters"])  # one pass of the backbone, row by row
 
     Args:
         tower: the image tower that all of them were made on.
-        adapters: by name: ResiDual, CoarseHeads or OutputSpectral. Their weights are copied; they stay as they are.
+        adapters: by name: ResiDual, CoarseHeads or OutputSpectral. Their weights are copied; they stay as
+            they are.
         heads: by name, for :meth:`logits`; not every adapter needs one.
 
-    Adapters that differ in their weights alone (the same bases truncated alike, the same rest) share their constants,
-    and rows of a batch are told apart inside the operator (`weight_index`). Others share the backbone's pass, which is
-    nearly all of the cost: their rows are gathered, and each group is computed by itself. :attr:`groups` says which.
-    Those with placement="stream" change their own rows inside that same pass.
+    Adapters that differ in their weights alone (the same bases truncated alike, the same rest) share their
+    constants, and rows of a batch are told apart inside the operator (`weight_index`). Others share the
+    backbone's pass, which is nearly all of the cost: their rows are gathered, and each group is computed by
+    itself. :attr:`groups` says which. Those with placement="stream" change their own rows inside that same
+    pass.
 
-    `names` is one name, a sequence with a name (or None) for every row, or an int64 tensor [N] of positions in
-    :attr:`names`, -1 for None (see :meth:`index`): the form for a compiled graph, which needs all adapters to share.
+    `names` is one name, a sequence with a name (or None) for every row, or an int64 tensor [N] of positions
+    in :attr:`names`, -1 for None (see :meth:`index`): the form for a compiled graph, which needs all adapters
+    to share.
 
-    `trainable` is the active adapter's weight, so :func:`fit` trains that one. In a process group (DDP) adapters that
-    no row of a batch uses get gradients of zero. state_dict holds the shared constants once, ``members.<name>.weight``
-    and ``tower.*``.
+    `trainable` is the active adapter's weight, so :func:`fit` trains that one. In a process group (DDP)
+    adapters that no row of a batch uses get gradients of zero. state_dict holds the shared constants once,
+    ``members.<name>.weight`` and ``tower.*``.
     """
 
     def __init__(
@@ -65,7 +71,8 @@ class AdapterSet(TowerAdapter):
     ):
         if isinstance(tower, TowerAdapter):
             raise ValueError(
-                f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it first"
+                f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it "
+                "first"
             )
         if not adapters:
             raise ValueError("an AdapterSet needs at least one adapter")
@@ -110,17 +117,21 @@ class AdapterSet(TowerAdapter):
         self._active = name
 
     def add(self, name: str, adapter: TowerAdapter, head: ZeroShotHead | None = None) -> None:
-        """Adds an adapter made on this tower; a ValueError says what does not fit, and then nothing is changed."""
+        """Adds an adapter made on this tower.
+
+        A ValueError says what does not fit, and then nothing is changed.
+        """
         if name in self.members:
             raise ValueError(f"there is an adapter {name!r} already; remove it first, or choose another name")
         if not isinstance(name, str) or not name or "." in name or hasattr(self.members, name):
             raise ValueError(
-                f"an adapter's name must be a word without dots that nn.ModuleDict does not use itself; got {name!r}"
+                "an adapter's name must be a word without dots that nn.ModuleDict does not use itself; "
+                f"got {name!r}"
             )
         if not isinstance(adapter, TowerAdapter) or not adapter.constants():
             raise ValueError(
-                f"an AdapterSet takes adapters that learn one weight vector (ResiDual, CoarseHeads, OutputSpectral); "
-                f"got {type(adapter).__name__}"
+                "an AdapterSet takes adapters that learn one weight vector (ResiDual, CoarseHeads, "
+                f"OutputSpectral); got {type(adapter).__name__}"
             )
         if adapter.tower is not self.tower:
             raise ValueError(f"adapter {name!r} wraps another tower; make or load it on this set's tower")
@@ -128,7 +139,8 @@ class AdapterSet(TowerAdapter):
             raise ValueError(f"adapter {name!r} is merged into the tower; unmerge it first")
         if head is not None and len(head.class_vectors) != self.dim:
             raise ValueError(
-                f"the head of {name!r} reads {len(head.class_vectors)} numbers an image; this tower gives {self.dim}"
+                f"the head of {name!r} reads {len(head.class_vectors)} numbers an image; this tower gives "
+                f"{self.dim}"
             )
         key = next((key for key, shared in self.shared.items() if shared.serves(adapter)), None)
         if key is None:
@@ -140,7 +152,10 @@ class AdapterSet(TowerAdapter):
             self._guard.keep(self)
 
     def remove(self, name: str) -> None:
-        """Takes an adapter out, and constants that no other one shares. Where it was active, the tower's output is."""
+        """Takes an adapter out, and constants that no other one shares.
+
+        Where it was active, the tower's output is.
+        """
         key = self._member(name).key
         del self.members[name]
         if all(member.key != key for member in self.members.values()):
@@ -200,14 +215,16 @@ class AdapterSet(TowerAdapter):
         return self._shared_by(self._active).removed_mean.to(self.members[self._active].weight)
 
     def _chosen(self, names: str | Sequence[str | None] | Tensor | None, rows: int):
-        """(member or None, None) for all rows alike; (index [N], keys of the groups it may touch) for one a row."""
+        """(member or None, None) for all rows alike; (index [N], keys of the groups it may touch) for one a
+        row."""
         if names is None or isinstance(names, str):
             name = self._active if names is None else names
             return (None if name is None else self._member(name)), None
         if isinstance(names, Tensor):
             if names.shape != (rows,) or names.dtype != torch.int64:
                 raise ValueError(
-                    f"names must be int64 [N] = ({rows},), positions in the set; got {names.dtype} {tuple(names.shape)}"
+                    f"names must be int64 [N] = ({rows},), positions in the set; got {names.dtype} "
+                    f"{tuple(names.shape)}"
                 )
             if names.device.type == "cpu" and rows and not torch.compiler.is_compiling():
                 low, high = int(names.min()), int(names.max())
@@ -320,7 +337,10 @@ class AdapterSet(TowerAdapter):
         return torch.stack([member.weight for member in self.members.values() if member.key == key])
 
     def _edit(self, key: str, chosen: "_Member | Tensor") -> Edit:
-        """What a group in the stream does in every block; rows of other groups keep what they have (weights of one)."""
+        """What a group in the stream does in every block.
+
+        Rows of other groups keep what they have (weights of one).
+        """
         group = self.shared[key]
         if isinstance(chosen, _Member):
             return group.edit(chosen.weight)
@@ -356,8 +376,8 @@ class AdapterSet(TowerAdapter):
     def logits(self, images: Tensor, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
         """Logits [N, K] of each row's adapter by its own head.
 
-        Where heads have different numbers of classes K is the largest, and columns past a row's own are -inf, so that
-        softmax and argmax hold. Raises ValueError when a row has no adapter, or its adapter no head.
+        Where heads have different numbers of classes K is the largest, and columns past a row's own are -inf,
+        so that softmax and argmax hold. Raises ValueError when a row has no adapter, or its adapter no head.
         """
         chosen, keys = self._chosen(names, len(images))
         row_names: list[Any]
@@ -398,5 +418,7 @@ def _one_after_another(edits: list[Edit], layer: int, z: Tensor, attended: Tenso
 def _rows(terms: Terms, rows: Tensor) -> Terms:
     return Terms(
         z={kind: value[rows] for kind, value in terms.z.items()},
-        scale=terms.scale[rows], mean=terms.mean[rows], output=terms.output[rows],
-    )  # fmt: skip
+        scale=terms.scale[rows],
+        mean=terms.mean[rows],
+        output=terms.output[rows],
+    )

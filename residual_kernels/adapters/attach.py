@@ -17,7 +17,10 @@ from residual_kernels.towers.wrappers import inner
 
 
 class Attachment:
-    """An adapter standing where the model's image tower stood. A context manager; ends with :meth:`detach`."""
+    """An adapter standing where the model's image tower stood.
+
+    A context manager; ends with :meth:`detach`.
+    """
 
     def __init__(
         self, model: nn.Module, adapter: TowerAdapter, owner: nn.Module, places: dict[str, nn.Module]
@@ -38,8 +41,8 @@ class Attachment:
             ]
             if swapped:
                 raise RuntimeError(
-                    f"model.{swapped[0]} is no longer the module that was attached, so there is nothing here to take "
-                    f"off; set model.{swapped[0]} yourself (residual.tower is the image tower)"
+                    f"model.{swapped[0]} is no longer the module that was attached, so there is nothing "
+                    f"here to take off; set model.{swapped[0]} yourself (residual.tower is the image tower)"
                 )
             self.residual.detach()
             for name, module in self._places.items():
@@ -70,21 +73,23 @@ def attach(
 ) -> Attachment:
     """Puts an adapter where a model's image tower stands, for a while or for good.
 
-    In an open_clip model that is `model.visual`. In a transformers CLIP or image classifier it is the vision model (and
-    CLIP's projection, which is part of the tower): get_image_features, image_embeds and logits then come from y. Where
-    the model is wrapped (PeftModel, torch.compile, data parallel), the tower is swapped inside the wrapper.
+    In an open_clip model that is `model.visual`. In a transformers CLIP or image classifier it is the vision
+    model (and CLIP's projection, which is part of the tower): get_image_features, image_embeds and logits
+    then come from y. Where the model is wrapped (PeftModel, torch.compile, data parallel), the tower is
+    swapped inside the wrapper.
 
     Args:
-        model: a CLIP-like model with the image tower at `.visual`, or a transformers model around a vision model.
+        model: a CLIP-like model with the image tower at `.visual`, or a transformers model around a vision
+            model.
         bases, rest, options: handed to :class:`ResiDual`; or
         adapter: a module made before on this model's tower (ResiDual, CoarseHeads ...).
 
     Returns:
         An :class:`Attachment`: use it in ``with``, or call ``.detach()``; ``.residual`` is the module.
 
-    Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of another tower,
-    and UnsupportedTowerError when an `encode_image` of one's own does more than call the tower; the model is then
-    unchanged.
+    Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of
+    another tower, and UnsupportedTowerError when an `encode_image` of one's own does more than call the
+    tower; the model is then unchanged.
     """
     whole = inner(model)
     owner, name, tower = _place_of(whole)
@@ -132,14 +137,16 @@ def _check_entrance(model: nn.Module, tower: nn.Module) -> None:
     ]
     if not min(apart) <= agreement.AT_MOST:
         raise towers.UnsupportedTowerError(
-            f"{type(model).__name__}.encode_image gives other numbers than the tower at .visual ({min(apart):.1e} "
-            "apart, relative, on one image), so what it adds would be done to the adapter's embedding too. Use "
-            "ResiDual(model.visual, bases) by itself, or attach(..., check=False) to go on all the same"
+            f"{type(model).__name__}.encode_image gives other numbers than the tower at .visual "
+            f"({min(apart):.1e} apart, relative, on one image), so what it adds would be done to the "
+            "adapter's embedding too. Use ResiDual(model.visual, bases) by itself, or attach(..., "
+            "check=False) to go on all the same"
         )
 
 
 def _place_of(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module]:
-    """(the module that holds the tower, the attribute there, the tower); no attribute in a transformers model."""
+    """(the module that holds the tower, the attribute there, the tower);
+    no attribute in a transformers model."""
     visual, kind = getattr(model, "visual", None), type(model).__name__
     if isinstance(visual, nn.Module):
         if isinstance(inner(visual), AroundTower):
@@ -149,8 +156,8 @@ def _place_of(model: nn.Module) -> tuple[nn.Module, str | None, nn.Module]:
         return *_owner_of(visual, model), visual
     if not standing_in.has_place(model):
         raise ValueError(
-            f"{kind} has no image tower at .visual and is no transformers model around one; wrap its tower with "
-            "ResiDual instead"
+            f"{kind} has no image tower at .visual and is no transformers model around one; wrap its tower "
+            "with ResiDual instead"
         )
     standing_in.check_place(model)
     return model, None, image_tower(model)
@@ -165,7 +172,7 @@ def _owner_of(tower: nn.Module, model: nn.Module) -> tuple[nn.Module, str]:
     ]
     if len(found) != 1:
         raise ValueError(
-            f"the tower at {type(model).__name__}.visual is registered in {len(found)} places of this model, so there "
-            "is no one place to swap it; attach to the module that holds it"
+            f"the tower at {type(model).__name__}.visual is registered in {len(found)} places of this "
+            "model, so there is no one place to swap it; attach to the module that holds it"
         )
     return found[0]

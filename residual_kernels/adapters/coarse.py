@@ -1,4 +1,7 @@
-"""How is a whole head turned up or down? One number per unit, without a basis: the paper's coarse baseline."""
+"""How is a whole head turned up or down?
+
+One number per unit, without a basis: the paper's coarse baseline.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +17,11 @@ from residual_kernels.ops.packing import wide
 
 
 class CoarseHeads(UnitAdapter):
-    """y = sum over units of weight[u] * x_u, plus the rest: one number per head, no basis, not centred (a baseline).
+    """y = sum over units of weight[u] * x_u, plus the rest: one number per head, no basis, not centred
+    (a baseline).
 
-    `kinds` are the adapted ones; rest="mean" needs `bases` for the fitted means. `weight` [R]. Other arguments as in
-    :class:`ResiDual`.
+    `kinds` are the adapted ones; rest="mean" needs `bases` for the fitted means. `weight` [R]. Other
+    arguments as in :class:`ResiDual`.
     """
 
     weights_on = "units"

@@ -1,4 +1,7 @@
-"""How is an adapter shown? One line that says what it is, its weights as rows, and its weights by layer and head."""
+"""How is an adapter shown?
+
+One line that says what it is, its weights as rows, and its weights by layer and head.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +39,8 @@ def described(adapter: "TowerAdapter") -> str:
 
 
 def _fitted(adapter: "TowerAdapter") -> bool | None:
-    """Whether a fit has run or the weights have moved; None where the values cannot be read (meta, sharded)."""
+    """Whether a fit has run or the weights have moved; None where the values cannot be read
+    (meta, sharded)."""
     own = adapter.trainable()
     if adapter.fitted or not own:
         return adapter.fitted if own else None

@@ -1,4 +1,6 @@
-"""How does a merged model leave Python? As a file that runs where this package is absent: ONNX, or torch.export's pt2.
+"""How does a merged model leave Python?
+
+As a file that runs where this package is absent: ONNX, or torch.export's pt2.
 
 Every file is run before it is put in place, and its numbers are compared with the module's.
 """
@@ -24,21 +26,23 @@ AGREEMENT = 1e-4  # relative error beyond which a written file is not kept (8 ro
 
 
 def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify: bool = True) -> float | None:
-    """Writes an image encoder that takes batches of any size, and returns how far its numbers are from the module's.
+    """Writes an image encoder that takes batches of any size,
+    and returns how far its numbers are from the module's.
 
     Args:
-        module: what ``residual.merge()`` returned, or any tower. An adapter that is not merged goes to .pt2 alone, and
-            is read where this package is installed (its operator is ours).
-        path: ends with .onnx (input "images", output "embedding"; weights beyond 2 GB lie in a file beside it) or .pt2
-            (``torch.export.load(path).module()(images)``).
-        images: [N, 3, H, W], preprocessed: what the module is traced and the file is checked with. The file is made on
-            the CPU: a module on another device is copied there, and images are moved.
+        module: what ``residual.merge()`` returned, or any tower. An adapter that is not merged goes to .pt2
+            alone, and is read where this package is installed (its operator is ours).
+        path: ends with .onnx (input "images", output "embedding"; weights beyond 2 GB lie in a file beside
+            it) or .pt2 (``torch.export.load(path).module()(images)``).
+        images: [N, 3, H, W], preprocessed: what the module is traced and the file is checked with. The file
+            is made on the CPU: a module on another device is copied there, and images are moved.
         verify: run the file and compare; otherwise None is returned. .onnx needs onnxruntime for it.
 
     Raises:
         ValueError: another ending, or bfloat16 for .onnx.
         ImportError: a package is missing; the message says how to get it.
-        RuntimeError: the file gives other numbers than the module (more than 1e-4 apart, or 8 roundings of the dtype).
+        RuntimeError: the file gives other numbers than the module (more than 1e-4 apart, or 8 roundings of
+            the dtype).
 
     The file appears whole or not at all.
     """
@@ -67,9 +71,14 @@ def _write(module: nn.Module, path: Path, images: Tensor, expected: Tensor, veri
         if path.suffix == ".onnx":
             _need("onnxscript")
             program = torch.onnx.export(
-                module, (images,), dynamo=True, dynamic_shapes=shapes, input_names=["images"],
-                output_names=["embedding"], verbose=False,
-            )  # fmt: skip
+                module,
+                (images,),
+                dynamo=True,
+                dynamic_shapes=shapes,
+                input_names=["images"],
+                output_names=["embedding"],
+                verbose=False,
+            )
             # the data file of a large model has this name and ".data": not that of another model's data
             file = part.path / f"{path.stem}-{digest(module.state_dict(), {})[:16]}.onnx"
             assert program is not None  # None comes of the old exporter alone

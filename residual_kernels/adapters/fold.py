@@ -1,8 +1,10 @@
-"""How is an adapter folded away? For a fixed weight everything it does is linear in what the tower computes anyway.
+"""How is an adapter folded away?
 
-In the stream the change of a layer goes into its output projection, and the tower's own state_dict holds it. At the
-output y = s (z F + b + m g) + e with one matrix F for all adapted units: a module of torch layers, which torch.export
-and ONNX carry to where this package is absent. Folding is done in float64.
+For a fixed weight everything it does is linear in what the tower computes anyway.
+
+In the stream the change of a layer goes into its output projection, and the tower's own state_dict holds it.
+At the output y = s (z F + b + m g) + e with one matrix F for all adapted units: a module of torch layers,
+which torch.export and ONNX carry to where this package is absent. Folding is done in float64.
 """
 
 from collections.abc import Mapping
@@ -55,7 +57,8 @@ class Fold:
 
 
 class MergedUnits(AroundTower):
-    """y = s (z F + b + m g) + e, plus the tower's output where it is kept: an adapter of units with its weight folded.
+    """y = s (z F + b + m g) + e, plus the tower's output where it is kept:
+    an adapter of units with its weight folded.
 
     Torch layers only. Around the same tower, not a copy of it, and called like it.
     """

@@ -1,9 +1,9 @@
 """How is a fitted adapter kept? One folder, the same for Python, the command line and the hub.
 
-It holds a JSON config that says what the adapter is, a safetensors file of what it learned, and where it has them: the
-bases it rests on (or a reference to them, which is their fingerprint and how many components of each unit were kept),
-the head that reads it, and what the classes are called in the data. The tower is not in it. Loading checks that tower
-and bases are the ones the adapter was fitted on before anything is touched.
+It holds a JSON config that says what the adapter is, a safetensors file of what it learned, and where it has
+them: the bases it rests on (or a reference to them, which is their fingerprint and how many components of
+each unit were kept), the head that reads it, and what the classes are called in the data. The tower is not in
+it. Loading checks that tower and bases are the ones the adapter was fitted on before anything is touched.
 """
 
 import hashlib
@@ -84,24 +84,25 @@ def save_adapter(
 
     Args:
         adapter: of any method (:data:`rk.METHODS`).
-        path: a folder. At every instant it holds the old adapter whole or the new one whole, also when the process is
-            killed; files that are not the adapter's are left alone.
+        path: a folder. At every instant it holds the old adapter whole or the new one whole, also when the
+            process is killed; files that are not the adapter's are left alone.
         head: its classifier. With it the folder is all that the commands `eval`, `predict` and `report` need.
-        base_head: how the untouched model is read, for "before" and "after"; `head` itself by default. A fit that moved
-            class vectors has both.
-        class_names: what the classes are called in the data (the folders of images), in the order of their labels; the
-            head's own names by default.
-        bases: True keeps them in the folder, components in the tower's precision (float32 or better), so that the
-            adapter needs nothing else. False keeps a reference: their fingerprint and the number of components of each
-            unit, some kilobytes; :func:`load_adapter` is then given the bases. The path of a file that
-            :meth:`SpectralBases.save` wrote is a reference that also says where they lie (it is checked here).
+        base_head: how the untouched model is read, for "before" and "after"; `head` itself by default. A fit
+            that moved class vectors has both.
+        class_names: what the classes are called in the data (the folders of images), in the order of their
+            labels; the head's own names by default.
+        bases: True keeps them in the folder, components in the tower's precision (float32 or better), so that
+            the adapter needs nothing else. False keeps a reference: their fingerprint and the number of
+            components of each unit, some kilobytes; :func:`load_adapter` is then given the bases. The path of
+            a file that :meth:`SpectralBases.save` wrote is a reference that also says where they lie (it is
+            checked here).
 
-    What is loaded gives the outputs of what was saved bit for bit; only a reference from a float64 tower to a file with
-    components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
+    What is loaded gives the outputs of what was saved bit for bit; only a reference from a float64 tower to a
+    file with components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
 
-    Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were fitted, for
-    a head or names that do not fit, or for a file of other bases; FileExistsError where a file, or an `adapter.json` of
-    another program, stands in the way.
+    Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were
+    fitted, for a head or names that do not fit, or for a file of other bases; FileExistsError where a file,
+    or an `adapter.json` of another program, stands in the way.
     """
     from residual_kernels import __version__
 
@@ -114,9 +115,9 @@ def save_adapter(
     checksum = adapter.tower_checksum()
     if adapter.bases is not None and adapter.bases.checksum != checksum:
         raise ValueError(
-            "the tower has been trained since its bases were fitted (or a weight average moved it beyond rounding), "
-            "and an adapter does not hold the tower; keep the whole module's state_dict instead, or average "
-            "adapter.trainable() alone"
+            "the tower has been trained since its bases were fitted (or a weight average moved it beyond "
+            "rounding), and an adapter does not hold the tower; keep the whole module's state_dict "
+            "instead, or average adapter.trainable() alone"
         )
     _check_classes(adapter.dim, head, class_names)
     if base_head is not None:
@@ -145,26 +146,36 @@ def save_adapter(
             files.add_json(CLASSES, {"schema": SCHEMA, "what": CLASSES_WHAT, "folders": list(class_names)})
         files.publish(
             {
-                "schema": SCHEMA, "what": WHAT, "version": __version__, "class": type(adapter).__name__,
-                "method": adapter.method, "options": adapter.options(), "tower": adapter._view.name,
+                "schema": SCHEMA,
+                "what": WHAT,
+                "version": __version__,
+                "class": type(adapter).__name__,
+                "method": adapter.method,
+                "options": adapter.options(),
+                "tower": adapter._view.name,
                 "checksum": checksum,
                 "shapes": {name: list(p.shape) for name, p in learned.items()},
                 "parameters": sum(p.numel() for p in learned.values()),
-                "weights_sha256": header["sha256"], "bases_sha256": stored, "bases_reference": reference,
+                "weights_sha256": header["sha256"],
+                "bases_sha256": stored,
+                "bases_reference": reference,
             }
-        )  # fmt: skip
+        )
 
 
 def load_adapter(
     tower: nn.Module, path: str | os.PathLike, *, bases: SpectralBases | str | os.PathLike | None = None
 ) -> TowerAdapter:
-    """The adapter in the folder `path`, around `tower`. For its head and class names see :class:`AdapterFolder`.
+    """The adapter in the folder `path`, around `tower`.
+
+    For its head and class names see :class:`AdapterFolder`.
 
     Args:
         tower: the image tower that it was fitted on, with the same weights.
         path: a folder that :func:`save_adapter` wrote.
-        bases: for an adapter that keeps its bases by reference: the bases, or the path of their file. They may hold
-            more kinds and components than it took. Left out, they are read from where the adapter says they lie.
+        bases: for an adapter that keeps its bases by reference: the bases, or the path of their file. They
+            may hold more kinds and components than it took. Left out, they are read from where the adapter
+            says they lie.
 
     Returns:
         The adapter, with the learned weights.
@@ -187,8 +198,8 @@ class AdapterFolder:
         bases: its own bases; None where it keeps a reference, or rests on none.
         head: its classifier, or None.
         base_head: how the untouched model is read: `head`, unless the fit moved class vectors.
-        class_names: what the classes are called in the data, in the order of their labels; the head's own names where
-            nothing else was said, None without a head.
+        class_names: what the classes are called in the data, in the order of their labels; the head's own
+            names where nothing else was said, None without a head.
     """
 
     path: Path
@@ -202,7 +213,10 @@ class AdapterFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "AdapterFolder":
-        """Reads a folder. Raises FileNotFoundError where there is no adapter, ValueError where a file is damaged."""
+        """Reads a folder.
+
+        Raises FileNotFoundError where there is no adapter, ValueError where a file is damaged.
+        """
         path = Path(path)
         while True:
             config = _config(path)
@@ -244,8 +258,8 @@ class AdapterFolder:
                 raise ValueError(f"{place} is not the file that {CONFIG} names; save the adapter again")
             if head is not None and len(names) != len(head.class_names):
                 raise ValueError(
-                    f"{place} names {len(names)} classes, but the head beside it has {len(head.class_names)}; save "
-                    "the adapter again"
+                    f"{place} names {len(names)} classes, but the head beside it has "
+                    f"{len(head.class_names)}; save the adapter again"
                 )
         weights = {name: value for name, value in stored.items() if not name.startswith(KEPT)}
         return cls(path, config, weights, bases, head, base_head, names, kept)
@@ -266,7 +280,8 @@ class AdapterFolder:
         needs_bases = "bases" in arguments and arguments["bases"].default is inspect.Parameter.empty
         if own is None and needs_bases:
             raise ValueError(
-                f"a {cls.__name__} rests on bases, but {self.path / CONFIG} names none; save the adapter again"
+                f"a {cls.__name__} rests on bases, but {self.path / CONFIG} names none; save the adapter "
+                "again"
             )
         given = {} if own is None else {"bases": own}
         try:
@@ -307,8 +322,8 @@ class AdapterFolder:
         if where is None or not where.is_file():
             said = "" if where is None else f", and there is no file at {where}"
             raise FileNotFoundError(
-                f"the adapter at {self.path} keeps its bases by reference{said}; give load_adapter(..., bases=) the "
-                f"bases fitted on {reference['count']} images that it was made with"
+                f"the adapter at {self.path} keeps its bases by reference{said}; give load_adapter(..., "
+                f"bases=) the bases fitted on {reference['count']} images that it was made with"
             )
         return _referred(SpectralBases.load(where), reference, self._kept, str(where))
 
@@ -348,7 +363,8 @@ def _read_files(index: Path) -> dict[str, dict[str, str]]:
 
 
 def _members(path: Path) -> dict[str, tuple[Path, str | None]]:
-    """(file, its checksum where the config says it) of everything the adapter in the folder `path` is made of."""
+    """(file, its checksum where the config says it) of everything the adapter in the folder `path` is made
+    of."""
     files = {name: (path / one["name"], one["sha256"]) for name, one in _read_files(path / CONFIG).items()}
     found: dict[str, tuple[Path, str | None]] = dict(files)
     if "files" not in read_json(path / CONFIG, WHAT):  # the first version did not name these two

@@ -1,8 +1,9 @@
 """Are the tower's weights still those that an adapter was made of? Asked before every run of the tower.
 
-Output projections, LayerScale, the final norm and the projection are folded into an adapter's constants. Were they to
-train (thawed, held by an older optimiser, loaded over, edited in place), the adapter would no longer be what it says.
-Version counters notice that for a twentieth of a microsecond a parameter; only where one has risen are values compared.
+Output projections, LayerScale, the final norm and the projection are folded into an adapter's constants. Were
+they to train (thawed, held by an older optimiser, loaded over, edited in place), the adapter would no longer
+be what it says. Version counters notice that for a twentieth of a microsecond a parameter; only where one has
+risen are values compared.
 """
 
 from collections.abc import Iterable
@@ -18,7 +19,8 @@ from residual_kernels.towers.watch import counter
 
 _SAMPLE = 256  # values of a parameter that are kept
 _RUN = 2**16  # values summed at a time
-# What is called rounding: an average of equal weights (d a + (1 - d) a) is off by this much after a few steps.
+# What is called rounding: an average of equal weights (d a + (1 - d) a) is off by this much after a few
+# steps.
 _ROUNDINGS, _AT_MOST = 32, 0.01
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,10 +117,11 @@ class FrozenTower:
         self._counts = [self._count(module, name) for module, name, *_ in self._counts]
 
     def keep(self, adapter: nn.Module) -> None:
-        """Remembers the whole numbers among an adapter's constants, such as where each unit's components begin.
+        """Remembers the whole numbers among an adapter's constants,
+        such as where each unit's components begin.
 
-        An average of whole state dicts (timm's ModelEmaV2) averages these too, and cuts 7 x 0.9 + 7 x 0.1 down to 6.
-        They are put back before a run.
+        An average of whole state dicts (timm's ModelEmaV2) averages these too, and cuts 7 x 0.9 + 7 x 0.1
+        down to 6. They are put back before a run.
         """
         tower = set(self._view.module.modules())
         self._counts = [
@@ -170,8 +173,9 @@ class FrozenTower:
             }
         except (AttributeError, KeyError) as error:
             raise ValueError(
-                f"the tower's parts that are folded into this adapter's constants have been replaced since it was made "
-                f"({error}). Put them back, or detach, fit bases of this tower and make a new adapter"
+                "the tower's parts that are folded into this adapter's constants have been replaced since "
+                f"it was made ({error}). Put them back, or detach, fit bases of this tower and make a new "
+                "adapter"
             ) from error
 
     def __call__(self) -> None:
@@ -194,8 +198,10 @@ class FrozenTower:
                 return self._look()
 
     def would_train(self) -> str | None:
-        """What is wrong if folded parameters would train; None if none would. Asked when torch.compile traces, which it
-        does again when they are thawed, so it costs the compiled code nothing."""
+        """What is wrong if folded parameters would train; None if none would.
+
+        Asked when torch.compile traces, which it does again when they are thawed, so it costs the compiled
+        code nothing."""
         training = [name for name, p in self._current().items() if p.requires_grad]
         if not training:
             return None
@@ -204,11 +210,15 @@ class FrozenTower:
             f"({_some(training)}); set requires_grad_(False) on them, which freeze() does for the whole tower"
         )
 
-    # What torch.compile takes as found when it traces; torch.compiler.assume_constant_result would load the compiler.
+    # What torch.compile takes as found when it traces; torch.compiler.assume_constant_result would load the
+    # compiler.
     would_train._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def compare(self) -> None:
-        """The same whatever the counters say: all values are summed. Writes through ``.data`` raise no counter."""
+        """The same whatever the counters say: all values are summed.
+
+        Writes through ``.data`` raise no counter.
+        """
         if self._pending:
             self.accept()
         self._put_back()
@@ -222,11 +232,11 @@ class FrozenTower:
         if moved:
             name, far = max(moved.items(), key=lambda item: item[1])
             raise ValueError(
-                f"{len(moved)} parameters that are folded into this adapter's constants have changed since it was made "
-                f"({_some(list(moved))}; {name} by {far:.1e}, relative), so the constants no longer match "
-                "the tower. Put the "
-                "tower's weights back, or detach, fit bases of this tower and make a new adapter. A weight average "
-                "(EMA) should leave frozen parameters out: averaging adds rounding to them"
+                f"{len(moved)} parameters that are folded into this adapter's constants have changed since "
+                f"it was made ({_some(list(moved))}; {name} by {far:.1e}, relative), so the constants no "
+                "longer match the tower. Put the tower's weights back, or detach, fit bases of this tower "
+                "and make a new adapter. A weight average (EMA) should leave frozen parameters out: "
+                "averaging adds rounding to them"
             )
         self._versions, self._ids = [counter(p) for p in current.values()], list(map(id, current.values()))
 

@@ -1,4 +1,7 @@
-"""What do adapters share that differ in their weights alone? Their constants: of units, the output or the stream."""
+"""What do adapters share that differ in their weights alone?
+
+Their constants: of units, the output or the stream.
+"""
 
 import copy
 from collections.abc import Mapping

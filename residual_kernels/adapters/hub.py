@@ -1,4 +1,7 @@
-"""How does an adapter travel? To and from the Hugging Face hub, by huggingface_hub's own mixin, with a model card."""
+"""How does an adapter travel?
+
+To and from the Hugging Face hub, by huggingface_hub's own mixin, with a model card.
+"""
 
 import os
 import tempfile
@@ -35,7 +38,8 @@ _HASHED = [
 
 
 class HubAdapter(ModelHubMixin):
-    """An adapter with what its card says: `save_pretrained`, `push_to_hub` and `from_pretrained` of huggingface_hub.
+    """An adapter with what its card says: `save_pretrained`, `push_to_hub` and `from_pretrained` of
+    huggingface_hub.
 
     Attributes:
         adapter: the module; head: its :class:`ZeroShotHead`, or None.
@@ -66,8 +70,8 @@ class HubAdapter(ModelHubMixin):
     ) -> str | None:
         """Writes adapter, head, card and the hub's config to a folder; a card that is there already stays.
 
-        As huggingface_hub's own, which would remove a `config.json` of somebody else and can leave half a card. Raises
-        FileExistsError, before anything is written, when the folder holds such a config.
+        As huggingface_hub's own, which would remove a `config.json` of somebody else and can leave half a
+        card. Raises FileExistsError, before anything is written, when the folder holds such a config.
         """
         folder = Path(save_directory)
         _check_hub_config(folder / HUB_CONFIG)
@@ -84,9 +88,13 @@ class HubAdapter(ModelHubMixin):
         from residual_kernels import __version__
 
         save_adapter(
-            self.adapter, save_directory, head=self.head, base_head=self.base_head, class_names=self.class_names,
+            self.adapter,
+            save_directory,
+            head=self.head,
+            base_head=self.base_head,
+            class_names=self.class_names,
             bases=self.details.get("bases", True),
-        )  # fmt: skip
+        )
         # what the hub counts downloads by, and what from_pretrained of huggingface_hub looks for
         write_json(save_directory / HUB_CONFIG, {"library_name": LIBRARY, "library_version": __version__})
 
@@ -108,11 +116,15 @@ class HubAdapter(ModelHubMixin):
         if not folder.is_dir():
             folder = Path(
                 snapshot_download(
-                    model_id, revision=revision, cache_dir=_path(cache_dir), force_download=force_download,
-                    local_files_only=local_files_only, token=token,
+                    model_id,
+                    revision=revision,
+                    cache_dir=_path(cache_dir),
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
                     allow_patterns=[CONFIG, WEIGHTS, BASES, HEAD, BASE_HEAD, CLASSES, *_HASHED],
                 )
-            )  # fmt: skip
+            )
         kept = AdapterFolder.open(folder)
         return cls(
             kept.adapter(tower, bases=bases),
@@ -132,10 +144,13 @@ class HubAdapter(ModelHubMixin):
             data.model_name = self.details.get("repo_id", LIBRARY).split("/")[-1]
             data.eval_results = [
                 EvalResult(
-                    task_type=TASK, dataset_type=task.lower().replace(" ", "-"), dataset_name=task,
-                    metric_type="accuracy", metric_value=round(float(self.details["accuracy"]), 4),
+                    task_type=TASK,
+                    dataset_type=task.lower().replace(" ", "-"),
+                    dataset_name=task,
+                    metric_type="accuracy",
+                    metric_value=round(float(self.details["accuracy"]), 4),
                 )
-            ]  # fmt: skip
+            ]
         return ModelCard(f"---\n{data.to_yaml()}\n---\n{card_text(self.adapter, self.head, self.details)}")
 
 
@@ -157,7 +172,8 @@ def _line(text: Any) -> str:
 
 
 def card_text(adapter: TowerAdapter, head: ZeroShotHead | None, details: dict[str, Any]) -> str:
-    """The card below its metadata: what the adapter is, what it rests on, how well it does, how to load it."""
+    """The card below its metadata: what the adapter is, what it rests on, how well it does,
+    how to load it."""
     from residual_kernels import __version__
 
     options = ", ".join(f"{name} {value}" for name, value in adapter.options().items())
@@ -165,7 +181,8 @@ def card_text(adapter: TowerAdapter, head: ZeroShotHead | None, details: dict[st
     view = adapter._view
     rows = {
         "task": details.get("task", "not said"),
-        "tower": f"{details.get('tower', 'not said')} ({view.name}: {view.layout.layers} layers, {view.dim} outputs)",
+        "tower": f"{details.get('tower', 'not said')} "
+        f"({view.name}: {view.layout.layers} layers, {view.dim} outputs)",
         "method": f"{type(adapter).__name__}{f' ({options})' if options else ''}, {count:,} learned numbers",
     }
     whole = details.get("bases", True)
@@ -180,14 +197,15 @@ def card_text(adapter: TowerAdapter, head: ZeroShotHead | None, details: dict[st
     rows["library"] = f"residual_kernels {__version__}, torch {torch.__version__}"
     table = "\n".join(f"| {name} | {_line(value)} |" for name, value in rows.items())
     more = "" if whole or adapter.bases is None else ', bases="bases.safetensors"'
+    summary = (type(adapter).__doc__ or type(adapter).__name__).partition("\n\n")[0]
     repo = details.get("repo_id", "path/to/this/folder")
     return f"""
 # ResiDual adapter: {_line(details.get("task", "unnamed"))}
 
-`{(type(adapter).__doc__ or type(adapter).__name__).splitlines()[0]}`
+`{_line(summary)}`
 
-From residual_kernels, after ResiDual (Basile et al., TMLR 2025, arXiv 2411.00246). The tower is not in here: loading
-checks that yours has the very weights this was fitted on.
+From residual_kernels, after ResiDual (Basile et al., TMLR 2025, arXiv 2411.00246). The tower is not in here:
+loading checks that yours has the very weights this was fitted on.
 
 | | |
 |---|---|
@@ -222,18 +240,22 @@ def push_adapter(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Pushes an adapter and a model card to the Hugging Face hub, in one commit, and returns the commit's address.
+    """Pushes an adapter and a model card to the Hugging Face hub, in one commit,
+    and returns the commit's address.
 
     Args:
         adapter: what :func:`save_adapter` takes.
         repo_id: "name/repository"; made when it is not there.
-        task, tower: for the card: what it was fitted to, and which model it belongs to ("open_clip ViT-B-16, openai").
+        task, tower: for the card: what it was fitted to, and which model it belongs to ("open_clip ViT-B-16,
+            openai").
         accuracy: measured on data that was not fitted to, in [0, 1].
         head: its classifier, kept beside it.
-        base_head: how the untouched model is read, where the fit moved class vectors (see :func:`save_adapter`).
+        base_head: how the untouched model is read, where the fit moved class vectors (see
+            :func:`save_adapter`).
         class_names: what the classes are called in the data (see :func:`save_adapter`).
         bases: False pushes a reference to them alone (see :func:`save_adapter`).
-        card: further metadata of the card (license, base_model, datasets, language ...), as ModelCardData takes it.
+        card: further metadata of the card (license, base_model, datasets, language ...), as ModelCardData
+            takes it.
         private, token, revision: of the repository, as huggingface_hub has them.
 
     Raises ValueError, before anything is sent, for what save_adapter refuses.
@@ -247,9 +269,13 @@ def push_adapter(
     with tempfile.TemporaryDirectory() as rehearsal:  # push_to_hub makes the repository first, and saves then
         kept.save_pretrained(rehearsal)
     return kept.push_to_hub(
-        repo_id, commit_message=f"{type(adapter).__name__}: {_line(task)}", private=private, token=token,
-        branch=revision, delete_patterns=[HEAD, BASE_HEAD, BASES, CLASSES, *_HASHED],
-    )  # fmt: skip
+        repo_id,
+        commit_message=f"{type(adapter).__name__}: {_line(task)}",
+        private=private,
+        token=token,
+        branch=revision,
+        delete_patterns=[HEAD, BASE_HEAD, BASES, CLASSES, *_HASHED],
+    )
 
 
 def pull_adapter(
@@ -262,7 +288,9 @@ def pull_adapter(
     token: str | bool | None = None,
     local_files_only: bool = False,
 ) -> tuple[TowerAdapter, ZeroShotHead | None]:
-    """The adapter in a repository of the Hugging Face hub, or in a local folder. Files are safetensors and JSON only.
+    """The adapter in a repository of the Hugging Face hub, or in a local folder.
+
+    Files are safetensors and JSON only.
 
     Args:
         tower: the image tower that it was fitted on.
@@ -277,9 +305,14 @@ def pull_adapter(
         FileNotFoundError, ValueError: as :func:`load_adapter` does.
     """
     kept = HubAdapter.from_pretrained(
-        os.fspath(repo_id), tower=tower, bases=bases, revision=revision, cache_dir=_path(cache_dir), token=token,
+        os.fspath(repo_id),
+        tower=tower,
+        bases=bases,
+        revision=revision,
+        cache_dir=_path(cache_dir),
+        token=token,
         local_files_only=local_files_only,
-    )  # fmt: skip
+    )
     return kept.adapter, kept.head
 
 

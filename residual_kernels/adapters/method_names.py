@@ -1,4 +1,6 @@
-"""Which methods are there? The table of their names, in the order of tables and menus; light enough for `--help`.
+"""Which methods are there?
+
+The table of their names, in the order of tables and menus; light enough for `--help`.
 
 Each is a file in `methods/` that ends in its record.
 """

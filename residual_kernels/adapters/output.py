@@ -16,7 +16,8 @@ from residual_kernels.towers import Terms
 
 
 class OutputSpectral(TowerAdapter):
-    """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit, all components kept (a baseline).
+    """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit, all components kept
+    (a baseline).
 
     `weight` [D]. Arguments as in :class:`ResiDual`.
     """
@@ -104,7 +105,8 @@ class OutputIdentity(TowerAdapter):
 
 
 class OutputLinear(TowerAdapter):
-    """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed` (a baseline)."""
+    """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed`
+    (a baseline)."""
 
     method = "linear"
     folds_tower = False

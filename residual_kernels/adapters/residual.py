@@ -1,8 +1,9 @@
 """How do I put it in a model? ResiDual, the drop-in module that stands where the image tower stood.
 
-A drop-in module wraps a tower, is called like it, returns what it returns, and learns one tensor. All of them share
-:class:`~residual_kernels.adapters.tower_adapter.TowerAdapter`; what differs is how the embedding y is made from the
-tower's terms (z, s, m and the output), or what is changed inside the tower. The others are named here too.
+A drop-in module wraps a tower, is called like it, returns what it returns, and learns one tensor. All of them
+share :class:`~residual_kernels.adapters.tower_adapter.TowerAdapter`; what differs is how the embedding y is
+made from the tower's terms (z, s, m and the output), or what is changed inside the tower. The others are
+named here too.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,40 +34,45 @@ __all__ = [
 
 
 class ResiDual(UnitAdapter):
-    """y = sum over adapted units of Phi_u^T diag(weight_u) Phi_u (x_u - mu_u), plus the rest. Exact, in low rank.
+    """y = sum over adapted units of Phi_u^T diag(weight_u) Phi_u (x_u - mu_u), plus the rest.
+
+    Exact, in low rank.
 
     The anchored form, rest="all", keeps the tower's whole output f(x) and adds what the weights change of it:
-    y = f(x) + sum over adapted units of Phi_u^T diag(weight_u - 1) Phi_u (x_u - mu_u). weight = 1 is the tower, to the
-    bit, whatever components were kept, and y is an embedding like the tower's own (not centred). (Called on images it
-    then runs the tower's own forward. From cached units it gives the cached output to the bit; `merge` reads the output
-    along with the units, as :func:`decompose` does, which rounds otherwise than the tower by itself.)
+    y = f(x) + sum over adapted units of Phi_u^T diag(weight_u - 1) Phi_u (x_u - mu_u). weight = 1 is the
+    tower, to the bit, whatever components were kept, and y is an embedding like the tower's own (not
+    centred). (Called on images it then runs the tower's own forward. From cached units it gives the cached
+    output to the bit; `merge` reads the output along with the units, as :func:`decompose` does, which rounds
+    otherwise than the tower by itself.)
 
     With placement="stream" this makes a :class:`StreamResiDual`: heads are reweighted inside the tower.
 
     Args:
         tower: an image tower that :func:`residual_kernels.decompose` supports.
-        bases: fitted on this very tower by :func:`fit_bases` with the same placement, usually truncated. Their kinds
-            are the adapted ones.
-        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean); or "all", the
-            anchored form above: nothing is dropped, of the adapted units neither. The stream form is anchored
-            already, so there rest is left out (or "all").
-        init: "ones" (the default of every class of this library, whatever the form), "normal" (N(1, 1) with `seed`, the
-            paper's) or a tensor [J]. By name, :func:`build` starts as the method's record says.
+        bases: fitted on this very tower by :func:`fit_bases` with the same placement, usually truncated.
+            Their kinds are the adapted ones.
+        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean); or "all",
+            the anchored form above: nothing is dropped, of the adapted units neither. The stream form is
+            anchored already, so there rest is left out (or "all").
+        init: "ones" (the default of every class of this library, whatever the form), "normal" (N(1, 1) with
+            `seed`, the paper's) or a tensor [J]. By name, :func:`build` starts as the method's record says.
         placement: "output" (the paper's: units as shares of the output) or "stream".
         tokens, layers: of the stream; see :class:`StreamResiDual`.
-        train_tower: leave the tower's requires_grad flags as they are, to train it end to end; parameters folded into
-            the constants (out_proj, ls_1, ln_post, proj) must not train.
+        train_tower: leave the tower's requires_grad flags as they are, to train it end to end; parameters
+            folded into the constants (out_proj, ls_1, ln_post, proj) must not train.
         backend: who computes the operator; see :mod:`residual_kernels.ops.backends`.
-        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose` does.
+        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose`
+            does.
 
-    `weight` [J], at least float32, is the only trainable tensor; its order is the layout's (heads layer-major, then
-    MLPs), components by falling variance. `state_dict` holds `weight`, the constants and `tower.*`;
-    `load_state_dict` also takes the tower's own keys.
+    `weight` [J], at least float32, is the only trainable tensor; its order is the layout's (heads
+    layer-major, then MLPs), components by falling variance. `state_dict` holds `weight`, the constants and
+    `tower.*`; `load_state_dict` also takes the tower's own keys.
 
-    Each plain call looks whether the tower is still the one that the constants are of. Compiled and exported code does
-    not, and nothing but :meth:`check` sees writes through ``.data``: call it after such.
+    Each plain call looks whether the tower is still the one that the constants are of. Compiled and exported
+    code does not, and nothing but :meth:`check` sees writes through ``.data``: call it after such.
 
-    Raises ValueError when the bases are of another tower, the tower is wrapped already, or an argument is out of range.
+    Raises ValueError when the bases are of another tower, the tower is wrapped already, or an argument is out
+    of range.
     """
 
     weights_on = "components"

@@ -1,8 +1,10 @@
-"""How are heads reweighted inside the tower? Where they enter the residual stream, so that later layers see it.
+"""How are heads reweighted inside the tower?
+
+Where they enter the residual stream, so that later layers see it.
 
 :class:`StreamResiDual` is the adapter. At a token, head h of layer l adds x = h_lh to the stream
-(:mod:`residual_kernels.towers.edit`). It adds x + Phi^T diag(weight - 1) Phi (x - mu) instead: weight = 1 changes
-nothing, to the bit.
+(:mod:`residual_kernels.towers.edit`). It adds x + Phi^T diag(weight - 1) Phi (x - mu) instead: weight = 1
+changes nothing, to the bit.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,8 +27,8 @@ STREAM_LR = 0.3
 class StreamHeads(nn.Module):
     """Constants of the adapted layers' heads in model width, and the change they make to the stream.
 
-    `layers` are those adapted, `tokens` says at which tokens; components run layer-major, and unit_offsets [R+1] counts
-    every head of the tower, those of other layers with none.
+    `layers` are those adapted, `tokens` says at which tokens; components run layer-major, and unit_offsets
+    [R+1] counts every head of the tower, those of other layers with none.
     """
 
     unit_offsets: Tensor
@@ -60,7 +62,8 @@ class StreamHeads(nn.Module):
         self.register_buffer("unit_offsets", torch.cat(offsets).to(like.device))
 
     def edit(self, weight: Tensor, weight_index: Tensor | None = None) -> Edit:
-        """What a view is to call in every block, for weight [J], or [T, J] with an index [N] of the images' own."""
+        """What a view is to call in every block, for weight [J],
+        or [T, J] with an index [N] of the images' own."""
         less_one = dict(zip(self.layers, (weight - 1).split(self.sizes, dim=-1), strict=True))
 
         def change(layer: int, z: Tensor, attended: Tensor) -> Tensor:
@@ -82,23 +85,26 @@ class StreamHeads(nn.Module):
 
 
 class StreamResiDual(WeightedUnits):
-    """At every token, a head that adds x to the residual stream adds x + Phi^T diag(weight - 1) Phi (x - mu) instead.
+    """At every token, a head that adds x to the residual stream adds x + Phi^T diag(weight - 1) Phi
+    (x - mu) instead.
 
-    Later layers see the change. weight = 1 is the tower, and y is an embedding like the tower's own (not centred).
+    Later layers see the change. weight = 1 is the tower, and y is an embedding like the tower's own (not
+    centred).
 
     Args:
         tower: an image tower that :func:`residual_kernels.decompose` supports.
         bases: fitted on this very tower by :func:`fit_bases` with placement="stream", usually truncated.
-        tokens: "all", "class" or "patches" (without class token and registers); those that the bases were fitted over
-            by default.
+        tokens: "all", "class" or "patches" (without class token and registers); those that the bases were
+            fitted over by default.
         layers: whose heads are adapted; all by default.
         init, seed, train_tower, backend, check: as in :class:`ResiDual`.
 
-    Every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is honoured): `fit`
-    takes loaders, not caches. `weight` [J] runs through the adapted layers' heads, layer-major.
+    Every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is
+    honoured): `fit` takes loaders, not caches. `weight` [J] runs through the adapted layers' heads,
+    layer-major.
 
-    Raises ValueError when the bases are of another tower or placement, the tower is wrapped already, or an argument is
-    out of range.
+    Raises ValueError when the bases are of another tower or placement, the tower is wrapped already, or an
+    argument is out of range.
     """
 
     placement = "stream"
@@ -170,9 +176,9 @@ class StreamResiDual(WeightedUnits):
     def merge(self) -> nn.Module:
         """The tower itself, its output projections holding the change (LayerScale folded in and set to one).
 
-        Needs tokens="all". The tower's state_dict has the same keys as ever and loads where this package is absent.
-        This module goes on giving the same numbers, and :meth:`unmerge` or :meth:`detach` put the tower's own weights
-        back.
+        Needs tokens="all". The tower's state_dict has the same keys as ever and loads where this package is
+        absent. This module goes on giving the same numbers, and :meth:`unmerge` or :meth:`detach` put the
+        tower's own weights back.
 
         Raises ValueError, with nothing changed, where folding is impossible or gives NaN or Inf.
         """
@@ -180,8 +186,8 @@ class StreamResiDual(WeightedUnits):
             raise ValueError("this adapter is merged already; unmerge it first")
         if self.neighbours():
             raise ValueError(
-                f"{self.neighbours()} more adapters live on this tower, and merging would change it beneath them; "
-                "detach them, or merge a copy (copy.deepcopy)"
+                f"{self.neighbours()} more adapters live on this tower, and merging would change it "
+                "beneath them; detach them, or merge a copy (copy.deepcopy)"
             )
         self.still()
         changed = fold_into_tower(self._view, self.units["head"], self.weight.detach())
@@ -213,33 +219,34 @@ class StreamResiDual(WeightedUnits):
 
 @torch.no_grad()
 def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
-    """Folds a change of the stream into the tower's output projections; (parameter, its value before) of all changed.
+    """Folds a change of the stream into the tower's output projections;
+    (parameter, its value before) of all changed.
 
-    W' = gamma o W + Phi^T diag(weight - 1) Phi (gamma o W) head by head, the bias alike, and gamma becomes one. Raises
-    ValueError, with the tower unchanged, where this cannot be said in the tower's own parameters.
+    W' = gamma o W + Phi^T diag(weight - 1) Phi (gamma o W) head by head, the bias alike, and gamma becomes
+    one. Raises ValueError, with the tower unchanged, where this cannot be said in the tower's own parameters.
     """
     if heads.tokens != "all":
         raise ValueError(
-            f'tokens="{heads.tokens}" changes some tokens and not others, which no output projection can; only '
-            'tokens="all" can be merged: export the attached module instead (torch.export)'
+            f'tokens="{heads.tokens}" changes some tokens and not others, which no output projection can; '
+            'only tokens="all" can be merged: export the attached module instead (torch.export)'
         )
     changes: list[tuple[nn.Parameter, Tensor]] = []
     for layer, run in zip(heads.layers, weight.double().split(heads.sizes), strict=True):
         out = view.out_projection(layer)
         if out.norm is not None:
             raise ValueError(
-                f"layer {layer} normalises what attention adds (post-norm), so its change does not fold into the "
-                "output projection; export the attached module instead (torch.export)"
+                f"layer {layer} normalises what attention adds (post-norm), so its change does not fold "
+                "into the output projection; export the attached module instead (torch.export)"
             )
         if out.bias is None:
             raise ValueError(
-                f"the output projection of layer {layer} has no bias to fold the means into; export the attached "
-                "module instead (torch.export)"
+                f"the output projection of layer {layer} has no bias to fold the means into; export the "
+                "attached module instead (torch.export)"
             )
         if not all(isinstance(p, nn.Parameter) for p in (out.weight, out.bias)):
             raise ValueError(
-                f"the output projection of layer {layer} is parametrised, so its weight cannot be written; export the "
-                "attached module instead (torch.export)"
+                f"the output projection of layer {layer} is parametrised, so its weight cannot be written; "
+                "export the attached module instead (torch.export)"
             )
         gain, fold = out.gain(), Fold(len(out.weight), out.weight.device)
         fold.add_spectral(heads.constants[str(layer)], run - 1)
@@ -249,8 +256,8 @@ def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tup
             changes.append((out.gamma, torch.ones_like(out.gamma)))
     if len({id(parameter) for parameter, _ in changes}) < len(changes):
         raise ValueError(
-            "layers of this tower share (tie) their output projections, so each cannot hold a change of its own; "
-            "export the attached module instead (torch.export)"
+            "layers of this tower share (tie) their output projections, so each cannot hold a change of "
+            "its own; export the attached module instead (torch.export)"
         )
     check_finite({f"parameter {index}": value for index, (_, value) in enumerate(changes)})
     originals = [(parameter, parameter.detach().clone()) for parameter, _ in changes]

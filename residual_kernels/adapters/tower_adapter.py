@@ -1,7 +1,9 @@
-"""How does a module stand where the image tower stood? It is called like the tower and shows the tower's attributes.
+"""How does a module stand where the image tower stood?
 
-:class:`TowerAdapter` is the base of the drop-in modules: it freezes the tower while it lives, gives it back, and
-follows casts and checkpoints.
+It is called like the tower and shows the tower's attributes.
+
+:class:`TowerAdapter` is the base of the drop-in modules: it freezes the tower while it lives, gives it back,
+and follows casts and checkpoints.
 """
 
 import abc
@@ -25,15 +27,15 @@ if TYPE_CHECKING:
 
     from residual_kernels.display import Table
 
-# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the first
-# adapter records the flags; the last to detach restores them.
+# Towers that are frozen, with the requires_grad flags they came with and the adapters that live on them: the
+# first adapter records the flags; the last to detach restores them.
 _frozen: "weakref.WeakKeyDictionary[nn.Module, tuple[dict[str, bool], weakref.WeakSet[TowerAdapter]]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
-# Other ways to ask a tower for features: those that end in an embedding, which would be the plain tower's, and those
-# that give tokens, which are the plain tower's unless the adapter works inside.
+# Other ways to ask a tower for features: those that end in an embedding, which would be the plain tower's,
+# and those that give tokens, which are the plain tower's unless the adapter works inside.
 _EMBEDS = ("forward_head",)
 _TOKENS = ("forward_features", "forward_intermediates", "get_intermediate_layers")
 
@@ -64,13 +66,15 @@ class AroundTower(nn.Module):
 def _features(adapter: AroundTower, name: str, *args: Any, **kwargs: Any) -> Any:
     """What the tower's method `name` gives, where that is true of the adapter too.
 
-    "image_features", which open_clip's forward_intermediates gives beside the tokens, are the adapter's embedding.
+    "image_features", which open_clip's forward_intermediates gives beside the tokens, are the adapter's
+    embedding.
     """
     if name in _EMBEDS or adapter.changes_tokens:
         what = "its embedding" if name in _EMBEDS else "the tokens inside it"
         raise ValueError(
-            f"{name} is the plain tower's, and {what} is changed by this {type(adapter).__name__}; call the adapter "
-            "for its embedding, detach it, or ask adapter.tower for what the tower itself gives"
+            f"{name} is the plain tower's, and {what} is changed by this {type(adapter).__name__}; call "
+            "the adapter for its embedding, detach it, or ask adapter.tower for what the tower itself "
+            "gives"
         )
     found = getattr(adapter.tower, name)(*args, **kwargs)
     if isinstance(found, dict) and "image_features" in found:
@@ -82,9 +86,9 @@ def _features(adapter: AroundTower, name: str, *args: Any, **kwargs: Any) -> Any
 class TowerAdapter(AroundTower, abc.ABC):
     """An image tower whose embedding is made anew from its units. Base of the drop-in modules.
 
-    Called like the tower, with images [N, 3, H, W], it returns y [N, D] in the output's dtype, or (y, tokens) where the
-    tower returns tokens. Attributes it lacks come from the tower. The tower's parameters are frozen while wrapped;
-    :meth:`detach` gives the tower back with its flags restored.
+    Called like the tower, with images [N, 3, H, W], it returns y [N, D] in the output's dtype, or (y, tokens)
+    where the tower returns tokens. Attributes it lacks come from the tower. The tower's parameters are frozen
+    while wrapped; :meth:`detach` gives the tower back with its flags restored.
     """
 
     folds_tower = True  # whether weights of the tower are in the constants
@@ -111,7 +115,10 @@ class TowerAdapter(AroundTower, abc.ABC):
         self.tower = self._view.module  # of a whole transformers model, its image side
 
     def freeze(self) -> None:
-        """Freezes the tower's parameters; :meth:`detach` restores their flags. The last step of every constructor."""
+        """Freezes the tower's parameters; :meth:`detach` restores their flags.
+
+        The last step of every constructor.
+        """
         flags, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
         thawed = any(p.requires_grad for p in self.tower.parameters())
         if flags is None or (thawed and not adapters):
@@ -138,7 +145,8 @@ class TowerAdapter(AroundTower, abc.ABC):
             self._guard.accept()
 
     def still(self) -> None:
-        """Raises ValueError, in words, where the tower is no longer made as it was: blocks, pooling, folded weights.
+        """Raises ValueError, in words, where the tower is no longer made as it was: blocks, pooling,
+        folded weights.
 
         A glance, which every run takes by itself; :meth:`check` looks at the numbers too.
         """
@@ -148,8 +156,9 @@ class TowerAdapter(AroundTower, abc.ABC):
     def check(self, images: Tensor | None = None) -> None:
         """Raises ValueError unless this adapter is still what its weights and its tower say. A look by hand.
 
-        Every plain forward notices most changes by itself. This is for what it cannot see: writes through ``.data``,
-        which raise no version counter, and code from ``torch.compile`` or ``torch.export``, which looks at nothing.
+        Every plain forward notices most changes by itself. This is for what it cannot see: writes through
+        ``.data``, which raise no version counter, and code from ``torch.compile`` or ``torch.export``, which
+        looks at nothing.
 
         Args:
             images: [N, 3, H, W]; the first is compared with the tower's own forward.
@@ -171,8 +180,8 @@ class TowerAdapter(AroundTower, abc.ABC):
     def tower_checksum(self) -> str:
         """The checksum of the tower that this adapter is for.
 
-        A weight average (EMA) of the whole module rounds frozen weights too: to that rounding they are the same tower.
-        Raises ValueError where the tower is no longer made as it was.
+        A weight average (EMA) of the whole module rounds frozen weights too: to that rounding they are the
+        same tower. Raises ValueError where the tower is no longer made as it was.
         """
         self.still()
         checksum = towers.checksum(self.tower, afresh=True)
@@ -185,13 +194,14 @@ class TowerAdapter(AroundTower, abc.ABC):
         fixed = self._folded_and_trainable()
         if fixed:
             raise ValueError(
-                f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would train "
-                f"({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post and proj first"
+                f"train_tower=True, but {len(fixed)} parameters that are folded into the constants would "
+                f"train ({', '.join(fixed[:3])} ...); set requires_grad_(False) on out_proj, ls_1, ln_post "
+                "and proj first"
             )
         if not any(p.requires_grad for p in self.tower.parameters()):
             raise ValueError(
-                "train_tower=True, but nothing in this tower would train; set requires_grad_(True) where it should, "
-                "and detach other adapters on it first"
+                "train_tower=True, but nothing in this tower would train; set requires_grad_(True) where "
+                "it should, and detach other adapters on it first"
             )
         self._watch_tower()
 
@@ -211,14 +221,15 @@ class TowerAdapter(AroundTower, abc.ABC):
             setattr(tower, name, value)
 
     def lock(self, *args: Any, **kwargs: Any) -> None:
-        """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded in."""
+        """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded
+        in."""
         cast(Any, self.tower).lock(*args, **kwargs)
         fixed = self._folded_and_trainable()
         if fixed:
             self.tower.requires_grad_(False)
             raise ValueError(
-                f"this would train parameters that are folded into the constants ({', '.join(fixed[:3])} ...); "
-                "the tower stays frozen"
+                f"this would train parameters that are folded into the constants ({', '.join(fixed[:3])} "
+                "...); the tower stays frozen"
             )
 
     def _apply(self, fn, recurse=True):
@@ -229,7 +240,8 @@ class TowerAdapter(AroundTower, abc.ABC):
         return super()._apply(at_least_float32(fn), recurse=False)
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # A checkpoint of the bare tower loads too: its keys move under "tower.", and what only the adapter has stays.
+        # A checkpoint of the bare tower loads too: its keys move under "tower.", and what only the adapter
+        # has stays.
         names = self.tower.state_dict().keys()
         own = {name: value for name, value in self.state_dict().items() if not name.startswith("tower.")}
         bare = not any(prefix + name in state_dict for name in own) and all(
@@ -245,19 +257,22 @@ class TowerAdapter(AroundTower, abc.ABC):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_constants(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Raises ValueError when the tower's incoming weights are not those that the constants were made of."""
+        """Raises ValueError when the tower's incoming weights are not those that the constants were made
+        of."""
         for name, folded in self._view.constant_parameters().items():
             coming = state_dict[f"{prefix}tower.{name}"]
             if folded.is_meta or coming.shape != folded.shape:  # a wrong shape is load_state_dict's own error
                 continue
             if not torch.equal(coming.to(folded), folded):
                 raise ValueError(
-                    f"these weights have another {name} than the tower that the bases were fitted on, so the constants "
-                    "would not match them; detach, load them into the tower and fit bases for it"
+                    f"these weights have another {name} than the tower that the bases were fitted on, so "
+                    "the constants would not match them; detach, load them into the tower and fit bases "
+                    "for it"
                 )
 
     def options(self) -> dict[str, Any]:
-        """Constructor arguments, besides tower and bases, that an adapter on disk must be made with again; as JSON."""
+        """Constructor arguments, besides tower and bases,
+        that an adapter on disk must be made with again; as JSON."""
         return {}
 
     @property
@@ -276,8 +291,8 @@ class TowerAdapter(AroundTower, abc.ABC):
         return next(self.tower.parameters()).device
 
     def component_weight(self, weight: Tensor | None = None) -> Tensor:
-        """[J], what each component's coefficient is multiplied by; of [..., P] other weights, in place of its own,
-        [..., J]. With weights on units, a unit is its own one component.
+        """[J], what each component's coefficient is multiplied by; of [..., P] other weights, in place of its
+        own, [..., J]. With weights on units, a unit is its own one component.
 
         Raises ValueError where no number belongs to a component (a linear layer).
         """
@@ -291,9 +306,10 @@ class TowerAdapter(AroundTower, abc.ABC):
         return []
 
     def table(self) -> "Table":
-        """One dict per component: component (its place in `component_weight()`), unit (layout index), kind, layer,
-        head, place (0 for the largest variance of its unit), weight, and explained, its share of the unit's variance
-        in the set that the bases were fitted on. What does not apply is None. `.to_pandas()` makes a DataFrame.
+        """One dict per component: component (its place in `component_weight()`), unit (layout index), kind,
+        layer, head, place (0 for the largest variance of its unit), weight, and explained, its share of the
+        unit's variance in the set that the bases were fitted on. What does not apply is None. `.to_pandas()`
+        makes a DataFrame.
 
         Raises ValueError where no number belongs to a component (a linear layer, the base).
         """
@@ -307,16 +323,17 @@ class TowerAdapter(AroundTower, abc.ABC):
         return display.plot(self)
 
     def constants(self) -> dict[str, nn.Module]:
-        """The modules that hold what one weight vector is applied to; {} where what is learned is no such vector."""
+        """The modules that hold what one weight vector is applied to;
+        {} where what is learned is no such vector."""
         return {}
 
     @property
     def removed_mean(self) -> Tensor:
         """[D], the means of the adapted units (as fitted), which y lacks because it is centred.
 
-        Classes are told apart without it. Text-image retrieval compares images with captions that know the mean: use
-        ``normalize(y + residual.removed_mean)``, which with all components, weights of one and rest="sum" is the
-        tower's own embedding.
+        Classes are told apart without it. Text-image retrieval compares images with captions that know the
+        mean: use ``normalize(y + residual.removed_mean)``, which with all components, weights of one and
+        rest="sum" is the tower's own embedding.
         """
         like = next(self.tower.parameters()).detach()
         like = like.to(torch.promote_types(like.dtype, torch.float32))
@@ -336,7 +353,8 @@ class TowerAdapter(AroundTower, abc.ABC):
         return len(adapters) - (self in adapters)
 
     def detach(self) -> nn.Module:
-        """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the tower."""
+        """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the
+        tower."""
         _, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
         adapters.discard(self)
         if self._flags is not None and not adapters:
@@ -368,7 +386,10 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     @abc.abstractmethod
     def features(self, terms: Terms) -> dict[str, Tensor]:
-        """The part of y that does not depend on the weights, one row per image; a fit on a cache computes it once."""
+        """The part of y that does not depend on the weights, one row per image.
+
+        A fit on a cache computes it once.
+        """
 
     @torch.no_grad()
     def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
@@ -377,10 +398,11 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     @abc.abstractmethod
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """y [..., N, D], at least float32, from :meth:`features` and from weights in the order of :meth:`trainable`.
+        """y [..., N, D], at least float32, from :meth:`features` and from weights in the order of
+        :meth:`trainable`.
 
-        Leading dimensions broadcast: weights [T, J] on features [N, ...], or on [T, N, ...] where every task has rows
-        of its own, give [T, N, D]: T tasks at once.
+        Leading dimensions broadcast: weights [T, J] on features [N, ...], or on [T, N, ...] where every task
+        has rows of its own, give [T, N, D]: T tasks at once.
         """
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -390,7 +412,9 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     @abc.abstractmethod
     def merge(self) -> nn.Module:
-        """The adapter with its weight folded away: a new module of torch layers around the same tower (not a copy).
+        """The adapter with its weight folded away: a new module of torch layers around the same tower
+        (not a copy).
 
-        It is called like the tower, equals this module for the weight it has now, and torch.export can carry it.
+        It is called like the tower, equals this module for the weight it has now, and torch.export can carry
+        it.
         """

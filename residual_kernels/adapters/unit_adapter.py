@@ -1,7 +1,9 @@
-"""What do adapters of units have in common? One weight vector that runs through the units of some kinds, and a rest.
+"""What do adapters of units have in common?
 
-:class:`WeightedUnits` is the base of all of them. :class:`UnitAdapter` makes the embedding anew at the output of the
-tower, from the reweighted units and what becomes of the others.
+One weight vector that runs through the units of some kinds, and a rest.
+
+:class:`WeightedUnits` is the base of all of them. :class:`UnitAdapter` makes the embedding anew at the output
+of the tower, from the reweighted units and what becomes of the others.
 """
 
 import abc
@@ -50,9 +52,9 @@ def kept_start(init: str | Tensor) -> str | Tensor:
 class WeightedUnits(TowerAdapter):
     """An adapter that learns one weight vector for the units of some kinds.
 
-    `units` maps each adapted kind to the module that holds its constants; components run through them in layout order,
-    `_sizes[k]` of the k-th kind. `spread` makes the components' weights [..., J] of the learned ones [..., P]: the
-    identity, unless components share a number.
+    `units` maps each adapted kind to the module that holds its constants; components run through them in
+    layout order, `_sizes[k]` of the k-th kind. `spread` makes the components' weights [..., J] of the learned
+    ones [..., P]: the identity, unless components share a number.
     """
 
     weight: nn.Parameter
@@ -133,8 +135,8 @@ class UnitConstants(Protocol):
 class UnitAdapter(WeightedUnits):
     """An adapter that reweights the units of some kinds and decides what becomes of the rest.
 
-    Modules of `units` have ``forward(z, scale, mean, weight)``. With rest="all" the tower's whole output is kept, and
-    the units add what `weight - 1` makes of them.
+    Modules of `units` have ``forward(z, scale, mean, weight)``. With rest="all" the tower's whole output is
+    kept, and the units add what `weight - 1` makes of them.
     """
 
     units: Mapping[str, UnitConstants]
@@ -154,7 +156,8 @@ class UnitAdapter(WeightedUnits):
         return self.adapted
 
     def adapted_sum(self, terms: Terms) -> Tensor:
-        """The reweighted units alone, [N, D], without the rest; with rest="all" what they add to the output."""
+        """The reweighted units alone, [N, D], without the rest;
+        with rest="all" what they add to the output."""
         return reweighted_sum(self.units, self._sizes, terms, self.rest.factors(self.component_weight()))
 
     def _embed(self, terms: Terms) -> Tensor:
@@ -235,7 +238,7 @@ def check_arguments(
     if bases is not None:
         if bases.placement != placement:
             raise ValueError(
-                f"these bases were fitted with placement={bases.placement!r}, but {placement!r} is wanted here; fit "
-                f"them with fit_bases(..., placement={placement!r})"
+                f"these bases were fitted with placement={bases.placement!r}, but {placement!r} is wanted "
+                f"here; fit them with fit_bases(..., placement={placement!r})"
             )
         bases.check_tower(view)

@@ -1,6 +1,9 @@
-"""How are the units of one kind computed from their coordinates? Sums, reweighted sums, and what becomes of the rest.
+"""How are the units of one kind computed from their coordinates?
 
-These are the parts that the drop-in modules are assembled from. All of them keep their tensors at float32 or better.
+Sums, reweighted sums, and what becomes of the rest.
+
+These are the parts that the drop-in modules are assembled from. All of them keep their tensors at float32 or
+better.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,7 +34,8 @@ def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 
 class UnitSum(nn.Module):
-    """sum_u weight[u] * x_u over the units of one kind, from their coordinates, without ever making an x_u."""
+    """sum_u weight[u] * x_u over the units of one kind, from their coordinates,
+    without ever making an x_u."""
 
     A: Tensor
     b: Tensor
@@ -62,10 +66,11 @@ class UnitSum(nn.Module):
         weight: Tensor | None = None,
         weight_index: Tensor | None = None,
     ) -> Tensor:
-        """[N, D] in z's dtype widened to at least float32; `weight` [R], [T, R] with an index [N], or None for ones.
+        """[N, D] in z's dtype widened to at least float32; `weight` [R], [T, R] with an index [N],
+        or None for ones.
 
-        Without an index, leading dimensions of z [..., N, R, C] (scale and mean [..., N]) and of weight [..., R]
-        broadcast.
+        Without an index, leading dimensions of z [..., N, R, C] (scale and mean [..., N]) and of weight [...,
+        R] broadcast.
         """
         z = z.to(self.A.dtype)
         if weight is None:
@@ -88,16 +93,16 @@ class UnitSum(nn.Module):
         return self(features["z"], features["scale"], features["mean"], weight)
 
 
-# Weights on a device that were not all 1, with the version at which that was seen. Writing ones through `.data` raises
-# no version: y is then the tower's output to rounding, not to the bit.
+# Weights on a device that were not all 1, with the version at which that was seen. Writing ones through
+# `.data` raises no version: y is then the tower's output to rounding, not to the bit.
 _left_one: "WeakIdKeyDictionary" = WeakIdKeyDictionary()
 
 
 class Rest(nn.Module):
     """What becomes of the units that are not adapted: dropped, kept, or replaced by their fitted mean.
 
-    With "all" it is the tower's whole output, adapted units included, so that these are to add their change alone:
-    :meth:`factors` says what multiplies them.
+    With "all" it is the tower's whole output, adapted units included, so that these are to add their change
+    alone: :meth:`factors` says what multiplies them.
     """
 
     mean: Tensor  # with "mean" alone
@@ -109,7 +114,8 @@ class Rest(nn.Module):
             tuple(kind for kind in view.layout.kinds if kind not in adapted) if name == "sum" else ()
         )
         self.sums = nn.ModuleDict({kind: UnitSum(view.maps(kind), dtype) for kind in self.others})
-        # Read when a cache holds the adapted kinds alone; large, made from the tower at first need and never stored.
+        # Read when a cache holds the adapted kinds alone; large, made from the tower at first need and never
+        # stored.
         self._view = view
         self._adapted_sums: dict[str, UnitSum] = {}
 
@@ -119,12 +125,14 @@ class Rest(nn.Module):
         return self.name in ("sum", "all")
 
     def factors(self, weight: Tensor) -> Tensor:
-        """What adapted units are multiplied by: `weight`, or its distance from 1 where the whole output is kept."""
+        """What adapted units are multiplied by: `weight`, or its distance from 1 where the whole output is
+        kept."""
         return weight - 1 if self.name == "all" else weight
 
     def leaves_the_tower(self, weight: Tensor) -> bool:
-        """Whether y is the tower's own output: all is kept and every weight is 1. False where values cannot be asked
-        for, since a graph must not depend on them."""
+        """Whether y is the tower's own output: all is kept and every weight is 1.
+
+        False where values cannot be asked for, since a graph must not depend on them."""
         if self.name != "all" or weight.is_meta or torch.compiler.is_compiling():
             return False
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -139,7 +147,8 @@ class Rest(nn.Module):
         return ones
 
     def set_mean(self, bases: SpectralBases | None, like: Tensor) -> None:
-        """Stores the fitted mean of the units that are not adapted: the output's mean less the adapted units' means."""
+        """Stores the fitted mean of the units that are not adapted:
+        the output's mean less the adapted units' means."""
         if self.name != "mean" or bases is None:  # check_arguments has refused "mean" without bases
             return
         mean = bases.parts[OUTPUT].mean[0]
@@ -189,11 +198,12 @@ def tower_itself(
     collect: Callable[[Tensor], Terms],
     change: Callable[[Terms], Tensor] | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The tower's own output, to the bit: read along with its units, its sums would be taken in another order.
+    """The tower's own output, to the bit: read along with its units,
+    its sums would be taken in another order.
 
-    `change` gives what the weights add to the terms that `collect` reads. It is zero here, but with gradients on, the
-    weights' comes from there; None where there are no weights. Tokens that only the terms have (of a tower in a
-    transformers model) come from them.
+    `change` gives what the weights add to the terms that `collect` reads. It is zero here, but with gradients
+    on, the weights' comes from there; None where there are no weights. Tokens that only the terms have (of a
+    tower in a transformers model) come from them.
     """
     view.check_images(images)
     images = view.here(images)
@@ -217,7 +227,8 @@ def reweighted_sum(
     weight: Tensor,
     weight_index: Tensor | None = None,
 ) -> Tensor:
-    """The reweighted units of all kinds, [N, D]; `weight` [J], or [T, J] with an index [N], runs through them."""
+    """The reweighted units of all kinds, [N, D]; `weight` [J], or [T, J] with an index [N],
+    runs through them."""
     return sum(
         unit(terms.z[kind], terms.scale, terms.mean, part, weight_index)
         for (kind, unit), part in zip(units.items(), weight.split(list(sizes), dim=-1), strict=True)
@@ -225,7 +236,8 @@ def reweighted_sum(
 
 
 class SpectralConstants(nn.Module):
-    """proj, bias, slope, offset, basis of one kind (buffers), and their packed form for the backend (derived)."""
+    """proj, bias, slope, offset, basis of one kind (buffers), and their packed form for the backend
+    (derived)."""
 
     proj: Tensor
     bias: Tensor
@@ -237,8 +249,9 @@ class SpectralConstants(nn.Module):
     def __init__(self, maps: UnitMaps | None, part: KindBases, like: Tensor, backend: str):
         super().__init__()
         self.backend = backend
-        # All constants come from one rounding of the components, the one that files keep, and from copies laid out
-        # alike, since BLAS adds up by alignment: an adapter that was saved and loaded is the same bit for bit.
+        # All constants come from one rounding of the components, the one that files keep, and from copies
+        # laid out alike, since BLAS adds up by alignment: an adapter that was saved and loaded is the same
+        # bit for bit.
         basis = part.components.to(wide(like.dtype)).double().clone(memory_format=torch.contiguous_format)
         rounded = replace(part, components=basis, mean=part.mean.clone(memory_format=torch.contiguous_format))
         proj, bias, slope, offset = _constants(maps, rounded, like.device)
@@ -252,7 +265,8 @@ class SpectralConstants(nn.Module):
         self._repack()
 
     def _repack(self) -> None:
-        """Packs anew for z of the tower's dtype: before the first call, so that a compiled one never has to."""
+        """Packs anew for z of the tower's dtype: before the first call,
+        so that a compiled one never has to."""
         self._packs.clear()
         here = self.proj.device
         ready = self.backend == "auto" or backends.missing(self.backend, here, self._dtype) is None
@@ -284,9 +298,14 @@ class SpectralConstants(nn.Module):
         """The constants laid out for z of `dtype`; made anew after every move, cast or load."""
         if dtype not in self._packs:
             self._packs[dtype] = ops.pack_units(
-                self.proj.to(dtype), self.bias, self.slope, self.offset, self.basis.to(dtype), self.unit_offsets,
+                self.proj.to(dtype),
+                self.bias,
+                self.slope,
+                self.offset,
+                self.basis.to(dtype),
+                self.unit_offsets,
                 backend=self.backend,
-            )  # fmt: skip
+            )
         return self._packs[dtype]
 
     def forward(
@@ -325,7 +344,8 @@ class SpectralConstants(nn.Module):
         return self._read[2]
 
     def from_features(self, features: dict[str, Tensor], weight: Tensor) -> Tensor:
-        """y [N, D] of coefficients [N, J] and weight [J]; [T, N, D] of weights [T, J] and [N, J], or [T, N, J]."""
+        """y [N, D] of coefficients [N, J] and weight [J]; [T, N, D] of weights [T, J] and [N, J],
+        or [T, N, J]."""
         c = features["c"]
         if not self._compiled_for(c, weight.shape[0] if weight.ndim == 2 else 1):
             return (c * weight.unsqueeze(-2)) @ self.basis
@@ -335,7 +355,10 @@ class SpectralConstants(nn.Module):
         return torch.cat([ops.spectral_sum(*one, pack) for one in zip(c, weight.split(1), strict=True)])
 
     def _compiled_for(self, c: Tensor, tasks: int) -> bool:
-        """Whether a fast backend is to sum these coefficients; nothing is packed for one that is not asked for."""
+        """Whether a fast backend is to sum these coefficients.
+
+        Nothing is packed for one that is not asked for.
+        """
         if self.backend not in ("auto", "cpp", "triton") or c.requires_grad:
             return False
         if torch.compiler.is_compiling() and c.dtype not in self._packs:  # packing cannot be part of a graph
@@ -348,7 +371,10 @@ class SpectralConstants(nn.Module):
 
 
 def _constants(maps: UnitMaps | None, part: KindBases, device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """proj [J, C], bias, slope, offset [J] in float64; without maps the unit is given in the output space itself."""
+    """proj [J, C], bias, slope, offset [J] in float64.
+
+    Without maps the unit is given in the output space itself.
+    """
     proj, bias, slope, offset = [], [], [], []
     for unit in range(len(part.mean)):
         phi, mu = part.components[part.run(unit)].to(device), part.mean[unit].to(device)

@@ -1,4 +1,7 @@
-"""How many dimensions does a head use? Linear (explained variance, participation ratio) and nonlinear (TwoNN)."""
+"""How many dimensions does a head use?
+
+Linear (explained variance, participation ratio) and nonlinear (TwoNN).
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -31,7 +34,8 @@ def _whole(part: KindBases, kind: str) -> None:
         kept = float(part.ratio(unit).sum())
         if part.total_variance[unit] > 0 and kept < 1 - 1e-6:
             raise ValueError(
-                f"{kind} {unit} keeps {kept:.4f} of its variance: these bases were truncated; give the whole ones"
+                f"{kind} {unit} keeps {kept:.4f} of its variance: these bases were truncated; give the "
+                "whole ones"
             )
 
 
@@ -44,8 +48,8 @@ def linear_dimension(bases: SpectralBases, energy: float = 0.99, kind: str = "he
         kind: of the units, or "output".
 
     Returns:
-        [R] int64: the first k whose cumulative share lies strictly above `energy`; one for a constant unit, all where
-        none is above, as :meth:`SpectralBases.truncate` keeps them.
+        [R] int64: the first k whose cumulative share lies strictly above `energy`; one for a constant unit,
+        all where none is above, as :meth:`SpectralBases.truncate` keeps them.
 
     Raises:
         ValueError: truncated bases whose components do not reach `energy`.
@@ -87,15 +91,16 @@ def participation_ratio(bases: SpectralBases, kind: str = "head") -> Tensor:
 
 
 def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances of every point to its nearest and second nearest other point, [N] float64 each, in O(N) memory.
+    """Distances of every point to its nearest and second nearest other point, [N] float64 each,
+    in O(N) memory.
 
     Args:
         points: [N, r], floating, N >= 3, finite.
 
-    A first look takes lower bounds of squared distances from one matrix product, tile by tile, and keeps a few
-    candidates; their distances are then computed from differences in float64. A point is done when no bound of another
-    lies below its second distance; those that are not are looked at again in float64, and at last one by one. So
-    duplicates and ties come out exactly, and points far from the origin lose nothing.
+    A first look takes lower bounds of squared distances from one matrix product, tile by tile, and keeps a
+    few candidates; their distances are then computed from differences in float64. A point is done when no
+    bound of another lies below its second distance; those that are not are looked at again in float64, and at
+    last one by one. So duplicates and ties come out exactly, and points far from the origin lose nothing.
     """
     if points.ndim != 2 or len(points) < 3 or not points.is_floating_point():
         raise ValueError(
@@ -110,7 +115,8 @@ def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
     if largest == 0:
         return exact.new_zeros(len(points)), exact.new_zeros(len(points))
     unit = centred / largest
-    # what subtracting the mean may have rounded away, as a squared distance of points with norms of at most one
+    # what subtracting the mean may have rounded away, as a squared distance of points with norms of at most
+    # one
     blur = 8 * torch.finfo(torch.float64).eps * float(exact.abs().max() / largest) * exact.shape[1] ** 0.5
     squares = exact.new_full((len(points), 2), float("inf"))
     open_rows = torch.arange(len(points), device=points.device)
@@ -128,14 +134,16 @@ def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) -> tuple[Tensor, Tensor]:
-    """Two smallest squared distances [n, 2] of `rows` among a few candidates, and whether they are proven smallest.
+    """Two smallest squared distances [n, 2] of `rows` among a few candidates,
+    and whether they are proven smallest.
 
-    `unit` holds the points centred, with norms of at most one, in the dtype of the products; their squared distances
-    times `scale` are true ones, to within `blur`.
+    `unit` holds the points centred, with norms of at most one, in the dtype of the products; their squared
+    distances times `scale` are true ones, to within `blur`.
     """
     count, size = unit.shape
-    # |computed - true| <= slack * (|q|^2 + |y|^2): r+3 roundings of a sum whose terms are at most (|q| + |y|)^2, and
-    # those of its inputs. Taken off |y|^2 here and |q|^2 below, it makes every product a lower bound.
+    # |computed - true| <= slack * (|q|^2 + |y|^2): r+3 roundings of a sum whose terms are at most (|q| +
+    # |y|)^2, and those of its inputs. Taken off |y|^2 here and |q|^2 below, it makes every product a lower
+    # bound.
     slack = 2 * (size + 8) * torch.finfo(unit.dtype).eps
     norms = unit.double().square().sum(1)
     runs = -(
@@ -192,9 +200,9 @@ def two_nn(points: Tensor, fraction: float = 0.9) -> float:
         fraction: the smallest ratios that are used, in (0, 1].
 
     Returns:
-        The slope of -log(1 - F(mu)) against log(mu) through the origin, with mu = r2 / r1, the distances to the two
-        nearest neighbours. Points with a duplicate (r1 = 0) or a tie (r1 = r2) are left out; NaN where fewer than 3
-        are usable.
+        The slope of -log(1 - F(mu)) against log(mu) through the origin, with mu = r2 / r1, the distances to
+        the two nearest neighbours. Points with a duplicate (r1 = 0) or a tie (r1 = r2) are left out; NaN
+        where fewer than 3 are usable.
     """
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction must lie in (0, 1]; got {fraction}")
@@ -229,8 +237,8 @@ def two_nn_dimension(
         data: a UnitCache of this tower, or a loader (encoded in memory first).
         units: some of the kind's units; all by default.
         fraction: see :func:`two_nn`.
-        points: at most this many images, drawn with `seed`; all by default. Time grows with their square, memory does
-            not: units are taken in groups.
+        points: at most this many images, drawn with `seed`; all by default. Time grows with their square,
+            memory does not: units are taken in groups.
         progress: called with the number of units after each.
 
     NaN for a unit whose points are constant or all tied.

@@ -1,8 +1,8 @@
 """Which words describe the two ends of a component, and is a word near enough to be shown at all?
 
-A dictionary always has a nearest word. It is shown only when it passes two tests: it lies nearer to the component than
-the nearest word of a random direction does, and the images confirm it: those with high coefficients are those that the
-model finds most similar to the word.
+A dictionary always has a nearest word. It is shown only when it passes two tests: it lies nearer to the
+component than the nearest word of a random direction does, and the images confirm it: those with high
+coefficients are those that the model finds most similar to the word.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ Words = tuple[tuple[str, float], ...]
 
 
 def chance_level(dictionary: TextDictionary, share: float = CHANCE) -> float:
-    """The score below which a word may be near by chance: a quantile over random directions of their best score.
+    """The score below which a word may be near by chance:
+    a quantile over random directions of their best score.
 
     Args:
         dictionary: of W words in D dimensions.
@@ -54,7 +55,8 @@ def chance_level(dictionary: TextDictionary, share: float = CHANCE) -> float:
 def word_agreement(
     residual: ResiDual, cache: UnitCache, vectors: Tensor, indices: Sequence[int]
 ) -> tuple[tuple[int, ...], Tensor]:
-    """Over the images of a cache: do the model's similarity to a word and a component's coefficient rise together?
+    """Over the images of a cache: do the model's similarity to a word and a component's coefficient rise
+    together?
 
     Args:
         residual: with its bases; its tower's own output is what images are compared with words by.
@@ -63,7 +65,8 @@ def word_agreement(
         indices: M components, as places in `component_weight()`.
 
     Returns:
-        The components in rising order, and Pearson correlations [M, W] in float64; 0 where either is constant.
+        The components in rising order, and Pearson correlations [M, W] in float64; 0 where either is
+        constant.
     """
     chosen = tuple(sorted({int(j) for j in indices}))
     known = len(residual.component_weight())
@@ -110,12 +113,12 @@ def words_for_ends(
         components: of this residual, as :func:`~residual_kernels.analysis.weights.read_weights` gives them.
         count: words at an end, at most.
         chance: a word must be nearer than the nearest word of this share of random directions.
-        agreement: the least correlation, over the images, of a component's coefficient with the model's similarity to
-            a word.
+        agreement: the least correlation, over the images, of a component's coefficient with the model's
+            similarity to a word.
 
     Returns:
-        index of a component -> (words of its high end, of its low end), each ((word, score), ...), nearest first;
-        scores are those of :func:`~residual_kernels.analysis.words.words_at_ends`.
+        index of a component -> (words of its high end, of its low end), each ((word, score), ...), nearest
+        first; scores are those of :func:`~residual_kernels.analysis.words.words_at_ends`.
     """
     level = chance_level(dictionary, chance)
     place_of = {word: place for place, word in enumerate(dictionary.words)}

@@ -1,4 +1,7 @@
-"""What was found of a tower on a data set? One record, kept as JSON and CSV; analyses fill it and reports read it."""
+"""What was found of a tower on a data set?
+
+One record, kept as JSON and CSV; analyses fill it and reports read it.
+"""
 
 import math
 import os
@@ -20,18 +23,28 @@ if TYPE_CHECKING:
 
 WHAT, FILE = "analysis", "analysis.json"
 PLOTTED = (
-    "variance", "share", "participation", "two_nn", "pearson", "spearman", "pearson_classes", "spearman_classes",
+    "variance",
+    "share",
+    "participation",
+    "two_nn",
+    "pearson",
+    "spearman",
+    "pearson_classes",
+    "spearman_classes",
     "accuracy",
-)  # fmt: skip
+)
 TOP = 10  # units that a notebook shows, by share of the variance
 
 
 @dataclass(frozen=True)
 class UnitRow:
-    """One unit. `linear` has one number per energy of the analysis. A NaN or None was not measured, or cannot be.
+    """One unit.
 
-    variance: summed over its components; share: of the variance of all units of its kind. pearson, spearman: with the
-    output, over all coordinates; *_classes: over the span of the class vectors. accuracy: of the unit alone.
+    `linear` has one number per energy of the analysis. A NaN or None was not measured, or cannot be.
+
+    variance: summed over its components; share: of the variance of all units of its kind. pearson, spearman:
+    with the output, over all coordinates; *_classes: over the span of the class vectors. accuracy: of the
+    unit alone.
     """
 
     index: int
@@ -53,9 +66,9 @@ class UnitRow:
 
 @dataclass(frozen=True)
 class ComponentRow:
-    """One component: of `unit` (layout index), at `place` (0 for the largest variance). explained: its share of its
-    unit's variance; pearson: of its coefficient with the output along it; between_classes: the variance between its
-    classes' mean coefficients; words: of the first few components of each unit."""
+    """One component: of `unit` (layout index), at `place` (0 for the largest variance). explained: its share
+    of its unit's variance; pearson: of its coefficient with the output along it; between_classes: the
+    variance between its classes' mean coefficients; words: of the first few components of each unit."""
 
     unit: int
     place: int
@@ -93,7 +106,10 @@ class Analysis:
         return _plain(asdict(self))
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
-        """Writes analysis.json, units.csv, components.csv, similarity-*.csv and selection.csv; returns their paths."""
+        """Writes analysis.json, units.csv, components.csv, similarity-*.csv and selection.csv.
+
+        Returns their paths.
+        """
         folder = Path(folder)
         tables: dict[str, Iterable[list]] = {
             "units.csv": self._unit_table(),
@@ -119,14 +135,16 @@ class Analysis:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Analysis":
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or another file."""
+        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or another
+        file."""
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"no {WHAT} at {folder} ({FILE} is missing)")
         return typed(read_json(path, WHAT), cls, f"{path}")
 
     def table(self, of: str = "units") -> display.Table:
-        """The rows of "units" (the model's output last), "components" or "selection" as dicts, as in the CSV files.
+        """The rows of "units" (the model's output last), "components" or "selection" as dicts,
+        as in the CSV files.
 
         What was not measured is None. Raises ValueError for another name.
         """
@@ -148,8 +166,8 @@ class Analysis:
         """One of the analyses as a matplotlib Figure.
 
         Args:
-            of: "dimension", "similarity" or "selection" (of heads), or a column of the units' rows, drawn by layer and
-                head: "accuracy", "pearson", "share" ...
+            of: "dimension", "similarity" or "selection" (of heads), or a column of the units' rows, drawn by
+                layer and head: "accuracy", "pearson", "share" ...
 
         Raises:
             ValueError: another name, or an analysis that holds no numbers of it.
@@ -191,9 +209,12 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         facts = {
-            "tower": self.tower, "units": f"{len(self.units)} of kind {self.kind}", "images": self.images,
-            "accuracy of the model": self.output.accuracy, "similarity": ", ".join(self.similarity) or None,
-        }  # fmt: skip
+            "tower": self.tower,
+            "units": f"{len(self.units)} of kind {self.kind}",
+            "images": self.images,
+            "accuracy of the model": self.output.accuracy,
+            "similarity": ", ".join(self.similarity) or None,
+        }
         names = ("layer", "head", "share", "participation", "pearson", "accuracy")
         rows = [
             [getattr(row, name) for name in names] for row in sorted(self.units, key=lambda row: -row.share)
@@ -203,14 +224,23 @@ class Analysis:
     def _unit_table(self) -> Iterator[list]:
         plain = ["index", "kind", "layer", "head", "variance", "share"]
         scores = [
-            "participation", "two_nn", "pearson", "spearman", "pearson_classes", "spearman_classes", "accuracy"
-        ]  # fmt: skip
+            "participation",
+            "two_nn",
+            "pearson",
+            "spearman",
+            "pearson_classes",
+            "spearman_classes",
+            "accuracy",
+        ]
         yield [*plain, *(f"linear_{energy:g}" for energy in self.energies), *scores, "words"]
         for row in (*self.units, self.output):
             words = "" if row.words is None else "; ".join(row.words.words)
             yield [
-                *(getattr(row, name) for name in plain), *row.linear, *(getattr(row, name) for name in scores), words
-            ]  # fmt: skip
+                *(getattr(row, name) for name in plain),
+                *row.linear,
+                *(getattr(row, name) for name in scores),
+                words,
+            ]
 
     def _component_table(self) -> Iterator[list]:
         yield ["unit", "layer", "head", "place", "explained", "pearson", "between_classes", "words"]
@@ -224,8 +254,15 @@ class Analysis:
                 )
             unit = unit_of[row.unit]
             yield [
-                row.unit, unit.layer, unit.head, row.place, row.explained, row.pearson, row.between_classes, words
-            ]  # fmt: skip
+                row.unit,
+                unit.layer,
+                unit.head,
+                row.place,
+                row.explained,
+                row.pearson,
+                row.between_classes,
+                words,
+            ]
 
     def _selection_table(self) -> Iterator[list]:
         yield ["of", "rest", "score", "seed", "fraction", "kept", "accuracy"]

@@ -71,16 +71,19 @@ def analyze(
         dictionary: for words; None leaves them out.
         energies: explained variances to count components for.
         similarities: weightings of the unit-by-unit spectral cosine.
-        points, fraction: of TwoNN; its time grows with the square of the images, so at most `points` are drawn.
+        points, fraction: of TwoNN; its time grows with the square of the images, so at most `points` are
+            drawn.
         fractions, seeds: of the selection curves, and of their random control.
-        rests: what becomes of the units that a selection leaves out: "zero", "mean", or both one after the other.
-        tables: those to make, of TABLES; all by default. "ranks" (Spearman) sorts R * D columns and takes longest.
+        rests: what becomes of the units that a selection leaves out: "zero", "mean", or both one after the
+            other.
+        tables: those to make, of TABLES; all by default. "ranks" (Spearman) sorts R * D columns and takes
+            longest.
         words, described: words per unit and component, and components per unit that are described.
         progress: called with the name of each step as it begins.
 
     Returns:
-        An :class:`Analysis`. Raises ValueError for a head without labels, truncated bases, another tower's data, or a
-        table that does not exist.
+        An :class:`Analysis`. Raises ValueError for a head without labels, truncated bases, another tower's
+        data, or a table that does not exist.
     """
     wanted = set(tables)
     unknown = sorted(wanted - set(TABLES))
@@ -169,15 +172,22 @@ def analyze(
     with step("output"):
         output = _output_row(view, cache, bases, head, energies, points, fraction)
     return Analysis(
-        tower=view.name, layers=view.layout.layers, heads=view.layout.heads, dim=view.dim, kind=kind,
-        images=len(cache), fitted_images=bases.count, energies=tuple(energies),
+        tower=view.name,
+        layers=view.layout.layers,
+        heads=view.layout.heads,
+        dim=view.dim,
+        kind=kind,
+        images=len(cache),
+        fitted_images=bases.count,
+        energies=tuple(energies),
         class_names=None if head is None else head.class_names,
         units=_unit_rows(view, kind, part.total_variance, linear, participation, nonlinear, scores, spoken),
         components=_component_rows(view, bases, kind, along, apart, told),
         output=output,
         similarity={name: tuple(map(tuple, matrix.tolist())) for name, matrix in matrices.items()},
-        selections=tuple(curves), seconds=seconds,
-    )  # fmt: skip
+        selections=tuple(curves),
+        seconds=seconds,
+    )
 
 
 def _unit_rows(view, kind, variance, linear, participation, nonlinear, scores, spoken) -> tuple[UnitRow, ...]:
@@ -249,9 +259,19 @@ def _output_row(
         accuracy = hits / len(cache)
     classes = None if head is None else 1.0
     return UnitRow(
-        index=-1, kind=OUTPUT, layer=None, head=None, variance=float(bases.parts[OUTPUT].total_variance[0]),
-        share=1.0, linear=tuple(int(linear_dimension(bases, energy, OUTPUT)[0]) for energy in energies),
+        index=-1,
+        kind=OUTPUT,
+        layer=None,
+        head=None,
+        variance=float(bases.parts[OUTPUT].total_variance[0]),
+        share=1.0,
+        linear=tuple(int(linear_dimension(bases, energy, OUTPUT)[0]) for energy in energies),
         participation=float(participation_ratio(bases, OUTPUT)[0]),
         two_nn=two_nn(cache.output if rows is None else cache.output[rows], fraction),
-        pearson=1.0, spearman=1.0, pearson_classes=classes, spearman_classes=classes, accuracy=accuracy, words=None,
-    )  # fmt: skip
+        pearson=1.0,
+        spearman=1.0,
+        pearson_classes=classes,
+        spearman_classes=classes,
+        accuracy=accuracy,
+        words=None,
+    )

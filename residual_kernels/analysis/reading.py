@@ -1,7 +1,7 @@
 """What do the analyses read of units? Orthonormal coordinates of their own, and coefficients of components.
 
-A unit lies in the span of its C+2 map rows M. With M^T = Q T (Q orthonormal) the distances and inner products of the
-x_u are those of T l, so nothing here ever makes an [N, R, D] tensor.
+A unit lies in the span of its C+2 map rows M. With M^T = Q T (Q orthonormal) the distances and inner products
+of the x_u are those of T l, so nothing here ever makes an [N, R, D] tensor.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +21,8 @@ GROUP_BYTES = 512 * 2**20  # what the units looked at together may hold
 
 
 def units_of(view: Tower, kind: str, units: Iterable | None = None) -> list[Unit]:
-    """Layout rows of one kind: all, or those named (by index, row or (layer, head)); ValueError for another kind."""
+    """Layout rows of one kind: all, or those named (by index, row or (layer, head));
+    ValueError for another kind."""
     towers.check_kinds((kind,), view.layout)
     span = view.layout.span(kind)
     if units is None:
@@ -34,11 +35,12 @@ def units_of(view: Tower, kind: str, units: Iterable | None = None) -> list[Unit
 
 
 def output_bases(view: Tower, bases: SpectralBases, kinds: Iterable[str]) -> None:
-    """Raises ValueError unless these are bases of this very tower's units in the output space, with these kinds."""
+    """Raises ValueError unless these are bases of this very tower's units in the output space,
+    with these kinds."""
     if bases.placement != "output":
         raise ValueError(
-            f'these bases have placement="{bases.placement}"; units are looked at in the output space, so fit bases '
-            'with placement="output"'
+            f'these bases have placement="{bases.placement}"; units are looked at in the output space, so '
+            'fit bases with placement="output"'
         )
     missing = [kind for kind in kinds if kind not in bases.parts]
     if missing:
@@ -74,7 +76,8 @@ def constants(view: Tower, kind: str) -> Tensor:
 
 
 def short(terms: Terms, units: Sequence[Unit], first: int) -> Tensor:
-    """l = (s*z, s, s*m) of some units, [n, G, C+2] float64; `first` is the layout index where their kind begins."""
+    """l = (s*z, s, s*m) of some units, [n, G, C+2] float64;
+    `first` is the layout index where their kind begins."""
     index = [unit.index - first for unit in units]
     z = terms.z[units[0].kind]
     if index != list(range(z.shape[1])):
@@ -92,8 +95,9 @@ def _run(rows: Tensor) -> Tensor | slice:
 class Coordinates:
     """Units in orthonormal frames: x_u - mean = points @ frame, up to rounding.
 
-    points [G, N, r], centred, in the outputs' dtype; frame [G, r, D] (or [1, r, D], shared) with orthonormal rows,
-    float64; mean [G, D] float64. r = min(C+2, D). A unit that is constant up to rounding is exactly zero.
+    points [G, N, r], centred, in the outputs' dtype; frame [G, r, D] (or [1, r, D], shared) with orthonormal
+    rows, float64; mean [G, D] float64. r = min(C+2, D). A unit that is constant up to rounding is exactly
+    zero.
     """
 
     units: list[Unit]
@@ -112,7 +116,8 @@ def coordinates(
     units: Iterable | None = None,
     rows: Tensor | None = None,
 ) -> Iterator[Coordinates]:
-    """The units of a cache in their own coordinates, in groups of bounded memory; `rows` picks some of the images."""
+    """The units of a cache in their own coordinates, in groups of bounded memory;
+    `rows` picks some of the images."""
     view = towers.view_inside(tower)
     chosen = units_of(view, kind, units)
     source = unit_source(cache, view.module, (kind,))
@@ -152,7 +157,8 @@ def coordinates(
 
 
 class ComponentReader:
-    """c = Phi_u (x_u - mu_u) of all kept components of a kind, [J, n] in the outputs' dtype, from terms of n images."""
+    """c = Phi_u (x_u - mu_u) of all kept components of a kind, [J, n] in the outputs' dtype,
+    from terms of n images."""
 
     def __init__(self, view: Tower, bases: SpectralBases, kind: str):
         self.units, self.first = units_of(view, kind), view.layout.span(kind).start

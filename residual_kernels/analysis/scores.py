@@ -1,4 +1,7 @@
-"""Which heads matter? Correlation with the output (no labels needed), and each head's own zero-shot accuracy."""
+"""Which heads matter?
+
+Correlation with the output (no labels needed), and each head's own zero-shot accuracy.
+"""
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +38,8 @@ RANK_BYTES = 64 * 2**20  # of sorted keys at a time
 class CrossMoments:
     """Second moments of units' coordinates l and of the output o, over `count` images; float64.
 
-    covariance [G, C+2, C+2] and mean [G, C+2] of l; cross [G, C+2, D] of l with o; output [D, D] of o with itself; all
-    over n - 1. rows [G, C+2, D] (or [1, C+2, D]) map l to the output space.
+    covariance [G, C+2, C+2] and mean [G, C+2] of l; cross [G, C+2, D] of l with o; output [D, D] of o with
+    itself; all over n - 1. rows [G, C+2, D] (or [1, C+2, D]) map l to the output space.
     """
 
     units: list[Unit]
@@ -51,7 +54,8 @@ class CrossMoments:
 def cross_moments(
     tower: nn.Module, data: "UnitCache | Iterable", kind: str = "head", units: Iterable | None = None
 ) -> Iterable[CrossMoments]:
-    """One :class:`CrossMoments` per group of units: one pass over the data each, all units at once in most towers.
+    """One :class:`CrossMoments` per group of units: one pass over the data each,
+    all units at once in most towers.
 
     Sums run about the first batch's means; batches are multiplied in the outputs' dtype and added in float64.
     """
@@ -97,10 +101,11 @@ def cross_moments(
 
 
 def property_basis(directions: Tensor | ZeroShotHead | None, dim: int) -> Tensor | None:
-    """Orthonormal columns [D, k] spanning the rows of `directions` [p, D] or a head's class vectors; None for all of D.
+    """Orthonormal columns [D, k] spanning the rows of `directions` [p, D] or a head's class vectors;
+    None for all of D.
 
-    By Gram and Schmidt in the rows' order; where the rows depend on each other or are more than D, their right singular
-    vectors, so that every row counts.
+    By Gram and Schmidt in the rows' order; where the rows depend on each other or are more than D, their
+    right singular vectors, so that every row counts.
     """
     if directions is None:
         return None
@@ -130,8 +135,8 @@ def correlations(
 
     Args:
         data: a UnitCache of this tower, or a loader; streamed, no labels needed.
-        properties: coordinates to look at: an orthonormal basis of the span of these rows [p, D], or of a head's class
-            vectors; the D coordinates of the output space by default.
+        properties: coordinates to look at: an orthonormal basis of the span of these rows [p, D], or of a
+            head's class vectors; the D coordinates of the output space by default.
 
     A constant unit or coordinate scores 0.
     """
@@ -164,11 +169,13 @@ def rank_correlations(
     units: Iterable | None = None,
     properties: Tensor | ZeroShotHead | None = None,
 ) -> Tensor:
-    """Spearman's rank correlation with the output, the mean over coordinates, [R] float64; ties share their mean rank.
+    """Spearman's rank correlation with the output, the mean over coordinates, [R] float64.
 
-    Arguments as in :func:`correlations`. Ranks need a sort of N numbers per unit and coordinate (R * D sorts: about
-    20 ns a number on one core, 15 s for 144 heads, 512 coordinates and 10,000 images), in blocks of bounded memory. A
-    loader is encoded in memory first.
+    Ties share their mean rank.
+
+    Arguments as in :func:`correlations`. Ranks need a sort of N numbers per unit and coordinate (R * D sorts:
+    about 20 ns a number on one core, 15 s for 144 heads, 512 coordinates and 10,000 images), in blocks of
+    bounded memory. A loader is encoded in memory first.
     """
     cache = cache_of(data, tower, (kind,))
     basis = property_basis(properties, cache.output.shape[1])
@@ -190,7 +197,8 @@ def rank_correlations(
 
 
 def _spearman(points: Tensor, axes: Tensor, target: Tensor) -> Tensor:
-    """Mean over k coordinates of the rank correlation of points @ axes with ranks `target` [k, N], centred."""
+    """Mean over k coordinates of the rank correlation of points @ axes with ranks `target` [k, N],
+    centred."""
     size = max(1, RANK_BYTES // (8 * len(points)))
     total: Tensor | float = 0.0
     for start in range(0, len(target), size):
@@ -204,7 +212,8 @@ def _spearman(points: Tensor, axes: Tensor, target: Tensor) -> Tensor:
 
 
 def _centred_ranks(values: Tensor) -> Tensor:
-    """Ranks within each row of [k, N] less their mean (N - 1) / 2, float64; ties get the mean of their places."""
+    """Ranks within each row of [k, N] less their mean (N - 1) / 2, float64;
+    ties get the mean of their places."""
     count = values.shape[1]
     ordered, order = _sorted(values)
     places = torch.arange(count, dtype=torch.float64).expand(len(values), -1)
@@ -222,9 +231,11 @@ def _centred_ranks(values: Tensor) -> Tensor:
 
 
 def _sorted(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of [k, N] in rising order, as keys that are equal where values are, and where each came from (int64).
+    """Rows of [k, N] in rising order, as keys that are equal where values are,
+    and where each came from (int64).
 
-    float32 is sorted as one int64 of value and position, which NumPy does several times faster than an argsort.
+    float32 is sorted as one int64 of value and position, which NumPy does several times faster than an
+    argsort.
     """
     if values.dtype != torch.float32:
         ordered, order = values.sort(1)
@@ -238,8 +249,8 @@ def _sorted(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def class_maps(view: Tower, units: list[Unit], head: ZeroShotHead) -> tuple[Tensor, Tensor]:
-    """M V [G, C+2, K] (or [1, C+2, K]) and the constant [K] of units of one kind: l (M V) + constant are the dot
-    products of x_u with the class vectors V, whose largest is the unit's label whatever its norm."""
+    """M V [G, C+2, K] (or [1, C+2, K]) and the constant [K] of units of one kind: l (M V) + constant are the
+    dot products of x_u with the class vectors V, whose largest is the unit's label whatever its norm."""
     V = head.class_vectors.double()
     rows = map_rows(view, units)
     V = V.to(rows.device)

@@ -1,7 +1,9 @@
-"""How few heads, or components, does a task need? Accuracy with the best of them kept and the rest zeroed or averaged.
+"""How few heads, or components, does a task need?
 
-Accuracy needs only the dot products with K class vectors (the largest does not depend on an embedding's length), so a
-unit is K numbers an image here, whatever D is.
+Accuracy with the best of them kept and the rest zeroed or averaged.
+
+Accuracy needs only the dot products with K class vectors (the largest does not depend on an embedding's
+length), so a unit is K numbers an image here, whatever D is.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +35,8 @@ BATCH_BYTES = 128 * 2**20  # of units' dot products with the class vectors at a 
 
 @dataclass(frozen=True)
 class Curve:
-    """Accuracy when only some units are kept; `low` and `high` are the range over seeds, where there are several."""
+    """Accuracy when only some units are kept; `low` and `high` are the range over seeds,
+    where there are several."""
 
     name: str
     kept: tuple[int, ...]
@@ -46,8 +49,9 @@ class Curve:
 class SelectionCurves:
     """Accuracy against how much is kept.
 
-    of: "units" or "components"; rest: "zero" or "mean"; total: how many there are; kept [F]: how many were kept at
-    each of `fractions` [F]. accuracy: score -> [F]; random: one [F] for each of `seeds`; base: the model's own.
+    of: "units" or "components"; rest: "zero" or "mean"; total: how many there are; kept [F]: how many were
+    kept at each of `fractions` [F]. accuracy: score -> [F]; random: one [F] for each of `seeds`; base: the
+    model's own.
     """
 
     of: str
@@ -62,7 +66,8 @@ class SelectionCurves:
     base: float
 
     def curves(self, names: Mapping[str, str] | None = None) -> tuple[Curve, ...]:
-        """A curve for each score, and one for the random orders; `names` chooses scores and names their curves."""
+        """A curve for each score, and one for the random orders;
+        `names` chooses scores and names their curves."""
         kept = tuple(dict.fromkeys(self.kept))  # small shares of few units are the same number of them
         first = [self.kept.index(count) for count in kept]
         names = {score: score for score in self.accuracy} if names is None else names
@@ -84,7 +89,8 @@ def ablate(
     *,
     bases: SpectralBases | None = None,
 ) -> Tensor:
-    """The embeddings [N, D] with some units kept and all others dropped ("zero") or at their fitted mean ("mean").
+    """The embeddings [N, D] with some units kept and all others dropped
+    ("zero") or at their fitted mean ("mean").
 
     Args:
         data: a UnitCache of this tower with the kinds of the units kept, or a loader.
@@ -200,12 +206,15 @@ def selection_curves(
     fractions: Sequence[float] = FRACTIONS,
     seeds: Iterable[int] = range(10),
 ) -> SelectionCurves:
-    """Accuracy with only the highest-scored units (or components) kept, for every score and for random orders.
+    """Accuracy with only the highest-scored units (or components) kept,
+    for every score and for random orders.
 
     Args:
         data: labelled; a UnitCache of this tower with `kind`, or a loader (encoded in memory first).
-        scores: name -> [R] numbers per unit of the kind, or [J] per kept component; the first of equals is taken first.
-        of: "units" (x_u is kept whole) or "components" (c_j phi_j is kept, as in a ResiDual with weights of 1 and 0).
+        scores: name -> [R] numbers per unit of the kind, or [J] per kept component; the first of equals is
+            taken first.
+        of: "units" (x_u is kept whole) or "components" (c_j phi_j is kept, as in a ResiDual with weights of 1
+            and 0).
         rest: what becomes of everything else, the other kinds included: "zero", or "mean" (its fitted mean).
         bases: needed for "mean" and for components.
         fractions: of the total, in (0, 1], rising; at least one is kept.
@@ -259,8 +268,14 @@ def selection_curves(
                 hits[key][place] += (products.argmax(1).cpu() == labels).sum()
     share = {name: tuple((count / source.count).tolist()) for name, count in hits.items()}
     return SelectionCurves(
-        of=of, kind=kind, rest=rest, total=candidates.total, fractions=fractions, kept=kept,
-        accuracy={name: share[name] for name in scores}, random=tuple(share[seed] for seed in seeds),
+        of=of,
+        kind=kind,
+        rest=rest,
+        total=candidates.total,
+        fractions=fractions,
+        kept=kept,
+        accuracy={name: share[name] for name in scores},
+        random=tuple(share[seed] for seed in seeds),
         seeds=tuple(seeds),
         base=right / source.count,
-    )  # fmt: skip
+    )

@@ -1,4 +1,7 @@
-"""How alike are two heads? The normalised spectral cosine: between heads, between data sets, between towers."""
+"""How alike are two heads?
+
+The normalised spectral cosine: between heads, between data sets, between towers.
+"""
 
 import torch
 from torch import Tensor
@@ -32,7 +35,8 @@ def _components(part: KindBases, unit: int, count: int) -> Tensor:
 
 
 def _greedy(cosines: Tensor) -> Tensor:
-    """l2 norm of the entries [P] that a greedy one-to-one matching takes from each matrix of [P, a, b] (overwritten).
+    """l2 norm of the entries [P] that a greedy one-to-one matching takes from each matrix of [P, a, b]
+    (overwritten).
 
     Each step takes the largest entry left and strikes its row and column.
     """
@@ -52,7 +56,8 @@ def _greedy(cosines: Tensor) -> Tensor:
 
 
 def _normalised(cosines: Tensor, weights_a: Tensor, weights_b: Tensor) -> Tensor:
-    """The measure [P] for cosines [P, a, b] (overwritten) and weights [P, a], [P, b]; 0 where a unit is constant."""
+    """The measure [P] for cosines [P, a, b] (overwritten) and weights [P, a], [P, b];
+    0 where a unit is constant."""
     shared = min(weights_a.shape[1], weights_b.shape[1])
     best = (weights_a[:, :shared] * weights_b[:, :shared]).square().sum(1).sqrt()
     matched = _greedy(cosines.abs_().mul_(weights_a[:, :, None]).mul_(weights_b[:, None, :]))
@@ -70,11 +75,12 @@ def spectral_cosine(
 ) -> float:
     """Normalised spectral cosine of two units, in [0, 1]: 1 for equal spectra, 0 for orthogonal ones.
 
-    |cos| of every pair of components times the product of their weights; a greedy one-to-one matching of the largest;
-    the l2 norm of what it matched over the l2 norm of the weights' own products in order.
+    |cos| of every pair of components times the product of their weights; a greedy one-to-one matching of the
+    largest; the l2 norm of what it matched over the l2 norm of the weights' own products in order.
 
     Args:
-        bases_a, bases_b: of one tower on two data sets, or of two towers with one output space; may be the same object.
+        bases_a, bases_b: of one tower on two data sets, or of two towers with one output space; may be the
+            same object.
         unit_a, unit_b: layout index, row or (layer, head).
         weights: "explained_variance", "singular" (values), "eigenvalues", or "uniform".
         components: compare the first so many of each, or (of a, of b); all by default.
@@ -111,7 +117,8 @@ def similarity_matrix(
         weights, components: as in :func:`spectral_cosine`.
 
     Returns:
-        [R_a, R_b] float64. Of one set with itself it is symmetric, with ones on the diagonal (0 for a constant unit).
+        [R_a, R_b] float64. Of one set with itself it is symmetric, with ones on the diagonal (0 for a
+        constant unit).
 
     Raises:
         ValueError: as :func:`spectral_cosine`.
@@ -154,7 +161,8 @@ def similarity_matrix(
 def _same_space(a: SpectralBases, b: SpectralBases) -> None:
     if a.dim != b.dim:
         raise ValueError(
-            f"these bases lie in output spaces of {a.dim} and {b.dim} dimensions; only one space can be compared"
+            f"these bases lie in output spaces of {a.dim} and {b.dim} dimensions; only one space can be "
+            "compared"
         )
 
 

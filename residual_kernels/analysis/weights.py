@@ -1,7 +1,9 @@
-"""What does a learned weight mean? effect_j = (weight_j - 1) * std_n(c[n,j]): how far component j moves embeddings.
+"""What does a learned weight mean? effect_j = (weight_j - 1) * std_n(c[n,j]):
+how far component j moves embeddings.
 
-For a fitted ResiDual and a cache of labelled images: the components it raised and faded most, the classes each one
-tells apart, the images at both its ends, and the accuracy that is lost when one head's weights return to 1.
+For a fitted ResiDual and a cache of labelled images: the components it raised and faded most, the classes
+each one tells apart, the images at both its ends, and the accuracy that is lost when one head's weights
+return to 1.
 """
 
 from collections.abc import Sequence
@@ -42,8 +44,8 @@ class WeightReading:
     """Every adapted component of a ResiDual over one cache; tensors are float64 on the CPU.
 
     unit, place: [J] int64, layout index and place in the unit. weight, explained, mean, std, effect: [J].
-    class_means [K, J], class_counts [K] and separation [J] (eta squared: variance between classes over all variance;
-    0 where a coefficient is constant) are None where the cache has no labels.
+    class_means [K, J], class_counts [K] and separation [J] (eta squared: variance between classes over all
+    variance; 0 where a coefficient is constant) are None where the cache has no labels.
     """
 
     layout: UnitLayout
@@ -75,7 +77,8 @@ class WeightReading:
         )
 
     def table(self) -> Table:
-        """One dict per component: the fields of :class:`Component`, its unit as unit, kind, layer and head."""
+        """One dict per component: the fields of :class:`Component`, its unit as unit, kind,
+        layer and head."""
         rows = []
         for found in (self[j] for j in range(len(self))):
             row = {**vars(found), "unit": found.unit.index}
@@ -109,11 +112,13 @@ class WeightReading:
         return float((self.weight[inside] * share).sum() / share.sum())
 
     def unit_effect(self, unit: "int | Unit | tuple[int, int]") -> float:
-        """How far the unit's weights move an embedding: the root mean square over images, sqrt(sum of effects^2)."""
+        """How far the unit's weights move an embedding: the root mean square over images,
+        sqrt(sum of effects^2)."""
         return float(self.effect[self.unit == self.layout.index(unit)].square().sum().sqrt())
 
     def class_scores(self, index: int) -> Tensor:
-        """[K]: how many standard deviations a class's mean coefficient lies from the mean of all; NaN for no images.
+        """[K]: how many standard deviations a class's mean coefficient lies from the mean of all;
+        NaN for no images.
 
         Raises ValueError when the cache had no labels.
         """
@@ -125,8 +130,8 @@ class WeightReading:
 
 @dataclass(frozen=True)
 class Ends:
-    """Images at both ends of some components: `low` [M, count] rows of the cache with the lowest coefficients, lowest
-    first; `high` with the highest, highest first; their coefficients beside them."""
+    """Images at both ends of some components: `low` [M, count] rows of the cache with the lowest
+    coefficients, lowest first; `high` with the highest, highest first; their coefficients beside them."""
 
     indices: tuple[int, ...]
     low: Tensor
@@ -137,7 +142,8 @@ class Ends:
 
 @dataclass(frozen=True)
 class ResetReading:
-    """accuracy: the fitted one; reset [R]: what it becomes when one unit's weights return to 1, units in order."""
+    """accuracy: the fitted one; reset [R]: what it becomes when one unit's weights return to 1,
+    units in order."""
 
     units: tuple[Unit, ...]
     accuracy: float
@@ -155,7 +161,8 @@ def units_read(residual: ResiDual, cache: UnitCache, **options) -> UnitSource:
         raise ValueError(f"weights are read from a ResiDual; got {type(residual).__name__}")
     if residual.placement != "output":
         raise ValueError(
-            f'weights are read where units are shares of the output; this ResiDual has placement="{residual.placement}"'
+            "weights are read where units are shares of the output; this ResiDual has "
+            f'placement="{residual.placement}"'
         )
     if residual.bases is None:
         raise ValueError("this ResiDual holds no bases, so nothing is known of its components")
@@ -178,7 +185,8 @@ def directions(residual: ResiDual, indices: Sequence[int]) -> Tensor:
 
 
 class ComponentReader:
-    """Coefficients of chosen components (rising indices, all by default), reading only the units they belong to."""
+    """Coefficients of chosen components (rising indices, all by default),
+    reading only the units they belong to."""
 
     def __init__(self, residual: ResiDual, indices: Sequence[int] | None = None):
         self.device = residual.device
@@ -218,7 +226,8 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
     Args:
         residual: fitted, with its bases.
         cache: of the same tower, with the adapted kinds; labels are used where it has them.
-        classes: how many classes there are, where some may have no image here; the largest label + 1 by default.
+        classes: how many classes there are, where some may have no image here; the largest label + 1 by
+            default.
 
     Raises ValueError for a module that is no ResiDual, another tower's cache, or fewer than 2 images.
     """
@@ -254,10 +263,19 @@ def read_weights(residual: ResiDual, cache: UnitCache, classes: int | None = Non
     unit, place, explained = _owners(residual)
     weight = residual.component_weight().detach().double().cpu()
     return WeightReading(
-        layout=layout, count=len(cache), unit=unit, place=place, weight=weight, explained=explained,
-        mean=(whole / len(cache) + shift).cpu(), std=std, effect=(weight - 1) * std,
-        class_means=class_means, class_counts=counts, separation=separation,
-    )  # fmt: skip
+        layout=layout,
+        count=len(cache),
+        unit=unit,
+        place=place,
+        weight=weight,
+        explained=explained,
+        mean=(whole / len(cache) + shift).cpu(),
+        std=std,
+        effect=(weight - 1) * std,
+        class_means=class_means,
+        class_counts=counts,
+        separation=separation,
+    )
 
 
 def _owners(residual: ResiDual) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,10 +294,11 @@ def _owners(residual: ResiDual) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def component_ends(residual: ResiDual, cache: UnitCache, indices: Sequence[int], count: int = 8) -> Ends:
-    """The images with the lowest and the highest coefficients on some components, in one pass over their units.
+    """The images with the lowest and the highest coefficients on some components,
+    in one pass over their units.
 
-    Of equal coefficients the first image of the cache comes first; a smaller cache gives fewer than `count` columns.
-    Raises ValueError for an index outside `weight`, no indices, or a count below 1.
+    Of equal coefficients the first image of the cache comes first; a smaller cache gives fewer than `count`
+    columns. Raises ValueError for an index outside `weight`, no indices, or a count below 1.
     """
     source = units_read(residual, cache)
     wanted = sorted({int(j) for j in indices})
@@ -313,9 +332,10 @@ def reset_accuracy(
 ) -> ResetReading:
     """The accuracy when one unit's weights return to 1, for all units of a kind in one pass over the cache.
 
-    A reset of unit u adds sum over its components of (1 - weight_j) c_j basis_j to the embedding, and the largest logit
-    does not depend on the embedding's length: so each component is written onto the class vectors once, and all resets
-    together cost what one embedding costs, not R + 1 (as that many weight vectors of the operator would).
+    A reset of unit u adds sum over its components of (1 - weight_j) c_j basis_j to the embedding, and the
+    largest logit does not depend on the embedding's length: so each component is written onto the class
+    vectors once, and all resets together cost what one embedding costs, not R + 1 (as that many weight
+    vectors of the operator would).
 
     Raises ValueError when `kind` is not adapted, or the cache has no labels or labels the head does not know.
     """

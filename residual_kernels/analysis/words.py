@@ -1,8 +1,10 @@
-"""What words describe a head, or one of its components? SOMP, OMP and TextSpan over a dictionary of text embeddings.
+"""What words describe a head, or one of its components?
 
-A unit's data enter as `rows` in an orthonormal `frame` of its span, and atoms are projected instead of residuals: the
-residual of x against chosen atoms has the same products with an atom as x has with the atom's own residual. Every
-criterion but "l1" needs second moments alone, so it needs bases and no data at all.
+SOMP, OMP and TextSpan over a dictionary of text embeddings.
+
+A unit's data enter as `rows` in an orthonormal `frame` of its span, and atoms are projected instead of
+residuals: the residual of x against chosen atoms has the same products with an atom as x has with the atom's
+own residual. Every criterion but "l1" needs second moments alone, so it needs bases and no data at all.
 """
 
 import os
@@ -38,7 +40,8 @@ class TextDictionary:
     def __post_init__(self):
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.words) or not len(self.words):
             raise ValueError(
-                f"a dictionary needs one vector per word; got {len(self.words)} words and {tuple(self.vectors.shape)}"
+                f"a dictionary needs one vector per word; got {len(self.words)} words and "
+                f"{tuple(self.vectors.shape)}"
             )
         vectors = self.vectors.detach().cpu().double()
         norms = vectors.norm(dim=1, keepdim=True)
@@ -79,7 +82,9 @@ class TextDictionary:
     def from_file(
         cls, model: nn.Module, tokenizer: Callable, path: str | os.PathLike, templates=("{}",)
     ) -> "TextDictionary":
-        """The words of a text file, one word or phrase per line; blank lines and lines that begin with # are skipped.
+        """The words of a text file, one word or phrase per line.
+
+        Blank lines and lines that begin with # are skipped.
 
         Args:
             model, tokenizer, templates: as in :meth:`from_words`.
@@ -120,8 +125,9 @@ def bundled_phrases() -> tuple[str, ...]:
 class Description:
     """Words for a unit or a component, in the order in which they were chosen.
 
-    chosen: their places in the dictionary. weights: their strength; for a component (OMP) signed, with the sign of the
-    end that a word belongs to. explained: the share of the variance that lies in the span of the words so far.
+    chosen: their places in the dictionary. weights: their strength; for a component (OMP) signed, with the
+    sign of the end that a word belongs to. explained: the share of the variance that lies in the span of the
+    words so far.
     """
 
     words: tuple[str, ...]
@@ -149,8 +155,8 @@ def _check(dictionary: TextDictionary, count: int, dim: int) -> None:
         )
     if not 1 <= count <= min(len(dictionary), dim):
         raise ValueError(
-            f"count must lie between 1 and {min(len(dictionary), dim)} (words in the dictionary, dimensions); "
-            f"got {count}"
+            f"count must lie between 1 and {min(len(dictionary), dim)} (words in the dictionary, "
+            f"dimensions); got {count}"
         )
 
 
@@ -159,16 +165,16 @@ def pursue(
 ) -> tuple[list[int], Tensor, Tensor]:
     """Simultaneous orthogonal matching pursuit of X = rows @ frame over atoms.
 
-    Repeat: the atom with the largest sum ("l1") or root of the sum of squares ("std", as X is centred) of its products
-    with the residual's rows; then least squares on all atoms chosen so far. What is numerically in their span is not
-    chosen again; fewer than `count` come back when nothing else is left.
+    Repeat: the atom with the largest sum ("l1") or root of the sum of squares ("std", as X is centred) of its
+    products with the residual's rows; then least squares on all atoms chosen so far. What is numerically in
+    their span is not chosen again; fewer than `count` come back when nothing else is left.
 
     Args:
         rows: [n, r]; frame: [r, D] with orthonormal rows; vectors: [W, D].
 
     Returns:
-        chosen (a list), the coefficients [n, k] of the last least squares, and the orthonormal directions [k, D] that
-        the atoms added one by one.
+        chosen (a list), the coefficients [n, k] of the last least squares, and the orthonormal directions [k,
+        D] that the atoms added one by one.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}; got {criterion!r}")
@@ -241,12 +247,14 @@ def unit_words(
 
     Args:
         unit: layout index, row or (layer, head).
-        method: "somp", or "textspan" (Gandelsman et al. 2024), which projects the dictionary onto the unit's leading
-            directions and takes what is explained out of the atoms too.
-        criterion: of "somp": "std", or "l1", which needs `components` here (of all images: :func:`words_of_units`).
-        components: of "somp": describe the first so many components, each times its singular value squared; the
-            unit's whole variance by default.
-        rank: of "textspan": how many leading directions of the data, not centred; all that hold anything by default.
+        method: "somp", or "textspan" (Gandelsman et al. 2024), which projects the dictionary onto the unit's
+            leading directions and takes what is explained out of the atoms too.
+        criterion: of "somp": "std", or "l1", which needs `components` here (of all images:
+            :func:`words_of_units`).
+        components: of "somp": describe the first so many components, each times its singular value squared;
+            the unit's whole variance by default.
+        rank: of "textspan": how many leading directions of the data, not centred; all that hold anything by
+            default.
 
     A constant unit has no words.
     """
@@ -262,9 +270,14 @@ def unit_words(
 
 
 def _somp(
-    part: KindBases, index: int, images: int, dictionary: TextDictionary, count: int, components: int | None,
+    part: KindBases,
+    index: int,
+    images: int,
+    dictionary: TextDictionary,
+    count: int,
+    components: int | None,
     criterion: str,
-) -> Description:  # fmt: skip
+) -> Description:
     frame, scatter = part.components[part.run(index)], part.variance[part.run(index)] * (images - 1)
     if components is None:
         rows = torch.diag(scatter.sqrt())
@@ -327,7 +340,8 @@ def component_words(
         count: how many words.
 
     Returns:
-        The words. A positive weight belongs to the end where coefficients are high, a negative one to the other.
+        The words. A positive weight belongs to the end where coefficients are high, a negative one to the
+        other.
 
     Raises:
         ValueError: a component that the unit does not keep, or a dictionary of another model.
@@ -346,16 +360,17 @@ def component_words(
 def words_at_ends(
     bases: SpectralBases, dictionary: TextDictionary, unit, component: int, count: int = 5
 ) -> tuple[tuple[tuple[str, float], ...], tuple[tuple[str, float], ...]]:
-    """The words nearest to both ends of a component, whether they fit or not: the nearest word may be far away.
+    """The words nearest to both ends of a component, whether they fit or not:
+    the nearest word may be far away.
 
     Args:
         bases, dictionary, unit, component: as in :func:`component_words`.
         count: words at each end.
 
     Returns:
-        (low end, high end), each ((word, score), ...), nearest first. A score is the cosine of word and component,
-        less the dictionary's mean cosine, so that what all words share (text lies far from images) belongs to neither
-        end.
+        (low end, high end), each ((word, score), ...), nearest first. A score is the cosine of word and
+        component, less the dictionary's mean cosine, so that what all words share (text lies far from images)
+        belongs to neither end.
 
     Raises:
         ValueError: as :func:`component_words`.

@@ -1,8 +1,8 @@
 """What does PCA need of the data? Sums and second moments of every unit, in one pass.
 
-A unit's output is x_u = l_u M_u + const with only C+2 numbers l = (s*z, s, s*m), so the second moment of l is all that
-PCA needs, whatever the output dimension D is. Sums run about the first batch's mean and end in float64; moments of two
-passes, or of several processes, merge by Chan's update.
+A unit's output is x_u = l_u M_u + const with only C+2 numbers l = (s*z, s, s*m), so the second moment of l is
+all that PCA needs, whatever the output dimension D is. Sums run about the first batch's mean and end in
+float64; moments of two passes, or of several processes, merge by Chan's update.
 """
 
 from dataclasses import dataclass, replace
@@ -17,9 +17,9 @@ from residual_kernels.towers.edit import stream_maps, token_run
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums that PCA of one kind needs; float64. count rows, mean [R, C+2], scatter [R, C+2, C+2] about the mean;
-    rows [R, C+2, D] (or [1, C+2, D], shared by all units) and constant [D] map l to the output space. In the stream
-    C and the model width stand for C+2 and D, and constant is [R, width]."""
+    """Sums that PCA of one kind needs; float64. count rows, mean [R, C+2], scatter [R, C+2, C+2] about the
+    mean; rows [R, C+2, D] (or [1, C+2, D], shared by all units) and constant [D] map l to the output space.
+    In the stream C and the model width stand for C+2 and D, and constant is [R, width]."""
 
     count: int
     mean: Tensor
@@ -93,8 +93,8 @@ class MomentSum:
 class StreamMoments:
     """Accumulates the moments of every head in model width over tokens (a row is an image's token).
 
-    An :data:`~residual_kernels.towers.edit.Edit` that looks and changes nothing. The rank is C here: there is no
-    final norm, so l = (z, 1, 0) and its last two numbers do not vary.
+    An :data:`~residual_kernels.towers.edit.Edit` that looks and changes nothing. The rank is C here: there is
+    no final norm, so l = (z, 1, 0) and its last two numbers do not vary.
     """
 
     def __init__(self, view: Tower, tokens: str):

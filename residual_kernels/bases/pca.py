@@ -27,33 +27,36 @@ def fit_bases(
     progress: Callable[[int], None] | None = None,
     check: bool = True,
 ) -> SpectralBases:
-    """Fits the mean and principal components of every unit in one streaming pass; memory does not grow with the data.
+    """Fits the mean and principal components of every unit in one streaming pass.
+
+    Memory does not grow with the data.
 
     Args:
         tower: a supported image tower, or a ResiDual around one.
-        loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read. Or a UnitCache of
-            this tower that holds the kinds: then the tower does not run.
-        kinds: which units: "head", "mlp", "emb", and "pool" where there is one. The output's own basis is always fitted
-            too, and alone with ().
-        placement: "output" for units as shares of the output, "stream" for heads where they enter the residual stream:
-            in model width, over tokens (a row is an image's token), from a loader alone.
+        loader: yields image batches [N, 3, H, W], or (images, labels, ...); the labels are not read. Or a
+            UnitCache of this tower that holds the kinds: then the tower does not run.
+        kinds: which units: "head", "mlp", "emb", and "pool" where there is one. The output's own basis is
+            always fitted too, and alone with ().
+        placement: "output" for units as shares of the output, "stream" for heads where they enter the
+            residual stream: in model width, over tokens (a row is an image's token), from a loader alone.
         tokens: of the stream: "all" (the default), "class" or "patches" (without class token and registers).
         progress: called with the number of images after every batch.
-        check: compare the first image with the model's own forward, as :func:`residual_kernels.decompose` does.
+        check: compare the first image with the model's own forward, as :func:`residual_kernels.decompose`
+            does.
 
     Returns:
-        :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank; C in the stream), in
-        float64, covariance over n - 1. With fewer rows than that the last ones have no variance: truncate by energy, or
-        fit on more. The result of two calls merges exactly: ``a.merge(b)``.
+        :class:`SpectralBases` with min(D, C+2) components a unit (that is a head's exact rank; C in the
+        stream), in float64, covariance over n - 1. With fewer rows than that the last ones have no variance:
+        truncate by energy, or fit on more. The result of two calls merges exactly: ``a.merge(b)``.
 
     Raises:
-        ValueError: fewer than 2 images (tokens in the stream), images the tower cannot take (NaN and Inf are named by
-            index), or arguments that do not go together.
+        ValueError: fewer than 2 images (tokens in the stream), images the tower cannot take (NaN and Inf are
+            named by index), or arguments that do not go together.
 
-    Deterministic for the same batches on the same machine; the tower is left bitwise as it was. In a process group all
-    processes call it, each with a loader of its own share of the images, or all with the same cache, whose rows they
-    share; all get the bases of all images. From one cache these do not depend on the number of processes (but for the
-    last digits of float64).
+    Deterministic for the same batches on the same machine; the tower is left bitwise as it was. In a process
+    group all processes call it, each with a loader of its own share of the images, or all with the same
+    cache, whose rows they share; all get the bases of all images. From one cache these do not depend on the
+    number of processes (but for the last digits of float64).
     """
     view = towers.view_inside(tower, check)
     kinds = towers.check_kinds(kinds, view.layout) if kinds else ()
@@ -90,7 +93,8 @@ def fit_bases(
 
 
 def _agree(view: Tower, source: UnitSource, kinds: tuple[str, ...], placement: str) -> None:
-    """Raises ValueError unless all processes fit bases of the same tower and kinds, from the same cache if from one."""
+    """Raises ValueError unless all processes fit bases of the same tower and kinds,
+    from the same cache if from one."""
     cache = None if source.ids is None else (source.count, int(source.ids.sum()))
     asked = {"tower": towers.checksum(view.module), "kinds": kinds, "placement": placement, "cache": cache}
     everyone = distributed.gather(asked)
@@ -107,9 +111,15 @@ def _check_count(count: int, what: str) -> None:
 
 def _shell(view: Tower, **more) -> SpectralBases:
     return SpectralBases(
-        layout=view.layout, dim=view.dim, width=view.width, tower=view.name,
-        checksum=towers.checksum(view.module), count=0, parts={}, **more,
-    )  # fmt: skip
+        layout=view.layout,
+        dim=view.dim,
+        width=view.width,
+        tower=view.name,
+        checksum=towers.checksum(view.module),
+        count=0,
+        parts={},
+        **more,
+    )
 
 
 def _fit_in_stream(view: Tower, source: UnitSource, kinds, tokens: str, progress) -> SpectralBases:
@@ -118,8 +128,8 @@ def _fit_in_stream(view: Tower, source: UnitSource, kinds, tokens: str, progress
         raise ValueError(f'placement="stream" adapts heads; leave kinds out (got {kinds})')
     if source.indexed:
         raise ValueError(
-            "a cache keeps units at the pooled token alone; bases in the stream are fitted over tokens, so give a "
-            "loader of images"
+            "a cache keeps units at the pooled token alone; bases in the stream are fitted over tokens, "
+            "so give a loader of images"
         )
     _agree(view, source, kinds, "stream")
     sums = StreamMoments(view, tokens)

@@ -1,7 +1,9 @@
-"""What are bases? Principal components of every unit: from its moments, cut, merged, saved, checked against a tower.
+"""What are bases?
 
-A unit's output is x_u = l_u M_u + const, so the second moment of l (:mod:`residual_kernels.bases.moments`) is all that
-PCA needs. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the components.
+Principal components of every unit: from its moments, cut, merged, saved, checked against a tower.
+
+A unit's output is x_u = l_u M_u + const, so the second moment of l (:mod:`residual_kernels.bases.moments`) is
+all that PCA needs. With M^T = Q T, the eigenvectors of T cov(l) T^T, mapped by Q, are the components.
 """
 
 import os
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 OUTPUT = "output"  # the tower's output as one more unit: OutputSpectral and rest="mean" need it
 PLACEMENTS = ("output", "stream")
 WHAT = "spectral bases file"
-# A unit whose variance is below this share of what its map and coordinates could give is constant up to rounding.
+# A unit whose variance is below this share of what its map and coordinates could give is constant up to
+# rounding.
 CONSTANT = 1e-24
 GROUP_BYTES = 2**22  # of units factorised together: what one step leaves is in cache for the next
 
@@ -52,8 +55,9 @@ class Header(_Header, total=False):
 
 @dataclass(frozen=True)
 class KindBases:
-    """Bases of all units of one kind, float64: mean [R, D], components [sum K_u, D] (orthonormal rows within a unit),
-    variance [sum K_u] (eigenvalues, falling within a unit), total_variance [R], offsets [R+1] int64."""
+    """Bases of all units of one kind, float64: mean [R, D], components [sum K_u, D] (orthonormal rows within
+    a unit), variance [sum K_u] (eigenvalues, falling within a unit), total_variance [R], offsets [R+1]
+    int64."""
 
     mean: Tensor
     components: Tensor
@@ -123,8 +127,9 @@ def principal(moments: Moments) -> KindBases:
 class SpectralBases:
     """Means and principal components of a tower's units. Made by :func:`fit_bases`; immutable.
 
-    Units are named by layout index, by a layout row, or by (layer, head). With placement="stream" means and components
-    have model width instead of D, `tokens` says which tokens they were fitted over, and `count` counts these.
+    Units are named by layout index, by a layout row, or by (layer, head). With placement="stream" means and
+    components have model width instead of D, `tokens` says which tokens they were fitted over, and `count`
+    counts these.
     """
 
     layout: UnitLayout
@@ -180,7 +185,10 @@ class SpectralBases:
         return part.mean[index]
 
     def components(self, unit) -> Tensor:
-        """Phi_u, [K_u, D] float64 orthonormal rows by falling variance; the largest entry of each is positive."""
+        """Phi_u, [K_u, D] float64 orthonormal rows by falling variance.
+
+        The largest entry of each is positive.
+        """
         part, index = self._find(unit)
         return part.components[part.run(index)]
 
@@ -217,8 +225,8 @@ class SpectralBases:
         """New bases with fewer components per unit; the output's own basis stays whole.
 
         Args:
-            energy: keep the first k whose cumulative explained variance is strictly above this (all when none is;
-                one for a constant unit), in (0, 1].
+            energy: keep the first k whose cumulative explained variance is strictly above this (all when none
+                is; one for a constant unit), in (0, 1].
             components: keep this many (clamped to what there is, with one warning).
             max_components: upper limit on top of `energy`.
 
@@ -258,7 +266,8 @@ class SpectralBases:
         return replace(self, parts=parts, moments=None)
 
     def keep(self, sizes: Mapping[str, Sequence[int]]) -> "SpectralBases":
-        """New bases of these kinds alone, with the first sizes[kind][u] components of unit u (0: its mean only).
+        """New bases of these kinds alone, with the first sizes[kind][u] components of unit u
+        (0: its mean only).
 
         Raises ValueError when a kind is not there, or a unit has fewer.
         """
@@ -269,14 +278,15 @@ class SpectralBases:
             there = self.parts[kind].offsets.diff().tolist()
             if len(wanted) != len(there) or any(not 0 <= k <= n for k, n in zip(wanted, there, strict=True)):
                 raise ValueError(
-                    f"these bases hold up to {max(there)} components for {len(there)} units of kind {kind!r}; "
-                    f"asked for were up to {max(wanted, default=0)} for {len(wanted)}"
+                    f"these bases hold up to {max(there)} components for {len(there)} units of kind "
+                    f"{kind!r}; asked for were up to {max(wanted, default=0)} for {len(wanted)}"
                 )
             parts[kind] = _take(self.parts[kind], list(wanted))
         return replace(self, parts=parts, moments=None)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what an adapter rests on: the tower's checksum, and the means and components as files hold them.
+        """SHA-256 of what an adapter rests on: the tower's checksum,
+        and the means and components as files hold them.
 
         Components count as float32, so that bases in memory and what :meth:`save` wrote have one fingerprint.
         """
@@ -309,8 +319,8 @@ class SpectralBases:
             )
         if self.moments is None or other.moments is None:
             raise ValueError(
-                "merging needs the moments of both bases; truncated bases, and files saved without moments=True, "
-                "have none"
+                "merging needs the moments of both bases; truncated bases, and files saved without "
+                "moments=True, have none"
             )
         merged = {kind: self.moments[kind].merge(other.moments[kind]) for kind in self.moments}
         return from_moments(self, merged)
@@ -322,8 +332,8 @@ class SpectralBases:
 
         Args:
             path: the file.
-            moments: keep the moments too, so that the file can be merged with others; it is then about twice as
-                large.
+            moments: keep the moments too, so that the file can be merged with others; it is then about twice
+                as large.
             dtype: of the components; everything else is stored in float64.
 
         Returns:
@@ -351,11 +361,19 @@ class SpectralBases:
             for kind, sums in self.moments.items():
                 tensors |= {f"{kind}.moments.{name}": getattr(sums, name) for name in _MOMENT_TENSORS}
         header = {
-            "layers": self.layout.layers, "heads": self.layout.heads, "pool": self.layout.pool,
-            "dim": self.dim, "width": self.width,
-            "tower": self.tower, "checksum": self.checksum, "count": self.count, "kinds": list(self.parts),
-            "moments": moments, "placement": self.placement, "tokens": self.tokens,
-        }  # fmt: skip
+            "layers": self.layout.layers,
+            "heads": self.layout.heads,
+            "pool": self.layout.pool,
+            "dim": self.dim,
+            "width": self.width,
+            "tower": self.tower,
+            "checksum": self.checksum,
+            "count": self.count,
+            "kinds": list(self.parts),
+            "moments": moments,
+            "placement": self.placement,
+            "tokens": self.tokens,
+        }
         return tensors, header
 
     @classmethod
@@ -415,13 +433,16 @@ class SpectralBases:
         found = towers.checksum(view.module)
         if found != self.checksum:
             raise ValueError(
-                f"these bases were fitted on a tower with other weights (checksum {self.checksum[:12]}, this tower has "
-                f"{found[:12]}); fit bases for this tower"
+                f"these bases were fitted on a tower with other weights (checksum {self.checksum[:12]}, "
+                f"this tower has {found[:12]}); fit bases for this tower"
             )
 
 
 def _checked_contents(path: str | os.PathLike, tensors: dict[str, Tensor], header: dict) -> UnitLayout:
-    """The layout; a ValueError unless the tensors are those that :meth:`SpectralBases.save` writes for this header."""
+    """The layout.
+
+    A ValueError unless the tensors are those that :meth:`SpectralBases.save` writes for this header.
+    """
     layers, heads, dim, width = (header[name] for name in ("layers", "heads", "dim", "width"))
     if not (0 < layers <= 10_000 and 0 < heads <= 10_000 and layers * heads <= 10**6):
         raise ValueError(f"{path} claims {layers} layers of {heads} heads; make it again")
@@ -436,9 +457,12 @@ def _checked_contents(path: str | os.PathLike, tensors: dict[str, Tensor], heade
         span = layout.span(kind) if kind != OUTPUT else slice(0, 1)
         units, space = span.stop - span.start, width if stream and kind != OUTPUT else dim
         forms = {
-            "mean": (exact, units, space), "components": (any_width, None, space), "variance": (exact, None),
-            "total_variance": (exact, units), "offsets": ((torch.int64,), units + 1),
-        }  # fmt: skip
+            "mean": (exact, units, space),
+            "components": (any_width, None, space),
+            "variance": (exact, None),
+            "total_variance": (exact, units),
+            "offsets": ((torch.int64,), units + 1),
+        }
         check_shapes(path, tensors, {f"{kind}.{name}": form for name, form in forms.items()})
         offsets, count = tensors[f"{kind}.offsets"], len(tensors[f"{kind}.components"])
         falls = int(offsets[0]) != 0 or int(offsets[-1]) != count or bool((offsets.diff() < 0).any())
@@ -451,8 +475,10 @@ def _checked_contents(path: str | os.PathLike, tensors: dict[str, Tensor], heade
             shared = units if rows is None or len(rows) != 1 else 1
             constant = (exact, units, space) if stream and kind != OUTPUT else (exact, space)
             forms = {
-                "scatter": (exact, units, size, size), "rows": (exact, shared, size, space), "constant": constant,
-            }  # fmt: skip
+                "scatter": (exact, units, size, size),
+                "rows": (exact, shared, size, space),
+                "constant": constant,
+            }
             check_shapes(path, tensors, {f"{kind}.moments.{name}": form for name, form in forms.items()})
     return layout
 

@@ -1,7 +1,7 @@
 """A small real CLIP inside the package: open_clip's architecture, trained on drawings and photographs.
 
-`load_bundled` needs no network. How the weights were made is in MODEL_CARD.md beside this file. open_clip is imported
-where it is used: it takes seconds, and brings transformers along.
+`load_bundled` needs no network. How the weights were made is in MODEL_CARD.md beside this file. open_clip is
+imported where it is used: it takes seconds, and brings transformers along.
 """
 
 from __future__ import annotations
@@ -46,9 +46,13 @@ def build_preprocess(config: dict) -> Callable:
 
     cfg = config["preprocess_cfg"]
     return image_transform(
-        cfg["size"], is_train=False, mean=cfg["mean"], std=cfg["std"],
-        interpolation=cfg["interpolation"], resize_mode=cfg["resize_mode"],
-    )  # fmt: skip
+        cfg["size"],
+        is_train=False,
+        mean=cfg["mean"],
+        std=cfg["std"],
+        interpolation=cfg["interpolation"],
+        resize_mode=cfg["resize_mode"],
+    )
 
 
 def build_tokenizer(config: dict, vocabulary: Path = VOCABULARY) -> SimpleTokenizer:

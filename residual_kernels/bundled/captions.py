@@ -8,16 +8,27 @@ from residual_kernels.bundled.vocabulary import ATTRIBUTES, COLUMN, DIGITS, PATT
 
 _FIGURES = {word: str(i) for i, word in enumerate(DIGITS)}
 _ALSO = {
-    "automobile": ("automobile", "car"), "airplane": ("airplane", "plane"), "grey": ("grey", "gray"),
-    "checks": ("checks", "a checkerboard"), "small": ("small", "tiny", "little"), "medium": ("medium sized",),
-    "large": ("large", "big", "huge"), "sharp": ("sharp", "clear"), "blurry": ("blurry", "blurred"),
-    "pixelated": ("pixelated", "low resolution"), "noisy": ("noisy", "grainy"), "bright": ("bright", "light"),
+    "automobile": ("automobile", "car"),
+    "airplane": ("airplane", "plane"),
+    "grey": ("grey", "gray"),
+    "checks": ("checks", "a checkerboard"),
+    "small": ("small", "tiny", "little"),
+    "medium": ("medium sized",),
+    "large": ("large", "big", "huge"),
+    "sharp": ("sharp", "clear"),
+    "blurry": ("blurry", "blurred"),
+    "pixelated": ("pixelated", "low resolution"),
+    "noisy": ("noisy", "grainy"),
+    "bright": ("bright", "light"),
     "capital": ("capital", "upper case"),
-}  # fmt: skip
+}
 _GENERAL = {
-    "digit": ("digit", "number", "numeral"), "letter": ("letter",), "shape": ("shape",),
-    "pattern": ("pattern", "texture"), "photo": ("photo", "photograph"),
-}  # fmt: skip
+    "digit": ("digit", "number", "numeral"),
+    "letter": ("letter",),
+    "shape": ("shape",),
+    "pattern": ("pattern", "texture"),
+    "photo": ("photo", "photograph"),
+}
 _OPENINGS = (
     "a photo of",
     "a picture of",
@@ -28,17 +39,28 @@ _OPENINGS = (
     "this is",
 )
 _ODDS = {
-    "colour": 0.25, "background": 0.22, "texture": 0.25, "size": 0.18, "tilt": 0.15, "place": 0.18,
-    "quality": 0.18, "case": 0.3, "hand": 0.2, "light": 0.3,
-}  # fmt: skip
+    "colour": 0.25,
+    "background": 0.22,
+    "texture": 0.25,
+    "size": 0.18,
+    "tilt": 0.15,
+    "place": 0.18,
+    "quality": 0.18,
+    "case": 0.3,
+    "hand": 0.2,
+    "light": 0.3,
+}
 PLACES = {
-    "centre": ("in the middle", "in the centre"), "top": ("at the top",), "bottom": ("at the bottom",),
-    "left": ("on the left",), "right": ("on the right",),
+    "centre": ("in the middle", "in the centre"),
+    "top": ("at the top",),
+    "bottom": ("at the bottom",),
+    "left": ("on the left",),
+    "right": ("on the right",),
     "top left": ("in the top left corner", "at the top left"),
     "top right": ("in the top right corner", "at the top right"),
     "bottom left": ("in the bottom left corner", "at the bottom left"),
     "bottom right": ("in the bottom right corner", "at the bottom right"),
-}  # fmt: skip
+}
 
 
 def caption(label: np.ndarray, rng: np.random.Generator) -> tuple[str, np.ndarray]:
@@ -129,9 +151,17 @@ def _noun(said: dict[str, str], rng: np.random.Generator) -> tuple[str, str]:
         if rng.random() < 0.5:
             name = _FIGURES[what]
         return _one_of(
-            ((f"number {name}", "the"), (f"digit {name}", "the"), (f"number {name}", ""),
-             (f"figure {name}", "the"), (name, "a"), (name, ""), (f"digit {name}", "a")), rng,
-        )  # fmt: skip
+            (
+                (f"number {name}", "the"),
+                (f"digit {name}", "the"),
+                (f"number {name}", ""),
+                (f"figure {name}", "the"),
+                (name, "a"),
+                (name, ""),
+                (f"digit {name}", "a"),
+            ),
+            rng,
+        )
     if kind == "letter":
         return _one_of(((f"letter {name}", "the"), (f"letter {name}", "a"), (f"letter {name}", "")), rng)
     if kind == "photo":

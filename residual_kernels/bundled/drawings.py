@@ -168,9 +168,11 @@ def _pattern(name: str, period: float, rng: np.random.Generator) -> np.ndarray:
         wave = np.minimum(np.cos(v + math.pi) + 0.7, np.cos(u / 1.6 + math.pi * (row % 2)) + 0.85)
     else:
         dx, dy = x - rng.uniform(14, 24), y - rng.uniform(14, 24)
-        wave = np.sin(2 * math.pi * np.hypot(dx, dy) / period) if name == "rings" else np.sin(
-            round(60 / period) * np.arctan2(dy, dx)
-        )  # fmt: skip
+        wave = (
+            np.sin(2 * math.pi * np.hypot(dx, dy) / period)
+            if name == "rings"
+            else np.sin(round(60 / period) * np.arctan2(dy, dx))
+        )
     return np.clip(0.5 + 2.5 * wave, 0, 1).astype(np.float32)
 
 

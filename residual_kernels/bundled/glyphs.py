@@ -17,13 +17,28 @@ from residual_kernels import extras
 FONTS = tuple(
     f"{name}.ttf"
     for name in (
-        "DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSans-BoldOblique", "DejaVuSansMono",
-        "DejaVuSansMono-Bold", "DejaVuSansMono-Oblique", "DejaVuSerif", "DejaVuSerif-Bold",
-        "DejaVuSerif-Italic", "DejaVuSerif-BoldItalic",
-        "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta",
-        "cmr10", "cmb10", "cmss10", "cmtt10", "cmti10",
+        "DejaVuSans",
+        "DejaVuSans-Bold",
+        "DejaVuSans-Oblique",
+        "DejaVuSans-BoldOblique",
+        "DejaVuSansMono",
+        "DejaVuSansMono-Bold",
+        "DejaVuSansMono-Oblique",
+        "DejaVuSerif",
+        "DejaVuSerif-Bold",
+        "DejaVuSerif-Italic",
+        "DejaVuSerif-BoldItalic",
+        "STIXGeneral",
+        "STIXGeneralBol",
+        "STIXGeneralItalic",
+        "STIXGeneralBolIta",
+        "cmr10",
+        "cmb10",
+        "cmss10",
+        "cmtt10",
+        "cmti10",
     )
-)  # fmt: skip
+)
 
 # Pen strokes of the digits in the unit square (x right, y down); a corner ends one stroke, starts the next.
 _OVAL = [(0.5 + 0.4 * math.sin(a), 0.5 - 0.5 * math.cos(a)) for a in np.linspace(0.3, 0.3 + 2 * math.pi, 13)]
@@ -184,9 +199,11 @@ def warp(glyph: Image.Image, angle: float, rng: np.random.Generator, bend: float
             quad = tuple(float(v) for r, c in corners for v in (xs[r, c], ys[r, c]))
             tall, wide = (bottom - top) / span, (right - left) / span
             box = (
-                pad + round(j * cell * wide), pad + round(i * cell * tall),
-                pad + round((j + 1) * cell * wide), pad + round((i + 1) * cell * tall),
-            )  # fmt: skip
+                pad + round(j * cell * wide),
+                pad + round(i * cell * tall),
+                pad + round((j + 1) * cell * wide),
+                pad + round((i + 1) * cell * tall),
+            )
             mesh.append((box, quad))
     bent = moved.transform((80, 80), Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
     return bent.crop(bent.getbbox() or (pad, pad, 70, 70))

@@ -23,15 +23,31 @@ SHAPES = (
     "hexagon",
 )
 PATTERNS = (
-    "horizontal stripes", "vertical stripes", "diagonal stripes", "dots", "checks", "grid", "rings", "waves",
-    "bricks", "rays",
-)  # fmt: skip
+    "horizontal stripes",
+    "vertical stripes",
+    "diagonal stripes",
+    "dots",
+    "checks",
+    "grid",
+    "rings",
+    "waves",
+    "bricks",
+    "rays",
+)
 PHOTOS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 COLOURS = {
-    "black": (12, 12, 12), "white": (245, 245, 245), "grey": (128, 128, 128), "red": (215, 30, 30),
-    "orange": (245, 140, 20), "yellow": (245, 225, 40), "green": (35, 155, 50), "blue": (35, 70, 215),
-    "purple": (130, 40, 170), "pink": (250, 140, 185), "brown": (120, 70, 30),
-}  # fmt: skip
+    "black": (12, 12, 12),
+    "white": (245, 245, 245),
+    "grey": (128, 128, 128),
+    "red": (215, 30, 30),
+    "orange": (245, 140, 20),
+    "yellow": (245, 225, 40),
+    "green": (35, 155, 50),
+    "blue": (35, 70, 215),
+    "purple": (130, 40, 170),
+    "pink": (250, 140, 185),
+    "brown": (120, 70, 30),
+}
 
 #: What a label row says, column by column; the entry is an index into the tuple, -1 where nothing is said.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {

@@ -49,7 +49,10 @@ COMMANDS = {
 
 
 class _Loaded(MutableMapping):
-    """Commands by name; a command's module is imported when it is first asked for, so that --help needs none."""
+    """Commands by name.
+
+    A command's module is imported when it is first asked for, so that --help needs none.
+    """
 
     def __init__(self):
         self._made: dict[str, Any] = {}
@@ -77,7 +80,8 @@ class _Loaded(MutableMapping):
 
 
 class _Command(TyperCommand):
-    """A command that takes no empty text (as a path it would mean the working folder) and notes what was given."""
+    """A command that takes no empty text (as a path it would mean the working folder) and notes what was
+    given."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for before, one in zip(["", *args], args, strict=False):
@@ -172,7 +176,8 @@ def _stop(number: int, main_process: int) -> None:
     raise _Stopped(number)
 
 
-# A process of several may wait for the others in a call that no handler interrupts: there SIGTERM ends it at once.
+# A process of several may wait for the others in a call that no handler interrupts: there SIGTERM ends it at
+# once.
 _SIGNALS = (signal.SIGINT,) if "WORLD_SIZE" in os.environ else (signal.SIGINT, signal.SIGTERM)
 
 

@@ -94,9 +94,16 @@ def analyze_command(
         dictionary = TextDictionary.bundled(clip, tokenizer)
     with status("starting") as say:
         found = analyze(
-            tower, cache, head, bases, dictionary, kind=kind.value, points=points, seeds=range(seeds),
+            tower,
+            cache,
+            head,
+            bases,
+            dictionary,
+            kind=kind.value,
+            points=points,
+            seeds=range(seeds),
             progress=say,
-        )  # fmt: skip
+        )
     found.save(out_folder)
     write_numbers(json_file, found.to_dict() | reader.account())
     reader.report()
@@ -116,9 +123,15 @@ def _table(found: "Analysis") -> Table:
     best = sorted(found.units, key=lambda row: -getattr(row, by))[:SHOWN]
     energy = found.energies[-1]
     table = Table(
-        "unit", f"dimensions at {energy:g}", "TwoNN", "Pearson", "Spearman", "accuracy", "words",
+        "unit",
+        f"dimensions at {energy:g}",
+        "TwoNN",
+        "Pearson",
+        "Spearman",
+        "accuracy",
+        "words",
         title=f"The {len(best)} units with the highest {by}",
-    )  # fmt: skip
+    )
     for row in best:
         name = f"{row.kind} {row.index}" if row.layer is None else f"layer {row.layer}"
         table.add_row(

@@ -1,4 +1,7 @@
-"""Do two outputs of a command, or an output and an input, name one place? Asked before work, for every command."""
+"""Do two outputs of a command, or an output and an input, name one place?
+
+Asked before work, for every command.
+"""
 
 import inspect
 import os
@@ -14,9 +17,13 @@ from residual_kernels.cli import printing
 # Names that commands write into their folders: another output must not take one of them.
 CACHE_FILES = ("manifest.json", "shard-*.safetensors")
 ADAPTER_FILES = (
-    "adapter.json", "weights.safetensors", "bases.safetensors", "head.safetensors", "base-head.safetensors",
+    "adapter.json",
+    "weights.safetensors",
+    "bases.safetensors",
+    "head.safetensors",
+    "base-head.safetensors",
     "classes.json",
-)  # fmt: skip
+)
 ANALYSIS_FILES = ("analysis.json", "units.csv", "components.csv", "similarity-*.csv", "selection.csv")
 SWEEP_FILES = ("table.csv", "table.md", "table.png", "cache/*", "results/*")
 PICTURES = ("*.png", "*.svg", "*.csv")
@@ -82,7 +89,8 @@ def _check_input(output: Output, option: str, source: Path, images: bool) -> Non
             raise ValueError(f"{output} is a file that {option} {source} reads; name another")
         if not output.is_file and images and not any((source / mark).is_file() for mark in _KEPT):
             raise ValueError(
-                f"{output} lies in {option} {source} and would be read as images of it; name a folder elsewhere"
+                f"{output} lies in {option} {source} and would be read as images of it; name a folder "
+                "elsewhere"
             )
     within = _inside(source, output.path)
     if within is not None and any(fnmatch(within, name) for name in output.own or ()):
@@ -126,7 +134,8 @@ def _names_shard(pattern: Path, file: Path) -> bool:
 
 
 def _is_read(folder: Path, name: str) -> bool:
-    """Whether a file in a folder of images, of shards, of a cache or of an adapter is one that is read there."""
+    """Whether a file in a folder of images, of shards,
+    of a cache or of an adapter is one that is read there."""
     for mark, own in _KEPT.items():
         if (folder / mark).is_file():
             return any(fnmatch(name, one) for one in own)
@@ -139,13 +148,14 @@ def _is_read(folder: Path, name: str) -> bool:
     return os.path.splitext(name)[1].lower() in image_endings()
 
 
-# --- of a command's options -----------------------------------------------------------------------------------
+# --- of a command's options ---------------------------------------------------------------------------------
 
 
 def options_of(
     signature: inspect.Signature, values: Mapping[str, Any]
 ) -> tuple[list[Output], dict[str, object]]:
-    """(outputs, inputs) of a command: an option that `outputs` probes is written, every other path is read."""
+    """(outputs, inputs) of a command: an option that `outputs` probes is written,
+    every other path is read."""
     outputs, inputs = [], {}
     for name, parameter in signature.parameters.items():
         value = values.get(name)

@@ -20,7 +20,8 @@ def bench(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Time the operator on a real tower's heads by every backend that is ready, beside a plain matrix product."""
+    """Time the operator on a real tower's heads by every backend that is ready,
+    beside a plain matrix product."""
     import torch
 
     from residual_kernels.cli.inputs import device_of

@@ -10,15 +10,22 @@ from residual_kernels.extras import EXTRAS
 from residual_kernels.ops import backends
 
 PACKAGES = (
-    "torch", "triton", "open_clip_torch", "timm", "numpy", "safetensors", "schedulefree", "scikit-learn",
-)  # fmt: skip
+    "torch",
+    "triton",
+    "open_clip_torch",
+    "timm",
+    "numpy",
+    "safetensors",
+    "schedulefree",
+    "scikit-learn",
+)
 
 
 def facts() -> dict:
     """Versions, devices and extras.
 
-    {"versions": {package: version}, "devices": [{"device", "detail", "auto", "backends": {name: state}}, ...],
-    "extras": {name: {"for", "state", "missing": [library, ...]}}}
+    {"versions": {package: version}, "devices": [{"device", "detail", "auto", "backends": {name: state}},
+    ...], "extras": {name: {"for", "state", "missing": [library, ...]}}}
     """
     from residual_kernels import __version__
 

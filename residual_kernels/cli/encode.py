@@ -63,8 +63,8 @@ def encode_command(
 ) -> None:
     """Run the tower over a folder of images once and keep its units.
 
-    The same command resumes an interrupted one. Under torchrun its processes share the work. A folder whose images
-    lie in no class folders is encoded without labels.
+    The same command resumes an interrupted one. Under torchrun its processes share the work. A folder whose
+    images lie in no class folders is encoded without labels.
     """
     from residual_kernels import distributed
     from residual_kernels.cli.inputs import prepare
@@ -89,10 +89,16 @@ def encode_command(
 
     with bar("encoding", len(images) // distributed.world(), quiet=not first) as step:
         cache = encode(
-            sources.image_tower(clip), reader.loader(images), out_folder, chosen, DTYPES[dtype.value],
-            class_names=images.class_names, progress=count, shard_images=shard_images,
+            sources.image_tower(clip),
+            reader.loader(images),
+            out_folder,
+            chosen,
+            DTYPES[dtype.value],
+            class_names=images.class_names,
+            progress=count,
+            shard_images=shard_images,
             timeout=timeout or distributed.TIMEOUT,
-        )  # fmt: skip
+        )
     seconds = time.perf_counter() - start
     if first:
         size = sum(p.stat().st_size for p in out_folder.iterdir())
@@ -142,7 +148,8 @@ def bases(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Fit the principal components of every unit on images (labels are not used), or merge files fitted apart.
+    """Fit the principal components of every unit on images (labels are not used),
+    or merge files fitted apart.
 
     Under torchrun its processes share the images.
     """
@@ -172,10 +179,14 @@ def bases(
             with bar(title, count // distributed.world(), quiet=not first) as step:
                 parts.append(
                     fit_bases(
-                        tower, reader.share(images), chosen, placement=placement.value, tokens=tokens and tokens.value,
+                        tower,
+                        reader.share(images),
+                        chosen,
+                        placement=placement.value,
+                        tokens=tokens and tokens.value,
                         progress=step,
                     )
-                )  # fmt: skip
+                )
         fitted = functools.reduce(SpectralBases.merge, parts)
     if first:
         fitted.save(out_file, moments=moments)

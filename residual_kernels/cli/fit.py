@@ -45,8 +45,8 @@ def fit_command(
     val: Annotated[
         Path | None,
         typer.Option(
-            help="validation images of the same classes, or some; by default folds of the training images (auto, "
-            "probe), or a fifth of them"
+            help="validation images of the same classes, or some; by default folds of the training images "
+            "(auto, probe), or a fifth of them"
         ),
     ] = None,
     method_name: Annotated[
@@ -100,7 +100,8 @@ def fit_command(
         float,
         typer.Option(
             min=0.0,
-            help="pull of every weight toward 1, like a weight decay: a share of the learning rate at each step",
+            help="pull of every weight toward 1, like a weight decay: a share of the learning rate at each "
+            "step",
         ),
     ] = 0.0,
     checkpoint: Annotated[
@@ -148,12 +149,19 @@ def fit_command(
         check_options(
             method_name.value,
             {
-                "--energy": energy is not None, "--components": components is not None,
-                "--max-components": max_components is not None, "--tokens": tokens is not None,
-                "--rest": rest is not None, "--lr": bool(lr), "--seeds": seeds > 1, "--epochs": epochs is not None,
-                "--patience": patience is not None, "--shrink": bool(shrink), "--checkpoint": checkpoint is not None,
+                "--energy": energy is not None,
+                "--components": components is not None,
+                "--max-components": max_components is not None,
+                "--tokens": tokens is not None,
+                "--rest": rest is not None,
+                "--lr": bool(lr),
+                "--seeds": seeds > 1,
+                "--epochs": epochs is not None,
+                "--patience": patience is not None,
+                "--shrink": bool(shrink),
+                "--checkpoint": checkpoint is not None,
             },
-        )  # fmt: skip
+        )
     else:
         given = {"energy": energy, "components": components, "max_components": max_components}
         method.check(rest=rest and rest.value, **given)

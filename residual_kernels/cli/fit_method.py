@@ -170,21 +170,31 @@ class MethodFit:
         write_numbers(
             self.json_file,
             {
-                "method": self.method.name, "base_accuracy": base.accuracy, "val_accuracy": result.val_accuracy,
+                "method": self.method.name,
+                "base_accuracy": base.accuracy,
+                "val_accuracy": result.val_accuracy,
                 "base_balanced_accuracy": base.balanced_accuracy,
-                "val_balanced_accuracy": row.val_balanced_accuracy, "lr": fits.tasks[best].lr,
-                "seed": fits.tasks[best].seed, "parameters": result.parameters, "seconds": seconds,
-                "best_epoch": result.best_epoch, "history": [vars(row) for row in result.history],
+                "val_balanced_accuracy": row.val_balanced_accuracy,
+                "lr": fits.tasks[best].lr,
+                "seed": fits.tasks[best].seed,
+                "parameters": result.parameters,
+                "seconds": seconds,
+                "best_epoch": result.best_epoch,
+                "history": [vars(row) for row in result.history],
                 "fits": [
                     {
-                        "lr": task.lr, "seed": task.seed, "val_accuracy": one.val_accuracy,
-                        "best_epoch": one.best_epoch, "epochs": len(one.history) - 1, "diverged": one.diverged,
+                        "lr": task.lr,
+                        "seed": task.seed,
+                        "val_accuracy": one.val_accuracy,
+                        "best_epoch": one.best_epoch,
+                        "epochs": len(one.history) - 1,
+                        "diverged": one.diverged,
                     }
                     for task, one in zip(fits.tasks, fits.results, strict=True)
                 ],
                 **self.reader.account(),
             },
-        )  # fmt: skip
+        )
         self.reader.report()
         if len(fits.tasks) > 1:
             columns = ("lr", "seed", "epochs", "best", "accuracy", "balanced", "loss")
@@ -204,8 +214,9 @@ class MethodFit:
         if result.solver == "convex":
             how = f"convex, about {result.freedom:g} numbers left free"
         out.print(
-            f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with {result.parameters:,} numbers "
-            f"({self.method.name}, {self.images} images, {how}, {seconds:.1f} s); written to {self.out_folder}",
+            f"validation accuracy {base.accuracy:.4f} -> {result.val_accuracy:.4f} with "
+            f"{result.parameters:,} numbers ({self.method.name}, {self.images} images, {how}, "
+            f"{seconds:.1f} s); written to {self.out_folder}",
         )
         if result.val_accuracy is not None and result.val_accuracy < base.accuracy:
             err.print(

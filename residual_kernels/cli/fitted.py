@@ -67,8 +67,9 @@ def warn(before: float, after: float, images: int) -> None:
     """Says so when an adapter labels fewer images right than the model without it."""
     if after < before:
         err.print(
-            f"The adapter is below the model on these {images} images ({after:.4f} against {before:.4f}): they may be "
-            "unlike those it was fitted on. Fit again with some of these, or leave the adapter out.",
+            f"The adapter is below the model on these {images} images ({after:.4f} against {before:.4f}): "
+            "they may be unlike those it was fitted on. Fit again with some of these, or leave the "
+            "adapter out.",
             soft_wrap=True,
         )
 
@@ -80,7 +81,8 @@ def check_on_folders(
     found: train.Prediction,
     reader: Reader,
 ) -> None:
-    """Warns where the folders of the images name their classes and the model alone labels more of them right."""
+    """Warns where the folders of the images name their classes and the model alone labels more of them
+    right."""
     named = [(row, name.split("/")[-2]) for row, name in enumerate(images.names) if "/" in name]
     known = [(row, folder.class_names.index(name)) for row, name in named if name in folder.class_names]
     if not known or len(known) < len(images):  # other folders: who knows what these mean

@@ -54,8 +54,9 @@ def _costs(plan: SweepPlan, device: torch.device) -> list[dict]:
         out.print(f"not known here: {why}", soft_wrap=True)
     hours, size = sum(one.hours or 0 for one in costs), sum(one.bytes or 0 for one in costs)
     out.print(
-        f"about {hours:,.1f} hours and {size / 1e9:,.0f} GB of caches, at {rate / 1e9:,.0f} GFLOP/s of float32 "
-        f"products on {device}, of which a tower reaches about {TOWER_SHARE:.0%}; reading images is not counted",
+        f"about {hours:,.1f} hours and {size / 1e9:,.0f} GB of caches, at {rate / 1e9:,.0f} GFLOP/s of "
+        f"float32 products on {device}, of which a tower reaches about {TOWER_SHARE:.0%}; reading images "
+        "is not counted",
         soft_wrap=True,
     )
     return [vars(one) for one in costs]

@@ -1,4 +1,7 @@
-"""Which options did the user write out? Those disagree with a cache that was read otherwise; defaults do not."""
+"""Which options did the user write out?
+
+Those disagree with a cache that was read otherwise; defaults do not.
+"""
 
 from contextvars import ContextVar
 

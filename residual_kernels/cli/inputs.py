@@ -49,7 +49,8 @@ def is_cache(source: object) -> "TypeIs[UnitCache]":
 
 @dataclass
 class Reader:
-    """How a command reads images: what its options say of data sets, batches and processes, and what was found."""
+    """How a command reads images: what its options say of data sets, batches and processes,
+    and what was found."""
 
     batch_size: int = 64
     workers: int = 0
@@ -73,10 +74,17 @@ class Reader:
         """The images that `path` names; without those that cannot be read, where that was asked for."""
         skip = self.unreadable is OnUnreadable.skip
         found = open_images(
-            path, preprocess, labelled=labelled, root=self.root, download=self.download, skip=skip,
-            exif=self.orientation is Orientation.exif, identity=self.identity.value,
-            image_column=self.image_column, label_column=self.label_column,
-        )  # fmt: skip
+            path,
+            preprocess,
+            labelled=labelled,
+            root=self.root,
+            download=self.download,
+            skip=skip,
+            exif=self.orientation is Orientation.exif,
+            identity=self.identity.value,
+            image_column=self.image_column,
+            label_column=self.label_column,
+        )
         first = distributed.rank() == 0
         lost = dict(
             found.account.left_out
@@ -110,7 +118,8 @@ class Reader:
         return self.images(path, preprocess, labelled)
 
     def _check_cache(self, path: Path) -> None:
-        """Raises ValueError where an option that was given says otherwise than how the images of a cache were read."""
+        """Raises ValueError where an option that was given says otherwise than how the images of a cache were
+        read."""
         made = reading_of(read_manifest(path)["run"]["data"])
         for name in ("image_column", "label_column"):
             if name in self.asked:
@@ -123,12 +132,13 @@ class Reader:
         if "orientation" in self.asked and self.orientation is not there:
             raise ValueError(
                 f"the cache at {path} was made with --orientation {there.value}, so --orientation "
-                f"{self.orientation.value} cannot be applied to it; encode the images again, or leave the option out"
+                f"{self.orientation.value} cannot be applied to it; encode the images again, or leave the "
+                "option out"
             )
         if "unreadable" in self.asked and self.unreadable is OnUnreadable.fail and made.left_out:
             raise ValueError(
-                f"the cache at {path} was made with --unreadable skip, without {made.left_out} of {made.found} images; "
-                "encode the images again, or leave --unreadable fail out"
+                f"the cache at {path} was made with --unreadable skip, without {made.left_out} of "
+                f"{made.found} images; encode the images again, or leave --unreadable fail out"
             )
         self._note_orientation(path, made.exif)
 
@@ -145,13 +155,16 @@ class Reader:
         if other is not None and distributed.rank() == 0:
             words = ("as stored (--orientation stored)", "upright (--orientation exif)")
             err.print(
-                f"{path} is read {words[exif]}, and {other} was read {words[not exif]}; photographs that carry an "
-                "orientation differ between them",
+                f"{path} is read {words[exif]}, and {other} was read {words[not exif]}; photographs that "
+                "carry an orientation differ between them",
                 soft_wrap=True,
             )
 
     def only_images(self, source: UnitCache | Images, path: Path) -> Images:
-        """`source` where it is images; a ValueError for a cache, which cannot tell what works inside the tower."""
+        """`source` where it is images.
+
+        A ValueError for a cache, which cannot tell what works inside the tower.
+        """
         if is_cache(source):
             raise ValueError(
                 f"{path} is a cache, and an adapter inside the tower needs the images; name their folder"
@@ -159,7 +172,8 @@ class Reader:
         return source
 
     def share(self, source: UnitCache | Images) -> UnitCache | DataLoader:
-        """What this process reads: a cache, whose rows are shared as they are read, or its own part of the images."""
+        """What this process reads: a cache, whose rows are shared as they are read,
+        or its own part of the images."""
         if is_cache(source):
             return source
         return self.loader(Subset(source, range(len(source))[distributed.share(len(source))]))
@@ -176,15 +190,15 @@ class Reader:
             if lacking:
                 flags = " ".join(f"--kinds {kind}" for kind in (*source.kinds, *lacking))
                 raise ValueError(
-                    f"the cache holds units of kind {', '.join(source.kinds) or 'none'}, and {', '.join(lacking)} is "
-                    f"needed; encode the images with {flags}"
+                    f"the cache holds units of kind {', '.join(source.kinds) or 'none'}, and "
+                    f"{', '.join(lacking)} is needed; encode the images with {flags}"
                 )
             source.check(tower, kinds)
             return source
         if distributed.world() > 1:
             raise ValueError(
-                "several processes fit on a cache that they share: run `encode` first (torchrun shares that work too), "
-                "and name its folder in place of the images"
+                "several processes fit on a cache that they share: run `encode` first (torchrun shares "
+                "that work too), and name its folder in place of the images"
             )
         with bar(title, len(source)) as step:
             return encode(
@@ -208,8 +222,8 @@ class Reader:
             err.print(f"class names of {source}: {', '.join(pairs[:SHOWN])}{more}", soft_wrap=True)
         elif text and prompts.are_numbers(names):
             err.print(
-                f"the classes are called {', '.join(names[:3])} ..., and that is what the text tower reads; where "
-                "these numbers stand for names, give --class-names",
+                f"the classes are called {', '.join(names[:3])} ..., and that is what the text tower "
+                "reads; where these numbers stand for names, give --class-names",
                 soft_wrap=True,
             )
         return names

@@ -29,7 +29,8 @@ def merge_command(
     pretrained: Pretrained = None,
     json_file: Json = None,
 ) -> None:
-    """Fold an adapter's weights away and write the image encoder (.onnx, .pt2) or the whole model's weights."""
+    """Fold an adapter's weights away and write the image encoder
+    (.onnx, .pt2) or the whole model's weights."""
     import copy
 
     import torch
@@ -68,6 +69,6 @@ def merge_command(
     size = out_file.stat().st_size
     write_numbers(json_file, {"file": str(out_file), "bytes": size, "relative_error": error})
     out.print(
-        f"{out_file}: {what}, {size / 1e6:.1f} MB. On {PICTURES} drawn images its embeddings are within {error:.1e} of "
-        "the adapter's (relative error)."
+        f"{out_file}: {what}, {size / 1e6:.1f} MB. On {PICTURES} drawn images its embeddings are within "
+        f"{error:.1e} of the adapter's (relative error)."
     )

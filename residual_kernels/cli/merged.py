@@ -18,7 +18,10 @@ def embedding(output: Tensor | tuple[Tensor, ...]) -> Tensor:
 def write_weights(
     clip: nn.Module, untouched: nn.Module, path: Path, images: Tensor, expected: Tensor
 ) -> float:
-    """Writes the model's state_dict; the relative error of a model that has loaded it, without the adapter."""
+    """Writes the model's state_dict.
+
+    The relative error of a model that has loaded it, without the adapter.
+    """
     with atomic_path(path) as temporary:
         write_safetensors(temporary, clip.state_dict())
         untouched.load_state_dict(load_file(temporary))
@@ -28,7 +31,7 @@ def write_weights(
         allowed = max(export.AGREEMENT, 8 * torch.finfo(expected.dtype).eps)
         if not error <= allowed:
             raise RuntimeError(
-                f"{path} would give other numbers than the adapter (relative error {error:.2g}, {allowed:.0e} is "
-                "allowed), so it was not written"
+                f"{path} would give other numbers than the adapter (relative error {error:.2g}, "
+                f"{allowed:.0e} is allowed), so it was not written"
             )
     return error

@@ -18,8 +18,8 @@ Model = Annotated[
 Pretrained = Annotated[
     str | None,
     typer.Option(
-        help="an open_clip tag, a local checkpoint, or `none` for random weights; an open_clip name needs it, others "
-        "have their own weights by default"
+        help="an open_clip tag, a local checkpoint, or `none` for random weights; an open_clip name needs "
+        "it, others have their own weights by default"
     ),
 ]
 Data = Annotated[
@@ -40,8 +40,9 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(
         "--data-root",
-        help="folder of the data sets that are given by name; by default ~/.cache/residual_kernels/datasets for "
-        "torchvision:NAME, the cache of the library datasets for hf:NAME",
+        help="folder of the data sets that are given by name; by default "
+        "~/.cache/residual_kernels/datasets for torchvision:NAME, the cache of the library datasets "
+        "for hf:NAME",
     ),
 ]
 Download = Annotated[bool, typer.Option("--download", help="fetch a data set by name that is not there")]
@@ -55,7 +56,8 @@ class OnUnreadable(str, Enum):
 Unreadable = Annotated[
     OnUnreadable,
     typer.Option(
-        help="what to do with an image that cannot be read: fail, or skip it and list it (reads every image twice)"
+        help="what to do with an image that cannot be read: fail, or skip it and list it (reads every "
+        "image twice)"
     ),
 ]
 
@@ -74,15 +76,15 @@ class Identity(str, Enum):
 Oriented = Annotated[
     Orientation,
     typer.Option(
-        help="exif: photographs are turned upright as their EXIF tag says, as viewers show them; stored: they are left "
-        "as torchvision and open_clip read them"
+        help="exif: photographs are turned upright as their EXIF tag says, as viewers show them; stored: "
+        "they are left as torchvision and open_clip read them"
     ),
 ]
 Identified = Annotated[
     Identity,
     typer.Option(
-        help="how images are compared with those of an existing cache: digest (their bytes), stat (size and time of "
-        "change), or auto: the digest for data below 4 GiB"
+        help="how images are compared with those of an existing cache: digest (their bytes), stat (size "
+        "and time of change), or auto: the digest for data below 4 GiB"
     ),
 ]
 ImageColumn = Annotated[
@@ -112,15 +114,15 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 ...; by defa
 ClassNames = Annotated[
     str | None,
     typer.Option(
-        help="text file with one class name per line, in the order of the folders (numeric if all are numbers), or "
-        "lines of folder<TAB>name, or clip_benchmark:NAME; by default the folders' names"
+        help="text file with one class name per line, in the order of the folders (numeric if all are "
+        "numbers), or lines of folder<TAB>name, or clip_benchmark:NAME; by default the folders' names"
     ),
 ]
 Templates = Annotated[
     str | None,
     typer.Option(
-        help="text file with one template per line, open_clip's `openai` or `simple`, or clip_benchmark:NAME; by "
-        "default what suits the model"
+        help="text file with one template per line, open_clip's `openai` or `simple`, or "
+        "clip_benchmark:NAME; by default what suits the model"
     ),
 ]
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="the folder that `fit` wrote")]

@@ -110,7 +110,10 @@ def bar(title: str, total: int | None, quiet: bool = False) -> Iterator[Callable
 
 @contextmanager
 def status(text: str) -> Iterator[Callable[[str], None]]:
-    """What is being done, on stderr; yields what to call with a new text. Off a terminal at most every 30 seconds."""
+    """What is being done, on stderr; yields what to call with a new text.
+
+    Off a terminal at most every 30 seconds.
+    """
     if err.is_terminal:
         with err.status(text) as shown:
             yield shown.update

@@ -23,8 +23,8 @@ _OPTIONS = {  # of a Reader: parameter of the command -> (its type, default)
 def reads_images(command: Callable) -> Callable:
     """A command with a parameter `reader` gets the options of a :class:`Reader` in its place.
 
-    Where the command has a `batch_size` of its own, that of the reader is called --encode-batch alone. A command with
-    an `encode_batch` of its own makes no batches by the reader.
+    Where the command has a `batch_size` of its own, that of the reader is called --encode-batch alone. A
+    command with an `encode_batch` of its own makes no batches by the reader.
     """
     signature = inspect.signature(command)
     given = dict(_OPTIONS)

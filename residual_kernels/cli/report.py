@@ -46,7 +46,8 @@ def report(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """One HTML page of what an adapter learned, with its figures (PNG, SVG) and tables (CSV) in a folder beside it."""
+    """One HTML page of what an adapter learned, with its figures (PNG, SVG) and tables
+    (CSV) in a folder beside it."""
     from residual_kernels.analysis import TextDictionary
     from residual_kernels.cli.fitted import aligned, kept
     from residual_kernels.cli.inputs import prepare
@@ -87,24 +88,33 @@ def report(
     cache = aligned(cache, folders, data, head.class_names)
     if pictures is not None and int(cache.ids.max()) >= len(pictures):
         raise ValueError(
-            f"{images} holds {len(pictures)} images, but the cache at {data} was made of {int(cache.ids.max()) + 1}"
+            f"{images} holds {len(pictures)} images, but the cache at {data} was made of "
+            f"{int(cache.ids.max()) + 1}"
         )
     with status("reading") as say:
         facts = gather(
-            module, head, cache, Source(model, str(data), str(run)), dictionary=words,
-            base_head=folder.base_head, say=say,
-        )  # fmt: skip
+            module,
+            head,
+            cache,
+            Source(model, str(data), str(run)),
+            dictionary=words,
+            base_head=folder.base_head,
+            say=say,
+        )
         say("drawing")
         page, files = write_report(facts, page, cache, pictures)
     size = page.stat().st_size / 1e6
     write_numbers(
         json_file,
         {
-            "images": facts.images, "base_accuracy": facts.before.accuracy, "accuracy": facts.after.accuracy,
-            "page": str(page), "files": [str(path) for path in files],
+            "images": facts.images,
+            "base_accuracy": facts.before.accuracy,
+            "accuracy": facts.after.accuracy,
+            "page": str(page),
+            "files": [str(path) for path in files],
             **reader.account(),
         },
-    )  # fmt: skip
+    )
     reader.report()
     out.print(
         f"accuracy {facts.before.accuracy:.4f} -> {facts.after.accuracy:.4f} on {facts.images} images; "

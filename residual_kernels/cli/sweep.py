@@ -32,8 +32,8 @@ def sweep(
         typer.Option(
             "--out",
             callback=folder_of(*apart.SWEEP_FILES),
-            help="folder for caches, results and the table, where a stopped sweep resumes; no default, but --check and "
-            "--plan go without",
+            help="folder for caches, results and the table, where a stopped sweep resumes; no default, but "
+            "--check and --plan go without",
         ),
     ] = None,
     check: Annotated[
@@ -51,7 +51,8 @@ def sweep(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Fit every method on every data set with every tower, and lay the accuracies out as the paper's main table.
+    """Fit every method on every data set with every tower,
+    and lay the accuracies out as the paper's main table.
 
     Options that say how images are read are for all data sets, and come before what the plan says.
     """
@@ -81,9 +82,14 @@ def sweep(
 
     with status("starting") as say:
         work = Sweep(
-            chosen, out_folder, say=say, workers=reader.workers, device=device_of(device), opened=opened,
+            chosen,
+            out_folder,
+            say=say,
+            workers=reader.workers,
+            device=device_of(device),
+            opened=opened,
             encode_batch=encode_batch,
-        )  # fmt: skip
+        )
         rows = work.run()
     table = SweepTable.of(rows)
     paths = table.write(out_folder)

@@ -74,16 +74,20 @@ def eval_command(
     write_numbers(
         json_file,
         {
-            "images": after.count, **reader.account(),
-            "base_accuracy": before.accuracy, "accuracy": after.accuracy, "loss": after.loss,
-            "base_balanced_accuracy": before.balanced_accuracy, "balanced_accuracy": after.balanced_accuracy,
+            "images": after.count,
+            **reader.account(),
+            "base_accuracy": before.accuracy,
+            "accuracy": after.accuracy,
+            "loss": after.loss,
+            "base_balanced_accuracy": before.balanced_accuracy,
+            "balanced_accuracy": after.balanced_accuracy,
             "class_accuracy": {
                 name: float(one) if seen else None
                 for name, one, seen in zip(head.class_names, after.class_accuracy, counts, strict=True)
             },
             "confusion": after.confusion.tolist(),
         },
-    )  # fmt: skip
+    )
     reader.report()
     table = Table("class", "images", "without", "with", title=f"{data}")
     for index, name in enumerate(head.class_names):

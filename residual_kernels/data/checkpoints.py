@@ -10,9 +10,16 @@ _SHOWN = 3  # keys of each kind in a message
 
 # What torch, safetensors and open_clip raise about a file that holds something else.
 ABOUT_WEIGHTS = (
-    pickle.UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, AssertionError,
-    StopIteration, ValueError,
-)  # fmt: skip
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    StopIteration,
+    ValueError,
+)
 
 
 def check_file(path: Path) -> None:
@@ -65,8 +72,9 @@ def _differences(text: str) -> str:
             parts.append(f"{word} {_counted(keys, 'weights')}")
     shapes = re.findall(
         r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
-        r"the shape in current model is torch\.Size\(\[(.*?)\]\)", text
-    )  # fmt: skip
+        r"the shape in current model is torch\.Size\(\[(.*?)\]\)",
+        text,
+    )
     if shapes:
         rows = [f"{key} [{there}] where the model has [{here}]" for key, there, here in shapes]
         parts.append(_counted(rows, "weights have other shapes", first=True))

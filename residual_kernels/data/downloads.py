@@ -34,7 +34,8 @@ def unreachable() -> str | None:
 
 @contextlib.contextmanager
 def without_network() -> Iterator[None]:
-    """Files of the hub come from this machine alone, so that nothing waits for a network that may not be there."""
+    """Files of the hub come from this machine alone,
+    so that nothing waits for a network that may not be there."""
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield

@@ -1,4 +1,7 @@
-"""What does a model's name mean? The bundled model, or one of open_clip's or transformers' with its weights."""
+"""What does a model's name mean?
+
+The bundled model, or one of open_clip's or transformers' with its weights.
+"""
 
 import contextlib
 import difflib
@@ -36,12 +39,13 @@ def nearest(name: str, known: list[str]) -> str:
 def load_model(name: str, pretrained: str | None = None) -> tuple[nn.Module, Callable, Callable | None]:
     """(model, preprocess, tokenizer) of ``bundled``, of an open_clip name, or of ``hf:NAME``, in eval mode.
 
-    `pretrained` is an open_clip tag (downloaded by open_clip), a local checkpoint, or ``none`` for random weights.
-    ``hf:NAME`` is a transformers model: a folder that holds one, or its name on the hub, from where transformers then
-    loads it; it has no tokenizer where it embeds no text. What was downloaded before is loaded without a network.
+    `pretrained` is an open_clip tag (downloaded by open_clip), a local checkpoint, or ``none`` for random
+    weights. ``hf:NAME`` is a transformers model: a folder that holds one, or its name on the hub, from where
+    transformers then loads it; it has no tokenizer where it embeds no text. What was downloaded before is
+    loaded without a network.
 
-    Raises ValueError with the nearest known names, with all that is wrong with a checkpoint, or, for weights that are
-    not on this machine, with what the network said.
+    Raises ValueError with the nearest known names, with all that is wrong with a checkpoint, or, for weights
+    that are not on this machine, with what the network said.
     """
     if name.startswith(TRANSFORMERS):
         if pretrained is not None:
@@ -59,8 +63,8 @@ def load_model(name: str, pretrained: str | None = None) -> tuple[nn.Module, Cal
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
         raise ValueError(
-            f"say which weights of {name}: --pretrained with a tag ({', '.join(tags[:4]) or 'there is none'}), "
-            "a checkpoint file, or none for random weights"
+            f"say which weights of {name}: --pretrained with a tag "
+            f"({', '.join(tags[:4]) or 'there is none'}), a checkpoint file, or none for random weights"
         )
     weights = None if pretrained == "none" else pretrained
     if weights is not None and weights not in tags:
@@ -93,7 +97,8 @@ def _line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _files_of(name: str, tag: str | None) -> Iterator[None]:
-    """Around loading an open_clip model: without a network where all its files are here, else after one question."""
+    """Around loading an open_clip model: without a network where all its files are here,
+    else after one question."""
     import open_clip
 
     text = open_clip.get_model_config(name).get("text_cfg", {})
@@ -157,7 +162,8 @@ def _load_transformers(source: str) -> tuple[nn.Module, Callable, Callable | Non
         import transformers
     except ModuleNotFoundError as error:
         raise ValueError(
-            "hf: models are loaded by the library `transformers`; install it with pip install 'residual-kernels[hf]'"
+            "hf: models are loaded by the library `transformers`; install it with pip install "
+            "'residual-kernels[hf]'"
         ) from error
     local = user_path(source)
     if local.is_dir():
@@ -190,7 +196,8 @@ def _from_transformers(
         known = inspect.isclass(kind) and issubclass(kind, transformers.PreTrainedModel)
         if not known:
             raise ValueError(
-                f"{config.architectures} is not a class of this transformers release ({transformers.__version__})"
+                f"{config.architectures} is not a class of this transformers release "
+                f"({transformers.__version__})"
             )
         model = kind.from_pretrained(place, use_safetensors=True, **options).eval()
         hugging_face.image_tower(model)  # says at once what it is not

@@ -18,8 +18,8 @@ _NAMES, _TEMPLATES = "en_classnames.json", "en_zeroshot_classification_templates
 def class_names(source: str | None, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Names for class folders: the folder names, or those of `source`, in the folders' sorted order.
 
-    `source` is a file with one name a line in the folders' order (number order where all are numbers), a file of
-    lines ``folder<TAB>name`` in any order, or ``clip_benchmark:eurosat``.
+    `source` is a file with one name a line in the folders' order (number order where all are numbers), a file
+    of lines ``folder<TAB>name`` in any order, or ``clip_benchmark:eurosat``.
     """
     if source is None:
         return tuple(name.replace("_", " ") for name in folders)
@@ -60,7 +60,8 @@ def are_numbers(names: Iterable[str]) -> bool:
 
 
 def templates(source: str | None, model: str) -> tuple:
-    """Prompt templates: a file with one a line, open_clip's own (``openai``, ``simple``) or ``clip_benchmark:dtd``.
+    """Prompt templates: a file with one a line, open_clip's own
+    (``openai``, ``simple``) or ``clip_benchmark:dtd``.
 
     Without a source, what suits the model of that name.
     """
@@ -92,7 +93,8 @@ def _from_table(source: str, file: str) -> tuple[str, ...]:
     tables = _table(file)
     if tables is None:
         raise ImportError(
-            f"{source} is a table of the library clip_benchmark; install it with pip install 'residual-kernels[data]'"
+            f"{source} is a table of the library clip_benchmark; install it with pip install "
+            "'residual-kernels[data]'"
         )
     name = source.removeprefix(TABLE)
     if name not in tables:

@@ -44,7 +44,10 @@ def some(names: Sequence[str]) -> str:
 
 
 def normal(name: str) -> str:
-    """A class's name in the one Unicode form that names are compared in; systems write é as one sign or as two."""
+    """A class's name in the one Unicode form that names are compared in.
+
+    Systems write é as one sign or as two.
+    """
     return unicodedata.normalize("NFC", name)
 
 

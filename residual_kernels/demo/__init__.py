@@ -1,4 +1,7 @@
-"""The demonstration: the main job on real handwritten digits, offline. Its names load it when they are first used."""
+"""The demonstration: the main job on real handwritten digits, offline.
+
+Its names load it when they are first used.
+"""
 
 import importlib
 from typing import Any

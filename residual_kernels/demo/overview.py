@@ -1,4 +1,5 @@
-"""The demonstration in one picture: digits misread and read, the sum behind one of them, and one component of it."""
+"""The demonstration in one picture: digits misread and read, the sum behind one of them,
+and one component of it."""
 
 from collections.abc import Callable, Sequence
 
@@ -60,7 +61,8 @@ def draw(
 
 @torch.no_grad()
 def _sums(adapter: ResiDual, cache: UnitCache, image: Tensor, lead: Tensor, scale: float) -> tuple[Sum, Sum]:
-    """What each part adds to the lead of one class over another, in logits: with weights of one, and as learned."""
+    """What each part adds to the lead of one class over another, in logits: with weights of one,
+    and as learned."""
     parts = decompose(adapter.tower, image)
     plain = parts.units()[0] @ lead
     terms = cache.terms(slice(0, 1), adapter.device, adapter.kinds)
@@ -119,6 +121,10 @@ def _ends(adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictiona
     )
     (high_word, _), (low_word, _) = (end[0] for end in words[shown.index])
     return Ends(
-        f"layer {shown.unit.layer}, head {shown.unit.head}, component {shown.place}", shown.weight, high, low,
-        high_word, low_word,
-    )  # fmt: skip
+        f"layer {shown.unit.layer}, head {shown.unit.head}, component {shown.place}",
+        shown.weight,
+        high,
+        low,
+        high_word,
+        low_word,
+    )

@@ -1,7 +1,9 @@
-"""The whole story in one run, offline: a small CLIP misreads real handwritten digits, then learns to read them.
+"""The whole story in one run, offline: a small CLIP misreads real handwritten digits,
+then learns to read them.
 
-Digits are scikit-learn's 1,797 scans, in thirds by a fixed seed: the weights are fitted on the first, everything is
-chosen on the second, and the last is read once, at the end. Bases come from drawings, never from digits.
+Digits are scikit-learn's 1,797 scans, in thirds by a fixed seed: the weights are fitted on the first,
+everything is chosen on the second, and the last is read once, at the end. Bases come from drawings, never
+from digits.
 """
 
 import contextlib
@@ -46,7 +48,8 @@ RATES = {
 
 @dataclass(frozen=True)
 class Demo:
-    """Numbers and pictures of one run; `rows` are dicts of method, accuracy, parameters, seconds (and more)."""
+    """Numbers and pictures of one run; `rows` are dicts of method, accuracy, parameters, seconds
+    (and more)."""
 
     rows: list[dict]
     summary: str
@@ -96,10 +99,11 @@ def _fit_best(
     validation: UnitCache,
     rates: Sequence[float],
 ) -> tuple[TowerAdapter, train.FitResult, float]:
-    """The fit with the best validation accuracy (then loss) over learning rates, tried at once; seconds are of all."""
+    """The fit with the best validation accuracy (then loss) over learning rates, tried at once;
+    seconds are of all."""
     fits = train.fit_many(
         adapter, head, training, validation, lrs=[adapter.default_lr * rate for rate in rates]
-    )  # fmt: skip
+    )
     return adapter, fits.put(adapter, fits.best()), max(result.seconds for result in fits.results)
 
 
@@ -210,7 +214,8 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     summary = (
         f"The untouched model reads {accuracy['base']['accuracy']:.1%} of the digits; with "
         f"{accuracy['fine']['parameters']:,} learned numbers (fine) {accuracy['fine']['accuracy']:.1%}, "
-        f"with {accuracy['full']['parameters']:,} (full) {accuracy['full']['accuracy']:.1%}; a linear layer of "
-        f"{accuracy['linear']['parameters']:,} reaches {accuracy['linear']['accuracy']:.1%}. Pictures:"
+        f"with {accuracy['full']['parameters']:,} (full) {accuracy['full']['accuracy']:.1%}; a linear "
+        f"layer of {accuracy['linear']['parameters']:,} reaches {accuracy['linear']['accuracy']:.1%}. "
+        "Pictures:"
     )
     return Demo(rows, summary, paths, len(test), time.perf_counter() - start)

@@ -1,8 +1,8 @@
 """How fast is it here? The operator on the heads of a real tower, by every backend that is ready on a device.
 
-Backends take turns, round after round, with this device's own matrix product between them, so that a busy machine
-slows all alike; figures are medians. FLOP are those of the formula: forward 2 N J (C + D), backward for weight 2 N J D.
-What a backend computes again or saves is not counted.
+Backends take turns, round after round, with this device's own matrix product between them, so that a busy
+machine slows all alike; figures are medians. FLOP are those of the formula: forward 2 N J (C + D), backward
+for weight 2 N J D. What a backend computes again or saves is not counted.
 """
 
 import math
@@ -23,7 +23,8 @@ ROUND = 0.05  # seconds that a backend gets in a round, at least one call
 
 @dataclass(frozen=True)
 class Speed:
-    """One backend in one mode: median seconds of a call, FLOP per second, and their share of the matrix product's."""
+    """One backend in one mode: median seconds of a call, FLOP per second,
+    and their share of the matrix product's."""
 
     backend: str
     mode: str

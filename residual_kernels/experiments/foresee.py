@@ -1,4 +1,7 @@
-"""Will a sweep's plan run, and what will it cost? Names are looked up in the libraries' registers; costs estimated."""
+"""Will a sweep's plan run, and what will it cost?
+
+Names are looked up in the libraries' registers; costs estimated.
+"""
 
 import importlib.util
 import time
@@ -22,14 +25,26 @@ HELD_OUT = 0.2
 
 # Images of data sets by name, as their publishers state them; a local folder is counted.
 IMAGES = {
-    "torchvision:cifar10@train": 50_000, "torchvision:cifar10@test": 10_000, "torchvision:cifar100@train": 50_000,
-    "torchvision:cifar100@test": 10_000, "torchvision:mnist@train": 60_000, "torchvision:mnist@test": 10_000,
-    "torchvision:svhn@train": 73_257, "torchvision:svhn@test": 26_032, "torchvision:gtsrb@train": 26_640,
-    "torchvision:gtsrb@test": 12_630, "torchvision:dtd@train": 1_880, "torchvision:dtd@val": 1_880,
-    "torchvision:dtd@test": 1_880, "torchvision:imagenet@train": 1_281_167, "torchvision:imagenet@val": 50_000,
-    "torchvision:stanfordcars@train": 8_144, "torchvision:stanfordcars@test": 8_041,
-    "hf:tanganke/stanford_cars@train": 8_144, "hf:tanganke/stanford_cars@test": 8_041,
-}  # fmt: skip
+    "torchvision:cifar10@train": 50_000,
+    "torchvision:cifar10@test": 10_000,
+    "torchvision:cifar100@train": 50_000,
+    "torchvision:cifar100@test": 10_000,
+    "torchvision:mnist@train": 60_000,
+    "torchvision:mnist@test": 10_000,
+    "torchvision:svhn@train": 73_257,
+    "torchvision:svhn@test": 26_032,
+    "torchvision:gtsrb@train": 26_640,
+    "torchvision:gtsrb@test": 12_630,
+    "torchvision:dtd@train": 1_880,
+    "torchvision:dtd@val": 1_880,
+    "torchvision:dtd@test": 1_880,
+    "torchvision:imagenet@train": 1_281_167,
+    "torchvision:imagenet@val": 50_000,
+    "torchvision:stanfordcars@train": 8_144,
+    "torchvision:stanfordcars@test": 8_041,
+    "hf:tanganke/stanford_cars@train": 8_144,
+    "hf:tanganke/stanford_cars@test": 8_041,
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +60,8 @@ class Name:
 def check(plan: SweepPlan) -> list[Name]:
     """Every model, data set, prompt and class-name table of a plan, looked up without a network.
 
-    open_clip's, timm's and torchvision's names are in registers that come with the libraries. The hub's are not: such a
-    name is known where its files are on this machine, and otherwise only its form can be checked.
+    open_clip's, timm's and torchvision's names are in registers that come with the libraries. The hub's are
+    not: such a name is known where its files are on this machine, and otherwise only its form can be checked.
     """
     found = [_checked("model", tower.label, partial(_tower, tower)) for tower in plan.towers]
     for data in plan.data:
@@ -66,7 +81,8 @@ def check(plan: SweepPlan) -> list[Name]:
 
 
 def _checked(what: str, name: str, look: Callable[[], str | None]) -> Name:
-    """`look` says what is not known, or None, and raises ValueError or ImportError where the name is wrong."""
+    """`look` says what is not known, or None, and raises ValueError or ImportError where the name is
+    wrong."""
     try:
         why = look()
     except (ValueError, ImportError) as error:
@@ -152,7 +168,7 @@ def _class_names(source: str) -> None:
         raise ValueError(f"no such file: {source}")
 
 
-# --- what it costs ---------------------------------------------------------------------------------------------
+# --- what it costs ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -177,7 +193,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """An estimate for one tower on one data set (or on the images of the bases); None where something is not known."""
+    """An estimate for one tower on one data set (or on the images of the bases);
+    None where something is not known."""
 
     tower: str
     data: str
@@ -196,7 +213,8 @@ SHAPES = {
 
 
 def shape_of(tower: TowerSpec) -> Shape | None:
-    """The sizes of a tower whose configuration is on this machine; None where it is not, or is no plain transformer."""
+    """The sizes of a tower whose configuration is on this machine; None where it is not,
+    or is no plain transformer."""
     if tower.model == sources.BUNDLED:
         return Shape(6, 128, 17, 128)
     if tower.model in SHAPES:
@@ -256,8 +274,9 @@ TOWER_SHARE = 0.5  # of a product's speed that a whole tower reaches, about
 def estimate(plan: SweepPlan, flop_a_second: float) -> list[Cost]:
     """Hours and bytes of a plan on a machine of this speed, a row for each tower on each data set.
 
-    Hours count encoding and the fits by AdamW, bytes the caches in the output folder. Images of data sets that are
-    neither local nor in :data:`IMAGES` are not known, nor are sizes of towers whose configuration is not here.
+    Hours count encoding and the fits by AdamW, bytes the caches in the output folder. Images of data sets
+    that are neither local nor in :data:`IMAGES` are not known, nor are sizes of towers whose configuration is
+    not here.
     """
     kinds = tuple(dict.fromkeys(kind for name in plan.methods for kind in METHODS[name].kinds))
     element = {"float32": 4}.get(plan.dtype, 2)
@@ -307,7 +326,8 @@ def _fits(plan: SweepPlan, shape: Shape, train: float) -> float:
 
 
 def images_of(source: str) -> int | None:
-    """How many images a source holds: stated for a data set by name, counted in a local folder; None: not known."""
+    """How many images a source holds: stated for a data set by name, counted in a local folder; None:
+    not known."""
     key = source.lower()
     if key in IMAGES:
         return IMAGES[key]

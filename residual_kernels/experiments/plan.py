@@ -58,7 +58,9 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep runs. `bases` names images for the bases of every tower; without, each data set's training images.
+    """What a sweep runs.
+
+    `bases` names images for the bases of every tower; without, each data set's training images.
 
     `rates` are learning rates tried for a method, in units of its default; the best on validation is kept.
     `orientation` (exif, stored) and `unreadable` (fail, skip) mean what they mean as options of the commands.
@@ -145,7 +147,8 @@ MOST_ALIASES = 32  # a few more could stand for more than fits into memory
 
 
 def _check_size(yaml: Any, text: str, path: str | os.PathLike) -> None:
-    """Raises ValueError for what would take hours or all memory to read: aliases of aliases, lists in lists."""
+    """Raises ValueError for what would take hours or all memory to read: aliases of aliases,
+    lists in lists."""
     aliases = depth = 0
     for event in yaml.parse(text):
         aliases += isinstance(event, yaml.AliasEvent)

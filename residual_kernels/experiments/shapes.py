@@ -22,7 +22,10 @@ class Shape:
         return [min(self.dim, self.coordinates + 2)] * self.units
 
     def ragged(self, seed: int = 0) -> list[int]:
-        """K_u from 1 to C+2 with mean about `ragged_mean`, as an energy cut leaves them; the same for the same seed."""
+        """K_u from 1 to C+2 with mean about `ragged_mean`, as an energy cut leaves them.
+
+        The same for the same seed.
+        """
         draw = random.Random(f"{self.name} {seed}")
         most = min(self.dim, self.coordinates + 2)
         spread = self.ragged_mean / 2
@@ -71,7 +74,8 @@ def problem(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Operands:
-    """Inputs of realistic sizes: z and coefficients of about unit variance, basis rows of about unit length."""
+    """Inputs of realistic sizes: z and coefficients of about unit variance,
+    basis rows of about unit length."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Which method is best on which data? Towers x data sets x methods from one YAML file, as the paper's main table.
+"""Which method is best on which data?
+
+Towers x data sets x methods from one YAML file, as the paper's main table.
 
 Every tower encodes a data set once; every fit leaves one small JSON file. A sweep that was stopped
 resumes: finished shards and fits are kept, and a fit whose recipe has changed is made again.
@@ -64,13 +66,20 @@ class Sweep:
         """The images of a data set, without those that cannot be read where the plan skips them."""
         skip = self.plan.unreadable == "skip"
         images = open_images(
-            source, preprocess, labelled=labelled, root=self.root, download=self.download, skip=skip,
-            exif=self.plan.orientation == "exif", **columns,
-        )  # fmt: skip
+            source,
+            preprocess,
+            labelled=labelled,
+            root=self.root,
+            download=self.download,
+            skip=skip,
+            exif=self.plan.orientation == "exif",
+            **columns,
+        )
         return without(images, find_unreadable(images, self.workers)) if skip else images
 
     def run(self) -> list[dict]:
-        """Runs what is not there yet and returns a row for every fit: tower, data, method, seed, accuracy and more."""
+        """Runs what is not there yet and returns a row for every fit: tower, data, method, seed,
+        accuracy and more."""
         rows: list[dict] = []
         for tower in self.plan.towers:
             work = _TowerWork(self, tower)
@@ -122,9 +131,13 @@ class _TowerWork:
         loader = DataLoader(images, batch_size=batch, num_workers=self.sweep.workers)
         self.sweep.say(f"{self.spec.label}: encoding {source}")
         return encode(
-            self.tower, loader, self.sweep.folder / "cache" / self.place / folder, self.kinds,
-            DTYPES[self.plan.dtype], class_names=images.class_names,
-        )  # fmt: skip
+            self.tower,
+            loader,
+            self.sweep.folder / "cache" / self.place / folder,
+            self.kinds,
+            DTYPES[self.plan.dtype],
+            class_names=images.class_names,
+        )
 
     @functools.cached_property
     def general_bases(self) -> SpectralBases | None:
@@ -160,7 +173,10 @@ class _TowerWork:
         return data.sources if self.plan.bases is None else (*data.sources, self.plan.bases)
 
     def _may_stay(self, file: Path) -> bool:
-        """Whether fits that are there stay; what they read, which `file` says, is entered into the account."""
+        """Whether fits that are there stay.
+
+        What they read, which `file` says, is entered into the account.
+        """
         if not file.is_file():
             return True
         found = read_json(file, READING, Accounts)["sources"]
@@ -267,7 +283,10 @@ class _DataWork:
 
     @functools.cached_property
     def stream(self) -> tuple[StreamImages, SpectralBases]:
-        """Images and bases for the form inside the tower, which no cache can serve; the same split as the caches'."""
+        """Images and bases for the form inside the tower, which no cache can serve.
+
+        The same split as the caches'.
+        """
         columns = self.data.columns
         train = self.tower.images(self.data.train, True, **columns)
         val = None if self.data.val is None else self.tower.images(self.data.val, True, **columns)
@@ -280,9 +299,14 @@ class _DataWork:
         images, bases = self.stream
         adapter = build(method, self.tower.tower, bases, seed=seed)
         fits = fit_stream(
-            adapter, self.head, images, lrs=[rate * adapter.default_lr for rate in self.plan.rates], seeds=(seed,),
-            shots=self.plan.shots, epochs=self.plan.epochs,
-        )  # fmt: skip
+            adapter,
+            self.head,
+            images,
+            lrs=[rate * adapter.default_lr for rate in self.plan.rates],
+            seeds=(seed,),
+            shots=self.plan.shots,
+            epochs=self.plan.epochs,
+        )
         fits.put(adapter, fits.best())
         test = images.loader(self.tower.images(self.data.test, True, **self.data.columns))
         return adapter, fits, training.evaluate(adapter, self.head, test)
@@ -303,9 +327,16 @@ class _DataWork:
             options: dict[str, Any] = {"energy": self.plan.energy} if method == "fine" else {}
             adapter = build(method, tower, self.bases, seed=seed, **options)
             fits = training.fit_many(
-                adapter, self.head, train, val, seeds=(seed,), epochs=self.plan.epochs, shots=self.plan.shots,
-                lrs=[rate * adapter.default_lr for rate in self.plan.rates], batch_size=self.plan.batch_size,
-            )  # fmt: skip
+                adapter,
+                self.head,
+                train,
+                val,
+                seeds=(seed,),
+                epochs=self.plan.epochs,
+                shots=self.plan.shots,
+                lrs=[rate * adapter.default_lr for rate in self.plan.rates],
+                batch_size=self.plan.batch_size,
+            )
             fits.put(adapter, fits.best())
             found = training.evaluate(adapter, self.head, test)
             fitted = _of_best(fits)
@@ -339,13 +370,13 @@ def _kept(file: Path, recipe: str) -> dict | None:
     return found["row"] if found["recipe"] == recipe else None
 
 
-# --- the table ------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SweepTable:
-    """Accuracies as the paper lays them out: a line for every tower and method, a column for every data set, and the
-    average; each the mean over seeds, with the standard deviation where there are several."""
+    """Accuracies as the paper lays them out: a line for every tower and method, a column for every data set,
+    and the average; each the mean over seeds, with the standard deviation where there are several."""
 
     columns: tuple[str, ...]
     lines: tuple[
@@ -419,7 +450,8 @@ class SweepTable:
 
 
 def _marked(rows: list[dict]) -> tuple[bool, int, int]:
-    """Whether the mean of a cell's seeds is below the model, how many of them collapsed, and how many there are."""
+    """Whether the mean of a cell's seeds is below the model, how many of them collapsed,
+    and how many there are."""
     known = [row for row in rows if row.get("base_accuracy") is not None]
     if not known or known[0]["method"] == BASE:
         return False, 0, len(rows)

@@ -1,9 +1,10 @@
-"""How does it look? Every figure of the library, drawn by matplotlib in one style: for demo, report, sweeps and Python.
+"""How does it look?
 
-`style.py` is the palette and what all figures share. `fits.py` draws fits and learned weights, `heads.py` a tower's
-heads, `accuracies.py` how images were labelled, `images.py` images themselves, `overview.py` the method in one
-picture. A figure is a
-`matplotlib.figure.Figure`; :func:`save` writes it.
+Every figure of the library, drawn by matplotlib in one style: for demo, report, sweeps and Python.
+
+`style.py` is the palette and what all figures share. `fits.py` draws fits and learned weights, `heads.py` a
+tower's heads, `accuracies.py` how images were labelled, `images.py` images themselves, `overview.py` the
+method in one picture. A figure is a `matplotlib.figure.Figure`; :func:`save` writes it.
 """
 
 from residual_kernels.figures.accuracies import accuracy_bars, accuracy_table, class_changes, confusion

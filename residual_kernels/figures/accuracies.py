@@ -82,9 +82,14 @@ def confusion(names: Sequence[str], counts: Tensor, title: str = "", *, of: Tens
         for row, column in np.argwhere(share >= 0.005):
             value = share[row, column]
             axes.text(
-                column, row, f"{100 * value:.0f}", ha="center", va="center", fontsize=8,
+                column,
+                row,
+                f"{100 * value:.0f}",
+                ha="center",
+                va="center",
+                fontsize=8,
                 color=cell_ink(SEQUENTIAL, value),
-            )  # fmt: skip
+            )
     percents(colour_bar(figure, drawn, axes, shrink=0.7).ax.yaxis)
     return figure
 
@@ -113,7 +118,9 @@ def accuracy_bars(rows: Sequence[Mapping], title: str = "Accuracy on the test im
 
 @styled
 def accuracy_table(columns: Sequence[str], lines: Sequence[tuple]) -> Figure:
-    """A table of accuracies: a block of lines per tower, one per method, a column per data set; the best are bold.
+    """A table of accuracies: a block of lines per tower, one per method, a column per data set.
+
+    The best are bold.
 
     `lines` hold (tower, method, numbers learned, ((mean, deviation), ...) for every column).
     """
@@ -138,9 +145,15 @@ def accuracy_table(columns: Sequence[str], lines: Sequence[tuple]) -> Figure:
             axes.add_patch(Rectangle((place + 0.02, height + 0.04), 0.96, 0.92, color=colour))
             text = f"{mean:.1%}" + (f" ± {100 * spread:.1f}" if spread > 0 else "")
             axes.text(
-                place + 0.5, height + 0.5, text, ha="center", va="center", fontsize=9.5,
-                weight="bold" if mean == best else "normal", color=ink_on(colour),
-            )  # fmt: skip
+                place + 0.5,
+                height + 0.5,
+                text,
+                ha="center",
+                va="center",
+                fontsize=9.5,
+                weight="bold" if mean == best else "normal",
+                color=ink_on(colour),
+            )
     axes.set_xlim(-left, len(columns))
     axes.set_ylim(len(rows), -1)
     bare(axes)

@@ -1,4 +1,7 @@
-"""How did a fit go? Its epochs, the strengths of a convex fit, the candidates that competed, and learned weights."""
+"""How did a fit go?
+
+Its epochs, the strengths of a convex fit, the candidates that competed, and learned weights.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
 
 @styled
 def epochs(result: "FitResult") -> Figure:
-    """Loss by epoch and, where there was validation, accuracy beside it; a dotted line marks the best epoch."""
+    """Loss by epoch and, where there was validation, accuracy beside it.
+
+    A dotted line marks the best epoch.
+    """
     rows = result.history
     measured = any(row.val_accuracy is not None for row in rows)
     figure = new_figure(9.5 if measured else 5.5, 3.6)
@@ -63,15 +69,22 @@ def _base(axes: Axes, value: float | None) -> None:
 
 @styled
 def strengths(result: "FitResult") -> Figure:
-    """Loss (with one standard error) and accuracy of a convex fit by how many numbers its penalty leaves free."""
+    """Loss (with one standard error) and accuracy of a convex fit by how many numbers its penalty leaves
+    free."""
     base, *tried = result.path
     figure = new_figure(9.5, 3.6)
     left, right = figure.subplots(1, 2)
     free = [one.freedom for one in tried]
     left.errorbar(
-        free, [one.loss for one in tried], [one.error for one in tried],
-        color=BLUE, marker="o", ms=4, capsize=2, label="fitted",
-    )  # fmt: skip
+        free,
+        [one.loss for one in tried],
+        [one.error for one in tried],
+        color=BLUE,
+        marker="o",
+        ms=4,
+        capsize=2,
+        label="fitted",
+    )
     right.plot(free, [one.accuracy for one in tried], color=BLUE, marker="o", ms=4, label="fitted")
     _base(left, base.loss)
     _base(right, base.accuracy)
@@ -90,7 +103,10 @@ def strengths(result: "FitResult") -> Figure:
 
 @styled
 def candidates(result: "TuneResult") -> Figure:
-    """Accuracy of every candidate on images that it was not fitted to; the winner is blue, the line is the model."""
+    """Accuracy of every candidate on images that it was not fitted to.
+
+    The winner is blue, the line is the model.
+    """
     rows = list(reversed(result.table))
     figure = new_figure(7, 0.5 * len(rows) + 1.2)
     axes = figure.add_subplot()
@@ -112,7 +128,8 @@ def candidates(result: "TuneResult") -> Figure:
 
 @styled
 def weight_line(weights: Sequence[float]) -> Figure:
-    """Learned weights by their place, where components have no layer and head: of the output, or of the embedding."""
+    """Learned weights by their place, where components have no layer and head: of the output,
+    or of the embedding."""
     figure = new_figure(7.5, 3.6)
     axes = figure.add_subplot()
     axes.axhline(1, color=INK, lw=1, ls="--")

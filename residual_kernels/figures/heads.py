@@ -1,4 +1,7 @@
-"""What are the heads like? Values by layer and head, spectra, dimensions, what heads share and what they are worth."""
+"""What are the heads like?
+
+Values by layer and head, spectra, dimensions, what heads share and what they are worth.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -78,10 +81,14 @@ def unit_map(
         for layer, column in np.argwhere(~np.isnan(grid)):
             text, count = written(form, factor * grid[layer, column]), counts[layer, column]
             axes.text(
-                column, layer, text if count is None else f"{text}\n({count})", ha="center", va="center",
+                column,
+                layer,
+                text if count is None else f"{text}\n({count})",
+                ha="center",
+                va="center",
                 fontsize=8 if count is None else 7,
                 color=cell_ink(drawn.cmap, float(np.asarray(drawn.norm(grid[layer, column])))),
-            )  # fmt: skip
+            )
     labels = [str(head) for head in range(heads)] + ["MLP"] * (grid.shape[1] - heads)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_yticks(range(layers), [str(layer) for layer in range(layers)])
@@ -155,7 +162,8 @@ def spectra_and_counts(bases: SpectralBases, energy: float = 0.9) -> Figure:
 
 
 def aside(layout: UnitLayout, unit) -> float:
-    """Where a head's mark stands: its layer, a little to the side so that the layer's heads stand side by side."""
+    """Where a head's mark stands: its layer, a little to the side so that the layer's heads stand side by
+    side."""
     return unit.layer + (unit.head - (layout.heads - 1) / 2) * 0.6 / layout.heads
 
 

@@ -14,7 +14,8 @@ End = tuple[Sequence[Image], Sequence[float], Sequence[str]]  # images, their co
 
 @styled
 def component_ends(title: str, high: End, low: End) -> Figure:
-    """Images (square) with a component's highest coefficients above and its lowest below, and the words of each end."""
+    """Images (square) with a component's highest coefficients above and its lowest below,
+    and the words of each end."""
     columns, tall = len(high[0]), 1.62  # of a row: caption, image, coefficient
     figure = new_figure(0.95 * columns + 0.2, 0.95 * (2 * tall + 0.4) + 0.2)
     axes = figure.add_subplot()
@@ -23,9 +24,11 @@ def component_ends(title: str, high: End, low: End) -> Figure:
         axes.text(0, top - 0.08, f"{name} end" + (f": {', '.join(words)}" if words else ""), fontsize=9)
         for column, (image, value) in enumerate(zip(images, values, strict=True)):
             axes.imshow(
-                np.asarray(image), extent=(column, column + 0.95, top + 0.95, top),
-                interpolation="nearest", zorder=2,
-            )  # fmt: skip
+                np.asarray(image),
+                extent=(column, column + 0.95, top + 0.95, top),
+                interpolation="nearest",
+                zorder=2,
+            )
             number = f"{value:+.2f}".replace("-", "−")
             axes.text(column + 0.475, top + 1.12, number, ha="center", fontsize=7, color=GREY)
     axes.text(0, -0.5, title, fontsize=11)
@@ -51,7 +54,8 @@ def rereadings(
     rows = max(1, -(-len(wrong) // columns))
     figure = new_figure(columns, 1.45 * rows + 0.6)
     figure.suptitle(
-        "What the model misread: label before → after the fit (green: now right, orange: still wrong), truth below",
+        "What the model misread: label before → after the fit (green: now right, orange: still wrong), "
+        "truth below",
         fontsize=12,
     )
     for place, axes in enumerate(np.atleast_1d(figure.subplots(rows, columns)).flat):
@@ -61,8 +65,12 @@ def rereadings(
             axes.imshow(images[index], interpolation="nearest")
             right = bool(after[index] == labels[index])
             axes.set_title(
-                f"{int(before[index])} → {int(after[index])}", fontsize=11, pad=3, loc="center",
-                color=GREEN if right else ORANGE, weight="bold",
-            )  # fmt: skip
+                f"{int(before[index])} → {int(after[index])}",
+                fontsize=11,
+                pad=3,
+                loc="center",
+                color=GREEN if right else ORANGE,
+                weight="bold",
+            )
             axes.set_xlabel(f"truth: {int(labels[index])}", fontsize=9, color=GREY, labelpad=2)
     return figure

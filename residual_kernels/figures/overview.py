@@ -1,4 +1,5 @@
-"""The library in one picture: what was misread, the parts that an embedding sums, and one component with its weight."""
+"""The library in one picture: what was misread, the parts that an embedding sums,
+and one component with its weight."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ class Read:
 class Sum:
     """What each part of a tower adds to the lead of one class over another, in logits.
 
-    parts: [L, H + 1] of the heads and, in the last column, of the MLPs. rest: of the token embedding and all else that
-    belongs to no layer. `total` is their sum.
+    parts: [L, H + 1] of the heads and, in the last column, of the MLPs. rest: of the token embedding and all
+    else that belongs to no layer. `total` is their sum.
     """
 
     parts: np.ndarray
@@ -106,10 +107,13 @@ def _picture(figure: Figure, image: Image, left: float, bottom: float, width: fl
 
 def _strip(figure: Figure, reads: Sequence[Read], accuracy: tuple[float, float], images: int) -> None:
     _heading(
-        figure, LEFT, 0.98, "Images that the model misread",
+        figure,
+        LEFT,
+        0.98,
+        "Images that the model misread",
         f"the first {len(reads)} of them; over all {images:,} test images, accuracy rises from "
         f"{accuracy[0]:.1%} to {accuracy[1]:.1%}",
-    )  # fmt: skip
+    )
     start, lines = 0.09, (0.69, 0.652, 0.614)
     for name, height in zip(("truth", "before", "after"), lines, strict=True):
         figure.text(LEFT, height, name, fontsize=10, va="center", color=GREY)
@@ -134,9 +138,12 @@ def _strip(figure: Figure, reads: Sequence[Read], accuracy: tuple[float, float],
 
 def _sums(figure: Figure, example: Read, sums: tuple[Sum, Sum]) -> None:
     _heading(
-        figure, LEFT, 0.545, "The embedding is a sum of heads and MLPs",
+        figure,
+        LEFT,
+        0.545,
+        "The embedding is a sum of heads and MLPs",
         f"what each adds for “{example.truth}” (blue) or “{example.before}” (orange), in logits",
-    )  # fmt: skip
+    )
     _picture(figure, example.image, LEFT, 0.2, 0.1)
     reach = max(float(np.abs(one.parts[:, :-1]).max()) for one in sums)
     told = zip((0.175, 0.405), sums, ("before", "after"), (example.before, example.after), strict=True)
@@ -145,9 +152,15 @@ def _sums(figure: Figure, example: Read, sums: tuple[Sum, Sum]) -> None:
         _cells(axes, one, reach, first=name == "before")
         axes.set_title(name, fontsize=10, loc="center", pad=4)
         figure.text(
-            left + 0.1, 0.045, f"sum {one.total:+.1f}: “{read}”".replace("-", "−"), fontsize=12, weight="bold",
-            ha="center", va="center", color=GREEN if read == example.truth else ORANGE,
-        )  # fmt: skip
+            left + 0.1,
+            0.045,
+            f"sum {one.total:+.1f}: “{read}”".replace("-", "−"),
+            fontsize=12,
+            weight="bold",
+            ha="center",
+            va="center",
+            color=GREEN if read == example.truth else ORANGE,
+        )
 
 
 def _cells(axes: Axes, one: Sum, reach: float, first: bool) -> None:
@@ -167,9 +180,12 @@ def _cells(axes: Axes, one: Sum, reach: float, first: bool) -> None:
 def _component(figure: Figure, ends: Ends, learned: int) -> None:
     left = 0.645
     _heading(
-        figure, left, 0.545, "Each component has one weight",
+        figure,
+        left,
+        0.545,
+        "Each component has one weight",
         f"one of {learned:,}: {ends.name}",
-    )  # fmt: skip
+    )
     for bottom, images, name, word in (
         (0.3, ends.high, "high", ends.high_word),
         (0.1, ends.low, "low", ends.low_word),

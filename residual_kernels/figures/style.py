@@ -1,7 +1,9 @@
-"""What do all figures share? One palette, one set of defaults, axes in plain numbers, and how a figure becomes a file.
+"""What do all figures share?
 
-The colours are four of Okabe and Ito's; colour-blind readers can tell any two of them apart. Scales run in lightness,
-and can be read in grey too.
+One palette, one set of defaults, axes in plain numbers, and how a figure becomes a file.
+
+The colours are four of Okabe and Ito's; colour-blind readers can tell any two of them apart. Scales run in
+lightness, and can be read in grey too.
 """
 
 import contextlib
@@ -34,11 +36,22 @@ DEPTH = LinearSegmentedColormap.from_list("depth", ["#8cc5ea", BLUE, "#0b4f7d"])
 
 DPI = 130
 DEFAULTS: dict[Any, Any] = {  # names of classes may hold a dollar sign, and letters stay letters in an SVG
-    "text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "residual_kernels", "font.size": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 12,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
-    "axes.grid.axis": "y", "grid.color": LINE,
-}  # fmt: skip
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "residual_kernels",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.grid.axis": "y",
+    "grid.color": LINE,
+}
 
 Arguments = ParamSpec("Arguments")
 

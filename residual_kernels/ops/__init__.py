@@ -1,4 +1,7 @@
-"""The spectral operators: how the library computes fast. Each is a custom op of its own, for any training stack."""
+"""The spectral operators: how the library computes fast.
+
+Each is a custom op of its own, for any training stack.
+"""
 
 from residual_kernels.ops.packing import PackedUnits, pack_units
 from residual_kernels.ops.plan import Plan, explain

@@ -1,8 +1,9 @@
-"""Who computes an operator: ``triton`` (CUDA and ROCm devices), ``cpp`` (the compiled CPU extension) or ``torch``.
+"""Who computes an operator: ``triton`` (CUDA and ROCm devices),
+``cpp`` (the compiled CPU extension) or ``torch``.
 
 A backend is a module in ``residual_kernels.ops`` with the functions ``pack``, ``spectral_reweight_forward``,
-``spectral_reweight_backward`` and ``unit_moments``. ``auto`` takes the first available one in the order below;
-a backend asked for by name is never replaced by another.
+``spectral_reweight_backward`` and ``unit_moments``. ``auto`` takes the first available one in the order
+below; a backend asked for by name is never replaced by another.
 """
 
 import importlib
@@ -27,7 +28,10 @@ def _cpp_missing(device: torch.device) -> str | None:
     try:
         importlib.import_module("residual_kernels._cpp")
     except ImportError as error:
-        return f"the compiled extension is not there ({error}); reinstall with a C++17 compiler (GCC or Clang) at hand"
+        return (
+            f"the compiled extension is not there ({error}); reinstall with a C++17 compiler (GCC or "
+            "Clang) at hand"
+        )
     return None
 
 
@@ -36,7 +40,8 @@ def missing(
 ) -> str | None:
     """Why `backend` cannot compute on `device` (in `dtype`), in one clause; None when it can.
 
-    Triton's interpreter counts only when it is asked for `by_name`: it proves kernels, it is no way to compute.
+    Triton's interpreter counts only when it is asked for `by_name`: it proves kernels, it is no way to
+    compute.
     """
     if backend == "torch":
         return None
@@ -55,7 +60,10 @@ def _missing_triton(device: torch.device, by_name: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if device.type == "cpu" and not (by_name and os.environ.get("TRITON_INTERPRET")):
-        return "Triton computes on the CPU only in its interpreter: set TRITON_INTERPRET=1 and ask for triton by name"
+        return (
+            "Triton computes on the CPU only in its interpreter: set TRITON_INTERPRET=1 and ask for "
+            "triton by name"
+        )
     interpreted = importlib.import_module(_MODULES["triton"]).INTERPRETED
     if device.type == "cpu" and not interpreted:
         return "TRITON_INTERPRET=1 was not set when the kernels were imported"
@@ -73,8 +81,9 @@ def available(device: torch.device | str = "cpu", dtype: torch.dtype | None = No
 def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that will compute on `device` (in `dtype`).
 
-    `backend` is a name or ``auto``; ``auto`` gives way to the variable RESIDUAL_KERNELS_BACKEND, then to the first
-    available of triton, cpp, torch. Raises ValueError for an unknown name, RuntimeError when the named one is missing.
+    `backend` is a name or ``auto``; ``auto`` gives way to the variable RESIDUAL_KERNELS_BACKEND, then to the
+    first available of triton, cpp, torch. Raises ValueError for an unknown name, RuntimeError when the named
+    one is missing.
     """
     if backend == "auto":
         backend = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
@@ -86,8 +95,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
     return backend
 
 
-# What torch.compiler.assume_constant_result does: looked up once, when a caller is compiled. Calling it would load
-# torch._dynamo, and with it sympy, a second before anything is computed.
+# What torch.compiler.assume_constant_result does: looked up once, when a caller is compiled. Calling it would
+# load torch._dynamo, and with it sympy, a second before anything is computed.
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -97,7 +106,8 @@ def load(backend: str) -> ModuleType:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether products of bfloat16 matrices are made by instructions of their own, and so much faster than float32."""
+    """Whether products of bfloat16 matrices are made by instructions of their own,
+    and so much faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if _cpp_missing(device) is not None:

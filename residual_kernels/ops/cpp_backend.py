@@ -1,12 +1,13 @@
 """The operators in compiled C++ on CPU tensors (csrc/), on the widest vectors the processor has.
 
-This file lays the constants out, allocates results and hands addresses over; the loops never allocate tensors. float64
-computes in float64, everything else in float32: bfloat16 is widened and rounded while it is read and written, float16
-goes through a float32 copy. Results do not depend on the number of threads (torch.get_num_threads() of them are used).
+This file lays the constants out, allocates results and hands addresses over; the loops never allocate
+tensors. float64 computes in float64, everything else in float32: bfloat16 is widened and rounded while it is
+read and written, float16 goes through a float32 copy. Results do not depend on the number of threads
+(torch.get_num_threads() of them are used).
 
-Units with many coordinates (an MLP's, the embedding's) and many rows are cheaper folded: weight, proj and basis of a
-unit are multiplied first, and the rows pass through that one [C, D] matrix. These products are torch's own, a unit at a
-time.
+Units with many coordinates (an MLP's, the embedding's) and many rows are cheaper folded: weight, proj and
+basis of a unit are multiplied first, and the rows pass through that one [C, D] matrix. These products are
+torch's own, a unit at a time.
 """
 
 import os
@@ -83,7 +84,8 @@ class _Pack(NamedTuple):
 def instruction_set() -> tuple[str, dict[str, str]]:
     """The instruction set in use, and for each faster one why it is not.
 
-    RESIDUAL_KERNELS_INSTRUCTION_SET chooses one by name (for tests and comparisons); RuntimeError where it cannot run.
+    RESIDUAL_KERNELS_INSTRUCTION_SET chooses one by name (for tests and comparisons); RuntimeError where it
+    cannot run.
     """
     reasons = _cpp.instruction_sets()
     asked = os.environ.get(ENVIRONMENT_VARIABLE)
@@ -109,8 +111,8 @@ def instruction_set() -> tuple[str, dict[str, str]]:
 def peak(threads: int, dtype: torch.dtype = torch.float32, steps: int = 500_000, runs: int = 10) -> float:
     """The FLOP per second that `threads` cores reach in registers alone: the roof of the operators.
 
-    bfloat16 is counted with the processor's own products where the set in use has them, else with float32's. The best
-    of `runs` counts, each of `steps` rounds of a register loop (about a millisecond).
+    bfloat16 is counted with the processor's own products where the set in use has them, else with float32's.
+    The best of `runs` counts, each of `steps` rounds of a register loop (about a millisecond).
     """
     at = _number()
     if dtype != torch.bfloat16 and INSTRUCTION_SETS[at] in ON_TILES:
@@ -162,7 +164,10 @@ def _up(count: int, step: int) -> int:
 
 
 def _in_panels(basis: Tensor, blocks: list, dtype: torch.dtype, lanes: int, panel: int) -> Tensor:
-    """Per block: panels of `panel` columns, each [components, panel]; the last as wide as whole vectors need."""
+    """Per block: panels of `panel` columns, each [components, panel].
+
+    The last as wide as whole vectors need.
+    """
     components, dim = basis.shape
     padded_dim = _up(dim, lanes)
     panels = basis.new_zeros(components * padded_dim, dtype=dtype)
@@ -178,7 +183,8 @@ def _in_panels(basis: Tensor, blocks: list, dtype: torch.dtype, lanes: int, pane
 
 
 def _in_tiles(basis: Tensor, blocks: list) -> Tensor:
-    """Per block, in tiles of 16 x 32: its transpose (dimensions by components) for forward, itself for backward."""
+    """Per block, in tiles of 16 x 32: its transpose (dimensions by components) for forward,
+    itself for backward."""
     dim = basis.shape[1]
     padded_dim = _up(dim, _TILE)
     parts = []
@@ -193,7 +199,10 @@ def _in_tiles(basis: Tensor, blocks: list) -> Tensor:
 
 
 def _proj_in_tiles(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:
-    """Each unit's run of components in a block, padded to 16 x 32, in tiles; runs lie as tile_row in csrc says."""
+    """Each unit's run of components in a block, padded to 16 x 32, in tiles.
+
+    Runs lie as tile_row in csrc says.
+    """
     components, width = proj.shape
     padded_width = _up(width, _TILE)
     rows = proj.new_zeros(components + 16 * (len(blocks) + len(bounds) - 1), padded_width)
@@ -245,12 +254,13 @@ def pack(
 def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
     """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other.
 
-    What is left to the extension, which asks at every call: that the blocks and offsets hold every component, and that
-    the constants have as many elements as the sizes say.
+    What is left to the extension, which asks at every call: that the blocks and offsets hold every component,
+    and that the constants have as many elements as the sizes say.
     """
     if len(sizes) != 4 or len(tensors) not in (7, 8, 9):
         raise ValueError(
-            f"a pack of the compiled backend has 7 to 9 tensors and 4 sizes; got {len(tensors)} and {len(sizes)}"
+            f"a pack of the compiled backend has 7 to 9 tensors and 4 sizes; got {len(tensors)} and "
+            f"{len(sizes)}"
         )
     pack, number, width, dim, components = _Pack.of(tensors), *sizes
     least, tiles = pack.proj.dtype, pack.tiled_proj
@@ -277,7 +287,8 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
 
 
 def _folding_saves(rows: int, units: int, width: int, dim: int, components: int, dtype: torch.dtype) -> bool:
-    """Whether the folded route needs clearly fewer FLOP than the direct one: the same rule forward and backward."""
+    """Whether the folded route needs clearly fewer FLOP than the direct one:
+    the same rule forward and backward."""
     direct = rows * components * (width + dim)
     folded = (rows * units + components) * width * dim
     return width >= FOLDED_WIDTH and dtype in (torch.float32, torch.float64) and folded < FOLDED_PAYS * direct
@@ -294,7 +305,8 @@ def _folds(
 
 
 def _folded_forward(z, scale, mean, weight, pack: _Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
-    """y = scale * (z F + bias + mean * slope) - offset with F, bias, slope, offset folded over the components."""
+    """y = scale * (z F + bias + mean * slope) - offset with F, bias, slope,
+    offset folded over the components."""
     proj, basis = folded
     bias, slope, offset = ((weight * x) @ basis for x in (pack.bias, pack.slope, pack.offset))  # each [1, D]
     y = bias.repeat(len(z), 1)
@@ -451,7 +463,10 @@ def spectral_sum_backward(
 def unit_moments(
     z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums and second moments of l - shift. 512 rows at a time are summed in float32 (float64 for float64 z)."""
+    """Sums and second moments of l - shift.
+
+    512 rows at a time are summed in float32 (float64 for float64 z).
+    """
     if z.dtype == torch.float16:
         z = z.float()
     _, units, width = z.shape

@@ -1,8 +1,8 @@
 """Do the tensors of a call have the sizes that its pack states? Asked inside every registered operator.
 
-Compiled graphs and exported programs call the registered operators without the functions in front of them, and the
-compiled backends read addresses: a size that is too large would read memory that is not theirs. The functions check
-what a user hands in, with longer messages; these checks cost about a microsecond.
+Compiled graphs and exported programs call the registered operators without the functions in front of them,
+and the compiled backends read addresses: a size that is too large would read memory that is not theirs. The
+functions check what a user hands in, with longer messages; these checks cost about a microsecond.
 """
 
 import weakref
@@ -52,7 +52,8 @@ def check_call(
     constant: Tensor,
     shape: tuple[int, int, int, int],
 ) -> None:
-    """ValueError unless z [N, R, C], scale and mean [N], weight [T, J] and weight_index [N] fit together and `shape`.
+    """ValueError unless z [N, R, C], scale and mean [N],
+    weight [T, J] and weight_index [N] fit together and `shape`.
 
     `constant` is a tensor of the pack, for its device.
     """
@@ -66,7 +67,8 @@ def check_call(
         )
     if weight.ndim != 2 or weight.shape[1] != components or weight.dtype != least:
         raise ValueError(
-            f"weight must be {least} [T, J] with J = {components} as packed; got {weight.dtype} {tuple(weight.shape)}"
+            f"weight must be {least} [T, J] with J = {components} as packed; got {weight.dtype} "
+            f"{tuple(weight.shape)}"
         )
     device = z.device
     for name, tensor in (("scale", scale), ("mean", mean)):
@@ -90,7 +92,10 @@ def check_call(
 
 
 def check_index_values(weight_index: Tensor | None, tasks: int) -> None:
-    """ValueError for a row's choice outside [0, T). On a device a look would wait for it: checked on the CPU alone."""
+    """ValueError for a row's choice outside [0, T).
+
+    On a device a look would wait for it: checked on the CPU alone.
+    """
     if weight_index is not None and weight_index.device.type == "cpu" and len(weight_index):
         low, high = (int(x) for x in torch.aminmax(weight_index))
         if low < 0 or high >= tasks:

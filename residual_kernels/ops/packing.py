@@ -54,7 +54,8 @@ def check_constants(
     constants = {"proj": proj, "bias": bias, "slope": slope, "offset": offset, "basis": basis}
     if proj.ndim != 2 or basis.ndim != 2 or len(proj) != len(basis):
         raise ValueError(
-            f"proj must be [J, C] and basis [J, D] with one J; got {tuple(proj.shape)} and {tuple(basis.shape)}"
+            f"proj must be [J, C] and basis [J, D] with one J; got {tuple(proj.shape)} and "
+            f"{tuple(basis.shape)}"
         )
     components = len(proj)
     for name in ("bias", "slope", "offset"):
@@ -69,7 +70,8 @@ def check_constants(
             raise ValueError(f"{name} has dtype {tensor.dtype}; use float64, float32, bfloat16 or float16")
         if tensor.requires_grad:
             raise ValueError(
-                f"{name} requires grad, but it is a constant of spectral_reweight; detach it (weight is what learns)"
+                f"{name} requires grad, but it is a constant of spectral_reweight; detach it (weight is "
+                "what learns)"
             )
         if tensor.device != proj.device:
             raise ValueError(
@@ -100,11 +102,13 @@ def pack_units(
         proj: [J, C] rows that read coefficients from a unit's coordinates; one floating dtype with `basis`.
         bias, slope, offset: [J]; kept at float32 or better.
         basis: [J, D] rows the coefficients are written along.
-        unit_offsets: [R+1] int64, 0 = first, J = last, non-decreasing: unit r owns components offsets[r]..offsets[r+1].
+        unit_offsets: [R+1] int64, 0 = first, J = last, non-decreasing: unit r owns components
+            offsets[r]..offsets[r+1].
         backend: a backend's name, or ``auto``.
 
     Raises:
-        ValueError: shapes, dtypes, devices or offsets that do not fit together, or constants that require grad.
+        ValueError: shapes, dtypes, devices or offsets that do not fit together, or constants that require
+            grad.
         RuntimeError: the backend asked for is missing.
     """
     compute_alone_after_a_fork()
@@ -124,9 +128,13 @@ def pack_units(
     chosen = backends.resolve(backend, proj.device, proj.dtype)
     least = wide(proj.dtype)
     tensors, sizes = backends.load(chosen).pack(
-        proj.detach(), bias.detach().to(least), slope.detach().to(least), offset.detach().to(least),
-        basis.detach(), unit_offsets.to(proj.device),
-    )  # fmt: skip
+        proj.detach(),
+        bias.detach().to(least),
+        slope.detach().to(least),
+        offset.detach().to(least),
+        basis.detach(),
+        unit_offsets.to(proj.device),
+    )
     return PackedUnits(
         backend=chosen,
         dtype=proj.dtype,
@@ -145,10 +153,11 @@ _remembering = Lock()
 
 
 def remembered_pack(constants: Sequence[Tensor], dtype: torch.dtype, backend: str) -> PackedUnits:
-    """The pack of (proj, bias, slope, offset, basis, unit_offsets) in `dtype`, made once for the same tensors.
+    """The pack of (proj, bias, slope, offset, basis, unit_offsets) in `dtype`, made once for the same
+    tensors.
 
-    "The same" means the same objects with the same version counters. Only weak references are held, and at most
-    REMEMBERED packs. Tensors made under inference mode have no counter and are packed at every call.
+    "The same" means the same objects with the same version counters. Only weak references are held, and at
+    most REMEMBERED packs. Tensors made under inference mode have no counter and are packed at every call.
     """
     proj, bias, slope, offset, basis, unit_offsets = constants
     if any(x.is_inference() or x.requires_grad or type(x) is not Tensor for x in constants):

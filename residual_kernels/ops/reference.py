@@ -1,8 +1,9 @@
 """What the operators are: plain, differentiable PyTorch, one short function each.
 
-These are the definitions the fast backends are tested against (in float64) and the honest baselines they are measured
-against. Letters: N rows, R units, C coordinates of a unit, J kept components over all units, D output dimension,
-T weight vectors. Shapes and meanings are those of :func:`residual_kernels.ops.spectral_reweight`.
+These are the definitions the fast backends are tested against (in float64) and the honest baselines they are
+measured against. Letters: N rows, R units, C coordinates of a unit, J kept components over all units, D
+output dimension, T weight vectors. Shapes and meanings are those of
+:func:`residual_kernels.ops.spectral_reweight`.
 """
 
 from collections.abc import Sequence
@@ -76,7 +77,8 @@ def spectral_reweight_folded(
     basis: Tensor,
     unit_offsets: Tensor,
 ) -> Tensor:
-    """The same y for one weight [J], with the constants folded first: y = (scale * z) F + affine, one large product."""
+    """The same y for one weight [J], with the constants folded first: y = (scale * z) F + affine,
+    one large product."""
     weighted = weight[:, None] * basis  # [J, D]
     bounds = unit_offsets.tolist()
     fold = torch.cat(

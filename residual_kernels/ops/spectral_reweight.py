@@ -1,9 +1,9 @@
 """y[n] = sum_j weight[j] * c[n,j] * basis[j]
 
-with c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j]:
-the operator of ResiDual: coefficients of N rows on the J principal components of R units, reweighted and written back
-to D dimensions. Source: Basile et al., "ResiDual Transformer Alignment with Spectral Decomposition", TMLR 2025; the
-low-rank form is derived in docs/HOW_IT_WORKS.md.
+with c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j]: the operator of
+ResiDual: coefficients of N rows on the J principal components of R units, reweighted and written back to D
+dimensions. Source: Basile et al., "ResiDual Transformer Alignment with Spectral Decomposition", TMLR 2025;
+the low-rank form is derived in docs/HOW_IT_WORKS.md.
 """
 
 import functools
@@ -105,13 +105,14 @@ class _Reweight(torch.autograd.Function):
             _backward(
                 dy, z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, wanted, pack.backend
             )
-        )  # fmt: skip
+        )
         dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
         return dz, dscale, dmean, dweight, None, None
 
     @staticmethod
     def jvp(ctx, z_t, scale_t, mean_t, weight_t, *_):
-        # y is linear in weight, and affine in each of z, scale and mean alone: y(tangent) - y(0) is the derivative.
+        # y is linear in weight, and affine in each of z, scale and mean alone: y(tangent) - y(0) is the
+        # derivative.
         z, scale, mean, weight, index = ctx.saved_tensors
 
         def along(name: str, direction: Tensor, mean: Tensor | None = mean) -> Tensor:
@@ -135,7 +136,8 @@ class _Reweight(torch.autograd.Function):
 
 
 class _Plainly(torch.autograd.Function):
-    """The same without forward mode and transforms: with `setup_context` PyTorch binds a signature at every call."""
+    """The same without forward mode and transforms:
+    with `setup_context` PyTorch binds a signature at every call."""
 
     @staticmethod
     def forward(ctx, z, scale, mean, weight, weight_index, pack: PackedUnits) -> Tensor:
@@ -211,7 +213,7 @@ def _op_backward(ctx, dy: Tensor):
         _spectral_reweight_backward(
             dy, z, scale, mean, weight, weight_index, tensors, ctx.sizes, wanted, ctx.backend
         )
-    )  # fmt: skip
+    )
     dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
     return dz, dscale, dmean, dweight, None, [None] * len(tensors), None, None, None
 
@@ -282,7 +284,8 @@ _unpacked.register_autograd(_unpacked_op_backward, setup_context=_unpacked_setup
 
 
 def _traced(z: Tensor) -> bool:
-    """Whether something other than plain execution looks at this call: a compiler, a mode, a tensor subclass."""
+    """Whether something other than plain execution looks at this call: a compiler, a mode,
+    a tensor subclass."""
     return (
         torch.compiler.is_compiling()
         or type(z) not in (Tensor, torch.nn.Parameter)
@@ -301,8 +304,8 @@ def spectral_reweight_packed(
 ) -> Tensor:
     """:func:`spectral_reweight` with the constants packed beforehand by :func:`pack_units`; see there.
 
-    Under autocast z takes the autocast dtype, and weight, scale, mean and offsets keep theirs. `z` must otherwise have
-    the dtype of the packed proj and basis.
+    Under autocast z takes the autocast dtype, and weight, scale, mean and offsets keep theirs. `z` must
+    otherwise have the dtype of the packed proj and basis.
     """
     z = _autocast(z)
     if z.dtype != pack.dtype:
@@ -349,7 +352,8 @@ def _operands(
     shape: tuple[int, int, int, int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """z, scale, mean, weight [T, J] and weight_index as the operators take them; ValueError for what does not fit."""
+    """z, scale, mean, weight [T, J] and weight_index as the operators take them;
+    ValueError for what does not fit."""
     units, coordinates, components, _ = shape
     if z.layout is not torch.strided or z.is_nested:
         raise ValueError(f"z must be a dense tensor [N, R, C]; got layout {z.layout}, nested: {z.is_nested}")
@@ -379,7 +383,8 @@ def _operands(
             )
         if weight_index.shape != (rows,) or weight_index.dtype != torch.int64:
             raise ValueError(
-                f"weight_index must be int64 [N] = ({rows},); got {weight_index.dtype} {tuple(weight_index.shape)}"
+                f"weight_index must be int64 [N] = ({rows},); got {weight_index.dtype} "
+                f"{tuple(weight_index.shape)}"
             )
     scale = None if scale is None else scale.to(least)
     mean = None if mean is None else mean.to(least)
@@ -419,17 +424,19 @@ def spectral_reweight(
         backend: ``auto``, ``triton``, ``cpp`` or ``torch``.
 
     Returns:
-        [N, D] in z's dtype; [T, N, D] for weight [T, J] without weight_index. Products accumulate in float32 or better.
+        [N, D] in z's dtype; [T, N, D] for weight [T, J] without weight_index. Products accumulate in float32
+        or better.
 
-    Gradients: weight always, z, scale and mean when they require it; dweight, dscale, dmean at least float32; once
-    differentiable. Deterministic: the same inputs on the same machine give the same bits.
+    Gradients: weight always, z, scale and mean when they require it; dweight, dscale, dmean at least float32;
+    once differentiable. Deterministic: the same inputs on the same machine give the same bits.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with the values seen.
         RuntimeError: the backend asked for is missing.
 
-    The pack of the same constants is remembered: it is made again when one of them is another tensor or was changed in
-    place. Writes through `.data` or NumPy are not seen; a module packs once and calls :func:`spectral_reweight_packed`.
+    The pack of the same constants is remembered: it is made again when one of them is another tensor or was
+    changed in place. Writes through `.data` or NumPy are not seen; a module packs once and calls
+    :func:`spectral_reweight_packed`.
     """
     z = _autocast(z)
     constants = (proj, bias, slope, offset, basis, unit_offsets)

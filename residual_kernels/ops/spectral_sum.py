@@ -1,9 +1,10 @@
 """y[t,n] = sum_j weight[t,j] * c[n,j] * basis[j]
 
-The second half of :func:`spectral_reweight`, for coefficients that are known already: every step of a fit on cached
-units. Only `weight` learns. On a CPU the compiled backend reweights a block of coefficients in cache, reads the basis
-once for all tasks, and never stores c * weight or dy . basis; on a GPU the Triton backend does so in registers, where
-that is estimated to be faster than the vendor's product. Elsewhere write (c * weight) @ basis.
+The second half of :func:`spectral_reweight`, for coefficients that are known already: every step of a fit on
+cached units. Only `weight` learns. On a CPU the compiled backend reweights a block of coefficients in cache,
+reads the basis once for all tasks, and never stores c * weight or dy . basis; on a GPU the Triton backend
+does so in registers, where that is estimated to be faster than the vendor's product. Elsewhere write (c *
+weight) @ basis.
 """
 
 import torch
@@ -88,15 +89,17 @@ _spectral_sum.register_autograd(_backward, setup_context=_setup_context)
 
 
 def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
-    """y [N, D] of coefficients c [N, J], which must not require grad, and weight [J]; [T, N, D] for weight [T, J].
+    """y [N, D] of coefficients c [N, J], which must not require grad, and weight [J];
+    [T, N, D] for weight [T, J].
 
     Args:
         c: float32 or float64 (cpp), float32 (triton), in the dtype of the packed constants; any strides.
         weight: of one or T tasks on the same coefficients; its gradient is the only one.
         pack: made by :func:`pack_units` for cpp or triton: torch has nothing faster than a product.
 
-    Deterministic, for any number of threads. Triton multiplies exactly unless torch.set_float32_matmul_precision allows
-    tf32 ("high") or bfloat16 ("medium"). Raises ValueError for shapes, dtypes or packs that do not fit.
+    Deterministic, for any number of threads. Triton multiplies exactly unless
+    torch.set_float32_matmul_precision allows tf32 ("high") or bfloat16 ("medium"). Raises ValueError for
+    shapes, dtypes or packs that do not fit.
     """
     if (
         pack.backend not in BACKENDS_WITH_SUMS
@@ -104,8 +107,9 @@ def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
         or not c.dtype == wide(c.dtype) == pack.dtype
     ):
         raise ValueError(
-            "spectral_sum takes float32 or float64 coefficients without grad, packed alike for cpp or triton; got "
-            f"{c.dtype}, requires_grad={c.requires_grad}, and constants packed in {pack.dtype} for {pack.backend}"
+            "spectral_sum takes float32 or float64 coefficients without grad, packed alike for cpp or "
+            f"triton; got {c.dtype}, requires_grad={c.requires_grad}, and constants packed in {pack.dtype} "
+            f"for {pack.backend}"
         )
     if c.ndim != 2 or weight.ndim not in (1, 2) or {c.shape[-1], weight.shape[-1]} != {pack.components}:
         raise ValueError(
@@ -115,7 +119,8 @@ def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
     for name, tensor in (("c", c), ("weight", weight)):
         if tensor.device != pack.device:  # the loops read addresses: those of a device would end the process
             raise ValueError(
-                f"{name} is on {tensor.device} but the packed constants are on {pack.device}; move one of them"
+                f"{name} is on {tensor.device} but the packed constants are on {pack.device}; move one of "
+                "them"
             )
     tasks = weight.to(c.dtype) if weight.ndim == 2 else weight.to(c.dtype).unsqueeze(0)
     y = torch.ops.residual_kernels.spectral_sum(

@@ -1,7 +1,8 @@
 """The operators in eager PyTorch calls on any device: the fallback, and what `backend="torch"` means.
 
-Ragged units are padded to the longest (one batched product reads all coefficients) and gathered back to [N, J]
-(one product writes all components). Matrix products run in z's dtype; everything else in float32 or better.
+Ragged units are padded to the longest (one batched product reads all coefficients) and gathered back to [N,
+J] (one product writes all components). Matrix products run in z's dtype; everything else in float32 or
+better.
 """
 
 from typing import NamedTuple, cast
@@ -155,7 +156,10 @@ def spectral_reweight_backward(
 def unit_moments(
     z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sums and second moments of l - shift. Tiles of rows are multiplied in float32 (float64 for float64 z)."""
+    """Sums and second moments of l - shift.
+
+    Tiles of rows are multiplied in float32 (float64 for float64 z).
+    """
     rows, units, width = z.shape
     dtype = torch.promote_types(z.dtype, torch.float32)
     total = torch.zeros(units, width + 2, dtype=torch.float64, device=z.device)

@@ -1,7 +1,7 @@
 """total[r] = sum_n (l[n,r] - shift[r]),  moment[r] = sum_n (l[n,r] - shift[r])(l[n,r] - shift[r])^T
 
-with l = (scale*z, scale, scale*mean). All that PCA of a unit needs, in one pass over z and in C+2 numbers a row
-whatever the output dimension is.
+with l = (scale*z, scale, scale*mean). All that PCA of a unit needs, in one pass over z and in C+2 numbers a
+row whatever the output dimension is.
 """
 
 import torch
@@ -64,13 +64,13 @@ def unit_moments(
     Args:
         z: [N, R, C], any strides and floating dtype.
         scale, mean: [N], or None for 1 and 0.
-        shift: [R, C+2], a rough mean of l (the first batch's serves); None for 0. Without one, float32 sums lose the
-            small eigenvalues of units that lie far from the origin.
+        shift: [R, C+2], a rough mean of l (the first batch's serves); None for 0. Without one, float32 sums
+            lose the small eigenvalues of units that lie far from the origin.
         backend: ``auto``, ``triton``, ``cpp`` or ``torch``.
 
     Returns:
-        total [R, C+2] and moment [R, C+2, C+2], float64, not normalised by N. Tiles accumulate in float32 (float64 for
-        float64 z) and merge in float64. Not differentiable. Deterministic.
+        total [R, C+2] and moment [R, C+2, C+2], float64, not normalised by N. Tiles accumulate in float32
+        (float64 for float64 z) and merge in float64. Not differentiable. Deterministic.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with the values seen.

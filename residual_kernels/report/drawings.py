@@ -1,4 +1,7 @@
-"""Which figures does a report have? Each drawn once: a PNG and an SVG in the folder, and the same SVG on the page."""
+"""Which figures does a report have?
+
+Each drawn once: a PNG and an SVG in the folder, and the same SVG on the page.
+"""
 
 import io
 import re
@@ -17,10 +20,15 @@ from residual_kernels.report.thumbnails import cropped
 SIDE = 96  # pixels of an image in a figure
 STRIPS = 3  # components raised and faded most that have a figure
 THEMED = {  # colours that follow the page's theme, and their names in its style sheet
-    style.BLUE: "blue", style.ORANGE: "orange", style.GREEN: "green", style.SKY: "sky",
-    style.GREY: "grey", style.INK: "ink", style.LINE: "line",
+    style.BLUE: "blue",
+    style.ORANGE: "orange",
+    style.GREEN: "green",
+    style.SKY: "sky",
+    style.GREY: "grey",
+    style.INK: "ink",
+    style.LINE: "line",
     style.STRONG_LINE: "line-strong",
-}  # fmt: skip
+}
 
 
 def on_page(facts: Facts) -> dict[str, Figure]:
@@ -53,14 +61,19 @@ def on_page(facts: Facts) -> dict[str, Figure]:
 
 
 def in_folder(facts: Facts, ids: list[int], pictures: Images | None) -> Iterator[tuple[str, Figure]]:
-    """(name, figure) of what the page shows in another way: maps of the weights, and images at components' ends."""
+    """(name, figure) of what the page shows in another way: maps of the weights,
+    and images at components' ends."""
     if facts.mapped:  # the token embedding alone has no place on a map of layers and heads
         for name, values, title, options in (
             ("weights", facts.unit_weight, "mean weight (1 is unchanged)", {"centre": 1.0}),
             ("reach", facts.unit_effect, "how far the weights move an embedding", {}),
-            ("lost", facts.unit_lost, "accuracy lost when the weights return to 1, in points",
-             {"centre": 0.0, "form": "{:+.1f}", "factor": 100}),
-        ):  # fmt: skip
+            (
+                "lost",
+                facts.unit_lost,
+                "accuracy lost when the weights return to 1, in points",
+                {"centre": 0.0, "form": "{:+.1f}", "factor": 100},
+            ),
+        ):
             if values:
                 yield name, figures.unit_map(facts.layout, values, title, **options)
     if pictures is not None and facts.ends is not None:
@@ -86,7 +99,8 @@ def _ends(facts: Facts, component: Component, ids: list[int], pictures: Images) 
 
 
 def inline(figure: Figure, name: str) -> str:
-    """A figure as an SVG element of an HTML page, in the colours of the page's theme; `name` keeps its ids apart."""
+    """A figure as an SVG element of an HTML page, in the colours of the page's theme;
+    `name` keeps its ids apart."""
     buffer = io.StringIO()
     with style.defaults():
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -58,11 +58,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that a report says. What an adapter has no part in (components without a basis, say) is None or empty.
+    """Everything that a report says.
 
-    unit_weight, unit_effect and unit_lost are keyed by layout index: a unit's mean weight, how far its weights move an
-    embedding, and the accuracy lost when they return to 1. `analysis` is of the heads on these very images, `bases` the
-    whole bases that it was made with.
+    What an adapter has no part in (components without a basis, say) is None or empty.
+
+    unit_weight, unit_effect and unit_lost are keyed by layout index: a unit's mean weight, how far its
+    weights move an embedding, and the accuracy lost when they return to 1. `analysis` is of the heads on
+    these very images, `bases` the whole bases that it was made with.
     """
 
     source: Source
@@ -116,7 +118,10 @@ class Facts:
         return self.analysis.selections[0].curves(SCORES) if self.analysis.selections else ()
 
     def of_components(self) -> tuple[WeightReading, Ends]:
-        """`reading` and `ends` of an adapter whose weights are on components; only these have components to ask for."""
+        """`reading` and `ends` of an adapter whose weights are on components.
+
+        Only these have components to ask for.
+        """
         assert self.reading is not None
         assert self.ends is not None
         return self.reading, self.ends
@@ -143,7 +148,8 @@ class Facts:
 
     @property
     def classes_shown(self) -> list[int]:
-        """Those of the class figures: all that have images, or those that changed most, in the head's order."""
+        """Those of the class figures: all that have images, or those that changed most,
+        in the head's order."""
         present = (self.counts > 0).nonzero().flatten().tolist()
         if len(present) <= CLASSES_SHOWN:
             return present
@@ -160,7 +166,8 @@ class Facts:
 
 
 def chosen_components(reading: WeightReading, units: Sequence[Unit]) -> list[int]:
-    """Components that come with words and images: those shown in full, then every unit's first, second and so on."""
+    """Components that come with words and images: those shown in full, then every unit's first,
+    second and so on."""
     shown = [c.index for c in (*reading.raised(SHOWN), *reading.faded(SHOWN))]
     own = [reading.of(unit)[:PER_UNIT] for unit in units]
     for place in range(PER_UNIT):
@@ -186,8 +193,8 @@ def gather(
     """Computes everything a report says.
 
     Args:
-        adapter: fitted; any of this library's that works on a cache. A ResiDual is read component by component,
-            CoarseHeads head by head.
+        adapter: fitted; any of this library's that works on a cache. A ResiDual is read component by
+            component, CoarseHeads head by head.
         head: the classifier it was fitted with.
         cache: labelled images, with heads and the adapter's kinds.
         source: names for the reader.
@@ -235,9 +242,17 @@ def gather(
     say("fitting principal components of every head")
     bases = fit_bases(tower, cache, ("head",))
     analysis = analyze(
-        tower, cache, head, bases, energies=(ENERGY,), similarities=("explained_variance",), points=POINTS,
-        rests=("zero",), tables=TABLES, progress=say,
-    )  # fmt: skip
+        tower,
+        cache,
+        head,
+        bases,
+        energies=(ENERGY,),
+        similarities=("explained_variance",),
+        points=POINTS,
+        rests=("zero",),
+        tables=TABLES,
+        progress=say,
+    )
     return Facts(
         source=source,
         adapter=type(adapter).__name__,

@@ -1,4 +1,7 @@
-"""How does it become a file? One self-contained HTML page, with its pictures and tables in a folder beside it."""
+"""How does it become a file?
+
+One self-contained HTML page, with its pictures and tables in a folder beside it.
+"""
 
 import base64
 import hashlib
@@ -27,7 +30,8 @@ COMPONENTS_LISTED = 12  # of a unit, in its panel
 def write_report(
     facts: Facts, page: Path, cache: UnitCache, pictures: Images | None = None
 ) -> tuple[Path, list[Path]]:
-    """Writes the page, and every figure and table into the folder of its name beside it (`report.html`, `report/`).
+    """Writes the page, and every figure and table into the folder of its name beside it
+    (`report.html`, `report/`).
 
     Args:
         facts: of :func:`gather`.
@@ -35,7 +39,8 @@ def write_report(
         cache: the images that the facts are of: its ids say which `pictures` they are.
         pictures: the images themselves; None leaves them out.
 
-    Returns the page's path and those of the files beside it. Raises ImportError when an optional library is missing.
+    Returns the page's path and those of the files beside it. Raises ImportError when an optional library is
+    missing.
     """
     check_page(page)
     from residual_kernels import figures
@@ -57,7 +62,8 @@ def write_report(
 
 
 def check_page(page: Path) -> None:
-    """Raises ValueError or FileExistsError when no report can be written to `page`, ImportError without matplotlib."""
+    """Raises ValueError or FileExistsError when no report can be written to `page`, ImportError without
+    matplotlib."""
     folder = page.with_suffix("")
     if folder == page:
         raise ValueError(f"a report is an .html file; got {page}")
@@ -168,17 +174,23 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
 
 def _class_row(name: str, count: int, before: float, after: float) -> dict[str, str]:
     return {
-        "name": name, "count": f"{count:,}", "before": percent(before), "after": percent(after),
+        "name": name,
+        "count": f"{count:,}",
+        "before": percent(before),
+        "after": percent(after),
         "change": points(after - before),
-    }  # fmt: skip
+    }
 
 
 def _class_rows(facts: Facts) -> list[dict[str, str]]:
     counts = [int(count) for count in facts.counts]
     values = zip(
-        facts.class_names, counts, facts.before.class_accuracy.tolist(), facts.after.class_accuracy.tolist(),
+        facts.class_names,
+        counts,
+        facts.before.class_accuracy.tolist(),
+        facts.after.class_accuracy.tolist(),
         strict=True,
-    )  # fmt: skip
+    )
     return [_class_row(*row) for row in values if row[1]]
 
 
@@ -189,19 +201,49 @@ def _measures(facts: Facts) -> list[dict[str, Any]]:
         hint = "1 is unchanged, blue is raised, orange is faded."
         if facts.reading is not None:
             hint = f"The mean over a head's components, in proportion to their variance. {hint}"
-        found.append({"key": "weight", "name": "mean weight", "hint": hint, "centre": 1, "factor": 1, "digits": 2,
-                      "unit": "", "signed": False})  # fmt: skip
+        found.append(
+            {
+                "key": "weight",
+                "name": "mean weight",
+                "hint": hint,
+                "centre": 1,
+                "factor": 1,
+                "digits": 2,
+                "unit": "",
+                "signed": False,
+            }
+        )
     if facts.unit_effect:
         hint = (
-            "How far a head's weights move an embedding: the root mean square over the images. Weights start from "
-            "random numbers around 1, so a weight with little reach may mean nothing."
+            "How far a head's weights move an embedding: the root mean square over the images. Weights "
+            "start from random numbers around 1, so a weight with little reach may mean nothing."
         )
-        found.append({"key": "effect", "name": "reach", "hint": hint, "centre": None, "factor": 1, "digits": 2,
-                      "unit": "", "signed": False})  # fmt: skip
+        found.append(
+            {
+                "key": "effect",
+                "name": "reach",
+                "hint": hint,
+                "centre": None,
+                "factor": 1,
+                "digits": 2,
+                "unit": "",
+                "signed": False,
+            }
+        )
     if facts.unit_lost:
         hint = "Accuracy lost when all weights of this head alone return to 1. Orange: accuracy would rise."
-        found.append({"key": "lost", "name": "worth", "hint": hint, "centre": 0, "factor": 100, "digits": 1,
-                      "unit": " points", "signed": True})  # fmt: skip
+        found.append(
+            {
+                "key": "lost",
+                "name": "worth",
+                "hint": hint,
+                "centre": 0,
+                "factor": 100,
+                "digits": 1,
+                "unit": " points",
+                "signed": True,
+            }
+        )
     return found
 
 
@@ -295,11 +337,17 @@ def _component(facts: Facts, component: Component, strips: dict[int, list]) -> d
         [[name, round(score, 3)] for name, score in side] for side in class_ends(facts, component.index)
     ]
     return {
-        "index": component.index, "place": component.place, "weight": round(component.weight, 4),
-        "effect": round(component.effect, 4), "explained": round(component.explained, 4),
-        "separation": round(component.separation, 4), "classes": classes, "high": list(high), "low": list(low),
+        "index": component.index,
+        "place": component.place,
+        "weight": round(component.weight, 4),
+        "effect": round(component.effect, 4),
+        "explained": round(component.explained, 4),
+        "separation": round(component.separation, 4),
+        "classes": classes,
+        "high": list(high),
+        "low": list(low),
         "strip": strips.get(component.index),
-    }  # fmt: skip
+    }
 
 
 def _terms(facts: Facts) -> list[tuple[str, str]]:
@@ -307,34 +355,51 @@ def _terms(facts: Facts) -> list[tuple[str, str]]:
     said = []
     if facts.reading is not None:
         said += [
-            ("component", "a principal direction of what one head (or MLP) adds to the embedding, counted from 0 by "
-             "falling variance in the images that the bases were fitted on"),
+            (
+                "component",
+                "a principal direction of what one head (or MLP) adds to the embedding, counted from 0 by "
+                "falling variance in the images that the bases were fitted on",
+            ),
             ("variance", "the share of the unit's variance along a component, in those images"),
             ("weight", "the learned number that multiplies the component; 1 leaves it as it is"),
-            ("reach", "(weight − 1) × the standard deviation of the component's coefficient over the images of this "
-             "report: how far an embedding moves, in the units of the embedding"),
-            ("between classes", "of the variance of a component's coefficient, the share that lies between the means "
-             "of the classes (eta squared): 100% would tell them apart perfectly, 0% not at all"),
+            (
+                "reach",
+                "(weight − 1) × the standard deviation of the component's coefficient over the images of "
+                "this report: how far an embedding moves, in the units of the embedding",
+            ),
+            (
+                "between classes",
+                "of the variance of a component's coefficient, the share that lies between the means "
+                "of the classes (eta squared): 100% would tell them apart perfectly, 0% not at all",
+            ),
             ("σ", "how many standard deviations a class's mean lies from the mean of all images"),
             ("worth", "accuracy lost when the weights of one unit return to 1 and all others stay"),
-        ]  # fmt: skip
+        ]
     if facts.words:
         said.append(
             (
                 "words",
-                "phrases of a dictionary, nearest first. A phrase is shown only where its text embedding is nearer "
-                f"to the component than the nearest phrase of {CHANCE:.0%} of random directions, and where, over "
-                "these images, the component's coefficient and the model's similarity to the phrase correlate by "
-                f"{AGREEMENT} or more",
+                "phrases of a dictionary, nearest first. A phrase is shown only where its text embedding "
+                f"is nearer to the component than the nearest phrase of {CHANCE:.0%} of random directions, "
+                "and where, over these images, the component's coefficient and the model's similarity to "
+                f"the phrase correlate by {AGREEMENT} or more",
             )
         )
     said += [
-        (f"components for {ENERGY:.0%}", "how many principal components hold this much of a head's variance on these "
-         "images"),
-        ("TwoNN", f"intrinsic dimension from the distances to the two nearest neighbours (Facco et al., 2017), on "
-         f"{facts.points:,} of the images"),
+        (
+            f"components for {ENERGY:.0%}",
+            "how many principal components hold this much of a head's variance on these images",
+        ),
+        (
+            "TwoNN",
+            f"intrinsic dimension from the distances to the two nearest neighbours (Facco et al., 2017), on "
+            f"{facts.points:,} of the images",
+        ),
         ("participation ratio", "(Σ variance)² / Σ variance²: how many components carry weight"),
-        ("similarity", "normalised spectral cosine: cosines between the components of two heads, weighted by explained "
-         "variance and matched one to one"),
-    ]  # fmt: skip
+        (
+            "similarity",
+            "normalised spectral cosine: cosines between the components of two heads, weighted by explained "
+            "variance and matched one to one",
+        ),
+    ]
     return said

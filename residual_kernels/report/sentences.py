@@ -27,19 +27,19 @@ def advice(facts: Facts) -> list[str]:
     said = []
     if gain < 0:
         said.append(
-            "Accuracy fell: on images like these, use the untouched model. To look for a better fit, run “fit” with "
-            "“--method auto”, which keeps the untouched model where nothing is better by one standard error, or give "
-            "it more labelled images."
+            "Accuracy fell: on images like these, use the untouched model. To look for a better fit, run "
+            "“fit” with “--method auto”, which keeps the untouched model where nothing is better by one "
+            "standard error, or give it more labelled images."
         )
     elif gain == 0:
         said.append(
-            "Nothing was gained, so the untouched model is the simpler choice. A fit with more labelled images may "
-            "find more."
+            "Nothing was gained, so the untouched model is the simpler choice. A fit with more labelled "
+            "images may find more."
         )
     elif facts.mended + facts.broken < FEW_CHANGES:
         said.append(
-            f"Only {_images(facts.mended + facts.broken)} changed between right and wrong: read the report on more "
-            "images before you rely on this gain."
+            f"Only {_images(facts.mended + facts.broken)} changed between right and wrong: read the report "
+            "on more images before you rely on this gain."
         )
     change = facts.after.class_accuracy - facts.before.class_accuracy
     lost = [k for k in range(len(change)) if float(change[k]) <= -MUCH]  # a class without images has NaN
@@ -59,8 +59,8 @@ def advice(facts: Facts) -> list[str]:
             "this library.",
         ]
     said.append(
-        "To see whether the adapter holds elsewhere, write this report on images from another source: residual-kernels "
-        f"report {run} --data FOLDER --out elsewhere.html."
+        "To see whether the adapter holds elsewhere, write this report on images from another source: "
+        f"residual-kernels report {run} --data FOLDER --out elsewhere.html."
     )
     return said
 
@@ -113,7 +113,10 @@ def _where(facts: Facts) -> str:
         worth = max(heads, key=lambda unit: facts.unit_lost[unit.index])
         if facts.unit_lost[worth.index] > 0:
             lost = points(facts.unit_lost[worth.index]).lstrip("+")
-            said += f" Setting all weights of {unit_name(worth)} back to 1 would cost {lost}, more than any other."
+            said += (
+                f" Setting all weights of {unit_name(worth)} back to 1 would cost {lost}, more than any "
+                "other."
+            )
     return said.strip()
 
 
@@ -150,9 +153,9 @@ def captions(facts: Facts) -> dict[str, str]:
     first = [float(facts.bases.explained_variance_ratio(unit)[:1].sum()) for unit in facts.heads]
     said = {
         "spectra": (
-            f"A head here can use {width} dimensions of the output's {facts.bases.dim}; half of the heads put "
-            f"{ENERGY:.0%} of their variance on {median} or fewer, and the median head {percent(_median(first), 0)} on "
-            "its first component alone."
+            f"A head here can use {width} dimensions of the output's {facts.bases.dim}; half of the heads "
+            f"put {ENERGY:.0%} of their variance on {median} or fewer, and the median head "
+            f"{percent(_median(first), 0)} on its first component alone."
         ),
         "dimension": _depth(facts),
         "similarity": _alike(facts),
@@ -177,7 +180,10 @@ def _depth(facts: Facts) -> str:
     )
     if grid.isnan().any():  # too few images, or too alike
         return said
-    said += f" TwoNN, which follows curved surfaces, counts {grid[0]:.1f} in layer 0 and {grid[-1]:.1f} in the last"
+    said += (
+        f" TwoNN, which follows curved surfaces, counts {grid[0]:.1f} in layer 0 and {grid[-1]:.1f} in the "
+        "last"
+    )
     fewer = bool((grid < linear).all())
     return said + (": fewer, so heads lie on curved surfaces inside their linear span." if fewer else ".")
 

@@ -120,11 +120,17 @@ def _selection(facts: Facts) -> CsvTable:
 
 def _units(facts: Facts) -> CsvTable:
     rows = [
-        (unit.kind, unit.layer, unit.head, facts.unit_weight[unit.index], facts.unit_effect.get(unit.index),
-         facts.unit_lost.get(unit.index))
+        (
+            unit.kind,
+            unit.layer,
+            unit.head,
+            facts.unit_weight[unit.index],
+            facts.unit_effect.get(unit.index),
+            facts.unit_lost.get(unit.index),
+        )
         for unit in facts.layout
         if unit.index in facts.unit_weight
-    ]  # fmt: skip
+    ]
     return CsvTable("weights", ("kind", "layer", "head", "mean_weight", "reach", "accuracy_lost_at_1"), rows)
 
 
@@ -134,18 +140,39 @@ def _components(facts: Facts) -> CsvTable:
         c = reading[index]
         high, low = facts.words.get(index, ((), ()))
         rows.append(
-            (c.unit.kind, c.unit.layer, c.unit.head, c.place, c.weight, c.explained, c.std, c.effect, c.separation,
-             "; ".join(high), "; ".join(low))
-        )  # fmt: skip
+            (
+                c.unit.kind,
+                c.unit.layer,
+                c.unit.head,
+                c.place,
+                c.weight,
+                c.explained,
+                c.std,
+                c.effect,
+                c.separation,
+                "; ".join(high),
+                "; ".join(low),
+            )
+        )
     header = (
-        "kind", "layer", "head", "component", "weight", "explained_variance_ratio", "std", "effect",
-        "between_class_share", "words_high", "words_low",
-    )  # fmt: skip
+        "kind",
+        "layer",
+        "head",
+        "component",
+        "weight",
+        "explained_variance_ratio",
+        "std",
+        "effect",
+        "between_class_share",
+        "words_high",
+        "words_low",
+    )
     return CsvTable("components", header, rows)
 
 
 def _class_scores(facts: Facts) -> CsvTable:
-    """Of the components shown: every class's mean coefficient, in standard deviations from the mean of all images."""
+    """Of the components shown: every class's mean coefficient,
+    in standard deviations from the mean of all images."""
     (reading, ends), rows = facts.of_components(), []
     for index in sorted(ends.indices):
         c = reading[index]

@@ -25,7 +25,8 @@ def data_uri(image: Image) -> str:
 
 
 def thumbnails(images: Images, strips: list[list[int]], most: int = MOST) -> tuple[dict[int, str], int]:
-    """Data URIs by index of the images in the first strips that hold at most `most`, and how many strips those are."""
+    """Data URIs by index of the images in the first strips that hold at most `most`, and how many strips
+    those are."""
     wanted: dict[int, None] = {}
     kept = 0
     for strip in strips:

@@ -1,16 +1,19 @@
-"""Is what is decomposed what the model computes? One image goes through the tower's own forward and through ours.
+"""Is what is decomposed what the model computes?
 
-A view reads a tower: it calls its norms and MLPs and writes out its attention. Whatever changes what a block's own call
-computes (a hook, a subclass, a patched method) would be passed over. So the first image that a view sees goes both
-ways, and again after the tower is no longer made as it was (:mod:`residual_kernels.towers.watch`):
+One image goes through the tower's own forward and through ours.
+
+A view reads a tower: it calls its norms and MLPs and writes out its attention. Whatever changes what a
+block's own call computes (a hook, a subclass, a patched method) would be passed over. So the first image that
+a view sees goes both ways, and again after the tower is no longer made as it was
+(:mod:`residual_kernels.towers.watch`):
 
 * the output must agree, and so must the sum of the units;
-* to the rounding of the tower's dtype. A difference above a first, tight bound is looked at block by block, each from
-  the model's own stream, so that rounding that merely piles up over many layers is told from a block that computes
-  something else. The first such block is named, with what stands there.
+* to the rounding of the tower's dtype. A difference above a first, tight bound is looked at block by block,
+  each from the model's own stream, so that rounding that merely piles up over many layers is told from a
+  block that computes something else. The first such block is named, with what stands there.
 
-The check costs three forward passes of one image. It changes nothing in the tower, draws no random numbers, and does
-not run in code that is compiled, exported, traced, transformed or captured in a CUDA graph.
+The check costs three forward passes of one image. It changes nothing in the tower, draws no random numbers,
+and does not run in code that is compiled, exported, traced, transformed or captured in a CUDA graph.
 """
 
 import contextlib
@@ -31,15 +34,17 @@ from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.watch import Watch
 
-# Relative differences of output and sum that need no second look: this many roundings, at most one part in 50.
+# Relative differences of output and sum that need no second look: this many roundings, at most one part in
+# 50.
 ROUNDINGS, AT_MOST = 64, 0.02
-# Of one block, the mean over coordinates of |difference| / (eps (|stream| + rms of what the block adds)). Seen: below
-# 1.2 in float32, and below 0.15 in bfloat16 and float16, whose products are summed in float32.
+# Of one block, the mean over coordinates of |difference| / (eps (|stream| + rms of what the block adds)).
+# Seen: below 1.2 in float32, and below 0.15 in bfloat16 and float16, whose products are summed in float32.
 BLOCK, HALF_BLOCK = 6.0, 1.0
 
 
 class Runnable(Tower, Protocol):
-    """A view as far as the check runs it; :class:`~residual_kernels.towers.transformer.TransformerTower` is one."""
+    """A view as far as the check runs it; :class:`~residual_kernels.towers.transformer.TransformerTower` is
+    one."""
 
     span: slice
 
@@ -79,18 +84,21 @@ class Runnable(Tower, Protocol):
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
 
-# What was found in agreement: of each tower the marks of its structure with the versions of its parameters. A LoRA that
-# was all zeros when it was checked is checked again after it has trained. Several, for a setting that goes to and fro.
+# What was found in agreement: of each tower the marks of its structure with the versions of its parameters. A
+# LoRA that was all zeros when it was checked is checked again after it has trained. Several, for a setting
+# that goes to and fro.
 _agreed: "WeakKeyDictionary[nn.Module, deque[tuple[int, int]]]" = WeakKeyDictionary()
 _KEPT = 8
 
 
 def agreed(view: Runnable, images: Tensor, before: Watch | None = None) -> Watch | None:
-    """Checks a view on the first of `images` unless that was done; a Watch of the tower it holds for, after `before`.
+    """Checks a view on the first of `images` unless that was done.
 
-    None where no check can be made in this call (compiled, traced or transformed code, training mode with parts that
-    are dropped at random): then the next call asks again. Raises UnsupportedTowerError where the model computes
-    something else than the view.
+    A Watch of the tower it holds for, after `before`.
+
+    None where no check can be made in this call (compiled, traced or transformed code, training mode with
+    parts that are dropped at random): then the next call asks again. Raises UnsupportedTowerError where the
+    model computes something else than the view.
     """
     if not eager(images) or (view.module.training and view.unsteady()):
         return None
@@ -105,7 +113,8 @@ def agreed(view: Runnable, images: Tensor, before: Watch | None = None) -> Watch
 
 
 def eager(images: Tensor) -> bool:
-    """Whether this is a plain call on real numbers: nothing that compiles, traces, transforms or captures it."""
+    """Whether this is a plain call on real numbers: nothing that compiles, traces,
+    transforms or captures it."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -119,7 +128,8 @@ def eager(images: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far, relative to its size, the model's own output is from the view's output and from the sum of its units.
+    """How far, relative to its size, the model's own output is from the view's output and from the sum of its
+    units.
 
     `place` says where they part, and what stands there; None where all differences are rounding.
     """
@@ -130,14 +140,16 @@ class Agreement:
 
 
 def check(view: Runnable, image: Tensor) -> None:
-    """Raises UnsupportedTowerError where the model computes something else than the view, seen on one image."""
+    """Raises UnsupportedTowerError where the model computes something else than the view,
+    seen on one image."""
     found = compare(view, image)
     if found.place is not None:
         raise UnsupportedTowerError(
-            "this tower does not compute what its parts say, so its units would not sum to its output (they are "
-            f"{max(found.output, found.units):.1e} apart, relative, on one image): {found.place}. Undo that change, or "
-            "merge it into the weights (a LoRA with merge_and_unload()); check=False skips this check and uses units "
-            "of the tower as its parts say"
+            "this tower does not compute what its parts say, so its units would not sum to its output "
+            f"(they are {max(found.output, found.units):.1e} apart, relative, on one image): "
+            f"{found.place}. Undo that change, or merge it into the weights (a LoRA with "
+            "merge_and_unload()); check=False skips this check and uses units of the tower as its parts "
+            "say"
         )
 
 
@@ -160,21 +172,23 @@ def compare(view: Runnable, image: Tensor) -> Agreement:
 
 
 def check_here(view: Runnable) -> None:
-    """Raises UnsupportedTowerError where weights are elsewhere between calls: offloaded, or on several devices."""
+    """Raises UnsupportedTowerError where weights are elsewhere between calls: offloaded,
+    or on several devices."""
     devices = {p.device for p in view.module.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         found = ", ".join(sorted(str(device) for device in devices))
         hooked = any("_hf_hook" in vars(part) for part in view.module.modules())
         raise UnsupportedTowerError(
-            f"this tower's weights are on {found}{' (offloaded by accelerate)' if hooked else ''}, and units are made "
-            "of all of them at once: load it whole on one device (accelerate: remove_hook_from_submodules, or no "
-            "device_map)"
+            f"this tower's weights are on {found}{' (offloaded by accelerate)' if hooked else ''}, and "
+            "units are made of all of them at once: load it whole on one device (accelerate: "
+            "remove_hook_from_submodules, or no device_map)"
         )
 
 
 @contextlib.contextmanager
 def _one_dtype(view: Runnable, image: Tensor) -> Iterator[Tensor]:
-    """The image in the tower's dtype and no autocast, where the tower has one dtype: rounding is smallest there."""
+    """The image in the tower's dtype and no autocast, where the tower has one dtype:
+    rounding is smallest there."""
     dtypes = {p.dtype for p in view.module.parameters() if p.is_floating_point()}
     if len(dtypes) == 1 and torch.is_autocast_enabled(image.device.type):
         with torch.autocast(image.device.type, enabled=False):
@@ -196,7 +210,8 @@ def _relative(a: Tensor, b: Tensor) -> float:
 def _sum_of_units(view: Runnable, terms: Terms) -> tuple[Tensor, Tensor]:
     """The sum of all units [1, D], and the sum of the sizes of what it is made of, both float32 or better.
 
-    It is what ``Decomposition.units().sum(1)`` gives: summed in model width first, which needs one map of each layer.
+    It is what ``Decomposition.units().sum(1)`` gives: summed in model width first, which needs one map of
+    each layer.
     """
     if not view.sums_units:  # z is x_u itself
         units = torch.cat([terms.z[kind] for kind in view.layout.kinds], dim=1)
@@ -232,7 +247,8 @@ def _roundings(ours: Tensor, own: Tensor, added: Tensor) -> float:
 
 
 def _part(ours: Tensor, own: Tensor, added: Tensor) -> bool:
-    """Whether two streams of the same tokens, in any order of dimensions of size one, are more than roundings apart."""
+    """Whether two streams of the same tokens, in any order of dimensions of size one,
+    are more than roundings apart."""
     if ours.numel() != own.numel():
         return True
     limit = HALF_BLOCK if torch.finfo(own.dtype).bits == 16 else BLOCK
@@ -240,7 +256,8 @@ def _part(ours: Tensor, own: Tensor, added: Tensor) -> bool:
 
 
 def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | None:
-    """Where the model's own stream first differs from ours, and what stands there; None where it nowhere does."""
+    """Where the model's own stream first differs from ours, and what stands there;
+    None where it nowhere does."""
     entered, left = _own_streams(view, image)
     blocks = list(view.blocks)
     x, context = view.embed(image)
@@ -272,7 +289,10 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
 
 
 def _own_streams(view: Runnable, image: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """What enters the first block in the model's own forward, and what leaves each block. The hooks do not stay."""
+    """What enters the first block in the model's own forward, and what leaves each block.
+
+    The hooks do not stay.
+    """
     entered: list[Tensor] = []
     left: dict[int, Tensor] = {}
 
@@ -296,7 +316,8 @@ def _own_streams(view: Runnable, image: Tensor) -> tuple[Tensor, dict[int, Tenso
 
 
 def _where_sums_part(view: Runnable, image: Tensor, terms: Terms, total: Tensor, size: Tensor) -> str | None:
-    """The first layer whose heads do not sum to what its attention adds; or what stands behind the last block."""
+    """The first layer whose heads do not sum to what its attention adds;
+    or what stands behind the last block."""
     if view.sums_units:
         found: list[int] = []
 

@@ -1,4 +1,7 @@
-"""What does the library know of an image tower? The protocol of a view, and the records that views hand out."""
+"""What does the library know of an image tower?
+
+The protocol of a view, and the records that views hand out.
+"""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,8 +15,8 @@ from residual_kernels.towers.blocks import whole
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
 
-# What a view calls in every block: (layer, z [N, tokens, H, C], what attention adds to the stream [N, tokens, width])
-# -> what it is to add instead. With the class token alone in the last block, tokens is 1 there.
+# What a view calls in every block: (layer, z [N, tokens, H, C], what attention adds to the stream [N, tokens,
+# width]) -> what it is to add instead. With the class token alone in the last block, tokens is 1 there.
 Edit = Callable[[int, Tensor, Tensor], Tensor]
 
 
@@ -21,7 +24,8 @@ Edit = Callable[[int, Tensor, Tensor], Tensor]
 class UnitMaps:
     """Constants of one kind: x_u = s * (z_u A_u + b_u - (m / share) g) + e / share, in float64.
 
-    A [R, C, D]; b [R, D]; g, e [D]. `share` is the number of units the final norm's constant terms are dealt to.
+    A [R, C, D]; b [R, D]; g, e [D]. `share` is the number of units the final norm's constant terms are dealt
+    to.
     """
 
     A: Tensor
@@ -39,10 +43,11 @@ class UnitMaps:
 
 @dataclass
 class Terms:
-    """What a tower's forward pass leaves for each image: per-image quantities from which every unit is computed.
+    """What a tower's forward pass leaves for each image:
+    per-image quantities from which every unit is computed.
 
-    z maps a kind to [N, R, C]; scale, mean [N] (float32 or better) are s and m of the final norm; output [N, D] is the
-    tower's own output; tokens its second output where the tower returns one.
+    z maps a kind to [N, R, C]; scale, mean [N] (float32 or better) are s and m of the final norm; output [N,
+    D] is the tower's own output; tokens its second output where the tower returns one.
     """
 
     z: dict[str, Tensor]
@@ -54,7 +59,8 @@ class Terms:
 
 @dataclass(frozen=True)
 class OutProjection:
-    """What makes a layer's term of the stream from the z of its heads: gamma o (weight z + bias), or its norm."""
+    """What makes a layer's term of the stream from the z of its heads: gamma o (weight z + bias),
+    or its norm."""
 
     weight: nn.Parameter  # [width, H*C]
     bias: nn.Parameter | None
@@ -114,8 +120,8 @@ class Tower(Protocol):
     def terms(
         self, images: Tensor, kinds: Iterable[str], edit: Edit | None = None, every_token: bool = False
     ) -> Terms:
-        """`edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last
-        block computes all tokens even where the output depends on one."""
+        """`edit` changes what attention adds to the stream, so that later layers see it; with `every_token`
+        the last block computes all tokens even where the output depends on one."""
         ...
 
     def out_projection(self, layer: int) -> OutProjection: ...
@@ -127,9 +133,13 @@ _ORIGINAL = re.compile(r"(?:parametrizations\.(\w+)\.original\d*|(\w+?)_(?:orig|
 
 
 def registered_name(name: str) -> str:
-    """The name of the weight that a parameter makes: itself, or what a parametrisation or pruning computes from it."""
+    """The name of the weight that a parameter makes: itself,
+    or what a parametrisation or pruning computes from it."""
     return _ORIGINAL.sub(lambda found: found[1] or found[2], name)
 
 
 class UnsupportedTowerError(ValueError):
-    """The tower's structure has no exact units here; the message says what was found and what is supported."""
+    """The tower's structure has no exact units here.
+
+    The message says what was found and what is supported.
+    """

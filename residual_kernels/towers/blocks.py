@@ -13,8 +13,8 @@ _STEP = "_residual_kernels_step"
 def run_block(block: nn.Module, step: Callable, *args: Any, recompute: bool = False) -> Any:
     """``step(*args)`` with what stands around the block's forward: gradient checkpointing and FSDP2's hooks.
 
-    `recompute` asks for gradient checkpointing. Parameters of a block that `fully_shard` has sharded are gathered for
-    the step and for its backward, and freed again after each.
+    `recompute` asks for gradient checkpointing. Parameters of a block that `fully_shard` has sharded are
+    gathered for the step and for its backward, and freed again after each.
     """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # absent: nobody has sharded anything
     sharded = fsdp is not None and isinstance(block, fsdp.FSDPModule)
@@ -36,6 +36,7 @@ def run_block(block: nn.Module, step: Callable, *args: Any, recompute: bool = Fa
 
 
 def whole(value: Tensor) -> Tensor:
-    """All of a parameter, gathered from the processes where FSDP2 has sharded it (which all of them must then ask)."""
+    """All of a parameter, gathered from the processes where FSDP2 has sharded it
+    (which all of them must then ask)."""
     gather = getattr(value, "full_tensor", None)
     return value if gather is None else gather()

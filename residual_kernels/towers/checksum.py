@@ -13,9 +13,9 @@ from residual_kernels.towers.wrappers import inner
 def checksum(tower: nn.Module, afresh: bool = False) -> str:
     """SHA-256 of a tower's weights: names, shapes and values rounded to bfloat16.
 
-    A cast to bfloat16 or float64 keeps it; float16 rounds differently, so fit and use in float16 alike, or in neither.
-    What was computed before is remembered while version counters and a sample of the values stay; `afresh` reads all
-    values, for writes through ``.data``, which raise no counter.
+    A cast to bfloat16 or float64 keeps it; float16 rounds differently, so fit and use in float16 alike, or in
+    neither. What was computed before is remembered while version counters and a sample of the values stay;
+    `afresh` reads all values, for writes through ``.data``, which raise no counter.
     """
     tower = inner(tower)  # a wrapper may give every name a prefix
     state = sorted(tower.state_dict().items())
@@ -46,7 +46,10 @@ TOGETHER = 256 << 20  # bytes that travel in one copy
 
 
 def on_cpu(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The same tensors on the CPU, in their order; those of one device travel many at a time, not one by one."""
+    """The same tensors on the CPU, in their order.
+
+    Those of one device travel many at a time, not one by one.
+    """
     held: list[Tensor] = []
     for tensor in tensors:
         if held and (
@@ -69,14 +72,16 @@ def _moved(held: list[Tensor]) -> Iterator[Tensor]:
         yield part.clone().view(x.dtype).view(x.shape)  # a part of its own starts where its dtype may
 
 
-# Hashing ViT-bigG takes seconds, and every fit and evaluation asks. A tower's checksum is kept until its weights move,
-# their version counters rise, or a sample of their values differs (writes through `.data` raise no counter).
+# Hashing ViT-bigG takes seconds, and every fit and evaluation asks. A tower's checksum is kept until its
+# weights move, their version counters rise, or a sample of their values differs (writes through `.data` raise
+# no counter).
 _checksums: "weakref.WeakKeyDictionary[nn.Module, tuple[tuple, str]]" = weakref.WeakKeyDictionary()
 _SAMPLE = 1009
 
 
 def _samples(state: list[tuple[str, Tensor]]) -> list[Tensor]:
-    """Sums of every 1009th value: [tensors] float64 on their device, or one by one where there are several devices."""
+    """Sums of every 1009th value: [tensors] float64 on their device,
+    or one by one where there are several devices."""
     sums = [tensor.detach().reshape(-1)[::_SAMPLE].double().sum() for _, tensor in state]
     return [torch.stack(sums)] if len({one.device for one in sums}) == 1 else sums
 

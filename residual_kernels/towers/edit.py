@@ -1,8 +1,11 @@
-"""Where do heads enter the residual stream? What a view tells of it, so that heads can be changed inside the tower.
+"""Where do heads enter the residual stream?
 
-At a token, head h of layer l adds h_lh = gamma o (W_lh z_lh + b_l / H) to the stream, in model width: W_lh is its slice
-of the output projection, b_l the projection's bias, gamma the LayerScale where there is one. A head has rank C here.
-Where a norm stands behind the projection (EVA02-E), z is [s z, s] with that norm's s, and C is one more.
+What a view tells of it, so that heads can be changed inside the tower.
+
+At a token, head h of layer l adds h_lh = gamma o (W_lh z_lh + b_l / H) to the stream, in model width: W_lh is
+its slice of the output projection, b_l the projection's bias, gamma the LayerScale where there is one. A head
+has rank C here. Where a norm stands behind the projection (EVA02-E), z is [s z, s] with that norm's s, and C
+is one more.
 """
 
 from collections.abc import Iterable
@@ -43,7 +46,10 @@ def token_run(view: Tower, tokens: str) -> slice:
 
 
 def check_layers(view: Tower, layers: Iterable[int] | None) -> tuple[int, ...]:
-    """`layers` in order without repeats, all of them for None; a ValueError names those that the tower lacks."""
+    """`layers` in order without repeats, all of them for None.
+
+    A ValueError names those that the tower lacks.
+    """
     depth = view.layout.layers
     if layers is None:
         return tuple(range(depth))

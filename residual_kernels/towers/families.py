@@ -14,7 +14,8 @@ from residual_kernels.towers.wrappers import inner
 
 
 def unwrap(tower: nn.Module) -> nn.Module:
-    """The tower inside an adapter of this library, or inside a wrapper such as torch.compile; or the module itself."""
+    """The tower inside an adapter of this library, or inside a wrapper such as torch.compile;
+    or the module itself."""
     tower = inner(tower)
     return inner(tower.get_submodule("tower")) if _is_adapter(tower) else tower
 
@@ -26,8 +27,8 @@ def _is_adapter(tower: nn.Module) -> bool:
 def view_inside(tower: nn.Module, check: bool = True) -> TransformerTower:
     """The view of a tower, or of the one inside an adapter or a wrapper.
 
-    With `check` the first image that it runs is compared with the model's own forward, unless the adapter was made with
-    check=False.
+    With `check` the first image that it runs is compared with the model's own forward, unless the adapter was
+    made with check=False.
     """
     outer = inner(tower)
     found = view(unwrap(outer))
@@ -38,8 +39,8 @@ def view_inside(tower: nn.Module, check: bool = True) -> TransformerTower:
 def view(tower: nn.Module) -> TransformerTower:
     """The :class:`Tower` view of an image tower, chosen by structure.
 
-    Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly, or with
-    what was looked for when it is of no known family.
+    Raises UnsupportedTowerError (a ValueError) with the reason when the tower cannot be decomposed exactly,
+    or with what was looked for when it is of no known family.
     """
     compute_alone_after_a_fork()
     tower = inner(tower)

@@ -1,6 +1,9 @@
-"""What type has a module of another library? None that a checker could hold its versions to: structure is looked at.
+"""What type has a module of another library?
 
-A view's structure check says at run time which parts a module has; what it has passed is read as :data:`Foreign`.
+None that a checker could hold its versions to: structure is looked at.
+
+A view's structure check says at run time which parts a module has; what it has passed is read as
+:data:`Foreign`.
 """
 
 from typing import Any, Protocol, TypeAlias

@@ -75,8 +75,8 @@ class UnitLayout(Sequence[Unit]):
         )
         if not found:
             raise ValueError(
-                f"no unit has kind={kind!r}, layer={layer}, head={head}; this tower has {self.layers} layers of "
-                f"{self.heads} heads and the kinds {', '.join(self.kinds)}"
+                f"no unit has kind={kind!r}, layer={layer}, head={head}; this tower has {self.layers} "
+                f"layers of {self.heads} heads and the kinds {', '.join(self.kinds)}"
             )
         return found
 
@@ -97,7 +97,10 @@ class UnitLayout(Sequence[Unit]):
 
 
 def check_kinds(kinds: Iterable[str], layout: UnitLayout | None = None) -> tuple[str, ...]:
-    """`kinds` in layout order without repeats; a ValueError names what is wrong with it, or absent from `layout`."""
+    """`kinds` in layout order without repeats.
+
+    A ValueError names what is wrong with it, or absent from `layout`.
+    """
     if isinstance(kinds, str):
         raise ValueError(f"kinds must be a tuple such as ({kinds!r},); got the string {kinds!r}")
     kinds = tuple(kinds)

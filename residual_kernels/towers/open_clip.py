@@ -1,8 +1,8 @@
 """Exact units of open_clip's own VisionTransformer (and of any module built the same way).
 
 Blocks are run here, by structure, with `scaled_dot_product_attention`, for both of open_clip's attentions:
-`nn.MultiheadAttention` and its own `Attention`, which share parameter names. z leaves at the pooled token only. Nothing
-is hooked, swapped or written: the tower is read.
+`nn.MultiheadAttention` and its own `Attention`, which share parameter names. z leaves at the pooled token
+only. Nothing is hooked, swapped or written: the tower is read.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,8 @@ def _check_block(index: int, block: Foreign) -> None:
 
 
 def _head_inputs(attn: Foreign, x: Tensor, first_only: bool) -> Tensor:
-    """What attention feeds to its output projection: [N, tokens, width], or [N, 1, width] for the class token alone."""
+    """What attention feeds to its output projection: [N, tokens, width],
+    or [N, 1, width] for the class token alone."""
     rows, tokens, width = x.shape
     queries = 1 if first_only else tokens
     weight, bias = attn.in_proj_weight, attn.in_proj_bias

@@ -1,9 +1,13 @@
-"""What is a unit's share of an embedding that is pooled by attention? Linear, once the attention weights are given.
+"""What is a unit's share of an embedding that is pooled by attention?
 
-Pooling head h weighs the normalised tokens by a_ht, so a term raw_ut of the stream, normalised with s_t and gamma, adds
+Linear, once the attention weights are given.
+
+Pooling head h weighs the normalised tokens by a_ht, so a term raw_ut of the stream, normalised with s_t and
+gamma, adds
     v_u = concat_h( V_h (gamma o sum_t a_ht s_t raw_ut) ) O
-to the pooled vector; means, beta and the pooler's own biases are dealt out as everywhere else. Every pooling head
-weighs the tokens differently, so v_u has full rank: there is no short form, and x_u itself is handed out.
+to the pooled vector; means, beta and the pooler's own biases are dealt out as everywhere else. Every pooling
+head weighs the tokens differently, so v_u has full rank: there is no short form, and x_u itself is handed
+out.
 """
 
 from collections.abc import Callable
@@ -24,8 +28,8 @@ from residual_kernels.towers.norm import Norm
 class AttentionPooler:
     """An attention pooling as tensors, read anew from its module at every call.
 
-    query: [heads, head width], of the one pooled query, after its projection and norms.
-    key, value, out: weight and bias (or None) of the three projections; `key_norm` is applied to keys per head.
+    query: [heads, head width], of the one pooled query, after its projection and norms. key, value, out:
+    weight and bias (or None) of the three projections; `key_norm` is applied to keys per head.
     """
 
     query: Tensor
@@ -46,12 +50,16 @@ class AttentionPooler:
         return scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(-1)
 
     def fold(self, maps: Tensor) -> Tensor:
-        """G [R, C, heads, head width]: what V makes of coordinates whose maps to the stream are [R, C, width]."""
+        """G [R, C, heads, head width]: what V makes of coordinates whose maps to the stream are [R, C,
+        width]."""
         value = self.value[0].to(maps.dtype)
         return (maps.flatten(0, 1) @ value.T).unflatten(0, maps.shape[:2]).unflatten(2, (self.heads, -1))
 
     def values(self, x: Tensor) -> Tensor:
-        """V_h x_h [..., heads, head width] of one stream vector per pooling head, [..., heads, width]; no bias."""
+        """V_h x_h [..., heads, head width] of one stream vector per pooling head, [..., heads, width].
+
+        No bias.
+        """
         value = self.value[0].to(x.dtype).unflatten(0, (self.heads, -1))
         return torch.einsum("...hw,hvw->...hv", x, value)
 
@@ -95,7 +103,8 @@ def multihead_pooler(attn: nn.MultiheadAttention, query: Tensor) -> AttentionPoo
 
 
 def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """x_u of every kind [N, R, D], from the stream after the last block and the terms of all tokens that were held."""
+    """x_u of every kind [N, R, D], from the stream after the last block and the terms of all tokens that were
+    held."""
     pooler, tokens = view.pooler(), view.norm.module(x)[:, view.span]
     weights = pooler.weights(tokens)  # [N, heads, T]
     wide = weights.dtype
@@ -114,7 +123,8 @@ def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dic
         v = v * outer_scale.reshape(-1, *[1] * (v.ndim - 1)) * outer_gamma
         return v if P is None else v @ P
 
-    # What belongs to no unit (means, betas, biases) is dealt out in equal shares; the MLP behind the pooler takes none.
+    # What belongs to no unit (means, betas, biases) is dealt out in equal shares; the MLP behind the pooler
+    # takes none.
     level = torch.einsum("nht,nt->nh", scaled, mean)
     common = pooler.project(pooler.values(beta - gamma * level[..., None]), bias=True) - outer_mean[:, None]
     common = out(common) + (outer_beta if P is None else outer_beta @ P) + (0 if p is None else p)

@@ -1,4 +1,7 @@
-"""What stands there? Whatever about a module is not as its library made it: hooks, patches, subclasses, tuners."""
+"""What stands there?
+
+Whatever about a module is not as its library made it: hooks, patches, subclasses, tuners.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence

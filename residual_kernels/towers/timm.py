@@ -1,8 +1,9 @@
 """Exact units of timm's ViTs, alone or as the trunk of open_clip's TimmModel.
 
-One structure covers VisionTransformer, Eva (EVA01, EVA02, PE, DINOv3), Beit and VisionTransformerRelPos: `patch_embed`
-(of whatever convolutions), `blocks` of norm1, attn, norm2, mlp, and a head. Attention is written out here, because z is
-what enters its `proj`; everything else is timm's own code. Nothing is hooked, swapped or written: the tower is read.
+One structure covers VisionTransformer, Eva (EVA01, EVA02, PE, DINOv3), Beit and VisionTransformerRelPos:
+`patch_embed` (of whatever convolutions), `blocks` of norm1, attn, norm2, mlp, and a head. Attention is
+written out here, because z is what enters its `proj`; everything else is timm's own code. Nothing is hooked,
+swapped or written: the tower is read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,14 +33,26 @@ LOOKED_FOR = (
     "forward_features and forward_head, or a trunk that has them (timm's towers, open_clip's TimmModel)"
 )
 SUPPORTED = (
-    "supported are timm's ViTs with one residual stream (vit, deit, beit, eva, dinov2, dinov3, siglip, pe, vitamin "
-    "...) with class-token, average or attention pooling and a linear head or none"
+    "supported are timm's ViTs with one residual stream (vit, deit, beit, eva, dinov2, dinov3, siglip, "
+    "pe, vitamin ...) with class-token, average or attention pooling and a linear head or none"
 )
 
 _TRUNK_PARTS = {
-    "patch_embed", "pos_drop", "patch_drop", "norm_pre", "rope", "shared_rel_pos", "rel_pos_bias", "blocks", "norm",
-    "attn_pool", "fc_norm", "head_drop", "head", "head_dist",
-}  # fmt: skip
+    "patch_embed",
+    "pos_drop",
+    "patch_drop",
+    "norm_pre",
+    "rope",
+    "shared_rel_pos",
+    "rel_pos_bias",
+    "blocks",
+    "norm",
+    "attn_pool",
+    "fc_norm",
+    "head_drop",
+    "head",
+    "head_dist",
+}
 _BLOCK_PARTS = {
     "norm1",
     "attn",
@@ -53,9 +66,22 @@ _BLOCK_PARTS = {
     "gamma_2",
 }
 _ATTENTION_PARTS = {
-    "qkv", "q_proj", "k_proj", "v_proj", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop",
-    "rel_pos", "q_bias", "v_bias", "relative_position_bias_table",
-}  # fmt: skip
+    "qkv",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "q_norm",
+    "k_norm",
+    "attn_drop",
+    "norm",
+    "gate",
+    "proj",
+    "proj_drop",
+    "rel_pos",
+    "q_bias",
+    "v_bias",
+    "relative_position_bias_table",
+}
 _POOLER_PARTS = {"latent", "q", "kv", "q_norm", "k_norm", "proj", "proj_drop", "norm", "mlp"}
 
 
@@ -80,8 +106,8 @@ def _check_trunk(trunk: Foreign) -> None:
     stages = [name for name in ("stages", "layers", "layer1", "stages_0") if hasattr(trunk, name)]
     if stages:
         raise _refuse(
-            f"{kind} is hierarchical ({stages[0]}): its stages change the stream's width and resolution, so no "
-            "residual stream runs from its embedding to its output"
+            f"{kind} is hierarchical ({stages[0]}): its stages change the stream's width and resolution, "
+            "so no residual stream runs from its embedding to its output"
         )
     if not hasattr(trunk, "patch_embed") or not isinstance(
         getattr(trunk, "blocks", None), nn.Sequential | nn.ModuleList
@@ -104,15 +130,16 @@ def _check_block(index: int, block: Foreign) -> None:
     parts = _parts(block)
     if lacking := {"norm1", "attn", "norm2", "mlp"} - {name for name, _ in block.named_children()}:
         raise _refuse(
-            f"block {index} ({type(block).__name__}) lacks {', '.join(sorted(lacking))}: parallel branches are not "
-            "taken apart"
+            f"block {index} ({type(block).__name__}) lacks {', '.join(sorted(lacking))}: parallel branches "
+            "are not taken apart"
         )
     if unknown := parts - _BLOCK_PARTS:
         raise _refuse(f"block {index} has unknown parts {', '.join(sorted(unknown))}")
     attn = block.attn
     if unknown := _parts(attn) - _ATTENTION_PARTS:
         raise _refuse(
-            f"attention of block {index} ({type(attn).__name__}) has unknown parts {', '.join(sorted(unknown))}"
+            f"attention of block {index} ({type(attn).__name__}) has unknown parts "
+            f"{', '.join(sorted(unknown))}"
         )
     if getattr(attn, "qkv", None) is None and getattr(attn, "q_proj", None) is None:
         raise _refuse(f"attention of block {index} has neither qkv nor q_proj")
@@ -125,7 +152,8 @@ def _check_block(index: int, block: Foreign) -> None:
 
 
 def _is_post_norm(block: Foreign) -> bool:
-    """Whether norms stand behind the branches: timm registers a block's parts in the order in which they run."""
+    """Whether norms stand behind the branches: timm registers a block's parts in the order in which they
+    run."""
     names = [name for name, _ in block.named_children()]
     return names.index("attn") < names.index("norm1")
 
@@ -174,7 +202,8 @@ def _check_head(tower: Foreign, trunk: Foreign) -> None:
 
 
 def _rotate(attn: Foreign, x: Tensor, rope: Tensor | None, like: Tensor) -> Tensor:
-    """Rotary position embedding of queries or keys [N, H, tokens, C], as timm applies it: not to prefix tokens."""
+    """Rotary position embedding of queries or keys [N, H, tokens, C], as timm applies it:
+    not to prefix tokens."""
     if rope is None:
         return x
     from timm.layers import apply_rot_embed_cat
@@ -185,12 +214,14 @@ def _rotate(attn: Foreign, x: Tensor, rope: Tensor | None, like: Tensor) -> Tens
 
 
 def _reads_qkv(attn: Foreign) -> bool:
-    """Whether the attention reads the weight of `qkv` instead of calling it: EVA and BEiT, whose biases are apart."""
+    """Whether the attention reads the weight of `qkv` instead of calling it: EVA and BEiT,
+    whose biases are apart."""
     return getattr(attn, "q_bias", None) is not None and not getattr(attn, "qkv_bias_separate", False)
 
 
 def _queries_keys_values(attn: Foreign, x: Tensor, first_only: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v [N, tokens, ...] before they are split into heads; with `first_only` q of the first token alone."""
+    """q, k, v [N, tokens, ...] before they are split into heads;
+    with `first_only` q of the first token alone."""
     first = x[:, :1] if first_only else x
     if getattr(attn, "qkv", None) is None:
         return attn.q_proj(first), attn.k_proj(x), attn.v_proj(x)
@@ -215,7 +246,8 @@ def _queries_keys_values(attn: Foreign, x: Tensor, first_only: bool) -> tuple[Te
 def _head_inputs(
     attn: Foreign, x: Tensor, rope: Tensor | None, bias: Tensor | None, first_only: bool
 ) -> Tensor:
-    """What attention feeds to its output projection: [N, tokens, H*C], or [N, 1, H*C] for the first token alone."""
+    """What attention feeds to its output projection: [N, tokens, H*C],
+    or [N, 1, H*C] for the first token alone."""
     rows, heads = x.shape[0], attn.num_heads  # len() would fix the batch size of an exported graph
     q, k, v = _queries_keys_values(attn, x, first_only)
     q = q.reshape(rows, q.shape[1], heads, -1).transpose(1, 2)
@@ -252,7 +284,8 @@ def _scaled(block: Foreign, index: int, x: Tensor) -> Tensor:
 
 
 class _Block(Protocol):
-    """What is read of a block that has passed the check; LayerScale stands at `ls1` or `gamma_1` where there is one."""
+    """What is read of a block that has passed the check;
+    LayerScale stands at `ls1` or `gamma_1` where there is one."""
 
     norm1: Foreign
     attn: Foreign
@@ -420,8 +453,8 @@ class TimmTower(TransformerTower):
             patch = tuple(embed.feat_ratio(as_scalar=False))
             if images.shape[2] % patch[0] or images.shape[3] % patch[1]:
                 raise ValueError(
-                    f"this tower takes images whose sides are multiples of {patch[0]} x {patch[1]} pixels; got "
-                    f"{images.shape[2]} x {images.shape[3]}"
+                    f"this tower takes images whose sides are multiples of {patch[0]} x {patch[1]} pixels; "
+                    f"got {images.shape[2]} x {images.shape[3]}"
                 )
 
     def token_count(self, images: Tensor) -> int:

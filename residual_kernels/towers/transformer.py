@@ -1,7 +1,8 @@
 """How is a transformer tower run and read? What the views of all families share.
 
-A subclass of :class:`TransformerTower` says where a model keeps its parts; this file collects z, s and m at the pooled
-token and makes the constants, for any of the poolings below. Nothing is hooked, swapped or written: the tower is read.
+A subclass of :class:`TransformerTower` says where a model keeps its parts; this file collects z, s and m at
+the pooled token and makes the constants, for any of the poolings below. Nothing is hooked, swapped or
+written: the tower is read.
 """
 
 import abc
@@ -21,8 +22,8 @@ from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, attended
 from residual_kernels.towers.watch import Watch, counter, difference
 
-# Where a tower needs every token's terms until the last layer is done (average pooling after the norm, attention
-# pooling), images are taken in groups so that these stay within this many bytes.
+# Where a tower needs every token's terms until the last layer is done (average pooling after the norm,
+# attention pooling), images are taken in groups so that these stay within this many bytes.
 TOKEN_BYTES = 256 * 2**20
 
 # Newer torch tells export from compile.
@@ -34,15 +35,17 @@ NORMED_AVERAGE = "average, norm before"  # every token is normalised, then they 
 ATTENTION = "attention"  # every token is normalised, then a pooler attends to them
 
 
-# An :data:`~residual_kernels.towers.edit.Edit` of one layer: (z, what attention adds) -> what it is to add instead.
+# An :data:`~residual_kernels.towers.edit.Edit` of one layer: (z, what attention adds) -> what it is to add
+# instead.
 BlockEdit = Callable[[Tensor, Tensor], Tensor]
 
 
 class TransformerTower(abc.ABC):
-    """A :class:`~residual_kernels.towers.Tower` whose output is a norm and a linear map of a pooled residual stream.
+    """A :class:`~residual_kernels.towers.Tower` whose output is a norm and a linear map of a pooled residual
+    stream.
 
-    A subclass sets these and the methods marked abstract. It holds the module and plain numbers, never a parameter:
-    those are read where they are needed, so that moves, casts and loads are seen.
+    A subclass sets these and the methods marked abstract. It holds the module and plain numbers, never a
+    parameter: those are read where they are needed, so that moves, casts and loads are seen.
 
     Attributes:
         module: the tower. name: its family, for messages and files.
@@ -111,7 +114,8 @@ class TransformerTower(abc.ABC):
     def constant_parameters(self) -> dict[str, nn.Parameter]:
         """Parameters that the maps are made of: a trained copy of them would not match the maps."""
 
-    # Of attention pooling alone: its own projections, the norm behind it, and the MLP behind it (the unit `pool`).
+    # Of attention pooling alone: its own projections, the norm behind it, and the MLP behind it (the unit
+    # `pool`).
 
     def pooler(self) -> AttentionPooler:
         raise NotImplementedError(f"{type(self).__name__} does not pool by attention, so it has no pooler")
@@ -149,21 +153,24 @@ class TransformerTower(abc.ABC):
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
-        """The stream before the first block [N, tokens, width], and what else the blocks need (position tables)."""
+        """The stream before the first block [N, tokens, width], and what else the blocks need
+        (position tables)."""
 
     @abc.abstractmethod
     def block(
         self, index: int, x: Tensor, context: Any, first_only: bool, edit: BlockEdit | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One block: the stream after it, the heads' coordinates z [N, tokens, H, C] and the MLP's whole term.
+        """One block: the stream after it, the heads' coordinates z [N, tokens, H, C] and the MLP's whole
+        term.
 
-        With `first_only` nothing reads the other tokens afterwards: return the first alone, [N, 1, ...]. What attention
-        adds to the stream is `edit(z, attended)` where there is an edit.
+        With `first_only` nothing reads the other tokens afterwards: return the first alone, [N, 1, ...]. What
+        attention adds to the stream is `edit(z, attended)` where there is an edit.
         """
 
     @abc.abstractmethod
     def finish(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tower's own output [N, D] from the stream after the last block, and its tokens where it returns them."""
+        """The tower's own output [N, D] from the stream after the last block,
+        and its tokens where it returns them."""
 
     def own(self, images: Tensor) -> Tensor:
         """The model's own embedding [N, D], by its own forward."""
@@ -214,12 +221,13 @@ class TransformerTower(abc.ABC):
         if changed := [name for name in self._stamp | now if now.get(name) != self._stamp.get(name)]:
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
-                f"{changed[0]}{more}, from which units are computed, has been changed, replaced or removed since these "
-                "images ran; decompose them again"
+                f"{changed[0]}{more}, from which units are computed, has been changed, replaced or removed "
+                "since these images ran; decompose them again"
             )
 
     def _look(self, images: Tensor) -> None:
-        """Before a run in plain code: the tower is still what it was, and computes what this view computes."""
+        """Before a run in plain code: the tower is still what it was,
+        and computes what this view computes."""
         if self._watch is None or not self._watch.unchanged():
             if self._watch is not None or self.guard is not None:  # else it was made a moment ago
                 self.still()
@@ -238,7 +246,8 @@ class TransformerTower(abc.ABC):
 
     @property
     def shortens(self) -> bool:
-        """Whether the last block computes one token alone: nothing reads the others unless somebody wants them."""
+        """Whether the last block computes one token alone:
+        nothing reads the others unless somebody wants them."""
         return self.pooling == FIRST and not self.returns_tokens
 
     @property
@@ -248,7 +257,8 @@ class TransformerTower(abc.ABC):
 
     @torch.no_grad()
     def maps(self, kind: str, units: Sequence[int] | None = None) -> UnitMaps:
-        """Constants of one kind, float64 on the tower's device; of some of its units (counted from 0) or of all."""
+        """Constants of one kind, float64 on the tower's device; of some of its units
+        (counted from 0) or of all."""
         if units is None:
             span = self.layout.span(kind)
             units = range(span.stop - span.start)
@@ -282,8 +292,8 @@ class TransformerTower(abc.ABC):
             )
 
     def check_images(self, images: Tensor) -> None:
-        """Raises ValueError for images this tower cannot take: rank, size, dtype, or a device other than its own or the
-        CPU."""
+        """Raises ValueError for images this tower cannot take: rank, size, dtype, or a device other than its
+        own or the CPU."""
         height, width = self.image_size or ("H", "W")
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != 3:
             shape = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
@@ -292,8 +302,8 @@ class TransformerTower(abc.ABC):
             raise ValueError("this batch holds no images, and the tower cannot run on none")
         if self.image_size is not None and images.shape[2:] != (height, width):
             raise ValueError(
-                f"this tower takes images of {height} x {width} pixels; got {images.shape[2]} x {images.shape[3]}; "
-                "resize them (the tower's preprocess does)"
+                f"this tower takes images of {height} x {width} pixels; got {images.shape[2]} x "
+                f"{images.shape[3]}; resize them (the tower's preprocess does)"
             )
         weight = self.stem_weight
         if weight.is_meta and not images.is_meta:
@@ -308,7 +318,8 @@ class TransformerTower(abc.ABC):
             )
         if images.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise ValueError(
-                f"images are {images.dtype} but the tower is {weight.dtype}; cast them with images.to({weight.dtype})"
+                f"images are {images.dtype} but the tower is {weight.dtype}; cast them with "
+                f"images.to({weight.dtype})"
             )
 
     def here(self, images: Tensor) -> Tensor:
@@ -321,18 +332,19 @@ class TransformerTower(abc.ABC):
     ) -> Terms:
         """Runs the tower on images [N, 3, H, W] and collects z of `kinds`, s, m and the output.
 
-        `edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the last block
-        computes all tokens even where the output depends on one. Gradients flow to images and parameters as in the
-        tower itself; gradient checkpointing is honoured. With `check` the first image is compared with the model's own
-        forward (:mod:`residual_kernels.towers.agreement`), and again after the tower's modules or hooks have changed.
+        `edit` changes what attention adds to the stream, so that later layers see it; with `every_token` the
+        last block computes all tokens even where the output depends on one. Gradients flow to images and
+        parameters as in the tower itself; gradient checkpointing is honoured. With `check` the first image is
+        compared with the model's own forward (:mod:`residual_kernels.towers.agreement`), and again after the
+        tower's modules or hooks have changed.
         """
         kinds = check_kinds(kinds, self.layout) if kinds else ()
         self.check_images(images)
         images = self.here(images)
         if self.module.training and (found := self.inexact()):
             raise ValueError(
-                f"this tower is in training mode and has {', '.join(found)}, so its output is not a sum of units; "
-                "call .eval() on it"
+                f"this tower is in training mode and has {', '.join(found)}, so its output is not a sum of "
+                "units; call .eval() on it"
             )
         if not torch.compiler.is_compiling() and agreement.eager(images):
             self._look(images)
@@ -388,7 +400,8 @@ class TransformerTower(abc.ABC):
         return self.pooling not in (FIRST, AVERAGE)
 
     def _select(self, x: Tensor) -> Tensor:
-        """The pooled token of [N, tokens, ...], or the tokens that will be pooled once their norms are known."""
+        """The pooled token of [N, tokens, ...], or the tokens that will be pooled once their norms are
+        known."""
         if self.pooling == FIRST:
             return x[:, 0]
         return x[:, self.span] if self._keeps_tokens else x[:, self.span].mean(dim=1)

@@ -1,8 +1,8 @@
 """Is a tower still made as it was? A mark that a glance compares, and the words for what has changed.
 
-:class:`Watch` notices what a forward pass may depend on besides numbers: modules, methods of their classes, forwards,
-hooks (global ones too), plain settings, and which parameters there are, of what type. What has changed in words is
-asked of two views, the old one and a fresh one (:func:`difference`).
+:class:`Watch` notices what a forward pass may depend on besides numbers: modules, methods of their classes,
+forwards, hooks (global ones too), plain settings, and which parameters there are, of what type. What has
+changed in words is asked of two views, the old one and a fresh one (:func:`difference`).
 """
 
 import types
@@ -31,8 +31,8 @@ class Watch:
     Args:
         module: looked at with all modules in it.
         beside: other modules that its forward depends on, looked at without those in them.
-        before: the watch that this one follows. Numbers that have only grown at several changes are counters, and are
-            no longer looked at.
+        before: the watch that this one follows. Numbers that have only grown at several changes are counters,
+            and are no longer looked at.
     """
 
     def __init__(self, module: nn.Module, beside: Iterable[nn.Module] = (), before: "Watch | None" = None):
@@ -151,7 +151,8 @@ _FACTS: dict[str, Callable[[Any], Any]] = {
 
 
 def counter(p: Tensor) -> int | None:
-    """A parameter's version counter, which every write but one through `.data` raises; None where it has none."""
+    """A parameter's version counter, which every write but one through `.data` raises;
+    None where it has none."""
     return None if p.is_inference() else p._version
 
 

@@ -7,16 +7,16 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from residual_kernels.towers.base import UnsupportedTowerError
 
-# Wrappers that hold one model at `module`; torch's AveragedModel, timm's EMAs, DeepSpeed's engine. By name, because
-# their libraries need not be loaded.
+# Wrappers that hold one model at `module`; torch's AveragedModel, timm's EMAs, DeepSpeed's engine. By name,
+# because their libraries need not be loaded.
 _HOLDERS = {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3", "DeepSpeedEngine"}
 
 
 def inner(module: nn.Module) -> nn.Module:
     """The module that a wrapper calls; the module itself where it is none.
 
-    Seen through are torch.compile, DataParallel, DistributedDataParallel, AveragedModel, timm's EMAs and PEFT models.
-    Raises UnsupportedTowerError for FSDP1, which keeps no weights to read.
+    Seen through are torch.compile, DataParallel, DistributedDataParallel, AveragedModel, timm's EMAs and PEFT
+    models. Raises UnsupportedTowerError for FSDP1, which keeps no weights to read.
     """
     while (held := _held(module)) is not None:
         module = held
@@ -29,8 +29,8 @@ def _held(module: nn.Module) -> nn.Module | None:
         return parts["_orig_mod"]
     if "_fsdp_wrapped_module" in parts:
         raise UnsupportedTowerError(
-            f"{kind.__name__} (FSDP1) flattens its module's weights, so that there are none to make units of; use "
-            "fully_shard (FSDP2), or decompose the tower before it is wrapped"
+            f"{kind.__name__} (FSDP1) flattens its module's weights, so that there are none to make units "
+            "of; use fully_shard (FSDP2), or decompose the tower before it is wrapped"
         )
     if isinstance(module, DataParallel | DistributedDataParallel) or kind.__name__ in _HOLDERS:
         return parts["module"]

@@ -1,9 +1,11 @@
-"""How are weights fitted? By a convex problem where logits are linear in them, by schedule-free AdamW elsewhere.
+"""How are weights fitted?
 
-`config.py` is what a fit may be told, `batches.py` how rows reach it, `labels.py` what a row is labelled and how much
-it counts, `evaluation.py` how good the outcome is, `results.py` what is reported. AdamW: `plan.py` is what is about to
-be done, `fitting.py` the loop, `progress.py` where a task stands, `steps.py` one step, `checkpoints.py` how a fit
-resumes. The convex fit: see `convex.py`. `logs.py` is where records of a fit go.
+By a convex problem where logits are linear in them, by schedule-free AdamW elsewhere.
+
+`config.py` is what a fit may be told, `batches.py` how rows reach it, `labels.py` what a row is labelled and
+how much it counts, `evaluation.py` how good the outcome is, `results.py` what is reported. AdamW: `plan.py`
+is what is about to be done, `fitting.py` the loop, `progress.py` where a task stands, `steps.py` one step,
+`checkpoints.py` how a fit resumes. The convex fit: see `convex.py`. `logs.py` is where records of a fit go.
 """
 
 import logging
@@ -90,62 +92,66 @@ def fit(
 ) -> FitResult:
     """Fits an adapter's own weights by cross-entropy of head(y); the tower never trains here.
 
-    solver="convex" holds |y| at the length it has at weight 1, which moves no label; then the problem is convex. It has
-    one solution, whatever the adapter's weights were, and no learning rate. How strongly weights are held at 1 is
-    chosen by `val`, or by folds of the training images without it. Where no strength is better than the weights of 1 by
-    one standard error, they stay at 1: of an anchored adapter that is the model itself. solver="adamw" is the paper's
-    schedule-free AdamW from the adapter's present weights.
+    solver="convex" holds |y| at the length it has at weight 1, which moves no label; then the problem is
+    convex. It has one solution, whatever the adapter's weights were, and no learning rate. How strongly
+    weights are held at 1 is chosen by `val`, or by folds of the training images without it. Where no strength
+    is better than the weights of 1 by one standard error, they stay at 1: of an anchored adapter that is the
+    model itself. solver="adamw" is the paper's schedule-free AdamW from the adapter's present weights.
 
     Args:
         adapter: any adapter of this library; "convex" takes a ResiDual at the output.
         head: the classifier, which stays as it is.
-        train, val: UnitCaches (seconds) or loaders of (images, labels). AdamW runs the tower on a loader every epoch,
-            the convex solver once. Without `val` AdamW does not stop early and keeps the last epoch.
-        solver: "convex", "adamw", or "auto": convex for an anchored ResiDual (rest="all") unless an option of AdamW
-            alone is given, AdamW otherwise.
-        lr: AdamW. The adapter's own default, the paper's: 0.8 for weights on components and heads, 1e-3 for `output`
-            and `linear`.
-        epochs, batch_size, patience: AdamW. At most this many epochs; stop after `patience` without a better accuracy
-            on val.
+        train, val: UnitCaches (seconds) or loaders of (images, labels). AdamW runs the tower on a loader
+            every epoch, the convex solver once. Without `val` AdamW does not stop early and keeps the last
+            epoch.
+        solver: "convex", "adamw", or "auto": convex for an anchored ResiDual (rest="all") unless an option of
+            AdamW alone is given, AdamW otherwise.
+        lr: AdamW. The adapter's own default, the paper's: 0.8 for weights on components and heads, 1e-3 for
+            `output` and `linear`.
+        epochs, batch_size, patience: AdamW. At most this many epochs; stop after `patience` without a better
+            accuracy on val.
         weight_decay: AdamW. Decoupled, towards 0.
-        shrink: AdamW. The same towards 1, the tower's own output: every step takes lr * shrink * (weight - 1) off.
-        class_weight: [K] above zero, or "balanced": every class counts alike, a row for N / (K n_k), and the best epoch
-            is the one of best balanced accuracy.
+        shrink: AdamW. The same towards 1, the tower's own output: every step takes lr * shrink * (weight - 1)
+            off.
+        class_weight: [K] above zero, or "balanced": every class counts alike, a row for N / (K n_k), and the
+            best epoch is the one of best balanced accuracy.
         shots: fit on this many images of each class, chosen by `seed`.
         seed: of the shuffling, the shots and the folds.
-        labels, val_labels: in place of the caches' own, [N]. For the convex solver also [N, K], not below zero: shares
-            of the classes, or ones at several labels of an image, which share it evenly.
+        labels, val_labels: in place of the caches' own, [N]. For the convex solver also [N, K], not below
+            zero: shares of the classes, or ones at several labels of an image, which share it evenly.
         label_smoothing: convex. This share of every label goes to all classes alike.
         folds: convex, without `val`: in how many parts the training images are split.
         freedoms: convex. The strengths tried, as numbers of weights that they leave about free.
-        checkpoint: AdamW. A file; the state is written there every `every` epochs, and a fit that finds it resumes, to
-            the same result, bit for bit on a CPU. Needs caches.
-        step: AdamW. "eager", "compiled" (torch.compile of features, head and loss), "graph" (one CUDA graph), or
-            "auto": a graph for a cache in a GPU's memory, eager otherwise.
-        memory: bytes that may hold what is read of a cache besides the weights; 2 GiB on a CPU, half of a GPU's memory
-            by default. Beyond that, batches are read from the cache by another thread.
+        checkpoint: AdamW. A file; the state is written there every `every` epochs, and a fit that finds it
+            resumes, to the same result, bit for bit on a CPU. Needs caches.
+        step: AdamW. "eager", "compiled" (torch.compile of features, head and loss), "graph" (one CUDA graph),
+            or "auto": a graph for a cache in a GPU's memory, eager otherwise.
+        memory: bytes that may hold what is read of a cache besides the weights; 2 GiB on a CPU, half of a
+            GPU's memory by default. Beyond that, batches are read from the cache by another thread.
         alone: do not share the work in a process group.
         progress: called with every :class:`Epoch`.
         log: where the fit is logged: a callable that takes a dict, "tensorboard", "wandb", "mlflow", "csv"
-            (`fit-log.csv` in the working folder; new lines are appended), or the path of a .csv file. AdamW logs each
-            epoch as it ends; a convex fit, when it ends, the untouched model (epoch 0) and the fit (epoch 1). Keys are
-            the fields of :class:`Epoch` and `fit` (0); a convex fit adds `freedom`, `loss`, `accuracy` and `error`, as
-            in `FitResult.path`. In a process group the first process alone logs, but a callable is called in each.
+            (`fit-log.csv` in the working folder; new lines are appended), or the path of a .csv file. AdamW
+            logs each epoch as it ends; a convex fit, when it ends, the untouched model (epoch 0) and the fit
+            (epoch 1). Keys are the fields of :class:`Epoch` and `fit` (0); a convex fit adds `freedom`,
+            `loss`, `accuracy` and `error`, as in `FitResult.path`. In a process group the first process alone
+            logs, but a callable is called in each.
 
     Returns:
-        A :class:`FitResult`; the adapter holds the weights of its best epoch (by accuracy on val, the earlier of
-        equals; epoch 0 is the start).
+        A :class:`FitResult`; the adapter holds the weights of its best epoch (by accuracy on val, the earlier
+        of equals; epoch 0 is the start).
 
     Raises:
-        ValueError: no labels, labels out of range, a class with fewer images than `shots`, NaN in cached units (named
-            by row), a cache of another tower or without the kinds needed, a loader that can be read only once, a
-            checkpoint of another fit, an option that the solver does not have, a `log` that is no such name.
+        ValueError: no labels, labels out of range, a class with fewer images than `shots`, NaN in cached
+            units (named by row), a cache of another tower or without the kinds needed, a loader that can be
+            read only once, a checkpoint of another fit, an option that the solver does not have, a `log` that
+            is no such name.
         ImportError: the library that `log` names is missing.
         FloatingPointError: the loss is not finite.
 
-    Whatever is raised, the weights are those it started from. Deterministic for the same inputs, seed and number of
-    threads. In a process group all processes call it with the same arguments; each takes its share of the work, and
-    all end with the same weights.
+    Whatever is raised, the weights are those it started from. Deterministic for the same inputs, seed and
+    number of threads. In a process group all processes call it with the same arguments; each takes its share
+    of the work, and all end with the same weights.
     """
     fits = fit_many(
         adapter,
@@ -208,10 +214,11 @@ def fit_many(
     progress: Callable[[int, Epoch], None] | None = None,
     log: logs.Log = None,
 ) -> ManyFits:
-    """:func:`fit` for all learning rates, seeds and label sets at once: each result is that of a fit of its own.
+    """:func:`fit` for all learning rates, seeds and label sets at once:
+    each result is that of a fit of its own.
 
-    T weights on the same features are one product a step, so that T small fits cost little more than one. A fit that
-    stops early, or diverges, leaves the others alone.
+    T weights on the same features are one product a step, so that T small fits cost little more than one. A
+    fit that stops early, or diverges, leaves the others alone.
 
     Args:
         adapter: its weights are the starting point of every fit by AdamW; it is left as it is (see
@@ -237,9 +244,19 @@ def fit_many(
         )
     logs.check(log)
     config = FitConfig(
-        epochs, batch_size, patience, weight_decay, shrink, class_weight, shots, checkpoint, every, step, memory,
+        epochs,
+        batch_size,
+        patience,
+        weight_decay,
+        shrink,
+        class_weight,
+        shots,
+        checkpoint,
+        every,
+        step,
+        memory,
         alone,
-    )  # fmt: skip
+    )
     convex = ConvexConfig(freedoms, folds, label_smoothing, class_weight, shots, memory, alone)
     solver = chosen_solver(solver, adapter, config.of_adamw(lr=lrs, starts=starts), convex.of_convex())
     if solver == "convex" and is_linear(adapter):

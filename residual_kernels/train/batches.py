@@ -1,7 +1,8 @@
 """How do rows reach a step? From memory where they fit, gathered ahead from a source where not.
 
-What of an embedding does not depend on the weights (an adapter's `features`) is computed once where the features of all
-rows fit in memory, and once a batch otherwise: the same :class:`Batch` either way, in an order that the caller fixes.
+What of an embedding does not depend on the weights (an adapter's `features`) is computed once where the
+features of all rows fit in memory, and once a batch otherwise: the same :class:`Batch` either way, in an
+order that the caller fixes.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,8 @@ BLOCK_BYTES = 32 * 2**20  # of reweighted features that the tasks of one product
 
 
 class Places(NamedTuple):
-    """Positions of a batch in its indexed source: [S, n] of this process's share, [S, m] of all processes' rows."""
+    """Positions of a batch in its indexed source: [S, n] of this process's share,
+    [S, m] of all processes' rows."""
 
     rows: Tensor
     everyone: Tensor
@@ -31,7 +33,8 @@ class Places(NamedTuple):
 class Batch:
     """features [n, ...] that all tasks share, or [S, n, ...] with rows of its own for each of S orders.
 
-    `places` is None of a source that is not indexed. `labels` [n] are the source's own, where a single order has them.
+    `places` is None of a source that is not indexed. `labels` [n] are the source's own, where a single order
+    has them.
     """
 
     features: dict[str, Tensor]
@@ -46,7 +49,8 @@ class Batch:
 
 
 def room(device: torch.device, memory: int | None) -> int:
-    """Bytes of features that may be kept: `memory`, or 2 GiB on a CPU and half of the device's memory on a GPU."""
+    """Bytes of features that may be kept: `memory`, or 2 GiB on a CPU and half of the device's memory on a
+    GPU."""
     if memory is not None:
         if memory < 0:
             raise ValueError(f"memory must be a number of bytes, 0 or more; got {memory}")
@@ -62,7 +66,10 @@ def widest(device: torch.device) -> torch.dtype:
 
 
 def source_of(adapter: TowerAdapter, data: "UnitCache | Tensor | Iterable", **options) -> UnitSource:
-    """The units of some data that an adapter reads; options as in :func:`unit_source`. Raises ValueError as it does."""
+    """The units of some data that an adapter reads; options as in :func:`unit_source`.
+
+    Raises ValueError as it does.
+    """
     if not isinstance(adapter, TowerAdapter):
         raise ValueError(
             f"expected a ResiDual or another adapter of this library; got {type(adapter).__name__}"
@@ -97,8 +104,8 @@ def bytes_of_a_row(features: dict[str, Tensor], rows: int) -> int:
 class AdapterRows:
     """A source as an adapter reads it; all features stay on the device when they take at most `memory` bytes.
 
-    `part` says which of every batch's rows are this process's, :func:`distributed.share` or :func:`whole`. A source
-    that is not indexed keeps its own order and batches.
+    `part` says which of every batch's rows are this process's, :func:`distributed.share` or :func:`whole`. A
+    source that is not indexed keeps its own order and batches.
     """
 
     def __init__(
@@ -138,7 +145,8 @@ class AdapterRows:
         self.resident = kept
 
     def gathered(self, rows: Tensor) -> dict[str, Tensor]:
-        """Features of rows [S, n] from those that are kept: [n, ...] for one order, [S, n, ...] for several."""
+        """Features of rows [S, n] from those that are kept: [n, ...] for one order,
+        [S, n, ...] for several."""
         assert self.resident is not None
         index = rows.flatten()
         shape = rows.shape if len(rows) > 1 else rows.shape[1:]
@@ -148,7 +156,9 @@ class AdapterRows:
         }
 
     def shuffled(self, orders: Tensor | None, size: int, *, places_only: bool = False) -> Iterator[Batch]:
-        """Batches of `size` along orders [S, m], each process its share of every batch; a loader has its own order.
+        """Batches of `size` along orders [S, m], each process its share of every batch.
+
+        A loader has its own order.
 
         With `places_only` the features stay away, for a caller that gathers them from those that are kept.
         """

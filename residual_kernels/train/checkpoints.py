@@ -1,4 +1,7 @@
-"""How does a fit go on after it was killed? Its state between two epochs, in one file, for the very same fit only."""
+"""How does a fit go on after it was killed?
+
+Its state between two epochs, in one file, for the very same fit only.
+"""
 
 import os
 from pathlib import Path
@@ -63,10 +66,11 @@ def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[State, dict
         name = different[0]
         was, now = (str(value)[:60] for value in (known.get(name), identity[name]))
         raise ValueError(
-            f"{path} is the checkpoint of another fit: {', '.join(different)} differ ({name} was {was}, now {now}); "
-            "name another file, or remove it to start again"
+            f"{path} is the checkpoint of another fit: {', '.join(different)} differ ({name} was {was}, "
+            f"now {now}); name another file, or remove it to start again"
         )
-    # copies: a file that is mapped and then written over in place, by a copying tool for example, changes them
+    # copies: a file that is mapped and then written over in place, by a copying tool for example, changes
+    # them
     return header["state"], {key: tensor.clone() for key, tensor in tensors.items()}
 
 

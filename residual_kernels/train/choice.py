@@ -1,7 +1,10 @@
-"""Which candidate is kept? Judged on images that it was not fitted to, by one standard error in the tower's favour.
+"""Which candidate is kept?
 
-A candidate is judged by its log-loss at its best temperature: the accuracy of few images is coarse, and a temperature
-moves no label. Two candidates are compared image by image, so that what all find hard cancels out.
+Judged on images that it was not fitted to, by one standard error in the tower's favour.
+
+A candidate is judged by its log-loss at its best temperature: the accuracy of few images is coarse, and a
+temperature moves no label. Two candidates are compared image by image, so that what all find hard cancels
+out.
 """
 
 from collections.abc import Sequence
@@ -55,7 +58,8 @@ class Judge:
         self.weight = like.new_zeros(columns, count)
 
     def add(self, column: int, logits: Tensor, weight: Tensor, which: int, place: slice) -> None:
-        """Logits [n, K] of a candidate on the rows at `place`, which count as `weight` [n], under a label set."""
+        """Logits [n, K] of a candidate on the rows at `place`, which count as `weight` [n],
+        under a label set."""
         most = max(1, ELEMENTS // max(1, logits.numel()))
         for start in range(0, len(FACTORS), most):
             factors = torch.tensor(FACTORS[start : start + most], dtype=logits.dtype).to(logits.device)
@@ -87,8 +91,8 @@ def accuracy_error(a: Judged, b: Judged) -> float:
 
 
 def best_of(base: Judged, candidates: Sequence[Judged]) -> int | None:
-    """The candidate of least loss, or None where the tower stays: when it is better by less than one standard error,
-    or labels fewer images right."""
+    """The candidate of least loss, or None where the tower stays: when it is better by less than one standard
+    error, or labels fewer images right."""
     if not candidates:
         return None
     best = min(range(len(candidates)), key=lambda index: candidates[index].loss)

@@ -54,7 +54,8 @@ class FitConfig:
         _check_shared(self.shots, self.memory)
 
     def of_adamw(self, **more: object) -> list[str]:
-        """Names of the options given that AdamW alone has; `more` are such options that are kept elsewhere."""
+        """Names of the options given that AdamW alone has;
+        `more` are such options that are kept elsewhere."""
         shared = ("class_weight", "shots", "memory", "alone")
         own = [
             one.name

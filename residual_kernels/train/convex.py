@@ -1,7 +1,10 @@
-"""How are weights fitted without a learning rate? One convex problem, its strength chosen by validation or by folds.
+"""How are weights fitted without a learning rate?
 
-`logistic.py` is the problem, `lbfgs.py` the minimiser, `path.py` the search for the strength, `choice.py` who is judged
-better, `problem.py` what adapters and sources are to it. Here the solution becomes weights and a report.
+One convex problem, its strength chosen by validation or by folds.
+
+`logistic.py` is the problem, `lbfgs.py` the minimiser, `path.py` the search for the strength, `choice.py` who
+is judged better, `problem.py` what adapters and sources are to it. Here the solution becomes weights and a
+report.
 """
 
 import contextlib
@@ -31,7 +34,9 @@ from residual_kernels.zeroshot import ZeroShotHead
 
 
 def chosen_solver(solver: str, adapter: TowerAdapter, of_adamw: list[str], of_convex: list[str]) -> str:
-    """Which solver fits: the one asked for, or the one that suits. Raises ValueError for options that it lacks.
+    """Which solver fits: the one asked for, or the one that suits.
+
+    Raises ValueError for options that it lacks.
 
     `of_adamw` and `of_convex` name the options given that one solver alone has.
     """
@@ -48,7 +53,8 @@ def chosen_solver(solver: str, adapter: TowerAdapter, of_adamw: list[str], of_co
     foreign, other = (of_adamw, "adamw") if solver == "convex" else (of_convex, "convex")
     if foreign:
         raise ValueError(
-            f'{" and ".join(foreign)} belongs to solver="{other}", but this fit is by solver="{solver}"; leave it out'
+            f'{" and ".join(foreign)} belongs to solver="{other}", but this fit is by solver="{solver}"; '
+            "leave it out"
         )
     return solver
 
@@ -63,7 +69,10 @@ def fit_convex(
     labels: Sequence[Tensor] | None = None,
     val_labels: Sequence[Tensor] | None = None,
 ) -> ManyFits:
-    """A fit for each label set and seed, side by side where they share a head. The adapter is left as it is."""
+    """A fit for each label set and seed, side by side where they share a head.
+
+    The adapter is left as it is.
+    """
     start = time.perf_counter()
     if not heads or not seeds or (labels is not None and not labels):
         raise ValueError("seeds, labels and heads must not be empty")
@@ -203,6 +212,6 @@ def _agree(adapter, train: UnitSource, labels: Labels, heads, config: ConvexConf
         different = [name for name in identity if other[name] != seen[0][name]]
         if different:
             raise ValueError(
-                f"the processes of a fit must be given the same, but {', '.join(different)} of process {rank} differ "
-                "from process 0's; alone=True fits in each process by itself"
+                f"the processes of a fit must be given the same, but {', '.join(different)} of process "
+                f"{rank} differ from process 0's; alone=True fits in each process by itself"
             )

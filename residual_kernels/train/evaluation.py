@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Evaluation:
     """Accuracies and mean cross-entropy over `count` images.
 
-    class_accuracy [K] is NaN where a class has no image; balanced_accuracy is its mean over the classes that have some.
-    confusion [K, K] int64 counts images of the row's class that were given the column's.
+    class_accuracy [K] is NaN where a class has no image; balanced_accuracy is its mean over the classes that
+    have some. confusion [K, K] int64 counts images of the row's class that were given the column's.
     """
 
     accuracy: float
@@ -88,7 +88,9 @@ class Comparison:
     broken: int
 
     def plot(self, class_names: Sequence[str] | None = None) -> "Figure":
-        """Every class's accuracy before and after as a matplotlib Figure; classes are numbers where not named.
+        """Every class's accuracy before and after as a matplotlib Figure.
+
+        Classes are numbers where not named.
 
         Raises ValueError where `class_names` are not K, and ImportError where matplotlib is missing.
         """
@@ -128,7 +130,8 @@ def _names(class_names: Sequence[str] | None, classes: int) -> list[str]:
 
 
 class Heads:
-    """Zero-shot heads of several tasks at once: fewer classes are padded to the most, and padding is never chosen."""
+    """Zero-shot heads of several tasks at once: fewer classes are padded to the most,
+    and padding is never chosen."""
 
     def __init__(self, heads: Sequence[ZeroShotHead], device: torch.device):
         self.sizes = [len(head.class_names) for head in heads]
@@ -184,8 +187,8 @@ def measure(
 ) -> list[tuple[float, float, float]]:
     """Loss, accuracy and balanced accuracy of T tasks on all processes' rows.
 
-    `which` [T] are their label sets, `weights` their stacks [T, ...], in the order of `adapter.trainable()`; `labels`
-    [L, N] of the rows, or None where a loader brings them.
+    `which` [T] are their label sets, `weights` their stacks [T, ...], in the order of `adapter.trainable()`;
+    `labels` [L, N] of the rows, or None where a loader brings them.
     """
     tasks, classes = len(which), heads.classes
     loss = torch.zeros(tasks, dtype=widest(rows.device), device=rows.device)
@@ -217,7 +220,10 @@ def measure(
 
 @torch.no_grad()
 def tower_accuracy(rows: AdapterRows, heads: Heads, labels: Tensor | None) -> list[float]:
-    """Accuracy of the untouched tower's output under each head or label set; rows and labels as in :func:`measure`."""
+    """Accuracy of the untouched tower's output under each head or label set.
+
+    Rows and labels as in :func:`measure`.
+    """
     sets = max(len(heads.vectors), 1 if labels is None else len(labels))
     which = torch.arange(sets, device=rows.device)
     hits, count = torch.zeros(sets, dtype=torch.float64), 0
@@ -312,7 +318,8 @@ def predict(adapter: TowerAdapter, head: ZeroShotHead, data: Tensor | UnitCache 
     Args:
         adapter: of any method.
         head: the class vectors that read its embedding.
-        data: images [N, 3, H, W], a loader of image batches, or a UnitCache. No images give an empty prediction.
+        data: images [N, 3, H, W], a loader of image batches, or a UnitCache. No images give an empty
+            prediction.
 
     Returns:
         A :class:`Prediction`: labels [N] int64 and probabilities [N, K].

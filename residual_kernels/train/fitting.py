@@ -49,16 +49,16 @@ class Loop:
             found = checkpoints.load(self.config.checkpoint, plan.identity)
         if plan.parallel and len(set(distributed.gather(None if found is None else found[0]["epoch"]))) > 1:
             raise ValueError(
-                f"the processes do not see the same checkpoint at {self.config.checkpoint}; put it where all can "
-                "read it"
+                f"the processes do not see the same checkpoint at {self.config.checkpoint}; put it where "
+                "all can read it"
             )
         if found is not None:
             try:
                 epoch = self._restore(*found)
             except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(
-                    f"{self.config.checkpoint} is damaged: it does not hold what this fit keeps ({error}); remove "
-                    "it to start again"
+                    f"{self.config.checkpoint} is damaged: it does not hold what this fit keeps ({error}); "
+                    "remove it to start again"
                 ) from error
         else:
             self._record(0, None)

@@ -9,8 +9,8 @@ FOLDS = 5
 def folds_of(labels: Tensor, folds: int, seed: int) -> Tensor:
     """Fold numbers [N] int16 of labels [N]; each class, and all images, are spread as evenly as they can be.
 
-    A class with fewer images than folds is missing where it is held out: what a fit makes of a class that it never saw
-    counts then.
+    A class with fewer images than folds is missing where it is held out: what a fit makes of a class that it
+    never saw counts then.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(labels), generator=generator)

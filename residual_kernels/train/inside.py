@@ -1,4 +1,7 @@
-"""How is a form inside the tower fitted? The tower runs at every step, so images are read, one fit after another."""
+"""How is a form inside the tower fitted?
+
+The tower runs at every step, so images are read, one fit after another.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +18,8 @@ from residual_kernels.zeroshot import ZeroShotHead
 
 
 class StreamImages:
-    """Training images with their labels [N], and validation images: some that are held out where there are none."""
+    """Training images with their labels [N], and validation images:
+    some that are held out where there are none."""
 
     def __init__(
         self,
@@ -74,7 +78,10 @@ def fit_stream(
     shots: int | None,
     **options,
 ) -> ManyFits:
-    """One fit for each seed and learning rate, all from the adapter's present weights; it has them again at the end."""
+    """One fit for each seed and learning rate, all from the adapter's present weights.
+
+    It has them again at the end.
+    """
     from residual_kernels.train import fit
 
     start = [p.detach().clone() for p in adapter.trainable()]

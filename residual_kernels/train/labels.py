@@ -1,4 +1,7 @@
-"""What is a row labelled, and how much does it count? Label sets, a few shots of each class, weights of classes."""
+"""What is a row labelled, and how much does it count?
+
+Label sets, a few shots of each class, weights of classes.
+"""
 
 from collections.abc import Sequence
 

@@ -1,7 +1,9 @@
-"""How are T smooth convex functions minimised side by side? L-BFGS, each with its own steps, one evaluation for all.
+"""How are T smooth convex functions minimised side by side?
 
-Every evaluation serves all tasks that are still going: one that accepts its step turns to a new direction, one that
-does not halves its step. The host waits for the device once an evaluation, to learn who is done.
+L-BFGS, each with its own steps, one evaluation for all.
+
+Every evaluation serves all tasks that are still going: one that accepts its step turns to a new direction,
+one that does not halves its step. The host waits for the device once an evaluation, to learn who is done.
 """
 
 from collections.abc import Callable
@@ -18,7 +20,10 @@ EXACT = 1e-7  # of a value in float32: what rounding may add to it
 
 @dataclass(frozen=True)
 class Pairs:
-    """Steps and the changes of gradient along them, [T, m, P] each, oldest first; zeros where there is none."""
+    """Steps and the changes of gradient along them, [T, m, P] each, oldest first.
+
+    Zeros where there is none.
+    """
 
     steps: Tensor
     changes: Tensor
@@ -29,8 +34,8 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Minimum:
-    """Where a minimisation ended: theta [T, P], values [T] float64, gradients [T, P], gaps [T], evaluations [T]; and
-    the pairs that tell of the curvature there."""
+    """Where a minimisation ended: theta [T, P], values [T] float64, gradients [T, P], gaps [T], evaluations
+    [T]; and the pairs that tell of the curvature there."""
 
     theta: Tensor
     value: Tensor
@@ -59,12 +64,14 @@ def minimise(
         gap: (theta, gradients, tasks) -> upper bounds [t] on what is left to gain.
         curvature: [T, P] above zero, a diagonal like the Hessian's.
         tolerance: [T].
-        longest: (theta [t, P], direction [t, P]) -> [t], the step that would leave the domain; none goes beyond half.
+        longest: (theta [t, P], direction [t, P]) -> [t], the step that would leave the domain; none goes
+            beyond half.
         limit: most evaluations a task may take.
         rounding: share of a value by which rounding may raise it.
         pairs: of a minimum nearby, to start with its curvature.
 
-    A task that is done drops out of the evaluations, and its numbers do not depend on its neighbours but by rounding.
+    A task that is done drops out of the evaluations, and its numbers do not depend on its neighbours but by
+    rounding.
     """
     theta = start.clone()
     active = torch.arange(len(theta), device=theta.device)
@@ -122,9 +129,11 @@ def _ahead(inverse: "_Inverse", x: Tensor, grad: Tensor, longest) -> tuple[Tenso
 
 
 class _Inverse:
-    """The inverse Hessian of L-BFGS in its compact form (Byrd, Nocedal, Schnabel 1994), for all tasks at once.
+    """The inverse Hessian of L-BFGS in its compact form (Byrd, Nocedal, Schnabel 1994),
+    for all tasks at once.
 
-    Pairs stand in a ring; a pair that is no use (a step not taken, no curvature seen) is zero and counts for nothing.
+    Pairs stand in a ring; a pair that is no use (a step not taken, no curvature seen) is zero and counts for
+    nothing.
     """
 
     def __init__(self, inverse: Tensor, pairs: Pairs | None):

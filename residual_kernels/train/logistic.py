@@ -1,22 +1,27 @@
-"""What does the convex fit minimise? Multinomial logistic regression in delta = weight - 1, for T tasks at once.
+"""What does the convex fit minimise?
+
+Multinomial logistic regression in delta = weight - 1, for T tasks at once.
 
     l[t,n,k] = (1 + s_t) base[n,k] + r[n] sum_j delta[t,j] c[n,j] (basis_j . v_k)  [+ r[n] f[n] . dV[t,:,k]]
 
-base are the tower's own logits, f its embeddings, r[n] = exp(logit_scale) / |f[n]|, c cached coefficients. The length
-of y only sets each image's temperature, never its label, so it is held at |f[n]|: logits are linear in everything
-learned, and
+base are the tower's own logits, f its embeddings, r[n] = exp(logit_scale) / |f[n]|, c cached coefficients.
+The length of y only sets each image's temperature, never its label, so it is held at |f[n]|: logits are
+linear in everything learned, and
 
-    F_t = sum_n w[t,n] H(target[t,n], softmax l[t,n]) + alpha_t/2 |theta_t|^2 + kappa(s_t) (s_t - log(1 + s_t))
+    F_t = sum_n w[t,n] H(target[t,n], softmax l[t,n]) + alpha_t/2 |theta_t|^2 + kappa(s_t) (s_t - log(1 +
+    s_t))
 
-has one minimum. theta are the learned numbers in whitened coordinates: delta_j = theta_j / sd_j, where sd_j^2 is the
-variance of r c_j over the rows, so that alpha asks of a component in its own units. kappa counts pseudo-images that
-hold the scale of the tower's logits at one: a Gamma prior on 1 + s, which keeps it above zero. Few of them where s
-falls, as a tower far from home is too sure of itself; many where s rises, as a fit to few images would be surer yet.
+has one minimum. theta are the learned numbers in whitened coordinates: delta_j = theta_j / sd_j, where sd_j^2
+is the variance of r c_j over the rows, so that alpha asks of a component in its own units. kappa counts
+pseudo-images that hold the scale of the tower's logits at one: a Gamma prior on 1 + s, which keeps it above
+zero. Few of them where s falls, as a tower far from home is too sure of itself; many where s rises, as a fit
+to few images would be surer yet.
 
-One evaluation is two products with the coefficients, [T*M,J] x [J,N] and [T*M,N] x [N,J], M = min(K, D) rows a task:
-images and components run along memory. Nothing of size [N,J] is made, and rows come block by block, so they need not
-fit in memory. A rough evaluation reads a bfloat16 copy of the coefficients, where there is one: four times as fast on a
-processor that multiplies bfloat16, and near enough for fits that are only judged.
+One evaluation is two products with the coefficients, [T*M,J] x [J,N] and [T*M,N] x [N,J], M = min(K, D) rows
+a task: images and components run along memory. Nothing of size [N,J] is made, and rows come block by block,
+so they need not fit in memory. A rough evaluation reads a bfloat16 copy of the coefficients, where there is
+one: four times as fast on a processor that multiplies bfloat16, and near enough for fits that are only
+judged.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,8 +43,8 @@ KAPPA = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows: their place among this process's rows, coefficients [n, J_i] (one tensor for each kind of units), and
-    the tower's output [n, D]; `narrow` are all coefficients [n, J] in bfloat16, or None."""
+    """Some rows: their place among this process's rows, coefficients [n, J_i] (one tensor for each kind of
+    units), and the tower's output [n, D]; `narrow` are all coefficients [n, J] in bfloat16, or None."""
 
     place: slice
     coefficients: tuple[Tensor, ...]
@@ -61,7 +66,8 @@ class RowSource(Protocol):
 
 
 class ResidentRows:
-    """Rows in memory, given to the products `size` at a time; `narrow` keeps a bfloat16 copy of the coefficients."""
+    """Rows in memory, given to the products `size` at a time;
+    `narrow` keeps a bfloat16 copy of the coefficients."""
 
     def __init__(
         self, coefficients: Sequence[Tensor], output: Tensor, size: int = 4096, *, narrow: bool = False
@@ -94,7 +100,8 @@ class Readout:
         return self.vectors.shape[1]
 
     def base(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(base [n, K], r [n]) of the tower's outputs [n, D]; an output that is zero has no direction, and r = 0."""
+        """(base [n, K], r [n]) of the tower's outputs [n, D]; an output that is zero has no direction,
+        and r = 0."""
         length = output.norm(dim=1)
         r = torch.where(length > torch.finfo(output.dtype).tiny, self.scale / length, 0)
         return r[:, None] * (output @ self.vectors), r
@@ -102,7 +109,8 @@ class Readout:
 
 @dataclass(frozen=True)
 class Targets:
-    """What each row should be: labels [L, N] int64, or shares of every class [L, N, K], whose rows add to one.
+    """What each row should be: labels [L, N] int64, or shares of every class [L, N, K],
+    whose rows add to one.
 
     `smoothing` moves that much of every target to all classes alike. `weight` [L, N] counts rows, or None.
     """
@@ -145,8 +153,8 @@ class Targets:
 class Tasks:
     """T fits side by side: label set, split and fold of each, and its penalty.
 
-    `fold` [S, N] int16 numbers the folds of each of S splits; -1 is a row that this split leaves out altogether. A task
-    fits the rows whose fold is not `held`; held = -1 fits all.
+    `fold` [S, N] int16 numbers the folds of each of S splits; -1 is a row that this split leaves out
+    altogether. A task fits the rows whose fold is not `held`; held = -1 fits all.
     """
 
     which: Tensor
@@ -175,7 +183,8 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is learned, in the order of theta [T, P]: J component weights; D*K of class vectors; the scale s."""
+    """What is learned, in the order of theta [T, P]: J component weights; D*K of class vectors;
+    the scale s."""
 
     components: int
     dim: int
@@ -200,10 +209,11 @@ class Objective:
         readout: how embeddings become logits.
         targets: what each row should be.
         sd: [J] above zero, the unit in which alpha asks of each component.
-        vector_variance: learn dV too, where f has this variance a coordinate; None does not. alpha asks VECTOR_PENALTY
-            times as much of its entries, in units of that variance: they are many, and tell nothing of other classes.
-        kappa: pseudo-images that hold the scale of the tower's logits where it falls, and where it rises; None does not
-            learn it.
+        vector_variance: learn dV too, where f has this variance a coordinate; None does not. alpha asks
+            VECTOR_PENALTY times as much of its entries, in units of that variance: they are many, and tell
+            nothing of other classes.
+        kappa: pseudo-images that hold the scale of the tower's logits where it falls, and where it rises;
+            None does not learn it.
     """
 
     def __init__(
@@ -238,7 +248,7 @@ class Objective:
         """Whether a rough evaluation reads bfloat16 coefficients."""
         return isinstance(self.rows, ResidentRows) and self.rows.narrow is not None
 
-    # --- one theta ---------------------------------------------------------------------------------------------
+    # --- one theta ------------------------------------------------------------------------------------------
 
     def delta(self, theta: Tensor) -> Tensor:
         """weight - 1 [T, J] at the tower's own scale: what is learned, over 1 + s."""
@@ -257,7 +267,7 @@ class Objective:
         flat = theta[:, start : start + self.shape.vectors]
         return self.vector_unit * flat.reshape(len(theta), self.shape.dim, self.shape.classes)
 
-    # --- products ----------------------------------------------------------------------------------------------
+    # --- products -------------------------------------------------------------------------------------------
 
     def _blocks(self, tasks: int, rows: int) -> list[slice]:
         width = len(self.right) if self.inner is None else max(len(self.right), self.shape.classes)
@@ -266,7 +276,8 @@ class Objective:
         return [slice(start, min(start + most, tasks)) for start in range(0, tasks, most)]
 
     def _base(self, block: Rows) -> tuple[Tensor, Tensor]:
-        """(base [K, n], r) of a block of the rows that are fitted, computed once where they stay in memory."""
+        """(base [K, n], r) of a block of the rows that are fitted,
+        computed once where they stay in memory."""
         if not isinstance(self.rows, ResidentRows):
             base, r = self.readout.base(block.output)
             return base.T, r
@@ -317,8 +328,8 @@ class Objective:
     def used(self, block: Rows, theta: Tensor) -> Tensor:
         """Logits [n, T, K] as the fitted adapter and head give them, at the length of the tower's output.
 
-        With class vectors moved, the change of y meets the change of V too: a product that the fit leaves out, since it
-        is not linear. What is judged has it.
+        With class vectors moved, the change of y meets the change of V too: a product that the fit leaves
+        out, since it is not linear. What is judged has it.
         """
         moved = self._moved(theta) if self.shape.class_vectors else None
         if moved is None or not self.shape.components:
@@ -407,14 +418,15 @@ class Objective:
             return torch.full_like(ahead, torch.inf)
         return torch.where(ahead < 0, (1 + theta[:, -1]) / -ahead.clamp_max(-1e-30), torch.inf)
 
-    # --- certificate and scale ---------------------------------------------------------------------------------
+    # --- certificate and scale ------------------------------------------------------------------------------
 
     def gap(self, theta: Tensor, grad: Tensor, tasks: Tasks) -> Tensor:
         """The duality gap [T] at theta, an upper bound on F(theta) - min F.
 
-        The dual point is softmax - target at theta itself. There the loss's own Fenchel inequality is tight, so that
-        what is left is |grad|^2 / (2 alpha) for the penalised numbers, and for s, with q minus the loss's derivative,
-        h(s) + h*(q) - s q with h = kappa (s - log(1 + s)), h*(q) = -q - kappa log(1 - q/kappa), kappa by the sign.
+        The dual point is softmax - target at theta itself. There the loss's own Fenchel inequality is tight,
+        so that what is left is |grad|^2 / (2 alpha) for the penalised numbers, and for s, with q minus the
+        loss's derivative, h(s) + h*(q) - s q with h = kappa (s - log(1 + s)), h*(q) = -q - kappa log(1 -
+        q/kappa), kappa by the sign.
         """
         found = self.penalised(grad).double().square().sum(1) / (2 * tasks.alpha.double())
         if self.shape.scale:
@@ -428,12 +440,14 @@ class Objective:
         return found
 
     def trace(self) -> float:
-        """The trace of the loss's Hessian for one image at equal probabilities: over components and class vectors."""
+        """The trace of the loss's Hessian for one image at equal probabilities:
+        over components and class vectors."""
         vectors = self.shape.dim / VECTOR_PENALTY if self.shape.class_vectors else 0.0
         return float(self.spread.double().sum()) + vectors
 
     def curvature(self, tasks: Tasks, mass: Tensor) -> Tensor:
-        """A diagonal [T, P] like the Hessian's at uniform probabilities; `mass` [T] weights of rows in each task."""
+        """A diagonal [T, P] like the Hessian's at uniform probabilities;
+        `mass` [T] weights of rows in each task."""
         found = self.right.new_empty(len(tasks), self.shape.size)  # [T, P]
         vectors = (self.vector_unit * self.readout.scale) ** 2 / (self.shape.dim * self.shape.classes)
         found[:] = (mass * vectors + tasks.alpha)[:, None]

@@ -1,7 +1,7 @@
 """Where are fits logged? A callable, or TensorBoard, Weights & Biases, MLflow or a CSV file by name.
 
-A record is a dict with the fields of an :class:`~residual_kernels.train.results.Epoch`, and `fit`, the number of the
-fit. A convex fit adds `freedom`, `loss`, `accuracy` and `error` of the strength, as its path has them.
+A record is a dict with the fields of an :class:`~residual_kernels.train.results.Epoch`, and `fit`, the number
+of the fit. A convex fit adds `freedom`, `loss`, `accuracy` and `error` of the strength, as its path has them.
 """
 
 import os
@@ -23,9 +23,19 @@ Log = Write | str | os.PathLike | None
 
 CSV = "fit-log.csv"  # in the working folder
 COLUMNS = (
-    "run", "fit", "epoch", "train_loss", "val_loss", "val_accuracy", "val_balanced_accuracy", "seconds",
-    "freedom", "loss", "accuracy", "error",
-)  # fmt: skip
+    "run",
+    "fit",
+    "epoch",
+    "train_loss",
+    "val_loss",
+    "val_accuracy",
+    "val_balanced_accuracy",
+    "seconds",
+    "freedom",
+    "loss",
+    "accuracy",
+    "error",
+)
 
 
 def check(log: Log) -> None:
@@ -124,7 +134,10 @@ def _csv(path: Path) -> Iterator[Write]:
 
 @contextmanager
 def _tensorboard() -> Iterator[Write]:
-    """A run of its own below runs/. SummaryWriter would name it by the second, and two quick fits would share one."""
+    """A run of its own below runs/.
+
+    SummaryWriter would name it by the second, and two quick fits would share one.
+    """
     _library("tensorboard")
     summaries = need("torch.utils.tensorboard", "tensorboard", 'log="tensorboard"')
     started = datetime.now().strftime("%Y-%m-%d_%H-%M-%S_%f")

@@ -1,9 +1,12 @@
-"""How strong a penalty? Fits from strong to weak for every fold side by side, judged on what each fold held out.
+"""How strong a penalty?
+
+Fits from strong to weak for every fold side by side, judged on what each fold held out.
 
 The strength of a penalty is told as `freedom` = trace / alpha, with the trace of the loss's Hessian at equal
-probabilities: about how many numbers the penalty leaves free, whatever the data's scale. Freedom 0 is the tower itself.
-Rows in memory: one strength after another, each from the last one's solution, until two have brought nothing. Rows that
-are read from disk again at every evaluation: all strengths side by side, which takes fewer readings.
+probabilities: about how many numbers the penalty leaves free, whatever the data's scale. Freedom 0 is the
+tower itself. Rows in memory: one strength after another, each from the last one's solution, until two have
+brought nothing. Rows that are read from disk again at every evaluation: all strengths side by side, which
+takes fewer readings.
 """
 
 import logging
@@ -28,8 +31,10 @@ ROUNDING = 1e-3  # of a value from bfloat16 coefficients: what rounding may add 
 
 @dataclass(frozen=True)
 class Group:
-    """One thing to fit: its label set and its split of the rows. Where it is `idle` there is nothing to learn from:
-    images of fewer than two classes, or none to judge by. The tower stays then."""
+    """One thing to fit: its label set and its split of the rows.
+
+    Where it is `idle` there is nothing to learn from: images of fewer than two classes, or none to judge by.
+    The tower stays then."""
 
     which: int
     split: int
@@ -38,8 +43,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Solution:
-    """A fit on all rows: theta [P], the penalty's factor alpha, the objective there, `gap` (an upper bound on what is
-    left to gain) and the gradient's norm."""
+    """A fit on all rows: theta [P], the penalty's factor alpha, the objective there, `gap` (an upper bound on
+    what is left to gain) and the gradient's norm."""
 
     theta: Tensor
     alpha: float
@@ -52,8 +57,8 @@ class Solution:
 class Found:
     """What the path of one group came to.
 
-    `candidates` are freedoms with what was judged of them; `chosen` is a place in it, and `solution` the fit there.
-    Both are None where the tower stays.
+    `candidates` are freedoms with what was judged of them; `chosen` is a place in it, and `solution` the fit
+    there. Both are None where the tower stays.
     """
 
     base: Judged
@@ -73,7 +78,8 @@ class Outside:
 
 
 class Path:
-    """The search for G groups at once; `folds` numbers 0 ... folds-1 of `fold` [S, N], or validation rows outside."""
+    """The search for G groups at once; `folds` numbers 0 ... folds-1 of `fold` [S, N],
+    or validation rows outside."""
 
     def __init__(
         self,
@@ -204,8 +210,9 @@ class Path:
                 nats = float(done.gap[place]) / self.mass[group, -1]
                 if not nats <= FINE:
                     log.warning(
-                        "the convex fit stopped up to %.2g nats an image from its optimum after %d evaluations; "
-                        "a smaller freedom than %g, or logits of a smaller scale, would be solved",
+                        "the convex fit stopped up to %.2g nats an image from its optimum after %d "
+                        "evaluations; a smaller freedom than %g, or logits of a smaller scale, would be "
+                        "solved",
                         nats,
                         int(done.evaluations[place]),
                         rows[place][2],
@@ -213,7 +220,7 @@ class Path:
         for found, count in zip(self.found, self.evaluations, strict=True):
             found.evaluations = count
 
-    # --- judging -----------------------------------------------------------------------------------------------
+    # --- judging --------------------------------------------------------------------------------------------
 
     def _judged(self, columns: Sequence[tuple[int, float | None]], thetas: dict) -> list[Judged]:
         """What each (group, freedom) says of images that it was not fitted to; freedom None is the tower."""

@@ -1,4 +1,7 @@
-"""What is a fit about to do? Its tasks, starting weights, rows, labels and orders, checked before the first step."""
+"""What is a fit about to do?
+
+Its tasks, starting weights, rows, labels and orders, checked before the first step.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -137,8 +140,8 @@ class Plan:
     ) -> tuple[UnitSource, Tensor]:
         """The rows of all `count` that are fitted on, and their labels.
 
-        `orders` then holds the rows that each seed shuffles (each seed and label set, where shots differ by it), and
-        `order_of` which of them a task follows.
+        `orders` then holds the rows that each seed shuffles (each seed and label set, where shots differ by
+        it), and `order_of` which of them a task follows.
         """
         shots = self.config.shots
         several = shots is not None and len(table) > 1
@@ -185,8 +188,8 @@ class Plan:
             different = [name for name in self.identity if other[name] != seen[0][name]]
             if different:
                 raise ValueError(
-                    f"the processes of a fit must be given the same, but {', '.join(different)} of process {rank} "
-                    "differ from process 0's; alone=True fits in each process by itself"
+                    f"the processes of a fit must be given the same, but {', '.join(different)} of process "
+                    f"{rank} differ from process 0's; alone=True fits in each process by itself"
                 )
 
 

@@ -1,4 +1,7 @@
-"""What is the convex problem of an adapter? Its coefficients and output as rows, labels, splits, and who judges."""
+"""What is the convex problem of an adapter?
+
+Its coefficients and output as rows, labels, splits, and who judges.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,7 +60,10 @@ class Labels:
 
 
 def labels_of(source: UnitSource, given: Sequence[Tensor] | None, sizes: Sequence[int], name: str) -> Labels:
-    """The label sets of a source: those given, [N] or shares [N, K] each, or its own; each checked against its head."""
+    """The label sets of a source: those given, [N] or shares [N, K] each, or its own.
+
+    Each checked against its head.
+    """
     shares = [np.ndim(one) == 2 for one in given or ()]
     if given is None or not any(shares):
         sets = 1 if given is None else len(given)
@@ -81,7 +87,8 @@ def labels_of(source: UnitSource, given: Sequence[Tensor] | None, sizes: Sequenc
 
 
 def is_linear(adapter: TowerAdapter) -> "TypeIs[ResiDual]":
-    """Whether the logits are linear in the adapter's weight, one number a component, so that the convex solver fits."""
+    """Whether the logits are linear in the adapter's weight, one number a component,
+    so that the convex solver fits."""
     if not isinstance(adapter, ResiDual) or adapter.placement != "output":
         return False
     return len(adapter.weight) == sum(len(adapter.units[kind].basis) for kind in adapter.adapted)
@@ -122,14 +129,15 @@ class Form:
         vectors = head.class_vectors.to(self.basis)
         if vectors.shape[0] != self.basis.shape[1]:
             raise ValueError(
-                f"embeddings have {self.basis.shape[1]} numbers but the class vectors {vectors.shape[0]}: they come "
-                "from two different models"
+                f"embeddings have {self.basis.shape[1]} numbers but the class vectors {vectors.shape[0]}: "
+                "they come from two different models"
             )
         return Readout(self.basis, vectors, float(head.logit_scale.exp()))
 
     @torch.no_grad()
     def rows(self, features: dict[str, Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
-        """(coefficients of each kind, output at weight 1), in the adapter's dtype, whatever the cache holds."""
+        """(coefficients of each kind, output at weight 1), in the adapter's dtype,
+        whatever the cache holds."""
         if self.adapter.rest.name == "all":
             output = features["rest"]
         else:
@@ -146,7 +154,8 @@ class Form:
 
 
 def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
-    """Variances [J] of r c_j with a floor, and the mean variance of r f, over all processes' rows, labelled or not."""
+    """Variances [J] of r c_j with a floor, and the mean variance of r f, over all processes' rows,
+    labelled or not."""
 
     def scaled(block: Rows) -> Tensor:
         r = readout.base(block.output)[1]
@@ -185,8 +194,8 @@ def _joined(n: int, mean: Tensor, squares: Tensor, m: int, other: Tensor, more: 
 class Problem:
     """What is fitted, before anybody says which numbers are learned: rows, labels, splits and who judges.
 
-    `rows_of` opens the rows of an adapter; everything else is the same for all candidates, so that they are judged on
-    the same images in the same folds.
+    `rows_of` opens the rows of an adapter; everything else is the same for all candidates, so that they are
+    judged on the same images in the same folds.
     """
 
     config: ConvexConfig

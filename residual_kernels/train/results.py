@@ -30,9 +30,9 @@ class Epoch:
 class Strength:
     """One strength of a convex fit's penalty, judged on images that it was not fitted to.
 
-    `freedom`: about how many numbers the penalty leaves free; 0 is the model as it was. `loss` (nats, at its best
-    temperature) and `accuracy` are means over these images; `error` is the standard error of its loss's difference
-    from the untouched model's.
+    `freedom`: about how many numbers the penalty leaves free; 0 is the model as it was. `loss` (nats, at its
+    best temperature) and `accuracy` are means over these images; `error` is the standard error of its loss's
+    difference from the untouched model's.
     """
 
     freedom: float
@@ -43,8 +43,9 @@ class Strength:
 
 @dataclass(frozen=True)
 class Certificate:
-    """How near its optimum a convex fit is: its objective is at most `gap` above the least one (both in nats, summed
-    over images). `gradient` is the gradient's norm in whitened coordinates, `alpha` the penalty's factor there."""
+    """How near its optimum a convex fit is: its objective is at most `gap` above the least one (both in nats,
+    summed over images). `gradient` is the gradient's norm in whitened coordinates, `alpha` the penalty's
+    factor there."""
 
     objective: float
     gap: float
@@ -57,14 +58,14 @@ class Certificate:
 class FitResult:
     """What :func:`fit` did. `best_epoch` is the epoch whose weights the adapter now holds.
 
-    `seconds` counts all sessions of a resumed fit; of fits at once it is the time until this one ended. `diverged`: the
-    training loss became infinite or NaN (only in :func:`fit_many`; :func:`fit` raises). `base_accuracy` is the
-    untouched model's, on val.
+    `seconds` counts all sessions of a resumed fit; of fits at once it is the time until this one ended.
+    `diverged`: the training loss became infinite or NaN (only in :func:`fit_many`; :func:`fit` raises).
+    `base_accuracy` is the untouched model's, on val.
 
-    A convex fit (`solver`) has no epochs: its history holds the model (0) and the fit (1), and best_epoch is 0 where
-    the model stays. `freedom` is the chosen strength and `path` all that were tried, the model first. Without val they
-    are judged by folds of the training images: `base_accuracy` is then the model's on these, and `fold_accuracy` that
-    of the fits on what they held out. `certificate` is None where the model stays.
+    A convex fit (`solver`) has no epochs: its history holds the model (0) and the fit (1), and best_epoch is
+    0 where the model stays. `freedom` is the chosen strength and `path` all that were tried, the model first.
+    Without val they are judged by folds of the training images: `base_accuracy` is then the model's on these,
+    and `fold_accuracy` that of the fits on what they held out. `certificate` is None where the model stays.
     """
 
     best_epoch: int
@@ -117,8 +118,8 @@ class FitResult:
 
 @dataclass(frozen=True)
 class Task:
-    """One of many fits: its learning rate (None of a convex fit), the seed of its order, shots or folds, and the number
-    of its label set."""
+    """One of many fits: its learning rate (None of a convex fit), the seed of its order, shots or folds, and
+    the number of its label set."""
 
     lr: float | None
     seed: int
@@ -127,8 +128,8 @@ class Task:
 
 @dataclass
 class ManyFits:
-    """What :func:`fit_many` did: a task and a result for each fit, and the best weights of all, [T, ...] per parameter
-    in the order of `adapter.trainable()`."""
+    """What :func:`fit_many` did: a task and a result for each fit, and the best weights of all, [T, ...] per
+    parameter in the order of `adapter.trainable()`."""
 
     tasks: list[Task]
     results: list[FitResult]
@@ -159,8 +160,8 @@ class ManyFits:
         )
 
     def best(self, labels: int = 0) -> int:
-        """Number of the fit of this label set that was best on val: by accuracy (balanced accuracy when the classes
-        were balanced), then by loss, then the first."""
+        """Number of the fit of this label set that was best on val: by accuracy (balanced accuracy when the
+        classes were balanced), then by loss, then the first."""
         found = []
         for index, (task, result) in enumerate(zip(self.tasks, self.results, strict=True)):
             if task.labels == labels and not result.diverged:

@@ -1,9 +1,12 @@
-"""What if class vectors and components, fitted together, get in each other's way? Class vectors first, then components.
+"""What if class vectors and components, fitted together, get in each other's way?
 
-The joint problem of `logistic.py` leaves out the product of the two changes, to stay convex. Far from home, where the
-tower's own logits say nothing, that product can outweigh everything that was fitted. Here class vectors are moved
-first, on the tower's own embeddings; then components are fitted under the moved vectors. Both problems are convex, and
-what is fitted is what is used. Where the joint fit goes well it is the better of the two, so this is the second try.
+Class vectors first, then components.
+
+The joint problem of `logistic.py` leaves out the product of the two changes, to stay convex. Far from home,
+where the tower's own logits say nothing, that product can outweigh everything that was fitted. Here class
+vectors are moved first, on the tower's own embeddings; then components are fitted under the moved vectors.
+Both problems are convex, and what is fitted is what is used. Where the joint fit goes well it is the better
+of the two, so this is the second try.
 """
 
 from collections.abc import Sequence
@@ -39,7 +42,8 @@ def stacked(
     outside: AdapterRows | None,
     freedoms: Sequence[float],
 ) -> Stacked | None:
-    """Class vectors, then components, at each strength, judged as `path.py` judges; None where the tower stays.
+    """Class vectors, then components, at each strength, judged as `path.py` judges;
+    None where the tower stays.
 
     Args:
         problem: of one label set and one seed.

@@ -1,7 +1,7 @@
 """What is one step of a fit? Losses and gradients of T tasks at once, and the optimizer on their weights.
 
-y of every task comes from the features of a batch and that task's weights: one product for all of them. Tasks do not
-touch each other, so each gets what it would get alone.
+y of every task comes from the features of a batch and that task's weights: one product for all of them. Tasks
+do not touch each other, so each gets what it would get alone.
 """
 
 from collections.abc import Sequence
@@ -17,9 +17,11 @@ from residual_kernels.train.evaluation import Heads
 
 
 class TaskWeights:
-    """Weights of the tasks that are still fitted, a [T, ...] stack per parameter, and schedule-free AdamW on its rows.
+    """Weights of the tasks that are still fitted, a [T, ...] stack per parameter,
+    and schedule-free AdamW on its rows.
 
-    With `shrink` the stacks hold the distance from 1, so that the optimizer's decoupled decay pulls weights to 1.
+    With `shrink` the stacks hold the distance from 1, so that the optimizer's decoupled decay pulls weights
+    to 1.
     """
 
     def __init__(self, starts: Sequence[Tensor], lrs: Sequence[float], weight_decay: float, shrink: float):
@@ -94,7 +96,8 @@ class TaskWeights:
 class Step:
     """Cross-entropy of T tasks on a batch and its gradients.
 
-    `labels` [L, N] of the cache (None for a loader), `class_weight` [L, K] or None; `mode` is one of config.STEPS.
+    `labels` [L, N] of the cache (None for a loader), `class_weight` [L, K] or None; `mode` is one of
+    config.STEPS.
     """
 
     def __init__(
@@ -117,7 +120,8 @@ class Step:
         self._graphs: dict[tuple[int, ...], _Captured] = {}
 
     def tasks(self, weights: TaskWeights, which: Tensor, order: Tensor) -> None:
-        """The tasks from now on: their weights, which head and labels each has, which of the orders each follows."""
+        """The tasks from now on: their weights, which head and labels each has,
+        which of the orders each follows."""
         self.weights, self.which, self.order = weights, which, order
         self.spread = not torch.equal(order, torch.arange(int(order.max()) + 1, device=order.device))
         self._graphs.clear()
@@ -160,7 +164,8 @@ class Step:
         return batch.places is not None and len(batch.places.rows) > 1
 
     def read(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """features, labels [T, n], and factors [T, n] or [T, 1] that make the sum of losses their weighted mean."""
+        """features, labels [T, n], and factors [T, n] or [T, 1] that make the sum of losses their weighted
+        mean."""
         count = len(self.weights)
         if batch.places is None or self.labels is None:
             features, truth = batch.features, batch.truth.expand(count, -1)

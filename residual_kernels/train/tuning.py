@@ -1,7 +1,10 @@
-"""Which adapter suits these labels? Candidates, the tower among them, compete on images they were not fitted to.
+"""Which adapter suits these labels?
 
-All are convex fits of the same images in the same folds (or judged by the same validation images), so that they are
-compared image by image. The least loss wins, unless a simpler candidate is within one standard error of it.
+Candidates, the tower among them, compete on images they were not fitted to.
+
+All are convex fits of the same images in the same folds (or judged by the same validation images), so that
+they are compared image by image. The least loss wins, unless a simpler candidate is within one standard error
+of it.
 """
 
 import logging
@@ -41,8 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BASE, VECTORS, PROBE, STREAM = "base", "anchored + class vectors", "probe", "stream"
-# Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is reported,
-# not chosen.
+# Simpler first: nearer to the tower, then fewer numbers. The probe reads no other class names, so it is
+# reported, not chosen.
 CANDIDATES = (BASE, "anchored", "fine", "full", VECTORS, PROBE)
 BY_CLASSES = "classes"  # as folds
 FEW = 50  # validation images below which an accuracy says little
@@ -53,8 +56,9 @@ LEAST = 20  # below which nothing is chosen by them: with 8 images the best of f
 class Candidate:
     """What one candidate reached on images that it was not fitted to.
 
-    `loss` in nats at its best temperature; `error` the standard error of its loss's difference from the untouched
-    model's; `freedom` the strength chosen for it, 0 where it stays as it is; `note` says what became of it.
+    `loss` in nats at its best temperature; `error` the standard error of its loss's difference from the
+    untouched model's; `freedom` the strength chosen for it, 0 where it stays as it is; `note` says what
+    became of it.
     """
 
     name: str
@@ -71,8 +75,8 @@ class Candidate:
 class TuneResult:
     """What :func:`tune` found: `adapter` and `head` are the winner's, ready for use; `why` is one sentence.
 
-    `table` has a row for each candidate. `judged_by` is "validation" or "folds", on `images` images. `probe` says in
-    plain words when a linear probe is better by more than one standard error, and is None otherwise.
+    `table` has a row for each candidate. `judged_by` is "validation" or "folds", on `images` images. `probe`
+    says in plain words when a linear probe is better by more than one standard error, and is None otherwise.
     """
 
     winner: str
@@ -105,7 +109,10 @@ class TuneResult:
         return display.Table(asdict(one) for one in self.table).to_pandas()
 
     def plot(self) -> "Figure":
-        """Accuracy of every candidate as a matplotlib Figure. Raises ImportError where matplotlib is missing."""
+        """Accuracy of every candidate as a matplotlib Figure.
+
+        Raises ImportError where matplotlib is missing.
+        """
         return display.drawing().candidates(self)
 
     def _repr_html_(self) -> str:
@@ -125,7 +132,8 @@ class TuneResult:
 class _Entry:
     """One candidate while it is decided: what was judged of it, and how it is made.
 
-    `theta` [P] is what the objective learned; None where the candidate stays as it starts, or has no objective.
+    `theta` [P] is what the objective learned; None where the candidate stays as it starts, or has no
+    objective.
     """
 
     name: str
@@ -166,18 +174,19 @@ def tune(
         head: the classifier. A winner that moves class vectors brings its own.
         train: a UnitCache or a loader of (images, labels).
         val: the same; without it, folds of the training images judge.
-        candidates: of :data:`CANDIDATES`; all that the bases allow by default. The model itself always competes. The
-            probe is only reported, unless it is named here.
-        stream_bases: bases with placement="stream": the stream form competes too. It runs the tower at every step, so
-            train and val must then be loaders.
-        folds: in how many parts the training images are split, without `val`. "classes" holds out classes instead: the
-            strength is chosen on classes that the fit had not seen, read among their own names, so that classes nobody
-            labelled are read at least as well as by the model. `anchored` alone competes then; needs four classes.
+        candidates: of :data:`CANDIDATES`; all that the bases allow by default. The model itself always
+            competes. The probe is only reported, unless it is named here.
+        stream_bases: bases with placement="stream": the stream form competes too. It runs the tower at every
+            step, so train and val must then be loaders.
+        folds: in how many parts the training images are split, without `val`. "classes" holds out classes
+            instead: the strength is chosen on classes that the fit had not seen, read among their own names,
+            so that classes nobody labelled are read at least as well as by the model. `anchored` alone
+            competes then; needs four classes.
         class_weight, shots, seed, labels, val_labels, label_smoothing, freedoms, memory: as in :func:`fit`.
 
     Returns:
-        A :class:`TuneResult`. Where nothing is better than the model by one standard error, or everything labels fewer
-        images right, the winner is "base" and the adapter is the model.
+        A :class:`TuneResult`. Where nothing is better than the model by one standard error, or everything
+        labels fewer images right, the winner is "base" and the adapter is the model.
 
     Raises:
         ValueError: as :func:`fit`, and for a candidate that is unknown or that these bases cannot make.
@@ -191,8 +200,8 @@ def tune(
     )
     if by_classes and (val is not None or candidates not in (None, ("anchored",), ["anchored"])):
         raise ValueError(
-            f'folds="{BY_CLASSES}" chooses the strength of "anchored" from the training images: give no val, and no '
-            "other candidates"
+            f'folds="{BY_CLASSES}" chooses the strength of "anchored" from the training images: give no val, '
+            "and no other candidates"
         )
     names = [] if by_classes else _names(candidates, bases)
     if stream_bases is not None and (
@@ -344,12 +353,14 @@ class _Contest:
         self.entries.append(entry)
 
     def _outdone(self, joint: Judged) -> bool:
-        """Whether the joint fit does worse than one of the two that it holds: then their product is in the way."""
+        """Whether the joint fit does worse than one of the two that it holds:
+        then their product is in the way."""
         parts = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
         return joint.loss >= min(parts, default=-math.inf)
 
     def _stack(self, entry: _Entry, adapter: ResiDual, rows: tuple[AdapterRows, AdapterRows | None]) -> None:
-        """Class vectors first, then components, where the folds say that this is better than both together."""
+        """Class vectors first, then components, where the folds say that this is better than both
+        together."""
         found = stacked(self.problem, Form(adapter), self.head, *rows, self.config.freedoms)
         if found is not None and (not entry.freedom or found.judged.loss < entry.judged.loss):
             entry.judged, entry.freedom, entry.head = found.judged, found.freedom, found.head
@@ -393,12 +404,13 @@ class _Contest:
         where = f"{self.images} {'held-out training' if self.val is None else 'validation'} images"
         if self.images < LEAST:
             return base, (
-                f"{where} are too few to choose by ({LEAST} are needed), so the model stays as it is; name a method to "
-                "fit it all the same."
+                f"{where} are too few to choose by ({LEAST} are needed), so the model stays as it is; name "
+                "a method to fit it all the same."
             )
         if chosen is base:
             return base, (
-                f"Nothing is better than the model by one standard error on {where}, so the model stays as it is."
+                f"Nothing is better than the model by one standard error on {where}, so the model stays as "
+                "it is."
             )
         gain = f"{base.judged.accuracy:.4f} -> {chosen.judged.accuracy:.4f} on {where}"
         if chosen is best:
@@ -418,8 +430,8 @@ class _Contest:
             return None
         return (
             f"A linear probe labels more images right: {probe.judged.accuracy:.4f} against "
-            f"{winner.judged.accuracy:.4f}, with {probe.numbers:,} numbers that know these classes alone; to have it, "
-            'ask for the method "probe".'
+            f"{winner.judged.accuracy:.4f}, with {probe.numbers:,} numbers that know these classes alone; to "
+            'have it, ask for the method "probe".'
         )
 
     def made(self, winner: _Entry) -> tuple[TowerAdapter, ZeroShotHead]:

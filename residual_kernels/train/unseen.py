@@ -1,8 +1,8 @@
 """How strong a penalty keeps, or helps, classes that nobody labelled? Classes as folds.
 
-Each fold holds out some classes altogether: components are fitted on the images and names of the others, and judged on
-the held-out classes' images, read among the held-out names alone. Weights belong to components and not to classes, so
-such a fit can be read there; class vectors that were moved, or a probe, cannot.
+Each fold holds out some classes altogether: components are fitted on the images and names of the others, and
+judged on the held-out classes' images, read among the held-out names alone. Weights belong to components and
+not to classes, so such a fit can be read there; class vectors that were moved, or a probe, cannot.
 """
 
 from collections.abc import Sequence

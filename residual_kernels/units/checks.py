@@ -20,7 +20,8 @@ def check_finite(images: Tensor, first: int = 0) -> None:
 
 
 def check_finite_units(tensors: Iterable[Tensor], rows: Tensor) -> None:
-    """Raises ValueError naming the cached `rows` [n] whose values, a row per leading index, hold NaN or Inf."""
+    """Raises ValueError naming the cached `rows` [n] whose values, a row per leading index,
+    hold NaN or Inf."""
     for tensor in tensors:
         if tensor.numel() and not tensor.sum().isfinite():  # a sum may overflow, so it only raises suspicion
             bad = (~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero().flatten().tolist()
@@ -33,11 +34,13 @@ def check_finite_units(tensors: Iterable[Tensor], rows: Tensor) -> None:
 
 
 def parts_of(batch: Any) -> tuple[Any, Any]:
-    """(images, labels or None) of what a loader yields: images, (images, labels, ...), or transformers' mapping."""
+    """(images, labels or None) of what a loader yields: images, (images, labels, ...),
+    or transformers' mapping."""
     if isinstance(batch, Mapping):
         if "pixel_values" not in batch:
             raise ValueError(
-                f"a batch that is a mapping needs its images under 'pixel_values'; got {', '.join(map(str, batch))}"
+                "a batch that is a mapping needs its images under 'pixel_values'; got "
+                f"{', '.join(map(str, batch))}"
             )
         return batch["pixel_values"], batch.get("labels")
     return (batch[0], batch[1]) if isinstance(batch, list | tuple) else (batch, None)
@@ -51,8 +54,8 @@ def whole_numbers(labels: Any, name: str = "labels") -> Tensor:
         given = labels[0] if isinstance(labels, Sequence) and len(labels) else labels
         shown = repr(given) if isinstance(given, str) else type(given).__name__
         raise ValueError(
-            f"{name} are whole numbers that count classes from 0; got {shown}: give the place of each name in the "
-            "list of class names"
+            f"{name} are whole numbers that count classes from 0; got {shown}: give the place of each name "
+            "in the list of class names"
         ) from error
     if found.is_floating_point() or found.is_complex():
         plain = found if found.is_floating_point() else found.abs() * float("nan")
@@ -63,7 +66,10 @@ def whole_numbers(labels: Any, name: str = "labels") -> Tensor:
 
 
 def checked_labels(labels: Any, images: int, class_names: Sequence[str] | None = None) -> Tensor:
-    """Labels of a batch as int64 on the CPU; a ValueError for another number of them, or for values out of range."""
+    """Labels of a batch as int64 on the CPU.
+
+    A ValueError for another number of them, or for values out of range.
+    """
     labels = whole_numbers(labels)
     if labels.shape != (images,):
         raise ValueError(f"a batch has {images} images but labels of shape {tuple(labels.shape)}")
@@ -85,11 +91,12 @@ def check_range(labels: Tensor, classes: int) -> None:
 
 
 def check_names(head: Sequence[str], data: Sequence[str] | None, *, sure: bool = True) -> None:
-    """Raises ValueError where a head's classes are others than the data's, or in another order, with the pairing shown.
+    """Raises ValueError where a head's classes are others than the data's, or in another order,
+    with the pairing shown.
 
-    Names that differ in case, spaces, dashes and underscores alone are the same; bare numbers name nothing. Where it is
-    not `sure` that the data's names are meant to be a head's (a data set of another library), names that have nothing
-    in common are passed.
+    Names that differ in case, spaces, dashes and underscores alone are the same; bare numbers name nothing.
+    Where it is not `sure` that the data's names are meant to be a head's (a data set of another library),
+    names that have nothing in common are passed.
     """
     if data is None or _numbers(head) or _numbers(data):
         return
@@ -104,12 +111,12 @@ def check_names(head: Sequence[str], data: Sequence[str] | None, *, sure: bool =
     more = "; ..." if len(differ) > 3 else ""
     if len(common) == len(ours) == len(theirs):
         raise ValueError(
-            f"the head has the data's classes in another order, so {len(differ)} of {len(ours)} classes are read "
-            f"as others: {pairs}{more}. Make the head with the data's names in the data's order"
+            f"the head has the data's classes in another order, so {len(differ)} of {len(ours)} classes "
+            f"are read as others: {pairs}{more}. Make the head with the data's names in the data's order"
         )
     raise ValueError(
-        f"the head's classes are not the data's: {pairs}{more}. If they are the same classes by other names, in the "
-        "same order, say so: data.class_names = head.class_names"
+        f"the head's classes are not the data's: {pairs}{more}. If they are the same classes by other "
+        "names, in the same order, say so: data.class_names = head.class_names"
     )
 
 
@@ -136,7 +143,8 @@ def _at(names: Sequence[str], k: int) -> str:
 
 
 def names_of(loader: Any) -> tuple[Sequence[str] | None, bool]:
-    """(class names of the data set that a loader reads or None, whether the data set is one of this library)."""
+    """(class names of the data set that a loader reads or None, whether the data set is one of this
+    library)."""
     data = getattr(loader, "dataset", loader)
     while (inner := getattr(data, "dataset", None)) is not None and not hasattr(data, "class_names"):
         data = inner  # a Subset

@@ -45,8 +45,8 @@ class Decomposition:
             [N, U, D], float32 or better.
 
         Raises:
-            ValueError: no unit matches, the kind was not collected, or the tower, whose weights are read here, has
-                changed since the images ran.
+            ValueError: no unit matches, the kind was not collected, or the tower, whose weights are read
+                here, has changed since the images ran.
         """
         chosen = self.layout.select(kind, layer, head)
         found = []
@@ -74,14 +74,15 @@ def decompose(
         tower: a supported image tower, or a ResiDual (its tower is decomposed).
         images: [N, 3, H, W], preprocessed, in the tower's dtype; those on the CPU are moved to its device.
         kinds: which units to collect; the default is all, and only then does their sum equal the output.
-        check: compare the first image with the model's own forward, the first time and after the tower has changed.
+        check: compare the first image with the model's own forward, the first time and after the tower has
+            changed.
 
     Returns:
         A :class:`Decomposition`. Sums are exact to rounding (about 1e-6 relative in float32).
 
     Raises:
-        UnsupportedTowerError: the tower has no exact units, or computes something else than its parts say (a hook, a
-            subclass, a LoRA ...); the message says why, and where.
+        UnsupportedTowerError: the tower has no exact units, or computes something else than its parts say (a
+            hook, a subclass, a LoRA ...); the message says why, and where.
         ValueError: images of another shape, dtype or device, or with NaN or Inf (named by index).
 
     The tower is left bitwise as it was. Gradients flow as through the tower itself.

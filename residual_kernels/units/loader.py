@@ -1,7 +1,9 @@
-"""What does the tower make of a loader? Its images, checked, batch by batch, in pieces that end where shards end.
+"""What does the tower make of a loader?
 
-A piece is the same whether the pass begins at the first image or resumes, and whoever makes it: the tower sees the same
-batches, and its results are the same to the bit.
+Its images, checked, batch by batch, in pieces that end where shards end.
+
+A piece is the same whether the pass begins at the first image or resumes, and whoever makes it: the tower
+sees the same batches, and its results are the same to the bit.
 """
 
 import hashlib
@@ -44,8 +46,8 @@ class UnitBatch:
         labels: [n] int64 on the CPU, or None.
         images: [n, 3, H, W] on the tower's device, or None where the tower ran before (a cache).
         given: the same images where the loader left them.
-        terms: :class:`Terms` on the source's device. Of images they are computed when first asked for, without
-            gradients.
+        terms: :class:`Terms` on the source's device. Of images they are computed when first asked for,
+            without gradients.
     """
 
     def __init__(
@@ -214,7 +216,8 @@ class Stream:
     def pieces(
         self, size: int | None, need: Need, checked: Callable[[Any], tuple[Tensor, Any]]
     ) -> Iterator[Piece]:
-        """What is needed, in pieces that end where a shard of `size` images ends; `checked` opens every batch."""
+        """What is needed, in pieces that end where a shard of `size` images ends;
+        `checked` opens every batch."""
         row = 0
         for batch in self._batches():
             images, labels = checked(batch)
@@ -280,29 +283,38 @@ class Indexed:
         cuts = _Cuts(self.count, self.size, max(1, self.count) if size is None else size, need)
         of = self.loader
         batches = DataLoader(
-            of.dataset, batch_sampler=_Numbers(cuts), num_workers=of.num_workers, collate_fn=of.collate_fn,
-            pin_memory=of.pin_memory, timeout=of.timeout, worker_init_fn=of.worker_init_fn,
-            multiprocessing_context=of.multiprocessing_context, prefetch_factor=of.prefetch_factor,
-        )  # fmt: skip
+            of.dataset,
+            batch_sampler=_Numbers(cuts),
+            num_workers=of.num_workers,
+            collate_fn=of.collate_fn,
+            pin_memory=of.pin_memory,
+            timeout=of.timeout,
+            worker_init_fn=of.worker_init_fn,
+            multiprocessing_context=of.multiprocessing_context,
+            prefetch_factor=of.prefetch_factor,
+        )
         for cut, batch in zip(cuts, batches, strict=True):
             images, labels = checked(batch)
             yield cut.start, images, labels
 
 
 def resumable(loader: Iterable) -> Stream | Indexed:
-    """How a pass that can be interrupted reads this loader; a ValueError when its order cannot be relied on."""
+    """How a pass that can be interrupted reads this loader.
+
+    A ValueError when its order cannot be relied on.
+    """
     if not isinstance(loader, DataLoader):
         return Stream(loader)
     sampler = loader.sampler
     if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         raise ValueError(
-            "the loader shuffles, so a pass that is interrupted could not go on where it stopped; encode with "
-            "shuffle=False (fit shuffles by itself)"
+            "the loader shuffles, so a pass that is interrupted could not go on where it stopped; encode "
+            "with shuffle=False (fit shuffles by itself)"
         )
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         raise ValueError(
-            "the loader's DistributedSampler gives this process a part of the data, and encode would divide that part "
-            "again; give every process the whole data in the same order"
+            "the loader's DistributedSampler gives this process a part of the data, and encode would "
+            "divide that part again; give every process the whole data in the same order"
         )
     by_number = type(sampler) is SequentialSampler and type(loader.batch_sampler) is BatchSampler
     if type(loader) is DataLoader and by_number and loader.collate_fn is default_collate:

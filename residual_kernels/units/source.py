@@ -1,6 +1,9 @@
-"""Where do units come from? A cache, a loader of images, or images: one :class:`UnitSource`, and nobody asks which.
+"""Where do units come from?
 
-:func:`unit_source` makes it. A source yields :class:`UnitBatch` objects, whose terms are on one device and checked.
+A cache, a loader of images, or images: one :class:`UnitSource`, and nobody asks which.
+
+:func:`unit_source` makes it. A source yields :class:`UnitBatch` objects, whose terms are on one device and
+checked.
 """
 
 import functools
@@ -29,10 +32,12 @@ class UnitSource(Protocol):
     """Units of a data set, in order or, where `indexed`, along given rows.
 
     Attributes:
-        indexed: whether rows can be read by number; :meth:`along` and :meth:`subset` raise ValueError otherwise.
+        indexed: whether rows can be read by number; :meth:`along` and :meth:`subset` raise ValueError
+            otherwise.
         repeatable: whether the data can be read more than once.
         count: images; None where only a reading tells (a loader).
-        labels: [N] int64 on the CPU; None where there are none, or where they come with the batches alone (a loader).
+        labels: [N] int64 on the CPU; None where there are none, or where they come with the batches alone (a
+            loader).
         ids: [N] int64, the positions of the images in the data they came from; None for a loader.
         class_names: names of the labels, or None.
         device: where the terms are.
@@ -53,10 +58,11 @@ class UnitSource(Protocol):
     def batches(
         self, size: int | None = None, *, shared: bool = False, ahead: bool = False
     ) -> Iterator[UnitBatch]:
-        """All units in order, `size` images at a time (ROWS by default); a loader's batches keep their own sizes.
+        """All units in order, `size` images at a time (ROWS by default);
+        a loader's batches keep their own sizes.
 
-        `shared`: the processes of a group share the batches of a source that all of them read; a loader is a process's
-        own, and is read whole. `ahead`: a thread reads the next batches while one is computed with.
+        `shared`: the processes of a group share the batches of a source that all of them read; a loader is a
+        process's own, and is read whole. `ahead`: a thread reads the next batches while one is computed with.
         """
         ...
 
@@ -65,7 +71,8 @@ class UnitSource(Protocol):
         ...
 
     def first(self, size: int = ROWS) -> Terms | None:
-        """Terms of the first `size` images, the same in all processes; None of a loader, or where there are none."""
+        """Terms of the first `size` images, the same in all processes; None of a loader,
+        or where there are none."""
         ...
 
     def subset(self, rows: Tensor) -> "UnitSource":
@@ -146,20 +153,22 @@ def unit_source(
     """The units of some data: the one place that knows what data may be.
 
     Args:
-        data: a :class:`UnitCache` of this tower; a loader of images [n, 3, H, W], of (images, labels, ...) or of
-            transformers' mappings; or images [N, 3, H, W].
+        data: a :class:`UnitCache` of this tower; a loader of images [n, 3, H, W], of (images, labels, ...) or
+            of transformers' mappings; or images [N, 3, H, W].
         tower: a supported image tower, or an adapter around one.
         kinds: kinds of units that are needed.
         also: more kinds, which are read where a cache holds them and computed from images.
         labelled: labels are needed.
         classes: labels must lie in [0, classes).
-        class_names: names of the labels, as a head has them: the data's own names, where it has some, must be these.
+        class_names: names of the labels, as a head has them: the data's own names, where it has some, must be
+            these.
         device: where terms of a cache are to be; the tower's by default. Images always go to the tower.
-        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose` does.
+        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose`
+            does.
 
     Raises:
-        ValueError: a cache of another tower, or without the kinds or labels that are needed, or with labels out of
-            range, or classes of other names or in another order. A loader raises when a batch is read.
+        ValueError: a cache of another tower, or without the kinds or labels that are needed, or with labels
+            out of range, or classes of other names or in another order. A loader raises when a batch is read.
     """
     view = towers.view_inside(tower, check)
     if labelled and class_names is not None:
@@ -195,7 +204,8 @@ def cache_of(data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Ite
 def cached_source(
     data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = (), **options
 ) -> CachedUnits:
-    """:func:`unit_source`, but always indexed: images are encoded in memory first, in one pass of the tower."""
+    """:func:`unit_source`, but always indexed: images are encoded in memory first,
+    in one pass of the tower."""
     kinds = tuple(kinds)
     return cast(CachedUnits, unit_source(cache_of(data, tower, kinds), tower, kinds, **options))  # of a cache
 

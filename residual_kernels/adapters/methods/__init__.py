@@ -1,11 +1,14 @@
-"""Which ways of adapting a tower are there, by name? One file each, which ends in its record; `METHODS` is the table.
+"""Which ways of adapting a tower are there, by name?
+
+One file each, which ends in its record; `METHODS` is the table.
 
 Where weights start. A class starts at ones whatever its form: `rk.ResiDual(tower, bases)` does. By name,
-`rk.build("fine", tower, bases)` starts as the record says: the paper's methods at N(1, 1), ours (anchored, shared,
-stream) at ones, which are the tower. `init=` overrides either.
+`rk.build("fine", tower, bases)` starts as the record says: the paper's methods at N(1, 1), ours (anchored,
+shared, stream) at ones, which are the tower. `init=` overrides either.
 
-How to add a method: a file here that ends in `METHOD = Method(...)` (with its adapter's class, where that is new), a
-test, and its name in the table `adapters/method_names.py`. Commands, sweeps, files on disk and reports then know it.
+How to add a method: a file here that ends in `METHOD = Method(...)` (with its adapter's class, where that is
+new), a test, and its name in the table `adapters/method_names.py`. Commands, sweeps, files on disk and
+reports then know it.
 """
 
 import importlib
@@ -48,16 +51,19 @@ def build(
     Args:
         method: a name in :data:`METHODS`.
         tower: an image tower that :func:`residual_kernels.decompose` supports.
-        bases: must hold the method's kinds and may hold more; stream's are fitted with placement="stream", and where
-            they were fitted over some tokens those are adapted. Needed where the record says so, and for rest="mean".
-        init: "ones", "normal" (N(1, 1) with `seed`) or a tensor; the record's `start` by default: "normal" for the
-            paper's methods, "ones" for ours. A linear layer and the base have no choice, and do not read it.
+        bases: must hold the method's kinds and may hold more; stream's are fitted with placement="stream",
+            and where they were fitted over some tokens those are adapted. Needed where the record says so,
+            and for rest="mean".
+        init: "ones", "normal" (N(1, 1) with `seed`) or a tensor; the record's `start` by default: "normal"
+            for the paper's methods, "ones" for ours. A linear layer and the base have no choice, and do not
+            read it.
         rest: what becomes of other units; the method's own by default (the first of its `rests`).
         energy, components, max_components: how many components are kept of each unit, as
-            :meth:`SpectralBases.truncate` has them, where the method takes them: `fine` and `stream` keep 0.90 of the
-            variance by default, `anchored` and `shared` all. None is as good as left out.
+            :meth:`SpectralBases.truncate` has them, where the method takes them: `fine` and `stream` keep
+            0.90 of the variance by default, `anchored` and `shared` all. None is as good as left out.
 
-    Raises ValueError for an unknown name, an option that the method does not have, and as the adapter's class does.
+    Raises ValueError for an unknown name, an option that the method does not have, and as the adapter's class
+    does.
     """
     record = method_named(method)
     given = {name: value for name, value in options.items() if value is not None}

@@ -1,4 +1,7 @@
-"""anchored: the tower's whole output, and what the weights of heads and MLPs change of it. Ones are the tower."""
+"""anchored: the tower's whole output, and what the weights of heads and MLPs change of it.
+
+Ones are the tower.
+"""
 
 from torch import nn
 

@@ -1,4 +1,7 @@
-"""What is a method? One record that says how an adapter is built by name, what it reads and where it starts."""
+"""What is a method?
+
+One record that says how an adapter is built by name, what it reads and where it starts.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +17,16 @@ TRUNCATION = ("energy", "components", "max_components")
 class Method:
     """A way of adapting a tower, by name.
 
-    What an adapter does afterwards is its class's own: `component_weight` says how learned numbers map to components,
-    `merge` how they are folded away, `options` and its parameters what is kept on disk, `weights_on` what is drawn.
+    What an adapter does afterwards is its class's own: `component_weight` says how learned numbers map to
+    components, `merge` how they are folded away, `options` and its parameters what is kept on disk,
+    `weights_on` what is drawn.
 
     Attributes:
         name: how it is called on the command line, in a sweep's plan and in tables.
         summary: what it adapts and what becomes of the rest, in a few words.
         adapter: the class of what it builds.
-        make: called with (tower, bases, seed=..., **options): `init` where the method has a start, and the options
-            that were given.
+        make: called with (tower, bases, seed=..., **options): `init` where the method has a start, and the
+            options that were given.
         start: the weights it starts from: "normal" (N(1, 1)), "ones", or None where there is no choice.
         kinds: kinds of units it adapts: what a cache or bases must hold.
         options: names of the options it takes, of "rest", "energy", "components" and "max_components".
@@ -52,7 +56,8 @@ class Method:
 
     @property
     def runs_the_tower(self) -> bool:
-        """Whether a fit needs the images: what the tower computes depends on the weights, so nothing can be cached."""
+        """Whether a fit needs the images: what the tower computes depends on the weights,
+        so nothing can be cached."""
         return self.placement == "stream"
 
     @property
@@ -88,7 +93,10 @@ def truncated(
     components: int | None = None,
     max_components: int | None = None,
 ) -> SpectralBases:
-    """The bases with as many components as the options say; the paper's 0.90 of the variance where they do not."""
+    """The bases with as many components as the options say.
+
+    The paper's 0.90 of the variance where they do not.
+    """
     if components is None and energy is None:
         energy = ENERGY
     return bases.truncate(energy=energy, components=components, max_components=max_components)

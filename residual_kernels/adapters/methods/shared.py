@@ -1,4 +1,5 @@
-"""shared: anchored, with one number per component index that all heads of a layer share: far fewer numbers to learn."""
+"""shared: anchored, with one number per component index that all heads of a layer share:
+far fewer numbers to learn."""
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from residual_kernels.bases.spectral_bases import SpectralBases
 
 
 class SharedResiDual(ResiDual):
-    """:class:`ResiDual` where the k-th components of all heads of a layer have one weight: of length P, not J.
+    """:class:`ResiDual` where the k-th components of all heads of a layer have one weight:
+    of length P, not J.
 
     MLPs, alone in their layers, keep a number for each component. Arguments as there, at the output only.
     """

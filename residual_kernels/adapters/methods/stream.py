@@ -1,5 +1,6 @@
-"""stream: heads reweighted where they enter the residual stream, so that later layers see it. Weights of one are the
-tower."""
+"""stream: heads reweighted where they enter the residual stream, so that later layers see it.
+
+Weights of one are the tower."""
 
 from torch import nn
 

@@ -1,9 +1,10 @@
 """Where do images come from? What a `--data` names: a data set that a DataLoader reads, with its class names.
 
 Four sources enumerate images and open them: `image_folder.py` (a folder, or a zip, whose members `archive.py`
-names), `webdataset.py` (shards, indexed by `tar.py`), `torchvision_sets.py` and `hugging_face.py` (by name). What is
-the same for all is written once: `decode.py` (bytes to RGB, and what makes an image unreadable), `listing.py` (which
-files are images, what class each is), `account.py` (what became of everything found), `base.py` (identity, labels).
+names), `webdataset.py` (shards, indexed by `tar.py`), `torchvision_sets.py` and `hugging_face.py` (by name).
+What is the same for all is written once: `decode.py` (bytes to RGB, and what makes an image unreadable),
+`listing.py` (which files are images, what class each is), `account.py` (what became of everything found),
+`base.py` (identity, labels).
 """
 
 import os
@@ -55,22 +56,25 @@ def open_images(
     """The data set that `source` names.
 
     Args:
-        source: an ImageFolder directory, or a zip of one (``photos.zip/train`` works too); WebDataset shards (a folder
-            of .tar files, one, or a pattern ``photos-{000..012}.tar``); ``torchvision:GTSRB@test``;
+        source: an ImageFolder directory, or a zip of one (``photos.zip/train`` works too); WebDataset shards
+            (a folder of .tar files, one, or a pattern ``photos-{000..012}.tar``); ``torchvision:GTSRB@test``;
             ``hf:tanganke/dtd@test`` or the folder of a data set that Hugging Face's library saved. ``~`` and
             environment variables are expanded.
         preprocess: PIL image -> tensor [3, H, W].
-        labelled: whether labels are wanted; without, any image below a folder is taken. None takes labels where the
-            source has them, and a flat folder without.
-        root: where the named data sets are kept; download: whether they may be fetched when they are not there.
-        exif: whether images are turned upright as their EXIF orientation says. They are by default, as every viewer
-            shows them: a tower reads a photograph worse when it lies on its side. torchvision and open_clip leave
-            them as stored; False does too. The value is part of :meth:`Images.fingerprint`.
-        identity: what tells an image from another in the fingerprint: "auto", "stat" or "digest"; see :class:`Images`.
+        labelled: whether labels are wanted; without, any image below a folder is taken. None takes labels
+            where the source has them, and a flat folder without.
+        root: where the named data sets are kept; download: whether they may be fetched when they are not
+            there.
+        exif: whether images are turned upright as their EXIF orientation says. They are by default, as every
+            viewer shows them: a tower reads a photograph worse when it lies on its side. torchvision and
+            open_clip leave them as stored; False does too. The value is part of :meth:`Images.fingerprint`.
+        identity: what tells an image from another in the fingerprint: "auto", "stat" or "digest"; see
+            :class:`Images`.
         image_column, label_column: of a Hugging Face data set, where more than one would do.
         skip: whether a container that is damaged (a shard cut short) is read up to there instead of raising.
 
-    Raises FileNotFoundError or ValueError when there is no such data set, and ImportError naming the extra to install.
+    Raises FileNotFoundError or ValueError when there is no such data set, and ImportError naming the extra to
+    install.
     """
     if identity not in IDENTITIES:
         raise ValueError(f"identity must be one of {', '.join(IDENTITIES)}; got {identity!r}")
@@ -84,7 +88,8 @@ def open_images(
     address = scheme not in _BY_NAME and _ADDRESS.match(os.fspath(source)) and not os.path.lexists(source)
     if address or rest.startswith("//"):
         raise ValueError(
-            f"{scheme}://{rest.lstrip('/')} is an address in a network, and only local data are read; download it first"
+            f"{scheme}://{rest.lstrip('/')} is an address in a network, and only local data are read; "
+            "download it first"
         )
     if scheme in _BY_NAME and not rest:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""What became of everything a source holds? Found, read, left out and why, ignored, duplicate; and the classes."""
+"""What became of everything a source holds?
+
+Found, read, left out and why, ignored, duplicate; and the classes.
+"""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -10,9 +13,25 @@ from residual_kernels.schema import Count
 
 SHOWN = 10  # names in a message; the account itself holds all
 _PICTURES = frozenset(  # endings of images that need more than Pillow: said aloud, not only counted
-    {".heic", ".heif", ".jxl", ".svg", ".eps", ".exr", ".hdr", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2",
-     ".raf", ".raw"}
-)  # fmt: skip
+    {
+        ".heic",
+        ".heif",
+        ".jxl",
+        ".svg",
+        ".eps",
+        ".exr",
+        ".hdr",
+        ".dng",
+        ".cr2",
+        ".cr3",
+        ".nef",
+        ".arw",
+        ".orf",
+        ".rw2",
+        ".raf",
+        ".raw",
+    }
+)
 
 
 class ToldClass(TypedDict):
@@ -107,9 +126,14 @@ class Account:
         """The account that :meth:`to_dict` told of."""
         classes = [(row["folder"], row["name"], row["images"]) for row in told["classes"]]
         return cls(
-            told["source"], told["found"], told["left_out"], Counter(told["ignored"]), told["duplicates"],
-            told["notes"], classes,
-        )  # fmt: skip
+            told["source"],
+            told["found"],
+            told["left_out"],
+            Counter(told["ignored"]),
+            told["duplicates"],
+            told["notes"],
+            classes,
+        )
 
     def to_dict(self) -> Told:
         """For JSON."""

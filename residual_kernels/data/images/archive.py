@@ -71,8 +71,8 @@ def members(archive: Path, prefix: str, account: Account) -> Iterator[tuple[str,
             yield plain[len(prefix) :], _followed(plain, info, places, links)
     if unknown:
         account.notes.append(
-            f"the names of {len(unknown)} members are in an unknown encoding and were read as code page 437, such as "
-            f"{unknown[0]}; if that looks wrong, make the zip again with UTF-8 names"
+            f"the names of {len(unknown)} members are in an unknown encoding and were read as code page "
+            f"437, such as {unknown[0]}; if that looks wrong, make the zip again with UTF-8 names"
         )
 
 
@@ -89,7 +89,10 @@ def _target(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> str:
 def _followed(
     name: str, info: zipfile.ZipInfo, places: dict[str, zipfile.ZipInfo], links: dict[int, str]
 ) -> zipfile.ZipInfo:
-    """The member that a link in a zip leads to; the link itself, which is no image, where it leads to none."""
+    """The member that a link in a zip leads to.
+
+    The link itself, which is no image, where it leads to none.
+    """
     found, at = info, name
     for _ in range(_LONGEST_CHAIN):
         if id(found) not in links:
@@ -102,7 +105,10 @@ def _followed(
 
 
 def _intended_name(info: zipfile.ZipInfo) -> tuple[str, bool]:
-    """The name of a member, and whether its encoding is known. Many programs write UTF-8 without saying so."""
+    """The name of a member, and whether its encoding is known.
+
+    Many programs write UTF-8 without saying so.
+    """
     name = info.filename
     if info.flag_bits & _UTF8 or name.isascii():
         return name, True

@@ -21,10 +21,11 @@ DIGEST_BYTES = (
 
 
 class Images(Dataset, abc.ABC):
-    """Images read as (preprocessed image, label), or as the image alone without labels, in an order that never changes.
+    """Images read as (preprocessed image, label), or as the image alone without labels,
+    in an order that never changes.
 
-    A source only enumerates its images and opens them (:meth:`_open`); what decoding, orientation, labels and identity
-    mean is written here once.
+    A source only enumerates its images and opens them (:meth:`_open`); what decoding, orientation, labels and
+    identity mean is written here once.
 
     Attributes:
         names: of the images, in order.
@@ -32,9 +33,10 @@ class Images(Dataset, abc.ABC):
         class_names: names of the labels, or None where images are read without labels.
         preprocess: PIL image -> tensor [3, H, W].
         exif: whether images are turned as their EXIF orientation says.
-        identity: what tells an image from another in :meth:`fingerprint`: "digest" (SHA-256 of its bytes; reads
-            everything), "stat" (size and time of change, or the archive's own checksum), or "auto": the digest where
-            all images together take less than 4 GiB and no archive holds checksums of its own, else "stat".
+        identity: what tells an image from another in :meth:`fingerprint`: "digest" (SHA-256 of its bytes;
+            reads everything), "stat" (size and time of change, or the archive's own checksum), or "auto": the
+            digest where all images together take less than 4 GiB and no archive holds checksums of its own,
+            else "stat".
         account: what the source holds and what became of it.
     """
 
@@ -72,7 +74,8 @@ class Images(Dataset, abc.ABC):
         return self.preprocess(image) if self.class_names is None else (self.preprocess(image), label)
 
     def fingerprint(self) -> str:
-        """A line that tells this data set from others, wherever it lies: a count, and a digest of what is known."""
+        """A line that tells this data set from others, wherever it lies: a count,
+        and a digest of what is known."""
         if self.identity not in IDENTITIES:
             raise ValueError(f"identity must be one of {', '.join(IDENTITIES)}; got {self.identity!r}")
         chosen = self.identity

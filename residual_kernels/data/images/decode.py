@@ -23,14 +23,35 @@ _REFUSED = frozenset({"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5"})
 _FULL_RANGE = frozenset({"PNG", "TIFF", "JPEG2000", "PPM"})
 # What decoders and archives raise about the bytes they are given, and never about the machine.
 _ABOUT_BYTES = (
-    ValueError, SyntaxError, EOFError, LookupError, ArithmeticError, TypeError, AttributeError, NotImplementedError,
-    struct.error, zlib.error, lzma.LZMAError, zipfile.BadZipFile, DecompressionBombError,
-)  # fmt: skip
-# Errors of the system that concern one file. Any other (EMFILE, ENOMEM, EIO ...) concerns the machine or the disk.
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    AttributeError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+    zipfile.BadZipFile,
+    DecompressionBombError,
+)
+# Errors of the system that concern one file. Any other (EMFILE, ENOMEM, EIO ...) concerns the machine or the
+# disk.
 _ABOUT_ONE_FILE = frozenset(
-    {errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENAMETOOLONG,
-     errno.EINVAL}  # of a seek to before the beginning, where a damaged zip says a member lies
-)  # fmt: skip
+    {
+        errno.ENOENT,
+        errno.EACCES,
+        errno.EPERM,
+        errno.ELOOP,
+        errno.ENOTDIR,
+        errno.EISDIR,
+        errno.ENXIO,
+        errno.ENAMETOOLONG,
+        errno.EINVAL,
+    }  # of a seek to before the beginning, where a damaged zip says a member lies
+)
 _NO_IMAGES = (  # how text in an image's place begins, in lower case -> what it is
     (
         b"version https://git-lfs",
@@ -123,8 +144,8 @@ def decode(data: bytes, *, exif: bool = True) -> Image.Image:
 def rgb(image: Image.Image, *, exif: bool = True) -> Image.Image:
     """A decoded image in RGB with 8 bits a channel.
 
-    Grey images of more than 8 bits are scaled by the range of their mode. Images of float or 32-bit numbers have no
-    range of their own, so they are refused (ValueError).
+    Grey images of more than 8 bits are scaled by the range of their mode. Images of float or 32-bit numbers
+    have no range of their own, so they are refused (ValueError).
     """
     turn = _UPRIGHT.get(_orientation(image) or 0) if exif else None
     found = _eight_bits(image).convert("RGB")
@@ -152,6 +173,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if deep or image.mode in ("I", "F"):
         kind = "float" if image.mode == "F" else "integer"
         raise ValueError(
-            f"its {kind} numbers (mode {image.mode} in {image.format}) have no known range; save it with 8 or 16 bits"
+            f"its {kind} numbers (mode {image.mode} in {image.format}) have no known range; save it with 8 "
+            "or 16 bits"
         )
     return image

@@ -1,4 +1,5 @@
-"""Images of Hugging Face's data sets: ``hf:tanganke/dtd@test``, or the folder of one that its library saved."""
+"""Images of Hugging Face's data sets: ``hf:tanganke/dtd@test``, or the folder of one that its library
+saved."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -27,9 +28,9 @@ _LABELS = (
 class HuggingFaceImages(Images):
     """A data set of the Hugging Face hub, or a local folder that `datasets` reads: ``hf:tanganke/dtd@test``.
 
-    Images stand in a column of type Image, or of bytes; labels in one of type ClassLabel, or of strings or integers.
-    Which, is found where only one can be meant: the one Image (else the one of bytes), the one ClassLabel (else the one
-    called label, labels, class, category or target).
+    Images stand in a column of type Image, or of bytes; labels in one of type ClassLabel, or of strings or
+    integers. Which, is found where only one can be meant: the one Image (else the one of bytes), the one
+    ClassLabel (else the one called label, labels, class, category or target).
 
     Args:
         name, part: of the data set; `part` is train, test ...
@@ -69,7 +70,8 @@ class HuggingFaceImages(Images):
         self.account = Account(self.source, found=len(self.names))
         if unsure:
             self.account.notes.append(
-                f"read without labels, for several columns may hold them: {some(unsure)}; say which with --label-column"
+                f"read without labels, for several columns may hold them: {some(unsure)}; say which with "
+                "--label-column"
             )
         self.class_names, self.labels = None, torch.full((len(self.names),), -1)
         if self._label is not None:
@@ -111,8 +113,8 @@ class HuggingFaceImages(Images):
             feature = self._asked(data, asked)
             if not (type(feature).__name__ == "ClassLabel" or _is_plain(feature)):
                 raise ValueError(
-                    f"{self.source}: column {asked} holds {feature}, not one label an image (a class, a string or an "
-                    "integer)"
+                    f"{self.source}: column {asked} holds {feature}, not one label an image (a class, a "
+                    "string or an integer)"
                 )
             return asked
         found = self._only_label(data)
@@ -141,8 +143,8 @@ class HuggingFaceImages(Images):
         bare = [row for row, value in enumerate(values) if value is None or (own is not None and value < 0)]
         if bare:
             raise ValueError(
-                f"{self.source}: {len(bare)} images have no label in column {self._label}, the first of them image "
-                f"{bare[0]}; choose a part with labels, or use it without labels"
+                f"{self.source}: {len(bare)} images have no label in column {self._label}, the first of "
+                f"them image {bare[0]}; choose a part with labels, or use it without labels"
             )
         if own is not None:
             return tuple(own), torch.tensor(values)
@@ -164,7 +166,8 @@ class HuggingFaceImages(Images):
         return bytes(found)
 
     def _states(self) -> Iterator[object]:
-        """The library's own fingerprint: it changes with the data's files and with every step applied to them."""
+        """The library's own fingerprint: it changes with the data's files and with every step applied to
+        them."""
         return iter([self._data._fingerprint] * len(self))
 
 

@@ -17,17 +17,22 @@ from residual_kernels.data.text import user_path
 
 _HINTS = (  # endings -> what they tell
     ({".arrow", ".parquet"}, "; a data set of Hugging Face's library is named hf:{}"),
-    ({".safetensors"}, "; if it is a cache of `encode`, its images were read when it was made: name the images"),
-    ({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"}, "; unpack the archives, or name one zip or "
-     ".tar itself"),
-)  # fmt: skip
+    (
+        {".safetensors"},
+        "; if it is a cache of `encode`, its images were read when it was made: name the images",
+    ),
+    (
+        {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"},
+        "; unpack the archives, or name one zip or .tar itself",
+    ),
+)
 
 
 class ImageFiles(Images):
     """Images of a folder or of a zip.
 
-    With labels the layout is ImageFolder's: one folder per class, ``class/**/image``. Otherwise all images below the
-    path are taken. A path may go on inside a zip: ``photos.zip/train``.
+    With labels the layout is ImageFolder's: one folder per class, ``class/**/image``. Otherwise all images
+    below the path are taken. A path may go on inside a zip: ``photos.zip/train``.
 
     Args:
         path: the folder, the zip, or a folder inside it.
@@ -62,7 +67,8 @@ class ImageFiles(Images):
             there = ", ".join(f"{count} {ending}" for ending, count in self.account.ignored.most_common(4))
             hint = next((text for endings, text in _HINTS if endings & set(self.account.ignored)), "")
             raise ValueError(
-                f"{self.path} holds no images (.jpg, .png ...); it holds {there or 'nothing'}{hint.format(self.path)}"
+                f"{self.path} holds no images (.jpg, .png ...); it holds "
+                f"{there or 'nothing'}{hint.format(self.path)}"
             )
         self.class_names: tuple[str, ...] | None = None
         self.labels = torch.full((len(self.names),), -1)

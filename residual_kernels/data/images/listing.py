@@ -14,10 +14,20 @@ from residual_kernels.data.images.decode import image_endings
 from residual_kernels.data.text import normal, some
 
 NO_ENDING = "(no ending)"
-_SYSTEM = frozenset(  # what operating systems and storage boxes leave behind; so are names that begin with a dot
-    {"__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
-     "desktop.ini", "paxheaders"}
-)  # fmt: skip
+# What operating systems and storage boxes leave behind; so are names that begin with a dot.
+_SYSTEM = frozenset(
+    {
+        "__macosx",
+        "@eadir",
+        "#recycle",
+        "$recycle.bin",
+        "system volume information",
+        "lost+found",
+        "thumbs.db",
+        "desktop.ini",
+        "paxheaders",
+    }
+)
 _PARTS = frozenset(  # names of a data set's parts, which are no classes
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 )
@@ -68,8 +78,8 @@ def images_among(members: Iterable[tuple[str, Where]], account: Account) -> dict
 def walk(root: Path, account: Account | None = None) -> Iterator[tuple[str, bool]]:
     """(name relative to `root`, whether it is a folder) of everything below a folder.
 
-    Links are followed, but every folder is listed once: by its own name where it lies below `root`, else by the first
-    link to it. So links that lead back up, or across, end.
+    Links are followed, but every folder is listed once: by its own name where it lies below `root`, else by
+    the first link to it. So links that lead back up, or across, end.
     """
     top = os.path.realpath(root)
     seen: dict[tuple[int, int], str] = {_identity(root): "the folder itself"}
@@ -139,8 +149,8 @@ def by_folder(
         names: of the images, relative to `path`.
         folders: all folders directly below `path`, with or without images.
 
-    Raises ValueError where images lie outside of class folders, a class has none, or `path` holds the parts of a data
-    set (train, test) instead of classes.
+    Raises ValueError where images lie outside of class folders, a class has none, or `path` holds the parts
+    of a data set (train, test) instead of classes.
     """
     loose = [name for name in names if "/" not in name]
     if loose:
@@ -149,7 +159,8 @@ def by_folder(
     if _holds_parts(names, set(tops)):
         inner = some(sorted(set(tops)))
         raise ValueError(
-            f"the folders of {path} ({inner}) hold folders, not images; name one of them, such as {path / tops[0]}"
+            f"the folders of {path} ({inner}) hold folders, not images; name one of them, such as "
+            f"{path / tops[0]}"
         )
     spelled: dict[str, set[str]] = {}
     for top in tops:

@@ -14,7 +14,8 @@ _CHOICE = re.compile(r"\{[^{}]*,[^{}]*\}")
 
 
 def is_pattern(text: str) -> bool:
-    """Whether a name that no file has stands for several: it holds a range, a choice, or ``::`` between names."""
+    """Whether a name that no file has stands for several: it holds a range, a choice,
+    or ``::`` between names."""
     return bool(_RANGE.search(text) or _CHOICE.search(text) or "::" in text)
 
 

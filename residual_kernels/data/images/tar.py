@@ -45,15 +45,15 @@ class _Group:
 def samples(shard: Path, account: Account, skip: bool, labelled: bool | None = False) -> list[Sample]:
     """The images of a shard in its order.
 
-    An image ``0001.v2.jpg`` has the label in ``0001.v2.cls`` or ``0001.cls``. A key that comes again later is another
-    sample; a label that stands apart from its image belongs to it when no other has its name.
+    An image ``0001.v2.jpg`` has the label in ``0001.v2.cls`` or ``0001.cls``. A key that comes again later is
+    another sample; a label that stands apart from its image belongs to it when no other has its name.
 
     Args:
         shard: the tar file.
         account: counts the images, and what is no image.
         skip: whether damage ends the reading, and links to nothing are left out, instead of raising.
-        labelled: whether the last image before the damage is left out where its label is lost; None for where others
-            have labels.
+        labelled: whether the last image before the damage is left out where its label is lost; None for where
+            others have labels.
     """
     if not shard.is_file():
         hint = (
@@ -89,7 +89,8 @@ def samples(shard: Path, account: Account, skip: bool, labelled: bool | None = F
 def _members(
     shard: Path, file: tarfile.TarFile, account: Account, skip: bool
 ) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    """(name, member with the bytes) of every file; a link is the member that it leads to, before or behind it."""
+    """(name, member with the bytes) of every file; a link is the member that it leads to,
+    before or behind it."""
     members: list[tuple[str, tarfile.TarInfo]] = []
     cut: EOFError | tarfile.TarError | None = None
     try:
@@ -125,7 +126,8 @@ def _members(
 
 
 class _Links:
-    """Where the links of an archive lead: to the nearest member of that name before them, else the first behind."""
+    """Where the links of an archive lead: to the nearest member of that name before them,
+    else the first behind."""
 
     def __init__(self, members: list[tuple[str, tarfile.TarInfo]]):
         self.members = members
@@ -168,15 +170,23 @@ def _prefixes(parts: list[str]) -> Iterator[str]:
 
 
 def _target(name: str, member: tarfile.TarInfo) -> str:
-    """The name that a link of this name leads to; one that leads out of the archive begins with ``..`` or ``/``."""
+    """The name that a link of this name leads to.
+
+    One that leads out of the archive begins with ``..`` or ``/``.
+    """
     if not member.issym():  # a hard link: counted from the top
         return plain_name(member.linkname) or ".."
     return posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
 
 
 def _enter(
-    groups: list[_Group], shard: Path, file: tarfile.TarFile, name: str, member: tarfile.TarInfo, account: Account
-) -> None:  # fmt: skip
+    groups: list[_Group],
+    shard: Path,
+    file: tarfile.TarFile,
+    name: str,
+    member: tarfile.TarInfo,
+    account: Account,
+) -> None:
     matched = _KEY.fullmatch(name)
     ending = ending_of(name)
     if matched is None or (ending not in image_endings() and ending != _LABEL):
@@ -223,19 +233,23 @@ def _labelled(groups: list[_Group], account: Account) -> list[Sample]:
 
 
 def _damage(shard: Path, end: int) -> str | None:
-    """What is wrong with what follows the last member that could be read; None when it is the end of a whole file."""
+    """What is wrong with what follows the last member that could be read;
+    None when it is the end of a whole file."""
     with shard.open("rb") as file:
         file.seek(end)
         mark = file.read(tarfile.BLOCKSIZE)
         if len(mark) < tarfile.BLOCKSIZE:
-            return f"{shard} is cut short: it ends at byte {end + len(mark):,} without the end mark of a tar file"
+            return (
+                f"{shard} is cut short: it ends at byte {end + len(mark):,} without the end mark of a tar "
+                "file"
+            )
         if any(mark):
             return f"{shard} is damaged at byte {end:,}: no member begins there"
         after = _first_byte(file)
         if after is not None:
             return (
-                f"{shard} holds more after its end mark, at byte {after:,}: tar files that were joined byte by byte; "
-                "join them with `tar --concatenate`, or name them one by one"
+                f"{shard} holds more after its end mark, at byte {after:,}: tar files that were joined "
+                "byte by byte; join them with `tar --concatenate`, or name them one by one"
             )
     return None
 

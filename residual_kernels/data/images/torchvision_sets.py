@@ -28,19 +28,29 @@ _TABLES = {
 }
 _FOLDERS = ("ImageFolder", "DatasetFolder")
 _LABELS = {  # what the labels of other data sets are: refused before anything is fetched
-    "CelebA": "attributes of faces", "Cityscapes": "masks", "CocoCaptions": "captions", "CocoDetection": "boxes",
-    "Flickr30k": "captions", "Flickr8k": "captions", "Kitti": "boxes", "LFWPairs": "pairs of faces",
-    "PhotoTour": "pairs of patches", "SBDataset": "boundaries", "SBU": "captions", "VOCDetection": "boxes",
-    "VOCSegmentation": "masks", "WIDERFace": "boxes of faces",
-}  # fmt: skip
+    "CelebA": "attributes of faces",
+    "Cityscapes": "masks",
+    "CocoCaptions": "captions",
+    "CocoDetection": "boxes",
+    "Flickr30k": "captions",
+    "Flickr8k": "captions",
+    "Kitti": "boxes",
+    "LFWPairs": "pairs of faces",
+    "PhotoTour": "pairs of patches",
+    "SBDataset": "boundaries",
+    "SBU": "captions",
+    "VOCDetection": "boxes",
+    "VOCSegmentation": "masks",
+    "WIDERFace": "boxes of faces",
+}
 _GIVEN = frozenset({"root", "split", "train"})
 
 
 class TorchvisionImages(Images):
     """A classification data set of torchvision: ``torchvision:GTSRB@test``.
 
-    Class names are the data set's own, or clip_benchmark's where it has none (GTSRB, SVHN ...). The library decodes
-    the images itself.
+    Class names are the data set's own, or clip_benchmark's where it has none (GTSRB, SVHN ...). The library
+    decodes the images itself.
     """
 
     def __init__(
@@ -75,7 +85,8 @@ class TorchvisionImages(Images):
             self._data = made(str(root), **options)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"{self.source} is not in {root}; fetch it with --download, or say where it is with --data-root"
+                f"{self.source} is not in {root}; fetch it with --download, or say where it is with "
+                "--data-root"
             ) from error
         except (ValueError, ImportError) as error:
             raise ValueError(f"{self.source}: {error}") from error
@@ -87,7 +98,8 @@ class TorchvisionImages(Images):
         labelled = kind is None if labelled is None else labelled
         if labelled and kind is not None:
             raise ValueError(
-                f"{self.source} is not a classification data set: its labels are {kind}; use it without labels"
+                f"{self.source} is not a classification data set: its labels are {kind}; use it without "
+                "labels"
             )
         self.class_names = self._classes(made.__name__) if labelled else None
         self.labels = self._labels() if labelled else torch.full((len(self.names),), -1)
@@ -108,7 +120,8 @@ class TorchvisionImages(Images):
         return None if whole else f"of type {type(found[1]).__name__}"
 
     def _labels(self) -> Tensor:
-        """The labels without opening the images where the data set lists them, else -1 until an image is read."""
+        """The labels without opening the images where the data set lists them,
+        else -1 until an image is read."""
         for attribute in ("targets", "labels", "_labels"):
             found = getattr(self._data, attribute, None)
             if isinstance(found, Tensor | np.ndarray | list) and len(found) == len(self.names):
@@ -153,7 +166,8 @@ class TorchvisionImages(Images):
         return image, label
 
     def _states(self) -> Iterator[object]:
-        """One state for all: files that the data set names, by size and time of change, and arrays by their content."""
+        """One state for all: files that the data set names, by size and time of change,
+        and arrays by their content."""
         total = hashlib.sha256()
         for name, value in sorted(vars(self._data).items()):
             for item in _parts(value):
@@ -208,8 +222,8 @@ def _torchvision_class(name: str) -> Any:
     ]
     if needed:
         raise ValueError(
-            f"torchvision:{made.__name__} is not a classification data set that can be opened by name: it also needs "
-            f"{', '.join(needed)}"
+            f"torchvision:{made.__name__} is not a classification data set that can be opened by name: it "
+            f"also needs {', '.join(needed)}"
         )
     return made
 

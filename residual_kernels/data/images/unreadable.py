@@ -1,4 +1,7 @@
-"""Which images cannot be read? Found before the work begins, so that what is left out is counted and named."""
+"""Which images cannot be read?
+
+Found before the work begins, so that what is left out is counted and named.
+"""
 
 import copy
 import hashlib

@@ -20,11 +20,13 @@ OPEN_FILES = 32  # shards open at once; systems allow a process some hundreds
 
 
 class ShardImages(Images):
-    """Local shards, indexed once by their tar headers and then read in any order; samples keep the shards' order.
+    """Local shards, indexed once by their tar headers and then read in any order.
 
-    A label is the integer in a sample's ``.cls``. Class names are the lines of classnames.txt beside the shards or one
-    folder up, else the numbers. Shards that must be streamed are read by a webdataset pipeline of your own, which
-    `encode` takes as it takes any loader.
+    Samples keep the shards' order.
+
+    A label is the integer in a sample's ``.cls``. Class names are the lines of classnames.txt beside the
+    shards or one folder up, else the numbers. Shards that must be streamed are read by a webdataset pipeline
+    of your own, which `encode` takes as it takes any loader.
 
     Args:
         shards: the tar files.
@@ -34,8 +36,8 @@ class ShardImages(Images):
         identity: see :class:`Images`.
         skip: whether a shard that is cut short is read up to there, and named in the account.
 
-    Raises FileNotFoundError for a shard that is not there, ValueError for one that is no tar file or cut short, for
-    images without a label, and where there are no images.
+    Raises FileNotFoundError for a shard that is not there, ValueError for one that is no tar file or cut
+    short, for images without a label, and where there are no images.
     """
 
     def __init__(
@@ -121,7 +123,8 @@ class ShardImages(Images):
 
 
 def shard_files(source: str | os.PathLike) -> list[Path] | None:
-    """The tar files that `source` names: one, a folder of them, or a pattern ``photos-{000..012}.tar``; else None.
+    """The tar files that `source` names: one, a folder of them,
+    or a pattern ``photos-{000..012}.tar``; else None.
 
     What exists is what it is, whatever its name looks like: a folder ``run{1}`` is a folder.
     """

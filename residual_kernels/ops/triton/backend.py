@@ -36,7 +36,10 @@ BACKWARD = (backward.ROUTE, two_pass.BACKWARD, fold.BACKWARD, matmul.BACKWARD)
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
-    """Tensors and sizes of `layout.Constants` in their order; for wide units those of the torch backend behind them."""
+    """Tensors and sizes of `layout.Constants` in their order.
+
+    For wide units those of the torch backend behind them.
+    """
     _refuse_float64(proj.dtype)
     tensors, sizes = layout.pack(proj, bias, slope, offset, basis, unit_offsets)
     if proj.shape[1] > NARROW:
@@ -86,7 +89,8 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
 def _refuse_float64(dtype: torch.dtype) -> None:
     if dtype == torch.float64:
         raise ValueError(
-            "the Triton backend computes bfloat16, float16 and float32, not float64; use backend='torch' for float64"
+            "the Triton backend computes bfloat16, float16 and float32, not float64; use backend='torch' "
+            "for float64"
         )
 
 
@@ -142,10 +146,22 @@ def _call(
     constants = layout.constants_of(tensors, sizes)
     precision = _precision(dtype)
     key = (
-        tuple(sizes), z.shape[0], z.stride(), dtype, z.dtype, z.device, None if scale is None else scale.stride(),
-        None if mean is None else mean.stride(), weight.shape, weight.stride(), index is None, precision, wanted,
-        torch.version.hip, routes.workspace_said(),
-    )  # fmt: skip
+        tuple(sizes),
+        z.shape[0],
+        z.stride(),
+        dtype,
+        z.dtype,
+        z.device,
+        None if scale is None else scale.stride(),
+        None if mean is None else mean.stride(),
+        weight.shape,
+        weight.stride(),
+        index is None,
+        precision,
+        wanted,
+        torch.version.hip,
+        routes.workspace_said(),
+    )
 
     def problem() -> Problem:
         plain = scale is None and mean is None
@@ -278,7 +294,8 @@ def spectral_reweight_backward(
 
 
 def spectral_sum_pays(rows: int, tasks: int, components: int, dim: int) -> bool:
-    """Whether :func:`spectral_sum_forward` is estimated to be faster than c * weight and the vendor's product."""
+    """Whether :func:`spectral_sum_forward` is estimated to be faster than c * weight and the vendor's
+    product."""
     return spectral_sum.pays(rows, tasks, components, dim)
 
 

@@ -5,9 +5,9 @@ with t[n,j] = dy[n] . basis[j], and
 dmean[n]  = scale[n] * sum_j weight[j] t[n,j] slope[j]
 dscale[n] = sum_j weight[j] t[n,j] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j])
 
-Every gradient of the direct form in one Triton kernel, for any number of weights. A program owns BLOCK_N rows of one
-unit and walks the unit's components. t is made inside it, or read where one product of the vendor has made it. Sums
-over rows and units leave as partial sums and are added in a fixed order.
+Every gradient of the direct form in one Triton kernel, for any number of weights. A program owns BLOCK_N rows
+of one unit and walks the unit's components. t is made inside it, or read where one product of the vendor has
+made it. Sums over rows and units leave as partial sums and are added in a fixed order.
 """
 
 from typing import Any
@@ -36,16 +36,57 @@ from residual_kernels.ops.triton.tiles import (
 
 @triton.jit(do_not_specialize=["N", "P", "J", "R"])
 def _spectral_reweight_bwd_kernel(
-    dy_ptr, t_ptr, z_ptr, scale_ptr, mean_ptr, weight_ptr, index_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr,
-    basis_ptr, run_ptr, dweight_ptr, dz_ptr, dscale_ptr, dmean_ptr,
-    N, TASKS, D, J, P, R,
-    stride_dyt, stride_dyn, stride_dyd, stride_zn, stride_zr, stride_zc, stride_sn, stride_mn, stride_wt, stride_bj,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_INDEX: tl.constexpr, HAS_T: tl.constexpr,
-    WANT_WEIGHT: tl.constexpr, WANT_Z: tl.constexpr, WANT_SCALE: tl.constexpr, WANT_MEAN: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, C_MAIN: tl.constexpr, C_TAIL: tl.constexpr, STRIDE_PJ: tl.constexpr,
+    dy_ptr,
+    t_ptr,
+    z_ptr,
+    scale_ptr,
+    mean_ptr,
+    weight_ptr,
+    index_ptr,
+    proj_ptr,
+    bias_ptr,
+    slope_ptr,
+    offset_ptr,
+    basis_ptr,
+    run_ptr,
+    dweight_ptr,
+    dz_ptr,
+    dscale_ptr,
+    dmean_ptr,
+    N,
+    TASKS,
+    D,
+    J,
+    P,
+    R,
+    stride_dyt,
+    stride_dyn,
+    stride_dyd,
+    stride_zn,
+    stride_zr,
+    stride_zc,
+    stride_sn,
+    stride_mn,
+    stride_wt,
+    stride_bj,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    HAS_T: tl.constexpr,
+    WANT_WEIGHT: tl.constexpr,
+    WANT_Z: tl.constexpr,
+    WANT_SCALE: tl.constexpr,
+    WANT_MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    C_MAIN: tl.constexpr,
+    C_TAIL: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
     ALIGN_Z: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     WANT_Q: tl.constexpr = WANT_Z or WANT_SCALE or WANT_MEAN  # dL/dc
     NEED_INNER: tl.constexpr = WANT_WEIGHT or WANT_SCALE
     EXACT: tl.constexpr = PRECISION == "ieee" and z_ptr.dtype.element_ty == tl.float32
@@ -177,9 +218,11 @@ def _spectral_reweight_bwd_kernel(
 def backward(
     call: Call, dy: Tensor, t: Tensor | None, wanted: list[bool], dz: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dweight [T, J], dscale, dmean) of these rows, None where not wanted; dz is written into the buffer given.
+    """(dweight [T, J], dscale, dmean) of these rows, None where not wanted;
+    dz is written into the buffer given.
 
-    dy is [T, N, D], with T = 1 when rows choose their weights; t = dy . basis [T, N, P] where it was made beforehand.
+    dy is [T, N, D], with T = 1 when rows choose their weights; t = dy . basis [T, N, P] where it was made
+    beforehand.
     """
     want_weight, _, want_scale, want_mean = wanted
     z, constants, index = call.z, call.constants, call.index
@@ -224,14 +267,36 @@ def _prepare(call: Call, dy: Tensor, given: bool, wanted: list[bool]) -> tuple[L
     strides = (0, 0, 0) if given else dy.stride()
     stride_wt = constants.padded if indexed else weight_stride(call.weight)
     arguments = call.arguments() | {
-        "N": rows, "TASKS": dy.shape[0], "D": constants.dim, "J": constants.components, "P": constants.padded,
-        "R": constants.units, "stride_dyt": strides[0], "stride_dyn": strides[1], "stride_dyd": strides[2],
-        "stride_wt": stride_wt, "stride_bj": constants.basis.stride(0), "HAS_INDEX": indexed, "HAS_T": given,
-        "BLOCK_N": tiles.block_n, "BLOCK_D": max(tiles.block_d, 16),
+        "N": rows,
+        "TASKS": dy.shape[0],
+        "D": constants.dim,
+        "J": constants.components,
+        "P": constants.padded,
+        "R": constants.units,
+        "stride_dyt": strides[0],
+        "stride_dyn": strides[1],
+        "stride_dyd": strides[2],
+        "stride_wt": stride_wt,
+        "stride_bj": constants.basis.stride(0),
+        "HAS_INDEX": indexed,
+        "HAS_T": given,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": max(tiles.block_d, 16),
         **dict(zip(("WANT_WEIGHT", "WANT_Z", "WANT_SCALE", "WANT_MEAN"), wanted, strict=True)),
-    }  # fmt: skip
-    moving = (*MOVING, "dy_ptr", "t_ptr", "weight_ptr", "index_ptr", "basis_ptr", "run_ptr", "dweight_ptr", "dz_ptr",
-              "dscale_ptr", "dmean_ptr")  # fmt: skip
+    }
+    moving = (
+        *MOVING,
+        "dy_ptr",
+        "t_ptr",
+        "weight_ptr",
+        "index_ptr",
+        "basis_ptr",
+        "run_ptr",
+        "dweight_ptr",
+        "dz_ptr",
+        "dscale_ptr",
+        "dmean_ptr",
+    )
     grid = (row_tiles, constants.units)
     return Launch(
         _spectral_reweight_bwd_kernel, grid, moving, arguments, tiles.warps, tiles.stages
@@ -248,7 +313,8 @@ def _total(partial: Tensor) -> Tensor:
 
 
 def tiles_of(p: Problem, *, given: bool) -> Tiles:
-    """Rows by one step along a unit's components; block_d is the step along D where dy . basis is made inside."""
+    """Rows by one step along a unit's components;
+    block_d is the step along D where dy . basis is made inside."""
     rows = 16 if p.rows <= 16 else 32 if p.kind == "fp32" or (p.hip and p.kind == "tf32") else 64
     crowded = p.kind == "tf32" and rows > 16 and sum(routes.pieces(p.coordinates)) > 96
     warps = 8 if p.block_k > 32 or crowded else 4  # fewer would spill

@@ -1,4 +1,6 @@
-"""weight[j] * c[n,j] as [T, N, P]: the first half of the route `two_pass`; the second is one product of the vendor.
+"""weight[j] * c[n,j] as [T, N, P]: the first half of the route `two_pass`.
+
+The second is one product of the vendor.
 
 A program owns BLOCK_N rows of one unit and walks the unit's components; z is read once whatever T is.
 """
@@ -23,13 +25,39 @@ from residual_kernels.ops.triton.tiles import (
 
 @triton.jit(do_not_specialize=["N", "P"])
 def _coefficients_kernel(
-    z_ptr, scale_ptr, mean_ptr, weight_ptr, index_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, run_ptr, c_ptr,
-    N, P, R, TASKS,
-    stride_zn, stride_zr, stride_zc, stride_sn, stride_mn, stride_wt,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_INDEX: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, C_MAIN: tl.constexpr, C_TAIL: tl.constexpr, STRIDE_PJ: tl.constexpr,
-    ALIGN_Z: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    scale_ptr,
+    mean_ptr,
+    weight_ptr,
+    index_ptr,
+    proj_ptr,
+    bias_ptr,
+    slope_ptr,
+    offset_ptr,
+    run_ptr,
+    c_ptr,
+    N,
+    P,
+    R,
+    TASKS,
+    stride_zn,
+    stride_zr,
+    stride_zc,
+    stride_sn,
+    stride_mn,
+    stride_wt,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    C_MAIN: tl.constexpr,
+    C_TAIL: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
+    ALIGN_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     EXACT: tl.constexpr = PRECISION == "ieee" and z_ptr.dtype.element_ty == tl.float32
     unit = tl.program_id(1)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -102,9 +130,14 @@ def coefficients(call: Call, out: Tensor) -> None:
         tiles, rows = tiles_of(call.problem), call.z.shape[0]
         stride_wt = constants.padded if indexed else weight_stride(call.weight)
         arguments = call.arguments() | {
-            "N": rows, "P": constants.padded, "R": constants.units, "TASKS": call.weight.shape[0],
-            "stride_wt": stride_wt, "HAS_INDEX": indexed, "BLOCK_N": tiles.block_n,
-        }  # fmt: skip
+            "N": rows,
+            "P": constants.padded,
+            "R": constants.units,
+            "TASKS": call.weight.shape[0],
+            "stride_wt": stride_wt,
+            "HAS_INDEX": indexed,
+            "BLOCK_N": tiles.block_n,
+        }
         grid = (-(-rows // tiles.block_n), constants.units)
         moving = (*MOVING, "weight_ptr", "index_ptr", "run_ptr", "c_ptr")
         return Launch(_coefficients_kernel, grid, moving, arguments, tiles.warps, tiles.stages)

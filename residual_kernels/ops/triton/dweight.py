@@ -1,8 +1,8 @@
 """dweight[j] = sum_n c[n,j] * t[n,j] with t[n,j] = dy[n] . basis[j], for one weight: what a fit asks for.
 
-A program owns a chunk of components and a run of rows. It keeps the chunk's constants and adds c * t up in registers
-while it walks the rows, so that nothing is reduced and nothing leaves before the last row. t is made inside (few rows),
-or read where one product of the vendor has made it.
+A program owns a chunk of components and a run of rows. It keeps the chunk's constants and adds c * t up in
+registers while it walks the rows, so that nothing is reduced and nothing leaves before the last row. t is
+made inside (few rows), or read where one product of the vendor has made it.
 """
 
 import triton
@@ -25,14 +25,44 @@ from residual_kernels.ops.triton.tiles import (
 
 @triton.jit(do_not_specialize=["N", "P", "J", "rows_per_split"])
 def _dweight_kernel(
-    dy_ptr, t_ptr, z_ptr, scale_ptr, mean_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, chunk_ptr,
+    dy_ptr,
+    t_ptr,
+    z_ptr,
+    scale_ptr,
+    mean_ptr,
+    proj_ptr,
+    bias_ptr,
+    slope_ptr,
+    offset_ptr,
+    basis_ptr,
+    chunk_ptr,
     dweight_ptr,
-    N, P, J, D, rows_per_split,
-    stride_dyn, stride_dyd, stride_zn, stride_zr, stride_zc, stride_sn, stride_mn, stride_bj,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_T: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, C_MAIN: tl.constexpr, C_TAIL: tl.constexpr, STRIDE_PJ: tl.constexpr,
-    ALIGN_Z: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    N,
+    P,
+    J,
+    D,
+    rows_per_split,
+    stride_dyn,
+    stride_dyd,
+    stride_zn,
+    stride_zr,
+    stride_zc,
+    stride_sn,
+    stride_mn,
+    stride_bj,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    C_MAIN: tl.constexpr,
+    C_TAIL: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
+    ALIGN_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     EXACT: tl.constexpr = PRECISION == "ieee" and z_ptr.dtype.element_ty == tl.float32
     split = tl.program_id(0)
     unit, first, length, low, mask_k = decode(tl.load(chunk_ptr + tl.program_id(1)), BLOCK_K)
@@ -115,11 +145,18 @@ def _prepare(call: Call, dy: Tensor, given: bool) -> tuple[Launch, int]:
     per_split = rows_of_split(rows, constants.chunk_count, tiles)
     splits = -(-rows // per_split)
     arguments = call.arguments() | {
-        "N": rows, "P": constants.padded, "J": constants.components, "D": constants.dim, "rows_per_split": per_split,
-        "stride_dyn": 0 if given else dy.stride(0), "stride_dyd": 0 if given else dy.stride(1),
-        "stride_bj": constants.basis.stride(0), "HAS_T": given, "BLOCK_N": tiles.block_n,
+        "N": rows,
+        "P": constants.padded,
+        "J": constants.components,
+        "D": constants.dim,
+        "rows_per_split": per_split,
+        "stride_dyn": 0 if given else dy.stride(0),
+        "stride_dyd": 0 if given else dy.stride(1),
+        "stride_bj": constants.basis.stride(0),
+        "HAS_T": given,
+        "BLOCK_N": tiles.block_n,
         "BLOCK_D": max(tiles.block_d, 16),
-    }  # fmt: skip
+    }
     moving = (*MOVING, "dy_ptr", "t_ptr", "basis_ptr", "chunk_ptr", "dweight_ptr")
     grid = (splits, constants.chunk_count)
     return Launch(_dweight_kernel, grid, moving, arguments, tiles.warps, tiles.stages), splits

@@ -5,7 +5,8 @@ The fold and its gradient, in Triton; the large products are the vendor's. With
 
     forward    y[n]       = s[n] * (z[n] F + a + m[n] g) - o
     backward   dF         = (s z)^T dy
-               dweight[j] = (proj[j] dF[r(j)] + bias[j] sum s dy + slope[j] sum s m dy - offset[j] sum dy) basis[j]^T
+               dweight[j] = (proj[j] dF[r(j)] + bias[j] sum s dy + slope[j] sum s m dy
+                             - offset[j] sum dy) basis[j]^T
                dz         = s (dy F^T)
                dscale[n]  = z[n] . (dy F^T)[n] + dy[n] . (a + m[n] g);   dmean[n] = s[n] dy[n] . g
 """
@@ -30,11 +31,31 @@ AFFINE_COMPONENTS = 1024  # components that one program sums into affine rows: f
 
 @triton.jit(do_not_specialize=["UNIT", "COUNT", "J"])
 def _fold_kernel(
-    weight_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, run_ptr, slot_ptr, fold_ptr, affine_ptr,
-    UNIT, COUNT, R, C, D, J, stride_pj, stride_bj,
-    PLAIN: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    weight_ptr,
+    proj_ptr,
+    bias_ptr,
+    slope_ptr,
+    offset_ptr,
+    basis_ptr,
+    run_ptr,
+    slot_ptr,
+    fold_ptr,
+    affine_ptr,
+    UNIT,
+    COUNT,
+    R,
+    C,
+    D,
+    J,
+    stride_pj,
+    stride_bj,
+    PLAIN: tl.constexpr,
+    SHARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     local = tl.program_id(2)  # unit UNIT + local; behind the last unit: a share of the affine rows
     offs_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -94,10 +115,21 @@ def _fold_kernel(
 
 @triton.jit(do_not_specialize=["N", "SHARES"])
 def _affine_kernel(
-    product_ptr, affine_ptr, scale_ptr, mean_ptr, y_ptr,
-    N, SHARES, D, stride_sn, stride_mn,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    product_ptr,
+    affine_ptr,
+    scale_ptr,
+    mean_ptr,
+    y_ptr,
+    N,
+    SHARES,
+    D,
+    stride_sn,
+    stride_mn,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n = offs_n < N
@@ -125,10 +157,27 @@ def _affine_kernel(
 
 @triton.jit(do_not_specialize=["UNIT", "LAST"])
 def _fold_bwd_kernel(
-    dfold_ptr, affine_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, chunk_ptr, dweight_ptr,
-    C, D, UNIT, LAST, stride_pj, stride_bj, stride_dfc,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dfold_ptr,
+    affine_ptr,
+    proj_ptr,
+    bias_ptr,
+    slope_ptr,
+    offset_ptr,
+    basis_ptr,
+    chunk_ptr,
+    dweight_ptr,
+    C,
+    D,
+    UNIT,
+    LAST,
+    stride_pj,
+    stride_bj,
+    stride_dfc,
+    PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     unit, first, length, low, mask_k = decode(tl.load(chunk_ptr + tl.program_id(0)), BLOCK_K)
     offs_k = tl.arange(0, BLOCK_K)
     offs_j = first + offs_k
@@ -203,13 +252,33 @@ def fold(
     shares = 0 if first else shares_of(constants)
     grid = (-(-dim // tiles.block_d), -(-width // tiles.block_n), last - first + shares)
     _fold_kernel[grid](
-        weight, constants.proj, constants.bias, constants.slope, constants.offset, constants.basis,
-        constants.runs, constants.slots, out, affine,
-        first, last - first, constants.units, width, dim, constants.components,
-        constants.proj.stride(0), constants.basis.stride(0),
-        PLAIN=plain, SHARE=AFFINE_COMPONENTS, PRECISION=precision, BLOCK_C=tiles.block_n, BLOCK_D=tiles.block_d,
-        BLOCK_K=constants.block_k, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+        weight,
+        constants.proj,
+        constants.bias,
+        constants.slope,
+        constants.offset,
+        constants.basis,
+        constants.runs,
+        constants.slots,
+        out,
+        affine,
+        first,
+        last - first,
+        constants.units,
+        width,
+        dim,
+        constants.components,
+        constants.proj.stride(0),
+        constants.basis.stride(0),
+        PLAIN=plain,
+        SHARE=AFFINE_COMPONENTS,
+        PRECISION=precision,
+        BLOCK_C=tiles.block_n,
+        BLOCK_D=tiles.block_d,
+        BLOCK_K=constants.block_k,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
     return out
 
 
@@ -252,10 +321,23 @@ def folded_forward(
             part = product_float32(_flat(z, first, last), matrix)
             product = part if product is None else product.add_(part)
         _affine_kernel[(-(-len(z) // 64), -(-dim // 128))](
-            product, affine, scale, mean, y[task], len(z), shares, dim,
-            0 if scale is None else scale.stride(0), 0 if mean is None else mean.stride(0),
-            HAS_SCALE=scale is not None, HAS_MEAN=mean is not None, BLOCK_N=64, BLOCK_D=128, num_warps=8, num_stages=1,
-        )  # fmt: skip
+            product,
+            affine,
+            scale,
+            mean,
+            y[task],
+            len(z),
+            shares,
+            dim,
+            0 if scale is None else scale.stride(0),
+            0 if mean is None else mean.stride(0),
+            HAS_SCALE=scale is not None,
+            HAS_MEAN=mean is not None,
+            BLOCK_N=64,
+            BLOCK_D=128,
+            num_warps=8,
+            num_stages=1,
+        )
     return y
 
 
@@ -323,16 +405,34 @@ def folded_backward(
 def _folded_dweight(
     z: Tensor, scaled: Tensor, sums: Tensor, constants: Constants, precision: str, tiles: Tiles, out: Tensor
 ) -> None:
-    """Writes dweight [J] of one task; `scaled` is scale * dy, `sums` [3, D] its sum, its sum by mean, the sum of dy."""
+    """Writes dweight [J] of one task; `scaled` is scale * dy, `sums` [3, D] its sum, its sum by mean,
+    the sum of dy."""
     for first, last in groups(constants):
         dfold = product(_flat(z, first, last).T, scaled)  # [units * C, D]
         _fold_bwd_kernel[(len(constants.chunks),)](
-            dfold, sums, constants.proj, constants.bias, constants.slope, constants.offset, constants.basis,
-            constants.chunks, out,
-            constants.coordinates, constants.dim, first, last, constants.proj.stride(0), constants.basis.stride(0),
-            dfold.stride(0), PRECISION=precision, BLOCK_C=tiles.block_n, BLOCK_D=tiles.block_d,
-            BLOCK_K=constants.block_k, num_warps=2 * tiles.warps, num_stages=tiles.stages,
-        )  # fmt: skip
+            dfold,
+            sums,
+            constants.proj,
+            constants.bias,
+            constants.slope,
+            constants.offset,
+            constants.basis,
+            constants.chunks,
+            out,
+            constants.coordinates,
+            constants.dim,
+            first,
+            last,
+            constants.proj.stride(0),
+            constants.basis.stride(0),
+            dfold.stride(0),
+            PRECISION=precision,
+            BLOCK_C=tiles.block_n,
+            BLOCK_D=tiles.block_d,
+            BLOCK_K=constants.block_k,
+            num_warps=2 * tiles.warps,
+            num_stages=tiles.stages,
+        )
 
 
 def tiles_of(p: Problem) -> Tiles:
@@ -390,7 +490,8 @@ FORWARD = routes.Route(
 )
 BACKWARD = routes.Route(
     "folded",
-    # From t = dy . basis dz is almost free, so that this pays for dweight alone, or where no tile holds a unit.
+    # From t = dy . basis dz is almost free, so that this pays for dweight alone, or where no tile holds a
+    # unit.
     serves=lambda p: (
         not p.indexed and (p.coordinates > routes.NARROW or (p.lone and p.kind == "half" and not p.plain))
     ),

@@ -1,9 +1,9 @@
 """y[n] = sum_j weight[j] * c[n,j] * basis[j]: the route `fused`, one kernel for the whole sum.
 
-With c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j]. Components are walked in
-chunks of at most BLOCK_K, each inside one unit, so that ragged units cost no more than their own components. A program
-owns [BLOCK_N, BLOCK_D] of y and a run of chunks; nothing of size N x J exists. Best while reading the constants is what
-takes the time (few rows).
+With c[n,j] = scale[n] * (z[n,r(j)] . proj[j] + bias[j] + mean[n] * slope[j]) - offset[j]. Components are
+walked in chunks of at most BLOCK_K, each inside one unit, so that ragged units cost no more than their own
+components. A program owns [BLOCK_N, BLOCK_D] of y and a run of chunks; nothing of size N x J exists. Best
+while reading the constants is what takes the time (few rows).
 """
 
 import triton
@@ -28,15 +28,46 @@ from residual_kernels.ops.triton.tiles import (
 
 @triton.jit(do_not_specialize=["N", "PAIRS", "steps", "rest", "row_tiles"])
 def _spectral_reweight_fwd_kernel(
-    z_ptr, scale_ptr, mean_ptr, weight_ptr, index_ptr, proj_ptr, bias_ptr, slope_ptr, offset_ptr, basis_ptr, chunk_ptr,
+    z_ptr,
+    scale_ptr,
+    mean_ptr,
+    weight_ptr,
+    index_ptr,
+    proj_ptr,
+    bias_ptr,
+    slope_ptr,
+    offset_ptr,
+    basis_ptr,
+    chunk_ptr,
     y_ptr,
-    N, PAIRS, D, steps, rest, row_tiles,
-    stride_zn, stride_zr, stride_zc, stride_sn, stride_mn, stride_wt, stride_bj,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_INDEX: tl.constexpr, PER_ROW: tl.constexpr,
+    N,
+    PAIRS,
+    D,
+    steps,
+    rest,
+    row_tiles,
+    stride_zn,
+    stride_zr,
+    stride_zc,
+    stride_sn,
+    stride_mn,
+    stride_wt,
+    stride_bj,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    HAS_INDEX: tl.constexpr,
+    PER_ROW: tl.constexpr,
     SINGLE: tl.constexpr,
-    PRECISION: tl.constexpr, C: tl.constexpr, C_MAIN: tl.constexpr, C_TAIL: tl.constexpr, STRIDE_PJ: tl.constexpr,
-    ALIGN_Z: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    C_MAIN: tl.constexpr,
+    C_TAIL: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
+    ALIGN_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     EXACT: tl.constexpr = PRECISION == "ieee" and z_ptr.dtype.element_ty == tl.float32
     tile, split = tl.program_id(0), tl.program_id(2)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -73,7 +104,8 @@ def _spectral_reweight_fwd_kernel(
     code = tl.load(chunk_ptr + begin)
     for i in range(begin, end):
         unit, first, length, low, mask_k = decode(code, BLOCK_K)
-        # One step ahead, so that addresses never wait for the table and the pipeline's stages go to the tiles.
+        # One step ahead, so that addresses never wait for the table and the pipeline's stages go to the
+        # tiles.
         code = tl.load(chunk_ptr + tl.minimum(i + 1, end - 1))
         unit_rows_ptr = z_rows_ptr + tl.multiple_of(unit * stride_zr, ALIGN_Z)
         if EXACT:
@@ -88,7 +120,8 @@ def _spectral_reweight_fwd_kernel(
                 z = load_unit(unit_rows_ptr, mask_n, stride_zc, C, C_MAIN, C_TAIL)
                 p = load_proj(proj_ptr, first, mask_k, C, STRIDE_PJ, C_MAIN, C_TAIL, BLOCK_K)
                 c = tl.dot(z, tl.trans(p), c, input_precision=PRECISION)
-        # c + bias would become the product's accumulator, whose load is not prefetched; a difference is left alone
+        # c + bias would become the product's accumulator, whose load is not prefetched; a difference is left
+        # alone
         tilt = load_vector(bias_ptr, first, mask_k, BLOCK_K)
         if HAS_MEAN:
             tilt = m[:, None] * load_vector(slope_ptr, first, mask_k, BLOCK_K) + tilt
@@ -146,7 +179,8 @@ def sum_partials(partial: Tensor, out: Tensor) -> None:
 
 
 def fused_forward(call: Call) -> Tensor:
-    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index: partial sums over the chunks, then their sum."""
+    """weight [T, J] -> y [T, N, D], or [N, D] with weight_index: partial sums over the chunks,
+    then their sum."""
     launch, per_row, splits, shape, pairs = kept(("fused", call.key), lambda: _prepare(call))
     z, constants = call.z, call.constants
     weight = padded_weights(call.weight, constants) if per_row else contiguous_rows(call.weight)
@@ -168,10 +202,20 @@ def _prepare(call: Call) -> tuple[Launch, bool, int, tuple[int, ...], int]:
     steps, rest = divmod(p.chunks, splits)
     stride_wt = constants.padded if per_row else weight_stride(call.weight)
     arguments = call.arguments() | {
-        "N": p.rows, "PAIRS": p.pairs, "D": p.dim, "steps": steps, "rest": rest, "row_tiles": row_tiles,
-        "stride_wt": stride_wt, "stride_bj": constants.basis.stride(0), "SINGLE": p.tasks == 1,
-        "HAS_INDEX": p.indexed, "PER_ROW": per_row, "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d,
-    }  # fmt: skip
+        "N": p.rows,
+        "PAIRS": p.pairs,
+        "D": p.dim,
+        "steps": steps,
+        "rest": rest,
+        "row_tiles": row_tiles,
+        "stride_wt": stride_wt,
+        "stride_bj": constants.basis.stride(0),
+        "SINGLE": p.tasks == 1,
+        "HAS_INDEX": p.indexed,
+        "PER_ROW": per_row,
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_D": tiles.block_d,
+    }
     moving = (*MOVING, "weight_ptr", "index_ptr", "basis_ptr", "chunk_ptr", "y_ptr")
     grid = (grid_tiles, -(-p.dim // tiles.block_d), splits)
     launch = Launch(_spectral_reweight_fwd_kernel, grid, moving, arguments, tiles.warps, tiles.stages)
@@ -200,7 +244,8 @@ def tiles_of(p: Problem) -> Tiles:
 
 
 def splits_of(p: Problem, tiles: Tiles) -> int:
-    """Partial sums of the fused forward: enough programs to fill a nominal chip, few enough to add up cheaply."""
+    """Partial sums of the fused forward: enough programs to fill a nominal chip,
+    few enough to add up cheaply."""
     programs = -(-p.pairs // tiles.block_n) * -(-p.dim // tiles.block_d)
     slots = routes.PROCESSORS
     step_bytes = p.block_k * (tiles.block_d + p.coordinates) * p.itemsize

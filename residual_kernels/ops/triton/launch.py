@@ -1,8 +1,8 @@
 """How is a call of a known shape launched again? What its shape decides is made once and kept.
 
-Triton looks a launch up by every argument's type and alignment, which takes longer than most kernels here. Two calls
-of one shape differ in the addresses of their tensors only: the rest of the arguments is bound once, and the compiled
-kernel is called by itself.
+Triton looks a launch up by every argument's type and alignment, which takes longer than most kernels here.
+Two calls of one shape differ in the addresses of their tensors only: the rest of the arguments is bound once,
+and the compiled kernel is called by itself.
 """
 
 from collections.abc import Callable, Hashable
@@ -34,8 +34,8 @@ def forget() -> None:
 class Launch:
     """A kernel, its grid and its arguments except the `moving` tensors, which a call gives in their order.
 
-    What is compiled depends on whether each moving tensor is aligned to 16 bytes: one compiled kernel is kept for each
-    combination that occurs.
+    What is compiled depends on whether each moving tensor is aligned to 16 bytes: one compiled kernel is kept
+    for each combination that occurs.
     """
 
     def __init__(

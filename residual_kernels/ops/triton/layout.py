@@ -1,8 +1,9 @@
 """How do the kernels read the constants? Runs of components padded to eight, and the table of chunks.
 
-A unit's run of components starts at a multiple of 8 and is padded with zero rows to a multiple of 8, so that whatever
-runs along components (coefficients, dy . basis, masks) is read and written 16 bytes at a time. A padding row has
-proj = basis = 0 and bias = slope = offset = 0: its coefficient is 0. `weight` and `dweight` keep the caller's order.
+A unit's run of components starts at a multiple of 8 and is padded with zero rows to a multiple of 8, so that
+whatever runs along components (coefficients, dy . basis, masks) is read and written 16 bytes at a time. A
+padding row has proj = basis = 0 and bias = slope = offset = 0: its coefficient is 0. `weight` and `dweight`
+keep the caller's order.
 """
 
 from collections.abc import Hashable, Sequence
@@ -62,7 +63,9 @@ MOVING = ("z_ptr", "scale_ptr", "mean_ptr", "proj_ptr", "bias_ptr", "slope_ptr",
 
 @dataclass(slots=True)
 class Call:
-    """What a route computes from. scale and mean are None for 1 and 0; index [N] where rows choose their weights.
+    """What a route computes from. scale and mean are None for 1 and 0.
+
+    Index [N] where rows choose their weights.
 
     `key` holds all that a launch depends on except the tensors' addresses.
     """

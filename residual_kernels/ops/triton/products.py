@@ -1,7 +1,8 @@
 """The vendor's matrix products, with float32 sums whatever they are cut into.
 
-A long sum over few outputs is cut into parts by the vendor (split-K), and with 16-bit outputs the parts are added in
-16 bits unless torch's switches forbid it. They are off while one of our products is launched, and back behind it.
+A long sum over few outputs is cut into parts by the vendor (split-K), and with 16-bit outputs the parts are
+added in 16 bits unless torch's switches forbid it. They are off while one of our products is launched, and
+back behind it.
 """
 
 import threading

@@ -2,21 +2,23 @@
 
 Routes of `spectral_reweight` (N rows, R units of C coordinates, J components, D outputs):
 
-fused      one kernel reads z, proj and basis once; nothing of size N x J exists. Best while reading the constants is
-           what takes the time (few rows).
-two_pass   coefficients, or t = dy . basis, in a bounded workspace, and the vendor's matrix product over J. Best with
-           many rows, where the vendor's product is the faster one and pays for the workspace's traffic.
-folded     F[r] = sum_j proj[j]^T weight[j] basis[j] first, then one vendor product [N, R*C] x [R*C, D]. Best when
-           the units keep about as many components as they have coordinates and the rows pay for the fold.
-matmul     the calls of the torch backend: units wider than 128 coordinates where the fold does not pay, or cannot serve
-           because rows choose their own weights.
+fused      one kernel reads z, proj and basis once; nothing of size N x J exists. Best while reading the
+           constants is what takes the time (few rows).
+two_pass   coefficients, or t = dy . basis, in a bounded workspace, and the vendor's matrix product over J.
+           Best with many rows, where the vendor's product is the faster one and pays for the workspace's
+           traffic.
+folded     F[r] = sum_j proj[j]^T weight[j] basis[j] first, then one vendor product [N, R*C] x [R*C, D]. Best
+           when the units keep about as many components as they have coordinates and the rows pay for the
+           fold.
+matmul     the calls of the torch backend: units wider than 128 coordinates where the fold does not pay, or
+           cannot serve because rows choose their own weights.
 
-A route is a record in a file of its own: name, estimate, tiles, run. The decision compares estimates: for each launch
-the largest of bytes over bandwidth, operations over rate, and warp instructions over what the chip issues; launches
-are added. Bandwidth and rates are nominal figures of an H100, CHOSEN FROM ITS DATA SHEET AND NOT MEASURED; the
-instructions that routes compare are rough fits to compiled code, whose floors `benchmarks/budget.json` holds exactly.
-`benchmarks/gpu.py` prints what each route takes on a real device beside the estimate, and this table is where a
-correction goes.
+A route is a record in a file of its own: name, estimate, tiles, run. The decision compares estimates: for
+each launch the largest of bytes over bandwidth, operations over rate, and warp instructions over what the
+chip issues; launches are added. Bandwidth and rates are nominal figures of an H100, CHOSEN FROM ITS DATA
+SHEET AND NOT MEASURED; the instructions that routes compare are rough fits to compiled code, whose floors
+`benchmarks/budget.json` holds exactly. `benchmarks/gpu.py` prints what each route takes on a real device
+beside the estimate, and this table is where a correction goes.
 """
 
 import os
@@ -39,7 +41,8 @@ NARROW = 128  # widest unit the fused kernels hold in one tile
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a launch compiles with: rows and columns of the tile, warps of a program, depth of the load pipeline."""
+    """What a launch compiles with: rows and columns of the tile, warps of a program,
+    depth of the load pipeline."""
 
     block_n: int
     block_d: int
@@ -49,7 +52,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Problem:
-    """The shape a decision rests on. `kind` is half (bf16, fp16), tf32 or fp32: the matrix unit that may be used."""
+    """The shape a decision rests on.
+
+    `kind` is half (bf16, fp16), tf32 or fp32: the matrix unit that may be used.
+    """
 
     rows: int
     tasks: int
@@ -87,7 +93,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The route a call takes, its tiles, the nominal estimate of every route considered, and why this one won."""
+    """The route a call takes, its tiles, the nominal estimate of every route considered,
+    and why this one won."""
 
     operation: str
     route: str
@@ -110,7 +117,8 @@ class Explanation:
 
 
 def pieces(width: int) -> tuple[int, int]:
-    """Powers of two (main, tail) that cover `width` coordinates: 64 -> (64, 0), 80 -> (64, 16), 104 -> (128, 0)."""
+    """Powers of two (main, tail) that cover `width` coordinates: 64 -> (64, 0), 80 -> (64, 16), 104 ->
+    (128, 0)."""
     main = 16
     while main * 2 <= width:
         main *= 2
@@ -137,8 +145,8 @@ def block_components(sizes: list[int], itemsize: int) -> int:
 def cut_runs(runs: list[int], kept: list[int], block: int) -> list[tuple[int, int, int]]:
     """Chunks (unit, first component, length) of at most `block` components, each inside one unit.
 
-    `runs` are the padded bounds of the units, `kept` their numbers of components. A run is cut evenly, in multiples of
-    8, so that every step of a loop over chunks moves about as many bytes.
+    `runs` are the padded bounds of the units, `kept` their numbers of components. A run is cut evenly, in
+    multiples of 8, so that every step of a loop over chunks moves about as many bytes.
     """
     chunks: list[tuple[int, int, int]] = []
     for unit, (low, size) in enumerate(zip(runs, kept, strict=False)):
@@ -152,7 +160,7 @@ def cut_runs(runs: list[int], kept: list[int], block: int) -> list[tuple[int, in
     return chunks
 
 
-# --- estimates --------------------------------------------------------------------------------------------------------
+# --- estimates ----------------------------------------------------------------------------------------------
 
 
 def launch(
@@ -194,7 +202,8 @@ _spending: list[int | None] = [None]
 def set_workspace(most: int | None) -> None:
     """Bytes that a call may spend beside its inputs and outputs; None for a tenth of them and 32 MB.
 
-    The variable RESIDUAL_KERNELS_WORKSPACE (bytes) says the same for a process. A larger one takes fewer launches.
+    The variable RESIDUAL_KERNELS_WORKSPACE (bytes) says the same for a process. A larger one takes fewer
+    launches.
 
     Raises:
         ValueError: a negative number.
@@ -221,7 +230,7 @@ def allowed_workspace() -> int | None:
     return int(text)
 
 
-# --- decision ---------------------------------------------------------------------------------------------------------
+# --- decision -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""scaled[n] = s[n] dy[n], with (sum_n scaled[n], sum_n m[n] scaled[n], sum_n dy[n]): where the fold's gradient starts.
+"""scaled[n] = s[n] dy[n], with (sum_n scaled[n], sum_n m[n] scaled[n], sum_n dy[n]):
+where the fold's gradient starts.
 
-One pass over dy. A program owns a run of rows and some columns; its sums leave as partial sums in a fixed order.
+One pass over dy. A program owns a run of rows and some columns; its sums leave as partial sums in a fixed
+order.
 """
 
 import triton
@@ -16,10 +18,23 @@ BLOCK_N, BLOCK_D = 32, 128
 
 @triton.jit(do_not_specialize=["N", "rows_per_split"])
 def _scaled_kernel(
-    dy_ptr, scale_ptr, mean_ptr, scaled_ptr, sums_ptr,
-    N, D, rows_per_split, stride_dyn, stride_dyd, stride_sn, stride_mn,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    scale_ptr,
+    mean_ptr,
+    scaled_ptr,
+    sums_ptr,
+    N,
+    D,
+    rows_per_split,
+    stride_dyn,
+    stride_dyd,
+    stride_sn,
+    stride_mn,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     split = tl.program_id(0)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < D
@@ -77,10 +92,18 @@ def scaled_with_sums(dy: Tensor, scale: Tensor | None, mean: Tensor | None) -> t
         per_split = -(-rows // (splits * BLOCK_N)) * BLOCK_N
         splits = -(-rows // per_split)
         arguments = {
-            "N": rows, "D": dim, "rows_per_split": per_split, "stride_dyn": dy.stride(0), "stride_dyd": dy.stride(1),
-            "stride_sn": 0 if scale is None else scale.stride(0), "stride_mn": 0 if mean is None else mean.stride(0),
-            "HAS_SCALE": scale is not None, "HAS_MEAN": mean is not None, "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D,
-        }  # fmt: skip
+            "N": rows,
+            "D": dim,
+            "rows_per_split": per_split,
+            "stride_dyn": dy.stride(0),
+            "stride_dyd": dy.stride(1),
+            "stride_sn": 0 if scale is None else scale.stride(0),
+            "stride_mn": 0 if mean is None else mean.stride(0),
+            "HAS_SCALE": scale is not None,
+            "HAS_MEAN": mean is not None,
+            "BLOCK_N": BLOCK_N,
+            "BLOCK_D": BLOCK_D,
+        }
         moving = ("dy_ptr", "scale_ptr", "mean_ptr", "scaled_ptr", "sums_ptr")
         return Launch(_scaled_kernel, (splits, columns), moving, arguments, 4, 2), splits
 

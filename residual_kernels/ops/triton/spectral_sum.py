@@ -1,9 +1,10 @@
-"""y[t,n] = sum_j weight[t,j] * c[n,j] * basis[j], and dweight[t,j] = sum_n c[n,j] (dy[t,n] . basis[j]), in float32.
+"""y[t,n] = sum_j weight[t,j] * c[n,j] * basis[j], and dweight[t,j] = sum_n c[n,j]
+(dy[t,n] . basis[j]), in float32.
 
-What a fit on cached units computes at every step. c * weight and t = dy . basis stay in registers, so that a step reads
-c and the basis and writes y or dweight; partial sums are added in a fixed order. Products are exact unless torch's
-switch allows tf32 ("high") or bfloat16 ("medium"). `pays` says where the vendor's product on c * weight is estimated to
-be faster: exact float32 has no matrix unit on NVIDIA.
+What a fit on cached units computes at every step. c * weight and t = dy . basis stay in registers, so that a
+step reads c and the basis and writes y or dweight; partial sums are added in a fixed order. Products are
+exact unless torch's switch allows tf32 ("high") or bfloat16 ("medium"). `pays` says where the vendor's
+product on c * weight is estimated to be faster: exact float32 has no matrix unit on NVIDIA.
 """
 
 import torch
@@ -21,10 +22,25 @@ from residual_kernels.ops.triton.tiles import INTERPRETED, contiguous_rows, weig
 
 @triton.jit(do_not_specialize=["N", "J", "steps", "row_tiles"])
 def _spectral_sum_fwd_kernel(
-    c_ptr, weight_ptr, basis_ptr, slot_ptr, y_ptr,
-    N, J, D, steps, row_tiles, stride_cn, stride_cj, stride_wt, stride_bj,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    c_ptr,
+    weight_ptr,
+    basis_ptr,
+    slot_ptr,
+    y_ptr,
+    N,
+    J,
+    D,
+    steps,
+    row_tiles,
+    stride_cn,
+    stride_cj,
+    stride_wt,
+    stride_bj,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     tile, split = tl.program_id(0), tl.program_id(2)
     task = (tile // row_tiles).to(tl.int64)
     row = (tile % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -54,10 +70,26 @@ def _spectral_sum_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "J", "rows_per_split"])
 def _spectral_sum_bwd_kernel(
-    dy_ptr, c_ptr, basis_ptr, slot_ptr, dweight_ptr,
-    N, J, D, rows_per_split, stride_dyt, stride_dyn, stride_dyd, stride_cn, stride_cj, stride_bj,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    c_ptr,
+    basis_ptr,
+    slot_ptr,
+    dweight_ptr,
+    N,
+    J,
+    D,
+    rows_per_split,
+    stride_dyt,
+    stride_dyn,
+    stride_dyd,
+    stride_cn,
+    stride_cj,
+    stride_bj,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     split, task = tl.program_id(0), tl.program_id(2).to(tl.int64)
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = j < J
@@ -148,10 +180,20 @@ def forward(c: Tensor, weight: Tensor, constants: Constants) -> Tensor:
         steps = -(-chunks // splits)
         splits = -(-chunks // steps)
         arguments = {
-            "N": rows, "J": components, "D": dim, "steps": steps, "row_tiles": row_tiles, "stride_cn": c.stride(0),
-            "stride_cj": c.stride(1), "stride_wt": weight_stride(weight), "stride_bj": constants.basis.stride(0),
-            "PRECISION": kind, "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "BLOCK_K": step,
-        }  # fmt: skip
+            "N": rows,
+            "J": components,
+            "D": dim,
+            "steps": steps,
+            "row_tiles": row_tiles,
+            "stride_cn": c.stride(0),
+            "stride_cj": c.stride(1),
+            "stride_wt": weight_stride(weight),
+            "stride_bj": constants.basis.stride(0),
+            "PRECISION": kind,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": tiles.block_d,
+            "BLOCK_K": step,
+        }
         moving = ("c_ptr", "weight_ptr", "basis_ptr", "slot_ptr", "y_ptr")
         grid = (row_tiles * tasks, columns, splits)
         return Launch(_spectral_sum_fwd_kernel, grid, moving, arguments, tiles.warps, tiles.stages), splits
@@ -189,11 +231,21 @@ def backward(dy: Tensor, c: Tensor, constants: Constants) -> Tensor:
         per_split = -(-rows // (splits * tiles.block_n)) * tiles.block_n
         splits = -(-rows // per_split)
         arguments = {
-            "N": rows, "J": components, "D": dim, "rows_per_split": per_split, "stride_dyt": dy.stride(0),
-            "stride_dyn": dy.stride(1), "stride_dyd": dy.stride(2), "stride_cn": c.stride(0),
-            "stride_cj": c.stride(1), "stride_bj": constants.basis.stride(0), "PRECISION": kind,
-            "BLOCK_N": tiles.block_n, "BLOCK_D": tiles.block_d, "BLOCK_K": step,
-        }  # fmt: skip
+            "N": rows,
+            "J": components,
+            "D": dim,
+            "rows_per_split": per_split,
+            "stride_dyt": dy.stride(0),
+            "stride_dyn": dy.stride(1),
+            "stride_dyd": dy.stride(2),
+            "stride_cn": c.stride(0),
+            "stride_cj": c.stride(1),
+            "stride_bj": constants.basis.stride(0),
+            "PRECISION": kind,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_D": tiles.block_d,
+            "BLOCK_K": step,
+        }
         moving = ("dy_ptr", "c_ptr", "basis_ptr", "slot_ptr", "dweight_ptr")
         grid = (splits, blocks, tasks)
         return Launch(_spectral_sum_bwd_kernel, grid, moving, arguments, tiles.warps, tiles.stages), splits

@@ -3,10 +3,10 @@
     G[r] = t[:, r]^T z[:, r],   dweight[j] = proj[j] . G[j] + (bias[j] - offset[j]) sum_n t[n,j],
     dz[n,r] = t[n, r] . (weight proj)[r]
 
-A program owns one unit, whole, and a run of rows: G grows in the matrix unit's registers, proj times weight is made
-once, and a step over rows is two products and nothing else. Where every unit keeps C components and C is a multiple of
-8, t and dz have one shape: t is made in dz's memory, each tile of it is read and overwritten by one program, and there
-is no workspace at all.
+A program owns one unit, whole, and a run of rows: G grows in the matrix unit's registers, proj times weight
+is made once, and a step over rows is two products and nothing else. Where every unit keeps C components and C
+is a multiple of 8, t and dz have one shape: t is made in dz's memory, each tile of it is read and overwritten
+by one program, and there is no workspace at all.
 """
 
 from functools import partial
@@ -28,12 +28,33 @@ WIDEST = 128  # components of a unit that one tile holds
 
 @triton.jit(do_not_specialize=["N", "J", "R", "rows_per_split"])
 def _stream_bwd_kernel(
-    t_ptr, z_ptr, weight_ptr, proj_ptr, bias_ptr, offset_ptr, run_ptr, dweight_ptr, dz_ptr,
-    N, J, R, rows_per_split, stride_tn, stride_zn, stride_zr, stride_zc,
-    WANT_WEIGHT: tl.constexpr, WANT_Z: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr, STRIDE_PJ: tl.constexpr, ALIGN_Z: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    t_ptr,
+    z_ptr,
+    weight_ptr,
+    proj_ptr,
+    bias_ptr,
+    offset_ptr,
+    run_ptr,
+    dweight_ptr,
+    dz_ptr,
+    N,
+    J,
+    R,
+    rows_per_split,
+    stride_tn,
+    stride_zn,
+    stride_zr,
+    stride_zc,
+    WANT_WEIGHT: tl.constexpr,
+    WANT_Z: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
+    ALIGN_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     split, unit = tl.program_id(0), tl.program_id(1)
     begin, end = tl.multiple_of(tl.load(run_ptr + unit), 8), tl.load(run_ptr + unit + 1)
     low, high = tl.load(run_ptr + R + 1 + unit), tl.load(run_ptr + R + 2 + unit)
@@ -114,10 +135,17 @@ def _prepare(call: Call, wanted: list[bool]) -> tuple[Launch, int]:
     per_split = rows_of_split(rows, units, tiles)
     splits = -(-rows // per_split)
     arguments = call.arguments() | {
-        "N": rows, "J": constants.components, "R": units, "rows_per_split": per_split,
-        "stride_tn": constants.padded, "WANT_WEIGHT": wanted[0], "WANT_Z": wanted[1], "BLOCK_N": tiles.block_n,
-        "BLOCK_C": max(16, 1 << (width - 1).bit_length()), "BLOCK_K": max(16, 1 << (p.longest - 1).bit_length()),
-    }  # fmt: skip
+        "N": rows,
+        "J": constants.components,
+        "R": units,
+        "rows_per_split": per_split,
+        "stride_tn": constants.padded,
+        "WANT_WEIGHT": wanted[0],
+        "WANT_Z": wanted[1],
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_C": max(16, 1 << (width - 1).bit_length()),
+        "BLOCK_K": max(16, 1 << (p.longest - 1).bit_length()),
+    }
     moving = (
         "t_ptr",
         "z_ptr",

@@ -11,7 +11,8 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # what the kernels were made
 
 @triton.jit
 def decode(code, BLOCK_K: tl.constexpr):
-    """(unit, first padded component, components, first in the caller's order, mask of the padded run) of a chunk."""
+    """(unit, first padded component, components, first in the caller's order, mask of the padded run) of a
+    chunk."""
     first = ((code >> 24) & 0x1FFFFF) * 8
     length = ((code >> 17) & 127).to(tl.int32)
     offs_k = tl.arange(0, BLOCK_K)
@@ -33,9 +34,15 @@ def load_unit(z_rows_ptr, mask_n, stride_zc, C: tl.constexpr, FIRST: tl.constexp
 
 @triton.jit
 def load_proj(
-    proj_ptr, first, mask_k,
-    C: tl.constexpr, STRIDE_PJ: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    proj_ptr,
+    first,
+    mask_k,
+    C: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """Rows first .. first + BLOCK_K - 1 of proj; behind C it holds zeros up to its row length."""
     offs_c = FIRST + tl.arange(0, BLOCK_C)
     mask = mask_k[:, None]
@@ -49,10 +56,19 @@ def load_proj(
 
 @triton.jit
 def project_exactly(
-    z_rows_ptr, mask_n, stride_zc, proj_ptr, first, mask_k,
-    C: tl.constexpr, STRIDE_PJ: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """z . proj in exact float32, 16 coordinates at a time: without tensor cores a longer step overflows registers."""
+    z_rows_ptr,
+    mask_n,
+    stride_zc,
+    proj_ptr,
+    first,
+    mask_k,
+    C: tl.constexpr,
+    STRIDE_PJ: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """z . proj in exact float32, 16 coordinates at a time:
+    without tensor cores a longer step overflows registers."""
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
     offs_p = (tl.arange(0, BLOCK_K) * STRIDE_PJ)[:, None]
     for c in range(0, C, 16):
@@ -77,7 +93,8 @@ def load_vector(ptr, first, mask_k, BLOCK_K: tl.constexpr):
 
 
 def padded_weights(weight: Tensor, constants: Constants) -> Tensor:
-    """weight [T, J] as [T, P], for tiles in which every row has weights of its own: read 16 bytes at a time."""
+    """weight [T, J] as [T, P], for tiles in which every row has weights of its own:
+    read 16 bytes at a time."""
     return weight.index_select(1, constants.sources)
 
 

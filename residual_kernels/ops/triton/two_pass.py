@@ -1,7 +1,7 @@
 """The route `two_pass`: half of the work is one product of the vendor, on [rows, P] in a bounded workspace.
 
-Forward, coefficients are written and multiplied by basis; backward, t = dy . basis is made and a kernel reads it.
-Products accumulate in float32 and round once (:mod:`residual_kernels.ops.triton.products`).
+Forward, coefficients are written and multiplied by basis; backward, t = dy . basis is made and a kernel reads
+it. Products accumulate in float32 and round once (:mod:`residual_kernels.ops.triton.products`).
 """
 
 import torch
@@ -80,7 +80,10 @@ def blocks_of(p: Problem) -> int:
 
 
 def estimate_forward(p: Problem) -> float:
-    """Nominal seconds: coefficients, a product and a cast per block of rows; the vendor too splits the long sum."""
+    """Nominal seconds: coefficients, a product and a cast per block of rows.
+
+    The vendor too splits the long sum.
+    """
     z, proj, basis = routes.sizes(p)
     blocks, pairs = blocks_of(p), float(p.pairs)
     tiles = coefficients.tiles_of(p)

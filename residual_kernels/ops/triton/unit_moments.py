@@ -1,15 +1,15 @@
 """total[r] = sum_n (l[n,r] - shift[r]),  moment[r] = sum_n (l[n,r] - shift[r])(l[n,r] - shift[r])^T
 
-with l = (scale*z, scale, scale*mean), in one pass over z. A program owns one unit and a run of rows. The C columns of
-scale*z are split into a main tile and, where C is no power of two, a tail; the two columns of scale and mean stay out
-of the matrix products: their sums with every coordinate are taken where the coordinates are in registers, element by
-element, and added up over rows once, behind the last. Runs of rows accumulate in float32, which the shift keeps small,
-and are merged in float64.
+with l = (scale*z, scale, scale*mean), in one pass over z. A program owns one unit and a run of rows. The C
+columns of scale*z are split into a main tile and, where C is no power of two, a tail; the two columns of
+scale and mean stay out of the matrix products: their sums with every coordinate are taken where the
+coordinates are in registers, element by element, and added up over rows once, behind the last. Runs of rows
+accumulate in float32, which the shift keeps small, and are merged in float64.
 
-Each program writes half moments P with moment = P + P^T, so that the result is symmetric to the last bit and 16-bit z
-gets more than its own precision cheaply: PCA lives on small differences, so l - shift is split into high + low bfloat16
-parts, and P = high^T high / 2 + high^T low takes two tensor-core products where a general one takes three. float32 z:
-exact products, or tf32 by torch's switch.
+Each program writes half moments P with moment = P + P^T, so that the result is symmetric to the last bit and
+16-bit z gets more than its own precision cheaply: PCA lives on small differences, so l - shift is split into
+high + low bfloat16 parts, and P = high^T high / 2 + high^T low takes two tensor-core products where a general
+one takes three. float32 z: exact products, or tf32 by torch's switch.
 """
 
 from math import gcd
@@ -27,9 +27,16 @@ PROGRAMS = 1056  # programs a launch aims at: eight for each processor of a nomi
 
 @triton.jit
 def _centred(
-    z_rows_ptr, s, shift, mask_n, stride_zc,
-    HAS_SCALE: tl.constexpr, C: tl.constexpr, FIRST: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    z_rows_ptr,
+    s,
+    shift,
+    mask_n,
+    stride_zc,
+    HAS_SCALE: tl.constexpr,
+    C: tl.constexpr,
+    FIRST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """scale * z - shift of a tile of columns, float32, 0 where there is no row or column."""
     offs_c = FIRST + tl.arange(0, BLOCK_C)
     mask = mask_n[:, None]
@@ -43,15 +50,23 @@ def _centred(
 
 @triton.jit
 def _high_low(x):
-    """x as a sum of two bfloat16: its upper 16 bits, which cost one instruction to cut off, and what is left."""
+    """x as a sum of two bfloat16: its upper 16 bits, which cost one instruction to cut off,
+    and what is left."""
     high = (x.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 
 
 @triton.jit
 def _store_with_tails(
-    total_ptr, moment_ptr, total, with_s, with_sm, offs, C: tl.constexpr, L: tl.constexpr,
-):  # fmt: skip
+    total_ptr,
+    moment_ptr,
+    total,
+    with_s,
+    with_sm,
+    offs,
+    C: tl.constexpr,
+    L: tl.constexpr,
+):
     """Sums of a tile of columns, and their sums with the columns of scale and mean, halved, on both sides."""
     mask = offs < C
     tl.store(total_ptr + offs, tl.sum(total, axis=0), mask=mask)
@@ -65,12 +80,30 @@ def _store_with_tails(
 
 @triton.jit(do_not_specialize=["N", "rows_per_split"])
 def _unit_moments_kernel(
-    z_ptr, scale_ptr, mean_ptr, shift_ptr, total_ptr, moment_ptr,
-    N, rows_per_split, R,
-    stride_zn, stride_zr, stride_zc, stride_sn, stride_mn,
-    HAS_SCALE: tl.constexpr, HAS_MEAN: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    C: tl.constexpr, C_MAIN: tl.constexpr, C_TAIL: tl.constexpr, ALIGN_Z: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+    z_ptr,
+    scale_ptr,
+    mean_ptr,
+    shift_ptr,
+    total_ptr,
+    moment_ptr,
+    N,
+    rows_per_split,
+    R,
+    stride_zn,
+    stride_zr,
+    stride_zc,
+    stride_sn,
+    stride_mn,
+    HAS_SCALE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    C: tl.constexpr,
+    C_MAIN: tl.constexpr,
+    C_TAIL: tl.constexpr,
+    ALIGN_Z: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
     split, unit = tl.program_id(0), tl.program_id(1)
     L: tl.constexpr = C + 2
     offs_m = tl.arange(0, C_MAIN)
@@ -175,12 +208,14 @@ def _unit_moments_kernel(
 
 
 def pipelines(version: str, capability: int) -> bool:
-    """Whether Triton can prefetch for these products: before 3.8 its compiler fails to on compute capability 10."""
+    """Whether Triton can prefetch for these products:
+    before 3.8 its compiler fails to on compute capability 10."""
     return capability < 10 or tuple(int(part) for part in version.split(".")[:2]) >= (3, 8)
 
 
 def column_tiles(width: int) -> tuple[int, int]:
-    """Powers of two (main, tail), tail at least 16 or none: main coordinates, and room for the others behind them."""
+    """Powers of two (main, tail), tail at least 16 or none: main coordinates,
+    and room for the others behind them."""
     main = 1 << (width.bit_length() - 1)
     tail = 0 if main == width else max(16, 1 << (width - main - 1).bit_length())
     return main, tail
@@ -214,14 +249,32 @@ def unit_moments(
         totals = torch.empty(count, units, size, dtype=torch.float32, device=z.device)
         moments = torch.empty(count, units, size, size, dtype=torch.float32, device=z.device)
         _unit_moments_kernel[(count, units)](
-            tile, None if scale is None else scale[part], None if mean is None else mean[part], shift, totals, moments,
-            len(tile), per_split, units,
-            z.stride(0), z.stride(1), z.stride(2),
-            0 if scale is None else scale.stride(0), 0 if mean is None else mean.stride(0),
-            HAS_SCALE=scale is not None, HAS_MEAN=mean is not None, SPLIT=split_precision, PRECISION=precision,
-            C=width, C_MAIN=main, C_TAIL=tail, ALIGN_Z=gcd(z.stride(0), z.stride(1), 16),
-            BLOCK_N=block_n, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
+            tile,
+            None if scale is None else scale[part],
+            None if mean is None else mean[part],
+            shift,
+            totals,
+            moments,
+            len(tile),
+            per_split,
+            units,
+            z.stride(0),
+            z.stride(1),
+            z.stride(2),
+            0 if scale is None else scale.stride(0),
+            0 if mean is None else mean.stride(0),
+            HAS_SCALE=scale is not None,
+            HAS_MEAN=mean is not None,
+            SPLIT=split_precision,
+            PRECISION=precision,
+            C=width,
+            C_MAIN=main,
+            C_TAIL=tail,
+            ALIGN_Z=gcd(z.stride(0), z.stride(1), 16),
+            BLOCK_N=block_n,
+            num_warps=warps,
+            num_stages=stages,
+        )
         total_part = totals.sum(0, dtype=torch.float64)
         moment_part = moments.sum(0, dtype=torch.float64)
         total = total_part if total is None else total.add_(total_part)

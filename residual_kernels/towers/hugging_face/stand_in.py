@@ -1,4 +1,7 @@
-"""Where does an adapter stand in a transformers model? In the vision model's place, with no projection behind it."""
+"""Where does an adapter stand in a transformers model?
+
+In the vision model's place, with no projection behind it.
+"""
 
 from typing import Any
 
@@ -9,15 +12,20 @@ from residual_kernels.towers.foreign import Foreign
 from residual_kernels.towers.hugging_face.tower import recognises, vision_model
 
 _UNKNOWN = (
-    "attention_mask", "bool_masked_pos", "interpolate_pos_encoding", "output_attentions", "output_hidden_states",
-)  # fmt: skip
+    "attention_mask",
+    "bool_masked_pos",
+    "interpolate_pos_encoding",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 
 class StandIn(nn.Module):
-    """A vision model whose embedding is an adapter's: it is called like the one it replaces and returns the same parts.
+    """A vision model whose embedding is an adapter's:
+    it is called like the one it replaces and returns the same parts.
 
-    `pooler_output` is y, and `last_hidden_state` the tower's own tokens. Where a classifier reads the class token (with
-    `as_token`), y stands in its place. Until :meth:`release` the adapter returns (y, tokens).
+    `pooler_output` is y, and `last_hidden_state` the tower's own tokens. Where a classifier reads the class
+    token (with `as_token`), y stands in its place. Until :meth:`release` the adapter returns (y, tokens).
     """
 
     residual: Foreign  # an adapter: towers know none
@@ -58,8 +66,9 @@ def check_place(model: nn.Module) -> None:
     """Raises ValueError where `model` reads more of its vision model than an embedding."""
     if hasattr(model, "vision_proj"):
         raise ValueError(
-            f"{type(model).__name__} matches text with all image tokens, so an embedding has no place in it; use "
-            "residual = ResiDual(model, bases) beside it, with class vectors of ZeroShotHead.from_text(model, ...)"
+            f"{type(model).__name__} matches text with all image tokens, so an embedding has no place in "
+            "it; use residual = ResiDual(model, bases) beside it, with class vectors of "
+            "ZeroShotHead.from_text(model, ...)"
         )
 
 

@@ -10,7 +10,8 @@ from residual_kernels.towers.foreign import Foreign
 
 
 class TextSide:
-    """`encode_text` and a tokenizer of open_clip's kind, of CLIPModel, SiglipModel or BlipForImageTextRetrieval.
+    """`encode_text` and a tokenizer of open_clip's kind, of CLIPModel,
+    SiglipModel or BlipForImageTextRetrieval.
 
     `tokenizer` is the model's own, or its processor.
     """

@@ -1,9 +1,10 @@
-"""Exact units of transformers' image towers: CLIP, SigLIP, BLIP, ViT, DINOv2 and whatever is built the same way.
+"""Exact units of transformers' image towers: CLIP, SigLIP, BLIP, ViT,
+DINOv2 and whatever is built the same way.
 
-A transformers model returns more than an embedding, and a CLIP's projection lies outside its vision model. So the
-tower is an :class:`ImageTower`, which is made of the model's own modules and returns the embedding alone; a whole model
-may be given wherever a tower is asked for. transformers is not imported here: models are told by their parts, whose
-names have changed over its versions.
+A transformers model returns more than an embedding, and a CLIP's projection lies outside its vision model. So
+the tower is an :class:`ImageTower`, which is made of the model's own modules and returns the embedding alone;
+a whole model may be given wherever a tower is asked for. transformers is not imported here: models are told
+by their parts, whose names have changed over its versions.
 """
 
 import inspect
@@ -27,13 +28,19 @@ from residual_kernels.towers.wrappers import inner as inside
 
 LOOKED_FOR = "vision_model or embeddings (transformers' CLIP, SigLIP, BLIP, ViT, DINOv2)"
 SUPPORTED = (
-    "supported are CLIPModel, CLIPVisionModelWithProjection, SiglipModel, BlipForImageTextRetrieval, ViTModel, "
-    "Dinov2Model, classifiers around these two, and models built the same way"
+    "supported are CLIPModel, CLIPVisionModelWithProjection, SiglipModel, BlipForImageTextRetrieval, "
+    "ViTModel, Dinov2Model, classifiers around these two, and models built the same way"
 )
 
 _WHOLE = {  # what may stand beside the vision model of a whole model
-    "visual_projection", "vision_proj", "text_model", "text_projection", "text_encoder", "text_proj", "itm_head",
-}  # fmt: skip
+    "visual_projection",
+    "vision_proj",
+    "text_model",
+    "text_projection",
+    "text_encoder",
+    "text_proj",
+    "itm_head",
+}
 _PROJECTIONS = ("visual_projection", "vision_proj")
 _LAYERS = ("encoder.layers", "encoder.layer", "layers")
 _PRE_NORM = ("pre_layrnorm", "pre_layernorm")
@@ -44,12 +51,31 @@ _ATTENTION = ("self_attn", "attention")
 _QKV = (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"))
 _OUT = ("out_proj", "o_proj", "projection", "output.dense")
 _BLOCK_PARTS = {
-    *_NORM_1, *_NORM_2, *_ATTENTION, "mlp", "intermediate", "output", "layer_scale1", "layer_scale2", "drop_path",
+    *_NORM_1,
+    *_NORM_2,
+    *_ATTENTION,
+    "mlp",
+    "intermediate",
+    "output",
+    "layer_scale1",
+    "layer_scale2",
+    "drop_path",
     "dropout",
-}  # fmt: skip
+}
 _ATTENTION_PARTS = {  # and those of its parts `attention` and `output`
-    *_OUT[:3], "dropout", "qkv", "q_proj", "k_proj", "v_proj", "attention", "output", "query", "key", "value", "dense",
-}  # fmt: skip
+    *_OUT[:3],
+    "dropout",
+    "qkv",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "attention",
+    "output",
+    "query",
+    "key",
+    "value",
+    "dense",
+}
 _POOLER_PARTS = {"attention", "layernorm", "mlp"}  # beside the parameter `probe`
 
 
@@ -80,9 +106,10 @@ def _refuse(reason: str) -> UnsupportedTowerError:
 class ImageTower(nn.Module):
     """The image side of a transformers model as one module: images [N, 3, H, W] -> embeddings [N, D].
 
-    Its parts are the model's own modules, not copies, so both train, move and load together. The embedding is the class
-    token behind the final norm (``last_hidden_state[:, 0]``, CLIP's ``pooler_output``), then the projection where the
-    model has one: ``get_image_features`` of a CLIP. SigLIP's is what attention pooling (`pooler`) makes of all tokens.
+    Its parts are the model's own modules, not copies, so both train, move and load together. The embedding is
+    the class token behind the final norm (``last_hidden_state[:, 0]``, CLIP's ``pooler_output``), then the
+    projection where the model has one: ``get_image_features`` of a CLIP. SigLIP's is what attention pooling
+    (`pooler`) makes of all tokens.
     """
 
     def __init__(
@@ -144,19 +171,21 @@ class ImageTower(nn.Module):
 
 
 _towers: "weakref.WeakKeyDictionary[nn.Module, ImageTower]" = weakref.WeakKeyDictionary()
-# The model that a tower's parts are of and its vision model, for the check against their own forward. A copy of a tower
-# has none.
+# The model that a tower's parts are of and its vision model, for the check against their own forward. A copy
+# of a tower has none.
 _sources: "weakref.WeakKeyDictionary[ImageTower, tuple[weakref.ref, weakref.ref]]" = (
     weakref.WeakKeyDictionary()
 )
 
 
 def image_tower(model: nn.Module) -> ImageTower:
-    """The :class:`ImageTower` of a transformers model; the same object at every call while the model's parts stay.
+    """The :class:`ImageTower` of a transformers model.
 
-    `model` is a whole model (CLIPModel, BlipForImageTextRetrieval), a vision model with or without its projection
-    (CLIPVisionModelWithProjection, ViTModel, Dinov2Model), or an image classifier around one. Raises
-    UnsupportedTowerError with the reason where its embedding is not the normed class token.
+    The same object at every call while the model's parts stay.
+
+    `model` is a whole model (CLIPModel, BlipForImageTextRetrieval), a vision model with or without its
+    projection (CLIPVisionModelWithProjection, ViTModel, Dinov2Model), or an image classifier around one.
+    Raises UnsupportedTowerError with the reason where its embedding is not the normed class token.
     """
     model = inside(model)
     if isinstance(model, ImageTower):
@@ -170,7 +199,8 @@ def image_tower(model: nn.Module) -> ImageTower:
 
 
 def _source(tower: ImageTower) -> tuple[Foreign | None, Foreign | None]:
-    """(the whole model, its vision model) that a tower is of; no whole model while an adapter stands in it."""
+    """(the whole model, its vision model) that a tower is of;
+    no whole model while an adapter stands in it."""
     model, source = (held() for held in _sources.get(tower, (lambda: None, lambda: None)))
     return model if model is not None and source is not None and _in_place(model, source) else None, source
 
@@ -184,7 +214,10 @@ def _in_place(model: Foreign, source: nn.Module) -> bool:
 
 
 def vision_model(model: Foreign) -> Foreign:
-    """The part of a transformers model that has the embeddings and the blocks; the model itself where it has them."""
+    """The part of a transformers model that has the embeddings and the blocks.
+
+    The model itself where it has them.
+    """
     kind, inner = type(model).__name__, getattr(model, "vision_model", None)
     allowed = _WHOLE | {"vision_model"}
     if inner is None and not hasattr(model, "embeddings"):
@@ -209,10 +242,13 @@ def _parts(model: nn.Module) -> dict[str, Foreign]:
     """What an ImageTower is made of; refuses what it does not know."""
     inner, kind = vision_model(model), type(model).__name__
     found: dict[str, Foreign] = {
-        "embeddings": _first(inner, ("embeddings",)), "pre_norm": _first(inner, _PRE_NORM),
-        "layers": _first(inner, _LAYERS), "norm": _first(inner, _FINAL_NORM), "pooler": _first(inner, ("head",)),
+        "embeddings": _first(inner, ("embeddings",)),
+        "pre_norm": _first(inner, _PRE_NORM),
+        "layers": _first(inner, _LAYERS),
+        "norm": _first(inner, _FINAL_NORM),
+        "pooler": _first(inner, ("head",)),
         "projection": _first(model, _PROJECTIONS),
-    }  # fmt: skip
+    }
     if isinstance(found["projection"], nn.Identity):  # taken off
         found["projection"] = None
     lacking = [name for name in ("embeddings", "layers", "norm") if found[name] is None]

@@ -1,7 +1,7 @@
 """What is encoded once? The backbone is frozen, so its work is done once and kept: in memory, or in a folder.
 
-`unit_cache.py` is what a cache is, `shards.py` how it lies on disk, `folder.py` whose a folder is, `loading.py` which
-images go through the tower together, `encoding.py` the pass that makes one.
+`unit_cache.py` is what a cache is, `shards.py` how it lies on disk, `folder.py` whose a folder is,
+`loading.py` which images go through the tower together, `encoding.py` the pass that makes one.
 """
 
 from residual_kernels.units.cache.encoding import encode

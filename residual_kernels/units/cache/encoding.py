@@ -1,4 +1,7 @@
-"""How is a cache made? In one pass of the tower over the data, which can be interrupted, and shared by processes."""
+"""How is a cache made?
+
+In one pass of the tower over the data, which can be interrupted, and shared by processes.
+"""
 
 import contextlib
 import logging
@@ -70,16 +73,22 @@ def encode(
     Args:
         tower: a supported image tower, or an adapter around one.
         loader: yields images [N, 3, H, W], or (images, labels), in an order that is always the same.
-        path: a folder for the cache; None keeps it in memory only (and then every process of several encodes all).
-        kinds: which units' z to keep; () for the outputs only. A fit with rest="sum" needs just the adapted kinds.
+        path: a folder for the cache; None keeps it in memory only (and then every process of several encodes
+            all).
+        kinds: which units' z to keep; () for the outputs only. A fit with rest="sum" needs just the adapted
+            kinds.
         dtype: of the stored z; the tower's own by default. s, m and the output keep at least float32.
-        class_names: names of the labels, kept in the manifest. A warning names those that stand more than once.
-        progress: called with the number of images after every batch; first with those kept from an interrupted run.
-        preprocessing, data: descriptions that tell one run from another. By default the text of the data set's
-            `preprocess` or `transform`, and its `fingerprint()`, where the loader is a DataLoader over one with them.
+        class_names: names of the labels, kept in the manifest. A warning names those that stand more than
+            once.
+        progress: called with the number of images after every batch; first with those kept from an
+            interrupted run.
+        preprocessing, data: descriptions that tell one run from another. By default the text of the data
+            set's `preprocess` or `transform`, and its `fingerprint()`, where the loader is a DataLoader over
+            one with them.
         shard_images: images in a shard; by default as many batches as make about 64 MiB.
         timeout: seconds that one of several processes waits at the end for another that is at work or hangs.
-        check: compare the first image with the model's own forward, as :func:`residual_kernels.decompose` does.
+        check: compare the first image with the model's own forward, as :func:`residual_kernels.decompose`
+            does.
 
     Returns:
         The :class:`UnitCache`; with a path, mapped from there.
@@ -87,24 +96,25 @@ def encode(
     Raises:
         FileExistsError: `path` holds other files, or a finished cache and these data have no description.
         BlockingIOError: another process is encoding into `path`.
-        ValueError: `path` holds a cache of another tower, preprocessing, data, kinds or dtype (both are named); no
-            images, images the tower cannot take, units that are NaN or Inf in `dtype`, labels on some batches only or
-            out of range, a loader that shuffles (with a path).
+        ValueError: `path` holds a cache of another tower, preprocessing, data, kinds or dtype (both are
+            named); no images, images the tower cannot take, units that are NaN or Inf in `dtype`, labels on
+            some batches only or out of range, a loader that shuffles (with a path).
         OSError: the disk is full or cannot be written to.
 
-    An interrupted run is resumed by the same call: finished shards are kept (each is whole on the disk before the next
-    is begun to be written), the tower runs for the other images only, and in the end the files are byte for byte those
-    of an undisturbed run with the same batches and number of threads. A DataLoader that reads a data set in order and
-    joins images in the default way does not open the images of finished shards, but for the first of each, which must
-    be the one that the shard was made from; other loaders are read and passed over. The same call on a finished cache
-    returns it, after making damaged or missing shards again. A failure leaves finished shards, and nothing where there
-    is none.
+    An interrupted run is resumed by the same call: finished shards are kept (each is whole on the disk before
+    the next is begun to be written), the tower runs for the other images only, and in the end the files are
+    byte for byte those of an undisturbed run with the same batches and number of threads. A DataLoader that
+    reads a data set in order and joins images in the default way does not open the images of finished shards,
+    but for the first of each, which must be the one that the shard was made from; other loaders are read and
+    passed over. The same call on a finished cache returns it, after making damaged or missing shards again. A
+    failure leaves finished shards, and nothing where there is none.
 
-    In a process group (torchrun) the processes share the shards, which must lie on a file system that all see. Each
-    gives the same loader and gets the whole cache. When one dies the others raise RuntimeError; the next run resumes.
+    In a process group (torchrun) the processes share the shards, which must lie on a file system that all
+    see. Each gives the same loader and gets the whole cache. When one dies the others raise RuntimeError; the
+    next run resumes.
 
-    Memory, besides the tower, its batch and the loader: two shards, one being filled and one being written, and 16
-    bytes an image for labels and ids when the cache is opened at the end.
+    Memory, besides the tower, its batch and the loader: two shards, one being filled and one being written,
+    and 16 bytes an image for labels and ids when the cache is opened at the end.
     """
     if (repeated := repetition(class_names or ())) is not None:
         warnings.warn(f"{repeated}: these labels are told apart by number alone", stacklevel=2)
@@ -168,8 +178,9 @@ class _Leaving:
             bad = (~value.reshape(len(value), -1).isfinite().all(1)).nonzero()
             if len(bad):
                 raise ValueError(
-                    f"the tower gives NaN or Inf as {name} of image {int(self.batch.rows[bad[0]])} in {value.dtype}; "
-                    "use a tower or a dtype with more range (bfloat16, float32), or look at its weights"
+                    f"the tower gives NaN or Inf as {name} of image {int(self.batch.rows[bad[0]])} in "
+                    f"{value.dtype}; use a tower or a dtype with more range (bfloat16, float32), or look "
+                    "at its weights"
                 )
         columns = dict(self.columns)
         if self.batch.labels is not None:
@@ -181,7 +192,10 @@ class _Leaving:
 def _encoded(
     batches: Iterable[UnitBatch], kinds: Iterable[str], dtype: torch.dtype
 ) -> Iterator[tuple[UnitBatch, dict[str, Tensor]]]:
-    """Batches with their columns. A device computes the next batch while the host has the last one in hand."""
+    """Batches with their columns.
+
+    A device computes the next batch while the host has the last one in hand.
+    """
     waiting: _Leaving | None = None
     for batch in batches:
         leaving = _Leaving(batch, kinds, dtype)
@@ -206,9 +220,14 @@ def _in_memory(source: LoadedUnits, dtype: torch.dtype, progress: Callable[[int]
     joined = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
     return UnitCache(
         {kind: joined[f"z.{kind}"] for kind in source.kinds},
-        joined["scale"], joined["mean"], joined["output"], joined.get("labels"), joined["ids"],
-        towers.checksum(source.view.module), source.class_names,
-    )  # fmt: skip
+        joined["scale"],
+        joined["mean"],
+        joined["output"],
+        joined.get("labels"),
+        joined["ids"],
+        towers.checksum(source.view.module),
+        source.class_names,
+    )
 
 
 def _on_disk(
@@ -250,7 +269,8 @@ def _on_disk(
         dtype = DTYPES[run["dtype"]]
 
         def unchanged(batch: UnitBatch) -> bool:
-            """Whether a piece is the first image of a finished shard, which must be the one that it was made from."""
+            """Whether a piece is the first image of a finished shard,
+            which must be the one that it was made from."""
             first = int(batch.rows[0])
             found = mine.get(first // size)
             if found is not None and found[1]["first_image"] != batch.first_image:
@@ -312,8 +332,8 @@ def _check_first(path: Path, source: LoadedUnits) -> None:
 
 def _changed(shard: Path, first: int) -> ValueError:
     return ValueError(
-        f"{shard} was made from another image {first} than the loader gives now: the data, their order or their "
-        "preprocessing have changed; name a new folder"
+        f"{shard} was made from another image {first} than the loader gives now: the data, their order or "
+        "their preprocessing have changed; name a new folder"
     )
 
 

@@ -1,4 +1,7 @@
-"""Whose is a cache's folder? One run's at a time: what the manifest says of it, the lock, and what is left behind."""
+"""Whose is a cache's folder?
+
+One run's at a time: what the manifest says of it, the lock, and what is left behind.
+"""
 
 import contextlib
 import os
@@ -35,7 +38,10 @@ def kept_images(path: str | os.PathLike) -> int | None:
 
 
 def manifest_of(path: Path, run: dict[str, Any], shard_images: int | None) -> dict | None:
-    """The manifest of this run in a folder, None where it may begin; raises for what must not be written over."""
+    """The manifest of this run in a folder, None where it may begin.
+
+    Raises for what must not be written over.
+    """
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file; name a folder for the cache")
     if not (path / MANIFEST).is_file():
@@ -51,8 +57,9 @@ def manifest_of(path: Path, run: dict[str, Any], shard_images: int | None) -> di
     _compare(path, manifest["run"], run, shard_images)
     if manifest["complete"] and run["data"] is None:
         raise FileExistsError(
-            f"{path} is not empty: it holds a finished cache, and these data have no description that would tell "
-            "whether it is theirs; read it with UnitCache.load, give encode data=..., or name a new folder"
+            f"{path} is not empty: it holds a finished cache, and these data have no description that "
+            "would tell whether it is theirs; read it with UnitCache.load, give encode data=..., or name "
+            "a new folder"
         )
     return manifest
 
@@ -73,15 +80,16 @@ def _compare(path: Path, there: dict[str, Any], here: dict[str, Any], shard_imag
     if there["checksum"] != here["checksum"]:
         raise ValueError(
             f"{path} holds a cache of a tower with other weights ({there['tower']} with checksum "
-            f"{there['checksum'][:12]}, this tower is {here['tower']} with {here['checksum'][:12]}); name a new folder"
+            f"{there['checksum'][:12]}, this tower is {here['tower']} with {here['checksum'][:12]}); name "
+            "a new folder"
         )
     here = {**here, "shard_images": shard_images}
     for key, name in COMPARED.items():
         known = None not in (there[key], here[key])
         if there[key] != here[key] and (known or key not in OPTIONAL):
             raise ValueError(
-                f"{path} holds a cache of other {name} ({_short(there[key])} there, {_short(here[key])} here); "
-                "name a new folder"
+                f"{path} holds a cache of other {name} ({_short(there[key])} there, {_short(here[key])} "
+                "here); name a new folder"
             )
 
 
@@ -127,8 +135,8 @@ def check_extent(path: Path, done: dict[int, dict], size: int, count: int | None
         last = count is None and index == max(done)
         if row["images"] != expected and not (last and row["images"] < size):
             raise ValueError(
-                f"{path / row['file']} holds {row['images']} images where the data now have {max(0, expected)}: they "
-                "have changed; name a new folder"
+                f"{path / row['file']} holds {row['images']} images where the data now have "
+                f"{max(0, expected)}: they have changed; name a new folder"
             )
 
 
@@ -144,6 +152,11 @@ def finish(path: Path, run: dict[str, Any], rows: dict[int, dict], counts: list[
     check_extent(path, rows, run["shard_images"], count)
     shards = [rows[index] for index in sorted(rows)]
     manifest = {
-        "schema": SCHEMA, "what": WHAT, "complete": True, "run": run, "images": count, "shards": shards,
-    }  # fmt: skip
+        "schema": SCHEMA,
+        "what": WHAT,
+        "complete": True,
+        "run": run,
+        "images": count,
+        "shards": shards,
+    }
     write_json(path / MANIFEST, manifest)

@@ -1,10 +1,12 @@
-"""How do units lie on disk? Shards of safetensors, each whole and verified by itself, and a manifest that names them.
+"""How do units lie on disk?
 
-A shard holds `shard_images` images (the last one the rest) as tensors z.<kind>, scale, mean, output, labels and ids,
-and a header: its index, the run it belongs to, the digest of its first image, and a checksum over all of it. The
-manifest is written twice: before the first shard with `"complete": false`, and after the last one with the shards'
-names, sizes and checksums and `"complete": true`. Nothing in either depends on when, where or by how many processes
-they were made.
+Shards of safetensors, each whole and verified by itself, and a manifest that names them.
+
+A shard holds `shard_images` images (the last one the rest) as tensors z.<kind>, scale, mean, output, labels
+and ids, and a header: its index, the run it belongs to, the digest of its first image, and a checksum over
+all of it. The manifest is written twice: before the first shard with `"complete": false`, and after the last
+one with the shards' names, sizes and checksums and `"complete": true`. Nothing in either depends on when,
+where or by how many processes they were made.
 """
 
 import hashlib
@@ -190,7 +192,8 @@ def _wrong(manifest: dict) -> str | None:
 class Shards:
     """The rows of a finished cache, read from mapped shards.
 
-    At most MAPPED_BYTES of shards are mapped at a time, the most recently used ones; what was handed out stays valid.
+    At most MAPPED_BYTES of shards are mapped at a time, the most recently used ones; what was handed out
+    stays valid.
     """
 
     def __init__(self, folder: Path, rows: Sequence[dict], run: dict[str, Any]):
@@ -228,7 +231,8 @@ class Shards:
         return torch.empty(count, *column["shape"], dtype=DTYPES[column["dtype"]])
 
     def verify(self, how: str) -> None:
-        """Raises FileNotFoundError or ValueError naming a shard that is missing, damaged or not the manifest's.
+        """Raises FileNotFoundError or ValueError naming a shard that is missing,
+        damaged or not the manifest's.
 
         "full" reads every byte (several shards at a time, in threads); "size" compares the files' sizes only.
         """
@@ -238,8 +242,8 @@ class Shards:
                 raise FileNotFoundError(f"{path} is missing; encode again")
             if path.stat().st_size != row["bytes"] and how == "size":
                 raise ValueError(
-                    f"{path} is truncated or another file: it has {path.stat().st_size} bytes and its manifest says "
-                    f"{row['bytes']}; encode again"
+                    f"{path} is truncated or another file: it has {path.stat().st_size} bytes and its "
+                    f"manifest says {row['bytes']}; encode again"
                 )
         if how == "full":
             with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
@@ -281,7 +285,8 @@ class Shards:
             return tensors
 
     def run(self, names: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
-        """Rows start ... stop of some columns: views of the mapping where one shard has them all, else one copy."""
+        """Rows start ... stop of some columns: views of the mapping where one shard has them all,
+        else one copy."""
         first = int(torch.searchsorted(self._ends, start, right=True))
         if start < stop and stop <= self._ends[first]:
             part = slice(start - int(self._starts[first]), stop - int(self._starts[first]))

@@ -1,4 +1,7 @@
-"""What is a unit cache? Everything a fit needs of every image and nothing more, in memory or mapped from disk."""
+"""What is a unit cache?
+
+Everything a fit needs of every image and nothing more, in memory or mapped from disk.
+"""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,15 +25,15 @@ HELD_OUT = 0.2  # of the training images, where a data set has no part for valid
 class UnitCache:
     """What a fit needs of every image and nothing more.
 
-    Made by :func:`encode`. One read with :meth:`load` is mapped: its z, scale, mean and output stay on disk, and rows
-    are read as they are asked for. It holds 16 bytes an image (labels and ids), and at most 1 GiB of shards mapped;
-    so caches larger than memory can be fitted.
+    Made by :func:`encode`. One read with :meth:`load` is mapped: its z, scale, mean and output stay on disk,
+    and rows are read as they are asked for. It holds 16 bytes an image (labels and ids), and at most 1 GiB of
+    shards mapped; so caches larger than memory can be fitted.
 
     Attributes:
-        z: kind -> [N, R, C] in the cache's dtype. Of a mapped cache, z[kind] reads all rows into memory: use `terms` or
-            `batches` for parts.
-        scale, mean: [N], s and m of the final norm; output: [N, D]; at least float32. Of a mapped cache they are read
-            whole when first asked for, and kept.
+        z: kind -> [N, R, C] in the cache's dtype. Of a mapped cache, z[kind] reads all rows into memory: use
+            `terms` or `batches` for parts.
+        scale, mean: [N], s and m of the final norm; output: [N, D]; at least float32. Of a mapped cache they
+            are read whole when first asked for, and kept.
         labels: [N] int64, or None; ids: [N] int64, the position of each image in the data it came from.
         class_names: names of the labels, or None.
         checksum: of the tower that made it.
@@ -122,7 +125,8 @@ class UnitCache:
         device: torch.device | str = "cpu",
         kinds: Iterable[str] | None = None,
     ) -> Terms:
-        """The terms of some rows (numbers, a mask or a slice), for `from_units`; z widened to the outputs' dtype.
+        """The terms of some rows (numbers, a mask or a slice),
+        for `from_units`; z widened to the outputs' dtype.
 
         z has the `kinds` asked for; all that the cache holds by default.
         """
@@ -164,12 +168,18 @@ class UnitCache:
         z, scale, mean, output = self._rows(slice(None))
         return UnitCache(
             {kind: value.to(device) for kind, value in z.items()},
-            scale.to(device), mean.to(device), output.to(device),
-            self.labels, self.ids, self.checksum, self.class_names,
-        )  # fmt: skip
+            scale.to(device),
+            mean.to(device),
+            output.to(device),
+            self.labels,
+            self.ids,
+            self.checksum,
+            self.class_names,
+        )
 
     def subset(self, rows: Tensor) -> "UnitCache":
-        """A cache of some rows: a copy in memory of one in memory, and the numbers of the rows for a mapped one."""
+        """A cache of some rows: a copy in memory of one in memory,
+        and the numbers of the rows for a mapped one."""
         z, scale, mean, output = self._rows(rows)
         labels = None if self.labels is None else self.labels[rows]
         return UnitCache(z, scale, mean, output, labels, self.ids[rows], self.checksum, self.class_names)
@@ -205,8 +215,8 @@ class UnitCache:
         found = towers.checksum(towers.view(tower).module)
         if found != self.checksum:
             raise ValueError(
-                f"this cache was encoded by a tower with other weights (checksum {self.checksum[:12]}, this tower has "
-                f"{found[:12]}); encode again"
+                f"this cache was encoded by a tower with other weights (checksum {self.checksum[:12]}, "
+                f"this tower has {found[:12]}); encode again"
             )
 
     @classmethod
@@ -215,9 +225,9 @@ class UnitCache:
 
         Args:
             path: the folder that :func:`encode` wrote.
-            verify: "full" reads every byte and compares the shards' checksums, at the speed of the disk or of SHA-256
-                on several cores; "size" compares the files' sizes and the checksums in their headers, which takes a
-                moment and finds truncated, missing and exchanged shards, but no flipped bits.
+            verify: "full" reads every byte and compares the shards' checksums, at the speed of the disk or of
+                SHA-256 on several cores; "size" compares the files' sizes and the checksums in their headers,
+                which takes a moment and finds truncated, missing and exchanged shards, but no flipped bits.
 
         Raises:
             FileNotFoundError: no cache there, an unfinished one, or a shard is missing.
@@ -311,7 +321,8 @@ class MappedCache(UnitCache):
                 raise IndexError(f"a mask of {len(rows)} rows, but this cache has {len(self)}")
             if len(numbers) and not -len(self) <= int(numbers.min()) <= int(numbers.max()) < len(self):
                 raise IndexError(
-                    f"rows run from {int(numbers.min())} to {int(numbers.max())}, but this cache has {len(self)}"
+                    f"rows run from {int(numbers.min())} to {int(numbers.max())}, but this cache has "
+                    f"{len(self)}"
                 )
             numbers = torch.where(numbers < 0, numbers + len(self), numbers)
         if self._chosen is not None:
@@ -345,8 +356,8 @@ def _check_small(shards: Shards, small: dict[str, Tensor], class_names: Sequence
     known = None if class_names is None else len(class_names)
     if labels is not None and known is not None and not 0 <= int(labels.min()) <= int(labels.max()) < known:
         raise ValueError(
-            f"{shards.folder} has labels from {int(labels.min())} to {int(labels.max())} for {known} classes; "
-            "encode again"
+            f"{shards.folder} has labels from {int(labels.min())} to {int(labels.max())} for {known} "
+            "classes; encode again"
         )
     if int(small["ids"].min()) < 0:
         raise ValueError(f"{shards.folder} has an image number below 0; encode again")
