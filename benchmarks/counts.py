@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from residual_kernels.experiments.shapes import SHAPES, Shape
-from residual_kernels.ops.triton import backend, layout, routes
+from residual_kernels.ops.triton import backend, routes
+from residual_kernels.ops.triton.kernel_layout import padded_bounds
 
 NOTES = Path(__file__).parent / "NOTES.md"
 MARKS = ("<!-- counts -->", "<!-- /counts -->")
@@ -124,7 +125,7 @@ def markdown() -> str:
 def plan(shape: Shape, components: list[int], rows: int, *, plain: bool = False) -> tuple[str, str]:
     """The routes the launcher plans for bf16, forward and backward."""
     block = routes.block_components(components, 2)
-    runs = layout.padded_bounds(components)
+    runs = padded_bounds(components)
     problem = routes.Problem(
         rows=rows,
         tasks=1,

@@ -58,7 +58,7 @@ def make(root: Path) -> None:
 
     import residual_kernels as rk
     from residual_kernels import files
-    from residual_kernels.analysis import overview
+    from residual_kernels.analysis import summary
     from residual_kernels.experiments import sweep
     from residual_kernels.train import checkpoints
 
@@ -76,7 +76,7 @@ def make(root: Path) -> None:
     batches = [(images[start : start + 4], labels[start : start + 4]) for start in range(0, 12, 4)]
     cache = rk.encode(tower, batches, root / "cache", class_names="ab", shard_images=4)
     head.save(root / "head.safetensors")
-    overview.analyze(tower, cache, head, bases, None, points=3, seeds=range(1)).save(root / "analysis")
+    summary.analyze(tower, cache, head, bases, None, points=3, seeds=range(1)).save(root / "analysis")
     task = {
         "best_epoch": 1,
         "best_score": 0.5,
@@ -139,9 +139,9 @@ def kinds() -> list[Kind]:
     import torch
 
     import residual_kernels as rk
-    from residual_kernels.analysis import overview
+    from residual_kernels.analysis import summary
     from residual_kernels.data.images import open_images
-    from residual_kernels.experiments import plan, sweep
+    from residual_kernels.experiments import sweep, sweep_plan
     from residual_kernels.train import checkpoints
 
     @functools.cache
@@ -197,9 +197,9 @@ def kinds() -> list[Kind]:
         Kind("class vectors", "head.safetensors", "", head, bare=True),
         Kind("fit checkpoint", "fit.safetensors", "", checkpoint, bare=True),
         Kind(
-            "analysis", "analysis", "analysis.json", lambda f: overview.Analysis.load(f).to_dict(), bare=True
+            "analysis", "analysis", "analysis.json", lambda f: summary.Analysis.load(f).to_dict(), bare=True
         ),
-        Kind("sweep plan", "plan.yaml", "", lambda f: repr(plan.SweepPlan.read(f)), bare=True),
+        Kind("sweep plan", "plan.yaml", "", lambda f: repr(sweep_plan.SweepPlan.read(f)), bare=True),
         Kind("sweep result", "fine-0.json", "", lambda f: sweep._kept(f, "r"), bare=True),
         Kind("images in a zip", "images.zip", "", pictures, bare=True),
         Kind("images in a tar", "", "shard.tar", shards, bare=True),

@@ -38,7 +38,7 @@ from benchmarks.counts import BANDWIDTH, RATE, STREAM, cheapest, moments, reweig
 from residual_kernels.experiments.shapes import SHAPES, Shape
 from residual_kernels.ops.triton import backend as triton_backend
 from residual_kernels.ops.triton import fold, two_pass
-from residual_kernels.ops.triton.layout import constants_of
+from residual_kernels.ops.triton.kernel_layout import constants_of
 from residual_kernels.ops.triton.routes import CACHE_BANDWIDTH, LAUNCH, VENDOR_RATE
 
 RESULTS = Path(__file__).parent / "results" / "compile"

@@ -92,7 +92,7 @@ class Once:
 
         from residual_kernels import figures
         from residual_kernels.data import models
-        from residual_kernels.report import drawings
+        from residual_kernels.report import charts
         from residual_kernels.train import fitting
 
         self.kept: dict = {}  # key -> (what its ids are of, the result)
@@ -112,8 +112,8 @@ class Once:
 
         Figure.savefig = save
         for holder, name in (
-            (drawings, "on_page"),
-            (drawings, "in_folder"),
+            (charts, "on_page"),
+            (charts, "in_folder"),
             (figures, "accuracy_table"),
             (models, "load_model"),
             (torch.onnx, "export"),
@@ -143,7 +143,7 @@ def writers(names: list[str] | None = None) -> list[Writer]:
     import residual_kernels as rk
     from residual_kernels import files
     from residual_kernels.adapters import export, hub
-    from residual_kernels.analysis import overview
+    from residual_kernels.analysis import summary
     from residual_kernels.bundled.drawings import drawn_images
     from residual_kernels.experiments.sweep import DataSpec, Sweep, SweepPlan, SweepTable, TowerSpec
     from residual_kernels.report import gather, write_report
@@ -168,7 +168,7 @@ def writers(names: list[str] | None = None) -> list[Writer]:
 
     @functools.cache
     def found():
-        return overview.analyze(tower, cache, heads[0], bases, None, points=3, seeds=range(1))
+        return summary.analyze(tower, cache, heads[0], bases, None, points=3, seeds=range(1))
 
     @functools.cache
     def facts(number: int):

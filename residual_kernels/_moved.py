@@ -15,6 +15,7 @@ _PACKAGE = __name__.rpartition(".")[0]
 _NEW = {  # old module -> where its names are now, both below the package
     "adapter": "adapters.folder",
     "adapter_set": "adapters.adapter_set",
+    "analysis.overview": "analysis.summary",
     "backends": "ops.backends",
     "bench": "experiments.bench",
     "cache": "units.cache",
@@ -28,7 +29,7 @@ _NEW = {  # old module -> where its names are now, both below the package
     "export": "adapters.export",
     "hub": "adapters.hub",
     "images": "data.images",
-    "images.base": "data.images.base",
+    "images.base": "data.images.dataset",
     "images.files": "data.images.image_folder",
     "images.named": "data.images.named",
     "images.shards": "data.images.webdataset",
@@ -38,6 +39,7 @@ _NEW = {  # old module -> where its names are now, both below the package
     "methods": "adapters.methods",
     "modules": "adapters.residual",
     "moments": "bases.moments",
+    "ops.plan": "ops.explained",
     "ops.triton_backend": "ops.triton.backend",
     "ops.triton_fold": "ops.triton.fold",
     "ops.triton_routes": "ops.triton.routes",
@@ -52,6 +54,7 @@ _NEW = {  # old module -> where its names are now, both below the package
     "stream": "adapters.stream",
     "sweep": "experiments.sweep",
     "towers.attention_pool": "towers.pooling",
+    "towers.base": "towers.view",
     "towers.standing_in": "towers.hugging_face.stand_in",
     "towers.stream": "towers.edit",
     "towers.text": "towers.hugging_face.text",
@@ -76,9 +79,7 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         target = importlib.import_module(new)
 
         def from_target(name: str) -> object:
-            if name.startswith(
-                "__"
-            ):  # above all __path__, by which Python would find files and load them twice
+            if name.startswith("__"):  # above all __path__, by which Python would load the files twice
                 raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
             return getattr(target, name)
 

@@ -480,10 +480,10 @@ def installed(kernels: bool = False) -> Iterator[_Device]:
             put(torch.cuda, name, value)
         for name, value in _tensor_methods().items():
             put(Tensor, name, value)
-        from residual_kernels.towers import linear
+        from residual_kernels.towers import plain_linear
 
         put(
-            linear, "_NUMBERS", (*linear._NUMBERS, OnDevice.__name__)
+            plain_linear, "_NUMBERS", (*plain_linear._NUMBERS, OnDevice.__name__)
         )  # a dispatch of its own, yet plain numbers
         put(torch, "tensor", _made(torch.tensor))
         put(torch, "as_tensor", _made(torch.as_tensor))

@@ -11,7 +11,7 @@ import torch
 
 from residual_kernels import cli
 from residual_kernels.experiments import foresee
-from residual_kernels.experiments.plan import SweepPlan
+from residual_kernels.experiments.sweep_plan import SweepPlan
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
 

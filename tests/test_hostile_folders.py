@@ -12,8 +12,8 @@ from test_towers import build, images_for
 import residual_kernels as rk
 from residual_kernels import files
 from residual_kernels.adapters import hub
-from residual_kernels.analysis import overview
-from residual_kernels.experiments.plan import SweepPlan
+from residual_kernels.analysis import summary
+from residual_kernels.experiments.sweep_plan import SweepPlan
 from residual_kernels.train import checkpoints
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes that have names")
@@ -46,7 +46,7 @@ def made():
 READERS = {
     "adapter.json": lambda path: rk.AdapterFolder.open(path.parent),
     "manifest.json": lambda path: rk.UnitCache.load(path.parent),
-    "analysis.json": lambda path: overview.Analysis.load(path.parent),
+    "analysis.json": lambda path: summary.Analysis.load(path.parent),
     "bases.safetensors": rk.SpectralBases.load,
     "head.safetensors": rk.ZeroShotHead.load,
     "fit.safetensors": lambda path: checkpoints.load(path, {"a": 1}),

@@ -25,7 +25,7 @@ from residual_kernels.data.images import (
 from residual_kernels.data.images import webdataset as webdataset_source
 from residual_kernels.data.images.decode import MAX_BYTES, decode, formats, image_endings, reading
 from residual_kernels.data.images.patterns import MAX_SHARDS
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 
 RAMP = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (4, 1))
 

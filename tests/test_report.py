@@ -25,10 +25,10 @@ from residual_kernels.analysis import TextDictionary
 from residual_kernels.analysis.ends import words_for_ends
 from residual_kernels.analysis.words import bundled_phrases
 from residual_kernels.cli import printing
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.demo.story import DIGITS, digit_images
 from residual_kernels.figures import style
-from residual_kernels.report import drawings, gather, page, sentences, tables, write_report
+from residual_kernels.report import charts, gather, page, sentences, tables, write_report
 from residual_kernels.report.facts import CLASSES_SHOWN, Source
 from residual_kernels.report.thumbnails import thumbnails
 from residual_kernels.train import Evaluation
@@ -105,7 +105,7 @@ def outcome(confusion):
 
 
 def svgs(facts):
-    return {name: drawings.inline(figure, name) for name, figure in drawings.on_page(facts).items()}
+    return {name: charts.inline(figure, name) for name, figure in charts.on_page(facts).items()}
 
 
 class Page(HTMLParser):
@@ -270,7 +270,7 @@ def test_every_figure_and_table_is_a_file_too(made):
 def test_figures_of_the_page_follow_its_theme(html):
     """Colours of the palette are the style sheet's variables; a heat map keeps its own."""
     css = html[: html.index("</style>")]
-    for colour, variable in drawings.THEMED.items():
+    for colour, variable in charts.THEMED.items():
         if variable in ("blue", "orange", "green", "sky"):
             assert f"--{variable}: {colour.lower()};" in css
     svg = html[html.index('id="chart-dimension"') : html.index('id="similarity"')]
@@ -281,10 +281,10 @@ def test_figures_of_the_page_follow_its_theme(html):
 
 
 def test_a_figure_keeps_the_text_of_names_that_look_like_markup():
-    figure = drawings.figures.class_changes(
+    figure = charts.figures.class_changes(
         ['id="x" url(#y) #0072b2', "$a$"], torch.tensor([0.5, 0.5]), torch.tensor([0.7, 0.6])
     )
-    svg = drawings.inline(figure, "classes")
+    svg = charts.inline(figure, "classes")
     assert ">id=&quot;x&quot; url(#y) #0072b2<" in svg or '>id="x" url(#y) #0072b2<' in svg
     assert ">$a$<" in svg
     assert 'id="classes-' in svg
@@ -343,7 +343,7 @@ def test_many_classes_are_cut_to_those_that_changed_most(made):
     assert 7 in shown
     assert shown == sorted(shown)
     assert max(shown) < 50
-    drawn = drawings.on_page(many)
+    drawn = charts.on_page(many)
     assert [tick.get_text() for tick in drawn["confusion-with"].axes[0].get_yticklabels()] == [
         names[k] for k in shown
     ]

@@ -8,7 +8,7 @@ import torch
 
 import residual_kernels as rk
 from residual_kernels.analysis import TextDictionary
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.demo.story import DIGITS, digit_images
 from residual_kernels.report import gather, write_report
 from residual_kernels.report.facts import Source

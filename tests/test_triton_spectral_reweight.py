@@ -19,8 +19,7 @@ pytest.importorskip("triton", reason="the package triton is not installed")
 from residual_kernels.ops.triton import backend as triton_backend
 from residual_kernels.ops.triton import fold as triton_fold
 from residual_kernels.ops.triton import forward as fused_route
-from residual_kernels.ops.triton import launch
-from residual_kernels.ops.triton import layout as layouts
+from residual_kernels.ops.triton import kernel_layout, launch
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the deterministic mode that poisons memory
@@ -413,7 +412,7 @@ def test_explain_names_the_route_and_the_reason():
 
 @given(st.lists(st.integers(0, 130), min_size=1, max_size=20), st.sampled_from([16, 32, 64]))
 def test_chunks_cover_every_padded_run_once(sizes, block):
-    runs = layouts.padded_bounds(sizes)
+    runs = kernel_layout.padded_bounds(sizes)
     assert all(first % 8 == 0 for first in runs)
     chunks = triton_routes.cut_runs(runs, sizes, block)
     covered = [(unit, j) for unit, start, length in chunks for j in range(start, start + length)]
@@ -435,7 +434,7 @@ def test_the_layout_pads_with_zeros_and_decodes(sizes, width, dim):
         torch.randn(total, dim),
     ]
     offsets = torch.tensor([0, *sizes]).cumsum(0)
-    held = layouts.constants_of(*layouts.pack(*given_rows, offsets))
+    held = kernel_layout.constants_of(*kernel_layout.pack(*given_rows, offsets))
     for name, rows in zip(("proj", "bias", "slope", "offset", "basis"), given_rows, strict=True):
         padded = getattr(held, name)
         inside = padded[held.slots] if rows.ndim == 1 else padded[held.slots][:, : rows.shape[1]]

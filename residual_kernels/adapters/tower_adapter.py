@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.adapters import display
+from residual_kernels.adapters import description
 from residual_kernels.adapters.frozen import FrozenTower
 from residual_kernels.adapters.unit_sum import at_least_float32
 from residual_kernels.bases.spectral_bases import SpectralBases
@@ -299,7 +299,7 @@ class TowerAdapter(AroundTower, abc.ABC):
         raise ValueError(f"{type(self).__name__} reweights no components")
 
     def __repr__(self) -> str:
-        return display.described(self)
+        return description.described(self)
 
     def _initial(self) -> list[Tensor]:
         """The weights that it was made with, in the order of :meth:`trainable`."""
@@ -313,14 +313,14 @@ class TowerAdapter(AroundTower, abc.ABC):
 
         Raises ValueError where no number belongs to a component (a linear layer, the base).
         """
-        return display.table(self)
+        return description.table(self)
 
     def plot(self) -> "Figure":
         """The weights by layer and head as a matplotlib Figure; by component where there are no layers.
 
         Raises ValueError as :meth:`table`, and ImportError where matplotlib is missing.
         """
-        return display.plot(self)
+        return description.plot(self)
 
     def constants(self) -> dict[str, nn.Module]:
         """The modules that hold what one weight vector is applied to;

@@ -9,7 +9,6 @@ from residual_kernels.analysis.dimension import (
 )
 from residual_kernels.analysis.ends import chance_level, words_for_ends
 from residual_kernels.analysis.findings import Analysis
-from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.scores import (
     component_correlations,
     correlations,
@@ -19,6 +18,7 @@ from residual_kernels.analysis.scores import (
 )
 from residual_kernels.analysis.selection import SelectionCurves, ablate, selection_curves
 from residual_kernels.analysis.similarity import similarity_matrix, spectral_cosine
+from residual_kernels.analysis.summary import analyze
 from residual_kernels.analysis.words import (
     Description,
     TextDictionary,

@@ -19,7 +19,7 @@ from residual_kernels.analysis.reading import coordinates
 from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
 from residual_kernels.bundled.captions import prompt
 from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
-from residual_kernels.data.text import LONGEST, decoded, user_path
+from residual_kernels.data.user_text import LONGEST, decoded, user_path
 from residual_kernels.schema import read_bytes
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of

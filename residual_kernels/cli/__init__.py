@@ -18,7 +18,7 @@ from typer.main import get_command
 from residual_kernels import __version__
 from residual_kernels.cli import apart, printing
 from residual_kernels.cli.given import GIVEN
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 
 
 class Entry(NamedTuple):

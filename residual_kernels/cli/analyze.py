@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 
 from residual_kernels.cli.apart import ANALYSIS_FILES
+from residual_kernels.cli.image_options import reads_images
 from residual_kernels.cli.options import (
     ClassNames,
     Device,
@@ -19,7 +20,6 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import out, status, write_numbers
-from residual_kernels.cli.reading import reads_images
 from residual_kernels.data.model_names import BUNDLED
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from residual_kernels.cli.apart import CACHE_FILES
+from residual_kernels.cli.image_options import reads_images
 from residual_kernels.cli.options import (
     Device,
     DType,
@@ -23,7 +24,6 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import folder_of, new_file
 from residual_kernels.cli.printing import bar, err, out, write_numbers
-from residual_kernels.cli.reading import reads_images
 from residual_kernels.data.model_names import BUNDLED
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from residual_kernels.cli.apart import ADAPTER_FILES
+from residual_kernels.cli.image_options import reads_images
 from residual_kernels.cli.options import (
     CONTEST,
     ClassNames,
@@ -21,7 +22,6 @@ from residual_kernels.cli.options import (
     Tokens,
 )
 from residual_kernels.cli.outputs import folder_of, new_file
-from residual_kernels.cli.reading import reads_images
 from residual_kernels.data.model_names import BUNDLED
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from residual_kernels.cli.inputs import Reader
     from residual_kernels.data.classes import Relabelled
-    from residual_kernels.data.images.base import Images
+    from residual_kernels.data.images.dataset import Images
     from residual_kernels.units.cache import UnitCache
 
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from residual_kernels.cli.printing import out, write_numbers
 from residual_kernels.experiments.foresee import TOWER_SHARE, UNKNOWN, check, estimate, speed
-from residual_kernels.experiments.plan import SweepPlan
+from residual_kernels.experiments.sweep_plan import SweepPlan
 
 
 def foresee(path: Path, names: bool, costs: bool, device: torch.device, json_file: Path | None) -> None:

@@ -15,7 +15,7 @@ from residual_kernels.cli.printing import bar, err, out
 from residual_kernels.data import models as sources
 from residual_kernels.data import prompts
 from residual_kernels.data.images import Account, Images, find_unreadable, open_images, without
-from residual_kernels.data.images.base import reading_of
+from residual_kernels.data.images.dataset import reading_of
 from residual_kernels.data.images.decode import MARK
 from residual_kernels.units.cache import MANIFEST, UnitCache, encode
 from residual_kernels.units.cache.shards import read_manifest

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from residual_kernels.cli import printing
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 
 
 def new_file(path: Path | None) -> Path | None:

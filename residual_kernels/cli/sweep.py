@@ -10,15 +10,15 @@ import typer
 from rich.markdown import Markdown
 
 from residual_kernels.cli import apart
+from residual_kernels.cli.image_options import reads_images
 from residual_kernels.cli.options import Device, Json, OnUnreadable, Orientation
 from residual_kernels.cli.outputs import folder_of
 from residual_kernels.cli.printing import STDOUT, out, status, write_numbers
-from residual_kernels.cli.reading import reads_images
 
 if TYPE_CHECKING:
     from residual_kernels.cli.inputs import Reader
     from residual_kernels.data.images import Images
-    from residual_kernels.experiments.plan import SweepPlan
+    from residual_kernels.experiments.sweep_plan import SweepPlan
 
 
 @reads_images
@@ -58,9 +58,9 @@ def sweep(
     """
     from residual_kernels.cli.inputs import device_of
     from residual_kernels.data.images.account import Account
-    from residual_kernels.data.text import user_path
-    from residual_kernels.experiments.plan import SweepPlan
+    from residual_kernels.data.user_text import user_path
     from residual_kernels.experiments.sweep import Sweep, SweepTable
+    from residual_kernels.experiments.sweep_plan import SweepPlan
 
     if check or costs:
         from residual_kernels.cli.foresee import foresee

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from residual_kernels.cli.image_options import reads_images
 from residual_kernels.cli.options import (
     Adapter,
     Data,
@@ -19,7 +20,6 @@ from residual_kernels.cli.options import (
 )
 from residual_kernels.cli.outputs import new_file
 from residual_kernels.cli.printing import bar, out, write_numbers
-from residual_kernels.cli.reading import reads_images
 from residual_kernels.data.model_names import BUNDLED
 
 if TYPE_CHECKING:

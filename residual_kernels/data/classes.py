@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from residual_kernels.data.text import normal, some
+from residual_kernels.data.user_text import normal, some
 
 
 def positions(names: Sequence[str] | None, known: Sequence[str], source: object, of: str) -> list[int]:

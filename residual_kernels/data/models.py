@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from residual_kernels.bundled import load_bundled
-from residual_kernels.data import checkpoints, downloads
+from residual_kernels.data import downloads, weight_files
 from residual_kernels.data.model_names import BUNDLED, TRANSFORMERS
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 from residual_kernels.towers.hugging_face import tower as hugging_face
 from residual_kernels.towers.hugging_face.text import has_text_side
 
@@ -73,12 +73,12 @@ def load_model(name: str, pretrained: str | None = None) -> tuple[nn.Module, Cal
             raise ValueError(
                 f"{name} has no weights {pretrained!r} and no such file exists; {nearest(pretrained, tags)}"
             )
-        checkpoints.check_file(path)
+        weight_files.check_file(path)
         weights = str(path)
     with _files_of(name, weights if weights in tags else None):
         try:
             model, _, preprocess = open_clip.create_model_and_transforms(name, pretrained=weights)
-        except (*checkpoints.ABOUT_WEIGHTS, SafetensorError, OSError) as error:
+        except (*weight_files.ABOUT_WEIGHTS, SafetensorError, OSError) as error:
             if weights is None:
                 raise
             if weights in tags:
@@ -86,7 +86,7 @@ def load_model(name: str, pretrained: str | None = None) -> tuple[nn.Module, Cal
                     f"the weights {weights} of {name} could not be loaded: {_line(error)}"
                 ) from error
             raise ValueError(
-                f"{pretrained} does not hold weights of {name}: {checkpoints.reason(error)}"
+                f"{pretrained} does not hold weights of {name}: {weight_files.reason(error)}"
             ) from error
         return model.eval(), preprocess, open_clip.get_tokenizer(name)
 

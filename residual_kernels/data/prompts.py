@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from residual_kernels.data.models import BUNDLED
-from residual_kernels.data.text import normal, read_lines, some
+from residual_kernels.data.user_text import normal, read_lines, some
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed

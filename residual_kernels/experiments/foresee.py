@@ -17,8 +17,8 @@ from residual_kernels.data import downloads, prompts
 from residual_kernels.data import models as sources
 from residual_kernels.data.images.decode import image_endings
 from residual_kernels.data.images.torchvision_sets import _part_option, _torchvision_class
-from residual_kernels.data.text import user_path
-from residual_kernels.experiments.plan import SweepPlan, TowerSpec
+from residual_kernels.data.user_text import user_path
+from residual_kernels.experiments.sweep_plan import SweepPlan, TowerSpec
 
 KNOWN, UNKNOWN, OPEN = "known", "unknown", "not known offline"
 HELD_OUT = 0.2

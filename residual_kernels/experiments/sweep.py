@@ -31,7 +31,7 @@ from residual_kernels.data import prompts
 from residual_kernels.data.classes import positions
 from residual_kernels.data.images import Images, find_unreadable, open_images, without
 from residual_kernels.data.images.account import Told
-from residual_kernels.experiments.plan import DataSpec, SweepPlan, TowerSpec
+from residual_kernels.experiments.sweep_plan import DataSpec, SweepPlan, TowerSpec
 from residual_kernels.files import SCHEMA, Head, read_json, together, write_csv, write_json, write_text
 from residual_kernels.schema import Count
 from residual_kernels.towers import KINDS

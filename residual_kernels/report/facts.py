@@ -13,8 +13,8 @@ from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.analysis.ends import Words, words_for_ends
 from residual_kernels.analysis.findings import Analysis
-from residual_kernels.analysis.overview import analyze
 from residual_kernels.analysis.selection import Curve
+from residual_kernels.analysis.summary import analyze
 from residual_kernels.analysis.weights import (
     Component,
     Ends,

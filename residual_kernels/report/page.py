@@ -44,17 +44,17 @@ def write_report(
     """
     check_page(page)
     from residual_kernels import figures
-    from residual_kernels.report import drawings
+    from residual_kernels.report import charts
 
     folder = page.with_suffix("")
     ids = cache.ids.tolist()
     found = tables.tables(facts)
-    drawn = drawings.on_page(facts)
-    shown = {name: drawings.inline(figure, name) for name, figure in drawn.items()}
+    drawn = charts.on_page(facts)
+    shown = {name: charts.inline(figure, name) for name, figure in drawn.items()}
     text = _render(facts, ids, pictures, shown, found, folder.name)
     files = []
     with together():
-        for name, figure in (*drawn.items(), *drawings.in_folder(facts, ids, pictures)):
+        for name, figure in (*drawn.items(), *charts.in_folder(facts, ids, pictures)):
             files += figures.save(figure, folder, name)
         files += tables.write(found, folder)
         write_text(page, text)

@@ -36,10 +36,10 @@ The test is one line for every variant: with random norms, biases and LayerScale
 output.
 """
 
-from residual_kernels.towers.base import Terms, Tower, UnitMaps, UnsupportedTowerError
 from residual_kernels.towers.checksum import checksum
 from residual_kernels.towers.families import unwrap, view, view_inside
 from residual_kernels.towers.layout import KINDS, Unit, UnitLayout, check_kinds
+from residual_kernels.towers.view import Terms, Tower, UnitMaps, UnsupportedTowerError
 
 __all__ = [
     "KINDS",

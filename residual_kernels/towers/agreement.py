@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from residual_kernels.towers import suspects
-from residual_kernels.towers.base import Edit, Terms, Tower, UnsupportedTowerError
 from residual_kernels.towers.blocks import whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.view import Edit, Terms, Tower, UnsupportedTowerError
 from residual_kernels.towers.watch import Watch
 
 # Relative differences of output and sum that need no second look: this many roundings, at most one part in

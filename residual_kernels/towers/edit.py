@@ -12,8 +12,8 @@ from collections.abc import Iterable
 
 import torch
 
-from residual_kernels.towers.base import Edit, OutProjection, Tower, UnitMaps
 from residual_kernels.towers.blocks import whole
+from residual_kernels.towers.view import Edit, OutProjection, Tower, UnitMaps
 
 __all__ = ["TOKENS", "Edit", "OutProjection", "check_layers", "stream_maps", "token_run"]
 

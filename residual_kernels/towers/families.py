@@ -7,9 +7,9 @@ from torch import nn
 
 from residual_kernels.forks import compute_alone_after_a_fork
 from residual_kernels.towers import open_clip, timm
-from residual_kernels.towers.base import UnsupportedTowerError
 from residual_kernels.towers.hugging_face import tower as hugging_face
 from residual_kernels.towers.transformer import TransformerTower
+from residual_kernels.towers.view import UnsupportedTowerError
 from residual_kernels.towers.wrappers import inner
 
 

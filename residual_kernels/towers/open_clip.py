@@ -11,11 +11,10 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.base import OutProjection, UnsupportedTowerError, registered_name
 from residual_kernels.towers.foreign import Call, Foreign
 from residual_kernels.towers.layout import UnitLayout
-from residual_kernels.towers.linear import not_numbers, objection
 from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.plain_linear import not_numbers, objection
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import (
     ATTENTION,
@@ -24,6 +23,7 @@ from residual_kernels.towers.transformer import (
     BlockEdit,
     TransformerTower,
 )
+from residual_kernels.towers.view import OutProjection, UnsupportedTowerError, registered_name
 from residual_kernels.towers.wrappers import around
 
 LOOKED_FOR = "conv1 and transformer.resblocks (open_clip's own VisionTransformer)"

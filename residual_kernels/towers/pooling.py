@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.base import Tower
 from residual_kernels.towers.blocks import whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.view import Tower
 
 
 @dataclass(frozen=True)

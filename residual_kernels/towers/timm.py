@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.base import OutProjection, UnsupportedTowerError, registered_name
 from residual_kernels.towers.foreign import Call, Foreign
 from residual_kernels.towers.layout import UnitLayout
-from residual_kernels.towers.linear import objection
 from residual_kernels.towers.norm import Norm, known_norm, norm_of
+from residual_kernels.towers.plain_linear import objection
 from residual_kernels.towers.pooling import AttentionPooler
 from residual_kernels.towers.transformer import (
     ATTENTION,
@@ -27,6 +26,7 @@ from residual_kernels.towers.transformer import (
     BlockEdit,
     TransformerTower,
 )
+from residual_kernels.towers.view import OutProjection, UnsupportedTowerError, registered_name
 from residual_kernels.towers.wrappers import around
 
 LOOKED_FOR = (

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import agreement
-from residual_kernels.towers.base import Edit, Guard, OutProjection, Terms, UnitMaps, UnsupportedTowerError
 from residual_kernels.towers.blocks import run_block, whole
 from residual_kernels.towers.edit import stream_maps
 from residual_kernels.towers.layout import UnitLayout, check_kinds
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.pooling import AttentionPooler, attended
+from residual_kernels.towers.view import Edit, Guard, OutProjection, Terms, UnitMaps, UnsupportedTowerError
 from residual_kernels.towers.watch import Watch, counter, difference
 
 # Where a tower needs every token's terms until the last layer is done (average pooling after the norm,

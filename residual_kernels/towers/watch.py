@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
-from residual_kernels.towers.base import Tower
+from residual_kernels.towers.view import Tower
 
 # Settings that change nothing in the output, or nothing that is not looked at where it matters (`training`).
 _NOT_LOOKED_AT = {"training", "grad_checkpointing", "gradient_checkpointing"}

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from residual_kernels.towers.base import UnsupportedTowerError
+from residual_kernels.towers.view import UnsupportedTowerError
 
 # Wrappers that hold one model at `module`; torch's AveragedModel, timm's EMAs, DeepSpeed's engine. By name,
 # because their libraries need not be loaded.

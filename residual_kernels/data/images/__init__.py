@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from residual_kernels.data.images.account import Account
-from residual_kernels.data.images.base import IDENTITIES, Images
+from residual_kernels.data.images.dataset import IDENTITIES, Images
 from residual_kernels.data.images.decode import UnreadableImage
 from residual_kernels.data.images.image_folder import ImageFiles
 from residual_kernels.data.images.named import HuggingFaceImages, TorchvisionImages
 from residual_kernels.data.images.unreadable import find_unreadable, without
 from residual_kernels.data.images.webdataset import ShardImages, shard_files
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 
 __all__ = [
     "IDENTITIES",

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from residual_kernels.data.images.account import Account
-from residual_kernels.data.images.foreign import what_it_is
 from residual_kernels.data.images.listing import is_system, plain_name
+from residual_kernels.data.images.not_images import what_it_is
 from residual_kernels.data.models import nearest
 
 _LONGEST_LINK, _LONGEST_CHAIN = 4096, 40  # bytes of a link's target; links that lead to links

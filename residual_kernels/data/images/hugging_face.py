@@ -11,10 +11,10 @@ import torch
 from residual_kernels import extras
 from residual_kernels.data.downloads import without_network
 from residual_kernels.data.images.account import Account
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import MARK, UnreadableImage
 from residual_kernels.data.images.listing import class_order
-from residual_kernels.data.text import some, user_path
+from residual_kernels.data.user_text import some, user_path
 
 _LABELS = (
     "label",

@@ -10,10 +10,10 @@ import torch
 
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.archive import members, split_archive
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import MARK, MAX_BYTES, UnreadableImage
 from residual_kernels.data.images.listing import by_folder, images_among, is_flat, is_system, walk
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 
 _HINTS = (  # endings -> what they tell
     ({".arrow", ".parquet"}, "; a data set of Hugging Face's library is named hf:{}"),

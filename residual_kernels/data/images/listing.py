@@ -11,7 +11,7 @@ from torch import Tensor
 
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.decode import image_endings
-from residual_kernels.data.text import normal, some
+from residual_kernels.data.user_text import normal, some
 
 NO_ENDING = "(no ending)"
 # What operating systems and storage boxes leave behind; so are names that begin with a dot.

@@ -10,8 +10,8 @@ from typing import BinaryIO
 
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.decode import MARK, UnreadableImage, image_endings
-from residual_kernels.data.images.foreign import what_it_is
 from residual_kernels.data.images.listing import ending_of, is_system, plain_name
+from residual_kernels.data.images.not_images import what_it_is
 
 _LABEL = ".cls"
 _KEY = re.compile(

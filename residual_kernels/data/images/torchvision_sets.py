@@ -14,10 +14,10 @@ from torch import Tensor
 
 from residual_kernels.data import prompts
 from residual_kernels.data.images.account import Account
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import reading
 from residual_kernels.data.models import nearest
-from residual_kernels.data.text import user_path
+from residual_kernels.data.user_text import user_path
 
 DEFAULT_ROOT = Path("~/.cache/residual_kernels/datasets")
 _TABLES = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from PIL.Image import Image
 from torch.utils.data import DataLoader, Dataset
 
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import UnreadableImage
 
 

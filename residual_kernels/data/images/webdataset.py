@@ -9,11 +9,11 @@ from typing import BinaryIO
 import torch
 
 from residual_kernels.data.images.account import Account
-from residual_kernels.data.images.base import Images
+from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import MARK, MAX_BYTES, UnreadableImage
 from residual_kernels.data.images.patterns import expand, is_pattern, shards_in
 from residual_kernels.data.images.tar import Sample, samples
-from residual_kernels.data.text import read_lines
+from residual_kernels.data.user_text import read_lines
 
 CLASS_FILE = "classnames.txt"  # beside the shards or one folder up, as clip_benchmark lays them out
 OPEN_FILES = 32  # shards open at once; systems allow a process some hundreds

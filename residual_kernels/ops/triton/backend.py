@@ -17,15 +17,15 @@ from residual_kernels.ops.triton import (
     backward,
     fold,
     forward,
-    layout,
+    kernel_layout,
     matmul,
     routes,
     spectral_sum,
     two_pass,
 )
 from residual_kernels.ops.triton import unit_moments as moments
+from residual_kernels.ops.triton.kernel_layout import Call, Constants
 from residual_kernels.ops.triton.launch import kept
-from residual_kernels.ops.triton.layout import Call, Constants
 from residual_kernels.ops.triton.routes import NARROW, Explanation, Problem
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
@@ -36,12 +36,12 @@ BACKWARD = (backward.ROUTE, two_pass.BACKWARD, fold.BACKWARD, matmul.BACKWARD)
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
-    """Tensors and sizes of `layout.Constants` in their order.
+    """Tensors and sizes of `kernel_layout.Constants` in their order.
 
     For wide units those of the torch backend behind them.
     """
     _refuse_float64(proj.dtype)
-    tensors, sizes = layout.pack(proj, bias, slope, offset, basis, unit_offsets)
+    tensors, sizes = kernel_layout.pack(proj, bias, slope, offset, basis, unit_offsets)
     if proj.shape[1] > NARROW:
         more, more_sizes = torch_backend.pack(
             proj, bias, slope, offset, basis.contiguous(), unit_offsets.to(proj.device)
@@ -55,12 +55,12 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
 
     Values on a device are not looked at: a look would wait for it.
     """
-    if len(tensors) < layout.TENSORS or len(sizes) < layout.SIZES:
+    if len(tensors) < kernel_layout.TENSORS or len(sizes) < kernel_layout.SIZES:
         raise ValueError(
-            f"a pack of the Triton backend has at least {layout.TENSORS} tensors and {layout.SIZES} sizes; "
-            f"got {len(tensors)} and {len(sizes)}"
+            f"a pack of the Triton backend has at least {kernel_layout.TENSORS} tensors and "
+            f"{kernel_layout.SIZES} sizes; got {len(tensors)} and {len(sizes)}"
         )
-    found = layout.constants_of(tensors, sizes)
+    found = kernel_layout.constants_of(tensors, sizes)
     padded = (found.padded,)
     if not (
         found.proj.shape == (*padded, -(-found.coordinates // 16) * 16)
@@ -75,14 +75,14 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
         and found.runs.dtype == torch.int32
         and 0 <= found.longest <= padded[0]
         and 0 < found.block_k <= 128
-        and all(x.device == found.proj.device and x.is_contiguous() for x in tensors[: layout.TENSORS])
+        and all(x.device == found.proj.device and x.is_contiguous() for x in tensors[: kernel_layout.TENSORS])
     ):
         raise ValueError(
             "the packed tensors are not those that pack_units made for the Triton backend. "
             f"Got {[(x.dtype, tuple(x.shape)) for x in tensors]} for {list(sizes)}"
         )
-    if len(tensors) > layout.TENSORS:
-        torch_backend.shape(tensors[layout.TENSORS :], sizes[layout.SIZES :])
+    if len(tensors) > kernel_layout.TENSORS:
+        torch_backend.shape(tensors[kernel_layout.TENSORS :], sizes[kernel_layout.SIZES :])
     return found.units, found.coordinates, found.components, found.dim
 
 
@@ -143,7 +143,7 @@ def _call(
     wanted: tuple[bool, ...] | None,
 ) -> Call:
     """A call with its problem; `dtype` is the caller's, before the interpreter's detour."""
-    constants = layout.constants_of(tensors, sizes)
+    constants = kernel_layout.constants_of(tensors, sizes)
     precision = _precision(dtype)
     key = (
         tuple(sizes),
@@ -202,7 +202,7 @@ def explain(
     plain: bool,
 ) -> tuple[Explanation, Explanation]:
     """The plans of the forward and the backward pass for so many rows."""
-    constants = layout.constants_of(tensors, sizes)
+    constants = kernel_layout.constants_of(tensors, sizes)
     problem = problem_of(rows, tasks, indexed, plain, dtype, constants, _precision(dtype))
     return plan_forward(problem), plan_backward(problem)
 
@@ -304,7 +304,7 @@ def spectral_sum_forward(
 ) -> Tensor:
     """c [N, J] and weight [T, J], float32 -> y [T, N, D]."""
     with _on(c.device):
-        return spectral_sum.forward(c, weight, layout.constants_of(tensors, sizes))
+        return spectral_sum.forward(c, weight, kernel_layout.constants_of(tensors, sizes))
 
 
 def spectral_sum_backward(
@@ -312,7 +312,7 @@ def spectral_sum_backward(
 ) -> Tensor:
     """dy [T, N, D] -> dweight [T, J]."""
     with _on(c.device):
-        return spectral_sum.backward(dy, c, layout.constants_of(tensors, sizes))
+        return spectral_sum.backward(dy, c, kernel_layout.constants_of(tensors, sizes))
 
 
 def unit_moments(

@@ -20,8 +20,8 @@ from torch import Tensor
 from residual_kernels.ops.triton import dweight as lone
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
+from residual_kernels.ops.triton.kernel_layout import MOVING, Call
 from residual_kernels.ops.triton.launch import Launch, kept
-from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     contiguous_rows,

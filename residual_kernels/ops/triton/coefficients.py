@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from residual_kernels.ops.triton.kernel_layout import MOVING, Call
 from residual_kernels.ops.triton.launch import Launch, kept
-from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     contiguous_rows,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
-from residual_kernels.ops.triton.layout import Call, Constants
+from residual_kernels.ops.triton.kernel_layout import Call, Constants
 from residual_kernels.ops.triton.products import float32_sums, product, product_float32
 from residual_kernels.ops.triton.routes import WORKSPACE, Problem, Tiles
 from residual_kernels.ops.triton.scaled import scaled_with_sums

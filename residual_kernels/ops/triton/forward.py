@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor, float32
 
 from residual_kernels.ops.triton import routes
+from residual_kernels.ops.triton.kernel_layout import MOVING, Call
 from residual_kernels.ops.triton.launch import Launch, kept
-from residual_kernels.ops.triton.layout import MOVING, Call
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import (
     contiguous_rows,

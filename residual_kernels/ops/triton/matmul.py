@@ -4,7 +4,7 @@ from torch import Tensor
 
 from residual_kernels.ops import torch_backend
 from residual_kernels.ops.triton import routes
-from residual_kernels.ops.triton.layout import SIZES, TENSORS, Call
+from residual_kernels.ops.triton.kernel_layout import SIZES, TENSORS, Call
 from residual_kernels.ops.triton.routes import Problem
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, float32
 
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
+from residual_kernels.ops.triton.kernel_layout import Constants
 from residual_kernels.ops.triton.launch import Launch, kept
-from residual_kernels.ops.triton.layout import Constants
 from residual_kernels.ops.triton.routes import Tiles
 from residual_kernels.ops.triton.tiles import INTERPRETED, contiguous_rows, weight_stride
 

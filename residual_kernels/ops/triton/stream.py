@@ -17,8 +17,8 @@ from torch import Tensor, float32
 
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
+from residual_kernels.ops.triton.kernel_layout import Call
 from residual_kernels.ops.triton.launch import Launch, kept
-from residual_kernels.ops.triton.layout import Call
 from residual_kernels.ops.triton.products import product
 from residual_kernels.ops.triton.routes import Problem, Tiles
 from residual_kernels.ops.triton.tiles import contiguous_rows, load_unit

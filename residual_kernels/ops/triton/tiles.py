@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from residual_kernels.ops.triton.layout import Constants
+from residual_kernels.ops.triton.kernel_layout import Constants
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # what the kernels were made as: NumPy programs on the CPU
 

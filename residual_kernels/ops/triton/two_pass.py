@@ -11,8 +11,8 @@ from residual_kernels.ops.triton import backward as general
 from residual_kernels.ops.triton import coefficients, routes, stream
 from residual_kernels.ops.triton import dweight as lone
 from residual_kernels.ops.triton.forward import merge, sum_partials
+from residual_kernels.ops.triton.kernel_layout import Call
 from residual_kernels.ops.triton.launch import kept
-from residual_kernels.ops.triton.layout import Call
 from residual_kernels.ops.triton.products import product, product_float32
 from residual_kernels.ops.triton.routes import Problem
 

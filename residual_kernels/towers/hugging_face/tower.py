@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.base import OutProjection, UnsupportedTowerError
 from residual_kernels.towers.foreign import Foreign
 from residual_kernels.towers.layout import UnitLayout
-from residual_kernels.towers.linear import objection
 from residual_kernels.towers.norm import Norm
+from residual_kernels.towers.plain_linear import objection
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import ATTENTION, BlockEdit, TransformerTower
+from residual_kernels.towers.view import OutProjection, UnsupportedTowerError
 from residual_kernels.towers.wrappers import around
 from residual_kernels.towers.wrappers import inner as inside
 
