@@ -25,7 +25,7 @@ from benchmarks.cpu_clock import cpu_name
 from residual_kernels.files import write_json
 from residual_kernels.train.folds import folds_of
 from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Targets
-from residual_kernels.train.path import FREEDOMS, Group
+from residual_kernels.train.path import FREEDOMS, FitGroup
 from residual_kernels.train.path import Path as Strengths
 
 SIZES = {"N": 1000, "J": 2000, "K": 10, "T": 5}
@@ -119,7 +119,7 @@ def of_size(n: int, j: int, k: int, t: int, dim: int = 512) -> dict:
     objective = Objective(
         ResidentRows((c,), output), Readout(basis, vectors, 30.0), Targets(labels[None]), torch.ones(j)
     )
-    path = Strengths(objective, [Group(0, split) for split in range(splits)], fold, 5)
+    path = Strengths(objective, [FitGroup(0, split) for split in range(splits)], fold, 5)
     tasks, _ = path._tasks([(group, held, 100.0) for group in range(splits) for held in range(5)])
     theta = torch.zeros(t, objective.shape.size)
     once, _ = timed(lambda: objective.evaluate(theta, tasks), 3)

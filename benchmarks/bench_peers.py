@@ -31,12 +31,12 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.cpu_clock import cpu_name
-from benchmarks.peers import METHODS, Split, Task, digits, few, photographs
+from benchmarks.peers import METHODS, PeerTask, Split, digits, few, photographs
 from residual_kernels.files import write_json
 
 SHOTS: tuple[int | None, ...] = (4, 16, None)
 SEEDS = (0, 1, 2)
-_tasks: dict[str, Task] = {}  # of this process
+_tasks: dict[str, PeerTask] = {}  # of this process
 
 
 def load_tasks(photos: Path | None) -> None:

@@ -48,7 +48,7 @@ MATRIX_INSTRUCTIONS = ("wgmma", "tcgen05.mma", "mma.sync", "v_mfma")
 
 
 @dataclass(frozen=True)
-class Launch:
+class RecordedLaunch:
     """One recorded launch: everything that decides what is compiled."""
 
     kernel: JITFunction
@@ -115,9 +115,9 @@ class Resources:
 
 
 @contextmanager
-def recorded(target: str) -> Iterator[list[Launch]]:
+def recorded(target: str) -> Iterator[list[RecordedLaunch]]:
     """Launches made inside are recorded, not run, as if on `target`'s vendor."""
-    launches: list[Launch] = []
+    launches: list[RecordedLaunch] = []
     run, hip = JITFunction.run, torch.version.hip
 
     def record(self, *args, grid, warmup, **kwargs):
@@ -131,7 +131,7 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         JITFunction.run, torch.version.hip = run, hip
 
 
-def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Launch:
+def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> RecordedLaunch:
     options = {"num_warps": kwargs.pop("num_warps"), "num_stages": kwargs.pop("num_stages")}
     kwargs = {key: value for key, value in kwargs.items() if key in kernel.arg_names}
     values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
@@ -149,7 +149,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Laun
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and special:
                 aligned.append(position)
-    return Launch(
+    return RecordedLaunch(
         kernel,
         tuple(signature.items()),
         tuple(constants.items()),
@@ -161,7 +161,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Laun
     )
 
 
-def binary(launch: Launch, target: str) -> object:
+def binary(launch: RecordedLaunch, target: str) -> object:
     """The launch compiled for `target`."""
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
@@ -175,7 +175,7 @@ def resources_of(compiled: object, target: str) -> tuple[int, int, str]:
     return (_read_amd if TARGETS[target].backend == "hip" else _read_nvidia)(compiled)
 
 
-def compile_launch(launch: Launch, target: str) -> Resources:
+def compile_launch(launch: RecordedLaunch, target: str) -> Resources:
     """Compiles for `target` and reads the resources back."""
     compiled = binary(launch, target)
     registers, spills, text = resources_of(compiled, target)
@@ -241,7 +241,7 @@ def occupancy(target: str, warps: int, registers: int, shared: int) -> float:
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """A call whose launches are compiled."""
 
     operator: str  # forward, backward, unit_moments
@@ -259,7 +259,7 @@ class Case:
     units: int = 16
 
 
-def launches_of(case: Case, target: str) -> list[Launch]:
+def launches_of(case: KernelCase, target: str) -> list[RecordedLaunch]:
     """The launches of a call, each kind once."""
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.tf32 else "highest")
@@ -271,7 +271,7 @@ def launches_of(case: Case, target: str) -> list[Launch]:
     return list(dict.fromkeys(launches))
 
 
-def _call(case: Case) -> None:
+def _call(case: KernelCase) -> None:
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
@@ -300,7 +300,7 @@ def _call(case: Case) -> None:
     )
 
 
-def _sum(case: Case, empty: Callable[..., Tensor]) -> None:
+def _sum(case: KernelCase, empty: Callable[..., Tensor]) -> None:
     """Both passes of spectral_sum: a step of a fit on cached coefficients."""
     total = case.units * case.size
     offsets = torch.arange(case.units + 1) * case.size
@@ -324,64 +324,70 @@ ROWS = (7, 64, 512)  # one for each tile the launcher knows
 WANTED = ((True, False, False, False), (True, True, True, True), (False, True, False, False))
 
 
-def cases(widths: tuple[int, ...], kinds: tuple, constants: tuple[bool, ...]) -> list[Case]:
+def cases(widths: tuple[int, ...], kinds: tuple, constants: tuple[bool, ...]) -> list[KernelCase]:
     """Every tile and flag the launchers can choose for these widths and kinds."""
     found = []
     for width, size, (dtype, tf32), rows, given in product(widths, SIZES, kinds, ROWS, constants):
         for route in ROW_ROUTES:
-            found.append(Case("forward", route, width, size, rows, dtype, tf32, given))
-            found.append(Case("forward", route, width, size, rows, dtype, tf32, given, tasks=3, indexed=True))
+            found.append(KernelCase("forward", route, width, size, rows, dtype, tf32, given))
+            found.append(
+                KernelCase("forward", route, width, size, rows, dtype, tf32, given, tasks=3, indexed=True)
+            )
             for wanted in WANTED:
-                found.append(Case("backward", route, width, size, rows, dtype, tf32, given, wanted=wanted))
+                found.append(
+                    KernelCase("backward", route, width, size, rows, dtype, tf32, given, wanted=wanted)
+                )
         if dtype == torch.float32 and given and size == SIZES[0] and width == widths[0]:
-            found.append(Case("spectral_sum", "", width, size, rows, dtype, tf32))
+            found.append(KernelCase("spectral_sum", "", width, size, rows, dtype, tf32))
         if rows == ROWS[-1]:
-            found.append(Case("forward", "folded", width, size, rows, dtype, tf32, given))
-            found.append(Case("backward", "folded", width, size, rows, dtype, tf32, given))
-            found.append(Case("unit_moments", "", width, size, rows, dtype, tf32, given))
+            found.append(KernelCase("forward", "folded", width, size, rows, dtype, tf32, given))
+            found.append(KernelCase("backward", "folded", width, size, rows, dtype, tf32, given))
+            found.append(KernelCase("unit_moments", "", width, size, rows, dtype, tf32, given))
     return found
 
 
-def all_cases() -> list[Case]:
+def all_cases() -> list[KernelCase]:
     """Everything, for a pairwise choice."""
     return cases(WIDTHS, KINDS, (True, False))
 
 
-def distinct_cases() -> list[Case]:
+def distinct_cases() -> list[KernelCase]:
     """The configurations that can differ in resources: bf16 stands for fp16,
     each split of a width for its widths."""
     return cases(SPLITS, KINDS[:1] + KINDS[2:], (True,))
 
 
-def edge_cases() -> list[Case]:
+def edge_cases() -> list[KernelCase]:
     """Sizes of one, which Triton makes constants of, several tasks in one tile,
     and units wider than a tile."""
     half, single = torch.bfloat16, torch.float32
     one = {"rows": 1, "units": 1, "dim": 1, "width": 1, "size": 1}
     found = []
     for dtype, route in product((half, single), NARROW_ROUTES):
-        found.append(Case("forward", route, dtype=dtype, **one))
-        found.append(Case("backward", route, dtype=dtype, wanted=WANTED[1], **one))
-        found.append(Case("forward", route, 64, 30, 7, dtype, tasks=3))
-        found.append(Case("forward", route, 64, 30, 100, dtype, tasks=3))
-        found.append(Case("backward", route, 64, 30, 7, dtype, tasks=3, wanted=WANTED[1]))
+        found.append(KernelCase("forward", route, dtype=dtype, **one))
+        found.append(KernelCase("backward", route, dtype=dtype, wanted=WANTED[1], **one))
+        found.append(KernelCase("forward", route, 64, 30, 7, dtype, tasks=3))
+        found.append(KernelCase("forward", route, 64, 30, 100, dtype, tasks=3))
+        found.append(KernelCase("backward", route, 64, 30, 7, dtype, tasks=3, wanted=WANTED[1]))
     for operator in ("forward", "backward"):
-        found.append(Case(operator, "folded", 1024, 768, 64, half, wanted=WANTED[1], units=1))
+        found.append(KernelCase(operator, "folded", 1024, 768, 64, half, wanted=WANTED[1], units=1))
     return [
         *found,
-        Case("forward", "folded", 64, 14, 64, half, units=700),  # F in several groups of units
-        Case("unit_moments", "", 16, 1, 1, half, units=1),
-        Case("unit_moments", "", 128, 1, 70, half),
+        KernelCase("forward", "folded", 64, 14, 64, half, units=700),  # F in several groups of units
+        KernelCase("unit_moments", "", 16, 1, 1, half, units=1),
+        KernelCase("unit_moments", "", 128, 1, 70, half),
     ]
 
 
-def pairwise(cases: list[Case]) -> list[Case]:
+def pairwise(cases: list[KernelCase]) -> list[KernelCase]:
     """Few cases in which every pair of values of two fields occurs that occurs in `cases` at all (greedy)."""
     names = [
-        field for field in Case.__dataclass_fields__ if field not in ("dim", "units", "operator", "route")
+        field
+        for field in KernelCase.__dataclass_fields__
+        if field not in ("dim", "units", "operator", "route")
     ]
 
-    def pairs(case: Case) -> set:
+    def pairs(case: KernelCase) -> set:
         values = [("call", (case.operator, case.route))] + [(name, getattr(case, name)) for name in names]
         return {(a, b) for at, a in enumerate(values) for b in values[at + 1 :]}
 

@@ -34,7 +34,7 @@ LONGEST = 1500  # characters of a message
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileKind:
     """A file (`target`, within what is copied) and how it is read from its place.
 
     `bare`: its numbers carry no checksum, so that a changed one may be taken for another right file.
@@ -134,7 +134,7 @@ def _tower(transformer, torch):
     ).eval()
 
 
-def kinds() -> list[Kind]:
+def kinds() -> list[FileKind]:
     import open_clip.transformer
     import torch
 
@@ -186,24 +186,24 @@ def kinds() -> list[Kind]:
         return pictures(place / "shard.tar")
 
     return [
-        Kind("cache manifest", "cache", "manifest.json", cache),
-        Kind("cache shard", "cache", "shard-*.safetensors", cache),
-        Kind("bases", "bases.safetensors", "", bases),
-        Kind("adapter config", "adapter", "adapter.json", adapter),
-        Kind("adapter weights", "adapter", "weights.safetensors", adapter),
-        Kind("adapter bases", "adapter", "bases.safetensors", adapter),
-        Kind("bases elsewhere", "pair", "bases.safetensors", lambda place: adapter(place / "adapter")),
-        Kind("adapter's class list", "adapter", "classes.json", adapter),
-        Kind("class vectors", "head.safetensors", "", head, bare=True),
-        Kind("fit checkpoint", "fit.safetensors", "", checkpoint, bare=True),
-        Kind(
+        FileKind("cache manifest", "cache", "manifest.json", cache),
+        FileKind("cache shard", "cache", "shard-*.safetensors", cache),
+        FileKind("bases", "bases.safetensors", "", bases),
+        FileKind("adapter config", "adapter", "adapter.json", adapter),
+        FileKind("adapter weights", "adapter", "weights.safetensors", adapter),
+        FileKind("adapter bases", "adapter", "bases.safetensors", adapter),
+        FileKind("bases elsewhere", "pair", "bases.safetensors", lambda place: adapter(place / "adapter")),
+        FileKind("adapter's class list", "adapter", "classes.json", adapter),
+        FileKind("class vectors", "head.safetensors", "", head, bare=True),
+        FileKind("fit checkpoint", "fit.safetensors", "", checkpoint, bare=True),
+        FileKind(
             "analysis", "analysis", "analysis.json", lambda f: summary.Analysis.load(f).to_dict(), bare=True
         ),
-        Kind("sweep plan", "plan.yaml", "", lambda f: repr(sweep_plan.SweepPlan.read(f)), bare=True),
-        Kind("sweep result", "fine-0.json", "", lambda f: sweep._kept(f, "r"), bare=True),
-        Kind("images in a zip", "images.zip", "", pictures, bare=True),
-        Kind("images in a tar", "", "shard.tar", shards, bare=True),
-        Kind("class names beside a tar", "", "classnames.txt", shards, bare=True),
+        FileKind("sweep plan", "plan.yaml", "", lambda f: repr(sweep_plan.SweepPlan.read(f)), bare=True),
+        FileKind("sweep result", "fine-0.json", "", lambda f: sweep._kept(f, "r"), bare=True),
+        FileKind("images in a zip", "images.zip", "", pictures, bare=True),
+        FileKind("images in a tar", "", "shard.tar", shards, bare=True),
+        FileKind("class names beside a tar", "", "classnames.txt", shards, bare=True),
     ]
 
 
@@ -234,7 +234,7 @@ def told(error: BaseException) -> str | None:
     return "terminal escapes in the message" if "\x1b" in text else None
 
 
-def tried(kind: Kind, each: int, seed: int, root: Path, place: Path) -> dict:
+def tried(kind: FileKind, each: int, seed: int, root: Path, place: Path) -> dict:
     """One kind of file, damaged `each` times."""
     counts, faults = {"refused": 0, "no effect": 0, "another right file": 0}, []
     good = root / kind.source if kind.source else root

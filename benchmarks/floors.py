@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.compile_targets import Launch, binary, occupancy, recorded, resources_of
+from benchmarks.compile_targets import RecordedLaunch, binary, occupancy, recorded, resources_of
 from benchmarks.counts import BANDWIDTH, RATE, STREAM, cheapest, moments, reweight, stream
 from residual_kernels.experiments.shapes import SHAPES, Shape
 from residual_kernels.ops.triton import backend as triton_backend
@@ -172,7 +172,7 @@ def read_code(text: str, amd: bool, occupied: float, issued: Sequence[float] = (
 
 
 @lru_cache(maxsize=1024)
-def code_of(launch: Launch, target: str) -> Code:
+def code_of(launch: RecordedLaunch, target: str) -> Code:
     """Compiles a launch and reads its machine code."""
     compiled = binary(launch, target)
     registers, _, _ = resources_of(compiled, target)
@@ -193,7 +193,7 @@ def code_of(launch: Launch, target: str) -> Code:
 # --- how often a loop runs ----------------------------------------------------------------------------------
 
 
-def trips(launch: Launch, chunks: int) -> list[float]:
+def trips(launch: RecordedLaunch, chunks: int) -> list[float]:
     """Programs of a launch, then the trips of its nested loops over all programs;
     `chunks` are those of the pack."""
     a, programs = launch.values, float(launch.programs)
@@ -329,7 +329,7 @@ def costed(target: str, chunks: int = 0) -> Iterator[Cost]:
         cost.estimate += LAUNCH + seconds
 
 
-def _add_launch(cost: Cost, launch: Launch, target: str, chunks: int) -> None:
+def _add_launch(cost: Cost, launch: RecordedLaunch, target: str, chunks: int) -> None:
     code = code_of(launch, target)
     count = trips(launch, chunks)
     lanes = launch.warps

@@ -42,7 +42,7 @@ _package()
 
 from benchmarks import counts, gpu_fit, gpu_tests  # noqa: E402
 from benchmarks.bench_ops import PLAIN  # noqa: E402
-from benchmarks.gpu_clock import Bench, Call  # noqa: E402
+from benchmarks.gpu_clock import Bench, Work  # noqa: E402
 from residual_kernels import ops  # noqa: E402
 from residual_kernels.experiments.shapes import SHAPES, Operands, Shape, problem  # noqa: E402
 from residual_kernels.ops.triton import backend as triton_backend  # noqa: E402
@@ -117,7 +117,7 @@ def input_sets(
 
 def calls_of(
     make: Callable[[Operands], Callable], sets: list[Operands], mode: str, first: str = "z"
-) -> list[Call]:
+) -> list[Work]:
     """One call per input set: the forward pass, or forward and the gradient of weight."""
     calls = []
     for p in sets:

@@ -12,7 +12,7 @@ import triton
 
 BUDGET = 450.0  # seconds of a part
 REPLAYS = 15
-Call = Callable[[], object]
+Work = Callable[[], object]
 
 
 class Bench:
@@ -30,7 +30,7 @@ class Bench:
     def late(self) -> bool:
         return time.monotonic() - self.start > BUDGET
 
-    def seconds(self, calls: list[Call]) -> float | None:
+    def seconds(self, calls: list[Work]) -> float | None:
         """Median device seconds of one call; None in a tiny run, where nothing is timed."""
         if self.tiny:
             for call in calls[:2]:
@@ -62,7 +62,7 @@ class Bench:
             times.append(before.elapsed_time(after) / 1e3 / turns)
         return statistics.median(times)
 
-    def row(self, provider: str, make: Callable[[], list[Call]], **fields: object) -> float | None:
+    def row(self, provider: str, make: Callable[[], list[Work]], **fields: object) -> float | None:
         """Times the calls that `make` prepares; notes why where it cannot."""
         note, seconds = "", None
         if self.late():
@@ -85,7 +85,7 @@ class Bench:
         print("  ".join([*words, provider, shown]), flush=True)
         self.save()
 
-    def wall(self, provider: str, call: Call, **fields: object) -> float | None:
+    def wall(self, provider: str, call: Work, **fields: object) -> float | None:
         """Wall seconds of an eager call among many, the device waited for once at the end."""
         seconds = None
         call()

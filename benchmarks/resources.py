@@ -18,8 +18,8 @@ import triton
 from benchmarks.compile_targets import (
     SHARED_LIMIT,
     TARGETS,
-    Case,
-    Launch,
+    KernelCase,
+    RecordedLaunch,
     Resources,
     all_cases,
     compile_launch,
@@ -34,13 +34,13 @@ RESULTS = Path(__file__).parent / "results" / "compile"
 SPILL_LIMIT = 24 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5) else 16
 
 
-def launches(cases: list[Case], target: str) -> list[Launch]:
+def launches(cases: list[KernelCase], target: str) -> list[RecordedLaunch]:
     """The distinct launches of these calls on a target, in order."""
     found = [launch for case in cases for launch in launches_of(case, target)]
     return list(dict.fromkeys(found))
 
 
-def measure(cases: list[Case], target: str, *, say: bool) -> list[Resources]:
+def measure(cases: list[KernelCase], target: str, *, say: bool) -> list[Resources]:
     """Compiles every launch of these calls."""
     rows = []
     todo = launches(cases, target)

@@ -38,7 +38,7 @@ STORAGE = 2e9
 
 
 @dataclass(frozen=True)
-class Cost:
+class ImageCost:
     """What one image costs with the heads of one tower."""
 
     name: str
@@ -49,7 +49,7 @@ class Cost:
     fit: float  # FLOP of forward and dweight, as bench_ops counts them
 
     @classmethod
-    def of(cls, name: str) -> "Cost":
+    def of(cls, name: str) -> "ImageCost":
         import open_clip
 
         from residual_kernels import towers
@@ -73,7 +73,7 @@ class Cost:
         )
 
 
-def per_image(costs: list[Cost]) -> list[str]:
+def per_image(costs: list[ImageCost]) -> list[str]:
     lines = [
         "| tower | encode, GFLOP | cache for `fine`, kB | for `full`, kB | J at 0.90 | fit, MFLOP | "
         "encode / fit |",
@@ -113,7 +113,7 @@ def measured() -> Rates:
     rows = json.loads((RESULTS / "ops.json").read_text())["rows"]
     fit = next(row for row in rows if all(row[key] == value for key, value in wanted.items()))
     read = scale["reading"]["rows"]["read shuffled, cold"]["gigabytes_per_second"]
-    return Rates(encode=images * Cost.of("B/16").encode, fit=fit["gflops"] * 1e9, read=read * 1e9)
+    return Rates(encode=images * ImageCost.of("B/16").encode, fit=fit["gflops"] * 1e9, read=read * 1e9)
 
 
 GPU = Rates(encode=NOMINAL * REACHED, fit=NOMINAL * REACHED, read=STORAGE)
@@ -132,7 +132,7 @@ def time_text(seconds: float) -> str:
     return f"{seconds / 31557600:,.0f} years"
 
 
-def whole(costs: list[Cost], cpu: Rates) -> list[str]:
+def whole(costs: list[ImageCost], cpu: Rates) -> list[str]:
     lines = [
         "| images | tower | cache | encode: 2 cores | 1 GPU | 64 GPUs | fit, an epoch: 2 cores | 1 GPU | "
         "64 GPUs |",
@@ -155,7 +155,7 @@ def whole(costs: list[Cost], cpu: Rates) -> list[str]:
 
 
 def tables() -> dict[str, list[str]]:
-    costs = [Cost.of(name) for name in TOWERS]
+    costs = [ImageCost.of(name) for name in TOWERS]
     cpu = measured()
     rates = [
         f"* 2 cores (measured): encoding {cpu.encode / 1e9:.0f} GFLOP/s, the fit's operator "

@@ -11,7 +11,7 @@ from residual_kernels.demo import digit_images
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-class Classifier(lightning.LightningModule):
+class LitClassifier(lightning.LightningModule):
     def __init__(self, residual: rk.ResiDual, head: rk.ZeroShotHead):
         super().__init__()
         self.residual, self.head = residual, head
@@ -37,7 +37,7 @@ val = DataLoader(TensorDataset(images[1400:], labels[1400:]), batch_size=256)
 
 bases = rk.fit_bases(model.visual, train, kinds=("head", "mlp"))
 head = rk.ZeroShotHead.from_text(model, tokenizer, NAMES, ["the number {}", "a handwritten {}"])
-classifier = Classifier(rk.ResiDual(model.visual, bases, rest="all"), head)
+classifier = LitClassifier(rk.ResiDual(model.visual, bases, rest="all"), head)
 
 lightning.seed_everything(0)
 trainer = lightning.Trainer(

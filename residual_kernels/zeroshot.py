@@ -20,7 +20,7 @@ ALIKE = 0.9999  # the cosine from which two class vectors are called nearly equa
 MANY = 2000  # more classes than this are not all compared with each other, but for equal ones
 
 
-class Header(Head):
+class HeadHeader(Head):
     """What a head's file says beside its tensors."""
 
     class_names: list[str]
@@ -242,7 +242,7 @@ class ZeroShotHead(nn.Module):
         Raises:
             FileNotFoundError: there is no file. ValueError: it is damaged, or another one.
         """
-        tensors, header = load_tensors(path, WHAT, Header)
+        tensors, header = load_tensors(path, WHAT, HeadHeader)
         if sha256 is not None and header["sha256"] != sha256:
             raise ValueError(f"{path} is another head than the one asked for (another checksum)")
         wide = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -277,7 +277,7 @@ def test_curvature_is_carried_to_the_next_strength():
 def test_every_row_is_judged_by_the_fit_that_held_it_out(vectors):
     objective, _, parts = problem(n=60, vector_variance=vectors, weighted=True)
     fold = parts["fold"][:1]
-    search = path.Path(objective, [path.Group(0, 0)], fold, 3, freedoms=(5.0, 50.0))
+    search = path.Path(objective, [path.FitGroup(0, 0)], fold, 3, freedoms=(5.0, 50.0))
     found = search.run()[0]
     for freedom, judged in found.candidates:
         logits = torch.empty(60, 4, dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_a_penalty_so_strong_that_nothing_moves_does_not_end_the_path():
     objective, _, parts = problem(n=60, kappa=None)
     fold = parts["fold"][:1]
     strong = (1e-9, 1e-8, 1e-7, 1e-6)
-    found = path.Path(objective, [path.Group(0, 0)], fold, 3, freedoms=(*strong, 5.0)).run()[0]
+    found = path.Path(objective, [path.FitGroup(0, 0)], fold, 3, freedoms=(*strong, 5.0)).run()[0]
     assert [freedom for freedom, _ in found.candidates] == [*strong, 5.0]
 
 

@@ -41,7 +41,7 @@ def test_a_reader_that_believes_everything_is_found_out(tmp_path):
     (tmp_path / "good").mkdir()
     place = tmp_path / "good" / "n.json"
     place.write_text(json.dumps({"schema": 1, "numbers": list(range(99))}))
-    kind = damaged.Kind("numbers", "n.json", "", lambda path: json.loads(path.read_bytes())["numbers"])
+    kind = damaged.FileKind("numbers", "n.json", "", lambda path: json.loads(path.read_bytes())["numbers"])
     found = damaged.tried(kind, 60, 0, tmp_path / "good", tmp_path / "tried")["faults"]
     assert any("other numbers came out" in text for text in found)
     assert any("Error: " in text for text in found)

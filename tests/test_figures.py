@@ -15,7 +15,7 @@ import residual_kernels as rk
 from residual_kernels import figures
 from residual_kernels.analysis.selection import Curve
 from residual_kernels.figures import style
-from residual_kernels.figures.overview import Ends, Read, Sum
+from residual_kernels.figures.overview import Read, ShownEnds, Sum
 
 # Machado, Oliveira and Fernandes (2009), severity 1.0; applied to linear RGB.
 BLINDNESS = {
@@ -163,7 +163,7 @@ def test_the_overview_says_what_it_was_given():
     reads = [Read(image, "two", "one", "two"), Read(image, "five", "six", "six")]
     parts = np.array([[0.5, -1.0, 0.25], [0.0, 0.5, -0.75]])
     sums = Sum(parts, -0.5), Sum(-parts, 0.5)
-    ends = Ends("layer 1, head 0, component 0", -1.5, [image] * 3, [image] * 2, "a ring", "a cross")
+    ends = ShownEnds("layer 1, head 0, component 0", -1.5, [image] * 3, [image] * 2, "a ring", "a cross")
     figure = figures.overview(reads, (0.5, 0.75), 1200, reads[0], sums, 96, ends)
     said = [text.get_text() for text in figure.texts]
     for text in (

@@ -83,7 +83,7 @@ def test_costs_follow_sizes_and_counts(plan):
     here = rows["bundled", "here"]
     assert here.images == 5
     assert here.bytes == 5 * (6 * 128 * 4 + 128 * 4 + 8)  # heads, output, scale and mean
-    shape = foresee.Shape(6, 128, 17, 128)
+    shape = foresee.TowerSize(6, 128, 17, 128)
     assert shape.flop == 6 * (24 * 17 * 128**2 + 4 * 17**2 * 128)
     assert here.hours > 5 * shape.flop / foresee.TOWER_SHARE / 1e9 / 3600
     faster = {(one.tower, one.data): one for one in foresee.estimate(chosen, 4e9)}
@@ -104,7 +104,7 @@ def test_flop_are_those_of_the_model():
         display=False
     ) as counter:  # with gradients, since it does not see inference's fused blocks
         model.visual.train()(torch.zeros(1, 3, 32, 32))
-    assert counter.get_total_flops() == pytest.approx(foresee.Shape(6, 128, 17, 128).flop, rel=0.1)
+    assert counter.get_total_flops() == pytest.approx(foresee.TowerSize(6, 128, 17, 128).flop, rel=0.1)
 
 
 def test_the_command(plan, tmp_path, monkeypatch, capsys, no_network):

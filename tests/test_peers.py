@@ -21,7 +21,7 @@ def small(task, monkeypatch):
     monkeypatch.setattr(on_tower, "MOST_STEPS", 4)
     rows = torch.arange(60)
     parts = {"train": few(task.train, 6, seed=0), "val": task.val.rows(rows), "test": task.test.rows(rows)}
-    made = tasks.Task(**{**vars(task), **parts})
+    made = tasks.PeerTask(**{**vars(task), **parts})
     monkeypatch.setitem(bench_peers._tasks, "digits", made)
     return made
 

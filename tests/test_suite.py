@@ -190,8 +190,8 @@ def test_a_run_resumes_and_drops_a_cut_line(tmp_path, counting, monkeypatch):
         run,
         "METHODS",
         {
-            "base": run.Method(peers.base, "", (4,), (0, 1)),
-            "LP++": run.Method(peers.lp_plus_plus, "", (4,), (0,)),
+            "base": run.Contender(peers.base, "", (4,), (0, 1)),
+            "LP++": run.Contender(peers.lp_plus_plus, "", (4,), (0,)),
         },
     )
     assert run.run(record, None, ["base", "LP++"], ["counting"], say=said.append)

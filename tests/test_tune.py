@@ -10,7 +10,7 @@ import residual_kernels as rk
 from residual_kernels.train import tuning
 from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.convex import indexed, opened
-from residual_kernels.train.problem import Form, Problem, labels_of
+from residual_kernels.train.problem import ConvexProblem, Form, labels_of
 from residual_kernels.train.stacked import stacked
 from residual_kernels.train.unseen import _path, class_folds
 
@@ -178,7 +178,7 @@ def test_stacked_uses_what_it_fitted(tower, cache, bases, head):
     adapter = rk.ResiDual(tower, bases, rest="all")
     config = ConvexConfig()
     source = indexed(adapter, cache, True, CLASSES)
-    problem = Problem.of(config, labels_of(source, None, [3], "labels"), CLASSES, [0], None)
+    problem = ConvexProblem.of(config, labels_of(source, None, [3], "labels"), CLASSES, [0], None)
     rows, outside = opened(adapter, source, None, config)
     found = stacked(problem, Form(adapter), head, rows, outside, config.freedoms)
     theta = found.theta[None]

@@ -140,7 +140,7 @@ TRANSFORMERS = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TowerRow:
     """One tower: what its view says, or why it has none."""
 
     name: str
@@ -179,7 +179,7 @@ class _NoInitialisation(TorchFunctionMode):
         return function(*arguments, **(keywords or {}))
 
 
-def row(name: str, build: Callable[[], nn.Module]) -> Row:
+def row(name: str, build: Callable[[], nn.Module]) -> TowerRow:
     """The row of the tower that `build` makes."""
     with torch.device("meta"), _NoInitialisation():
         tower = build()
@@ -187,19 +187,19 @@ def row(name: str, build: Callable[[], nn.Module]) -> Row:
         view = towers.view(tower)
     except rk.UnsupportedTowerError as error:
         reason = str(error).partition("here: ")[2].partition("; supported are")[0]
-        return Row(
+        return TowerRow(
             name,
             type(getattr(tower, "trunk", tower)).__name__,
             reason=reason or str(error).partition(": it has")[0],
         )
     layout = view.layout
-    return Row(name, view.name, view.pooling, layout.layers, layout.heads, view.head_width, view.dim)
+    return TowerRow(name, view.name, view.pooling, layout.layers, layout.heads, view.head_width, view.dim)
 
 
 @cache
-def open_clip_rows() -> list[Row]:
+def open_clip_rows() -> list[TowerRow]:
     """Every configuration; those that differ in resolution alone are built once."""
-    made: dict[str, Row] = {}
+    made: dict[str, TowerRow] = {}
     rows = []
     for name in sorted(open_clip.list_models(), key=str.lower):
         config = open_clip.get_model_config(name)
@@ -212,7 +212,7 @@ def open_clip_rows() -> list[Row]:
     return rows
 
 
-def timm_rows() -> list[Row]:
+def timm_rows() -> list[TowerRow]:
     """The towers named above, as embeddings (without their classifiers)."""
     return [row(name, partial(timm.create_model, name, num_classes=0)) for name in TIMM]
 
@@ -222,7 +222,7 @@ def _transformers_model(kind: str, settings: dict) -> nn.Module:
     return model(model.config_class(**settings))
 
 
-def transformers_rows() -> list[Row]:
+def transformers_rows() -> list[TowerRow]:
     """The models named above; they are given whole."""
     return [
         row(f"{kind} {size}", partial(_transformers_model, kind, settings))
@@ -231,7 +231,7 @@ def transformers_rows() -> list[Row]:
 
 
 # Title and rows of every list; another family is one more line.
-SECTIONS: dict[str, Callable[[], list[Row]]] = {
+SECTIONS: dict[str, Callable[[], list[TowerRow]]] = {
     "open_clip": open_clip_rows,
     "timm": timm_rows,
     "transformers": transformers_rows,

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.peers.tasks import Fitted, Split, Task
+from benchmarks.peers.tasks import Fitted, PeerTask, Split
 
 
-def base(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def base(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """The model as it is."""
     return Fitted(lambda split: task.head(split.units.output), 0)
 
 
-def linear_probe(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def linear_probe(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """Logistic regression on the outputs by L-BFGS, its strength chosen on validation (Radford et al.
 
     2021).
@@ -53,7 +53,7 @@ def _train(
             schedule.step()
 
 
-def clip_adapter(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def clip_adapter(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """A bottleneck of D/4 on the output, mixed back in by a ratio (Gao et al. 2021)."""
     dim = train.units.output.shape[1]
     with torch.random.fork_rng(devices=[]):
@@ -83,7 +83,7 @@ class _KeyValueCache:
     2022).
     """
 
-    def __init__(self, task: Task, train: Split):
+    def __init__(self, task: PeerTask, train: Split):
         self.head = task.head
         self.keys = F.normalize(train.units.output, dim=1)
         self.values = F.one_hot(train.labels, len(task.head.class_names)).float()
@@ -110,7 +110,7 @@ class _KeyValueCache:
                     best, self.alpha, self.beta = score, alpha, beta
 
 
-def tip_adapter(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def tip_adapter(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """Nothing trained: the labelled outputs are the keys of a cache.
 
     Alpha and beta are searched on validation.
@@ -120,7 +120,7 @@ def tip_adapter(task: Task, train: Split, settings: dict[str, Any], seed: int) -
     return Fitted(lambda split: cache.logits(split.units.output), 0)
 
 
-def tip_adapter_f(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def tip_adapter_f(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """The same with the keys trained from there (AdamW, eps 1e-4, cosine, batch 256),
     and searched once more."""
     cache = _KeyValueCache(task, train)

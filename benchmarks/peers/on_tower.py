@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import residual_kernels as rk
-from benchmarks.peers.tasks import BATCH, Fitted, Split, Task
+from benchmarks.peers.tasks import BATCH, Fitted, PeerTask, Split
 
 BATCH_TRAIN = 32
 STEPS = {40: 50, 160: 80}  # by the number of labelled images
@@ -20,7 +20,7 @@ CHECKS = 2  # of the validation accuracy while training; the best state is kept
 
 
 def _train(
-    task: Task, module: nn.Module, train: Split, seed: int, *, lr: float, weight_decay: float = 0.0
+    task: PeerTask, module: nn.Module, train: Split, seed: int, *, lr: float, weight_decay: float = 0.0
 ) -> Fitted:
     """AdamW, a tenth of the steps as warm-up, then a cosine;
     cross-entropy of the model's own class vectors."""
@@ -56,13 +56,13 @@ def _train(
     return Fitted(logits, sum(p.numel() for p in parameters))
 
 
-def fine_tuning(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def fine_tuning(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """Every parameter of the image tower; the class vectors stay."""
     tower = copy.deepcopy(task.tower).requires_grad_(True)
     return _train(task, tower, train, seed, lr=settings["lr"], weight_decay=0.01)
 
 
-def lora(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def lora(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """Low-rank changes to every attention's q, k, v and output projections, alpha = 2 rank, through peft."""
     from peft import LoraConfig, get_peft_model
 
@@ -74,7 +74,7 @@ def lora(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitte
     return _train(task, tower, train, seed, lr=settings["lr"])
 
 
-def stream(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def stream(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """One number per kept component of every head, where the head enters the residual stream,
     for every token."""
     bases = task.stream_bases.truncate(energy=settings["energy"])

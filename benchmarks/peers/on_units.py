@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 import residual_kernels as rk
-from benchmarks.peers.tasks import BATCH, Fitted, Split, Task
+from benchmarks.peers.tasks import BATCH, Fitted, PeerTask, Split
 from residual_kernels.adapters.methods import build
 
 
-def _fit(name: str, task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def _fit(name: str, task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     more = {key: value for key, value in settings.items() if key != "rate"}
     adapter = build(name, task.tower, task.bases, init="ones", seed=seed, **more)
     rate = adapter.default_lr * settings["rate"]
@@ -37,21 +37,21 @@ def _fit(name: str, task: Task, train: Split, settings: dict[str, Any], seed: in
     return Fitted(logits, result.parameters)
 
 
-def fine(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def fine(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     return _fit("fine", task, train, settings, seed)
 
 
-def full(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def full(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     return _fit("full", task, train, settings, seed)
 
 
-def coarse(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def coarse(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     return _fit("coarse", task, train, settings, seed)
 
 
-def output(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def output(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     return _fit("output", task, train, settings, seed)
 
 
-def linear(task: Task, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
+def linear(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     return _fit("linear", task, train, settings, seed)

@@ -34,7 +34,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Task:
+class PeerTask:
     """Everything that a method may read: it fits on `train`, chooses on `val`, and is measured on `test`."""
 
     name: str
@@ -57,10 +57,10 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class Method:
+class Peer:
     """`fit(task, train, settings, seed)` fits one configuration of `grid`."""
 
-    fit: Callable[[Task, Split, dict[str, Any], int], Fitted]
+    fit: Callable[[PeerTask, Split, dict[str, Any], int], Fitted]
     grid: tuple[dict[str, Any], ...]
     source: str = field(repr=False)
 
@@ -86,12 +86,12 @@ def _splits(tower, images: Tensor, labels: Tensor, runs) -> tuple[Split, Split, 
     return tuple(whole.rows(rows) for rows in runs)
 
 
-def _task(name: str, model, head, background: Tensor, images: Tensor, labels: Tensor, runs) -> Task:
+def _task(name: str, model, head, background: Tensor, images: Tensor, labels: Tensor, runs) -> PeerTask:
     tower = model.visual
     start = time.perf_counter()
     train, val, test = _splits(tower, images, labels, runs)
     encoding = (time.perf_counter() - start) * (len(train.labels) + len(val.labels)) / len(labels)
-    return Task(
+    return PeerTask(
         name=name,
         tower=tower,
         head=head,
@@ -104,7 +104,7 @@ def _task(name: str, model, head, background: Tensor, images: Tensor, labels: Te
     )
 
 
-def digits(drawings: int = DRAWINGS) -> Task:
+def digits(drawings: int = DRAWINGS) -> PeerTask:
     """scikit-learn's handwritten digits in the demo's thirds; bases from drawings."""
     model, preprocess, tokenizer = rk.load_bundled()
     pictures, labels = digit_images()
@@ -114,7 +114,7 @@ def digits(drawings: int = DRAWINGS) -> Task:
     return _task("digits", model, head, background, images, labels, thirds(len(labels)))
 
 
-def photographs(archive: Path, drawings: int = DRAWINGS) -> Task:
+def photographs(archive: Path, drawings: int = DRAWINGS) -> PeerTask:
     """CIFAR-10's photographs: all three parts from the zip's test half,
     as the model was trained on its train half.
 

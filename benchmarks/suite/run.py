@@ -41,7 +41,7 @@ CONTEST = "contest"  # one fit of `ours.contest` gives several rows
 
 
 @dataclass(frozen=True)
-class Method:
+class Contender:
     """`fit(task, train, head, seed)`, where it is from, and at which counts and seeds it is run."""
 
     fit: Callable[..., Any]
@@ -55,23 +55,23 @@ class Method:
 
 
 METHODS = {
-    "base": Method(peers.base, "the untouched model"),
-    CONTEST: Method(ours.contest, "this library"),
-    "LP++": Method(peers.lp_plus_plus, "Huang et al. 2024, arXiv 2404.02285"),
-    "Tip-Adapter": Method(peers.tip_adapter, "Zhang et al. 2022, arXiv 2207.09519"),
-    "Tip-Adapter-F": Method(peers.tip_adapter_f, "Zhang et al. 2022, arXiv 2207.09519"),
-    "GDA": Method(peers.gda, "Wang et al. 2024, arXiv 2402.04087"),
-    "ProKeR": Method(peers.proker, "Bendou et al. 2025, arXiv 2501.11175"),
-    "CLIP-Adapter": Method(peers.clip_adapter, "Gao et al. 2021, arXiv 2110.04544", seeds=(0, 1, 2)),
-    "fine (paper)": Method(ours.paper("fine"), "Basile et al. 2025, arXiv 2411.00246", seeds=(0, 1, 2)),
-    "full (paper)": Method(ours.paper("full"), "Basile et al. 2025, arXiv 2411.00246", seeds=(0, 1, 2)),
-    "LoRA": Method(
+    "base": Contender(peers.base, "the untouched model"),
+    CONTEST: Contender(ours.contest, "this library"),
+    "LP++": Contender(peers.lp_plus_plus, "Huang et al. 2024, arXiv 2404.02285"),
+    "Tip-Adapter": Contender(peers.tip_adapter, "Zhang et al. 2022, arXiv 2207.09519"),
+    "Tip-Adapter-F": Contender(peers.tip_adapter_f, "Zhang et al. 2022, arXiv 2207.09519"),
+    "GDA": Contender(peers.gda, "Wang et al. 2024, arXiv 2402.04087"),
+    "ProKeR": Contender(peers.proker, "Bendou et al. 2025, arXiv 2501.11175"),
+    "CLIP-Adapter": Contender(peers.clip_adapter, "Gao et al. 2021, arXiv 2110.04544", seeds=(0, 1, 2)),
+    "fine (paper)": Contender(ours.paper("fine"), "Basile et al. 2025, arXiv 2411.00246", seeds=(0, 1, 2)),
+    "full (paper)": Contender(ours.paper("full"), "Basile et al. 2025, arXiv 2411.00246", seeds=(0, 1, 2)),
+    "LoRA": Contender(
         through_tower.lora, "Zanella and Ben Ayed 2024, arXiv 2405.18541", shots=(16,), seeds=(0,)
     ),
-    "CLIP-SVD": Method(
+    "CLIP-SVD": Contender(
         through_tower.clip_svd, "Koleilat et al. 2025, arXiv 2509.03740", shots=(16,), seeds=(0,)
     ),
-    "fine-tuning": Method(through_tower.fine_tuning, "all of the image tower", shots=(16,), seeds=(0,)),
+    "fine-tuning": Contender(through_tower.fine_tuning, "all of the image tower", shots=(16,), seeds=(0,)),
 }
 
 

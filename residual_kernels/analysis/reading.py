@@ -156,7 +156,7 @@ def coordinates(
         yield Coordinates(group, points, frame, offset + constants(view, kind))
 
 
-class ComponentReader:
+class BasisReader:
     """c = Phi_u (x_u - mu_u) of all kept components of a kind, [J, n] in the outputs' dtype,
     from terms of n images."""
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from residual_kernels import ops, towers
 from residual_kernels.analysis.reading import (
-    ComponentReader,
+    BasisReader,
     Coordinates,
     constants,
     coordinates,
@@ -369,7 +369,7 @@ def variance_between_classes(
         [J] float64.
     """
     view = towers.view_inside(tower)
-    read = ComponentReader(view, bases, kind)
+    read = BasisReader(view, bases, kind)
     sums: Tensor | None = None
     counts: Tensor | None = None
     for batch in unit_source(data, view.module, (kind,), labelled=True, classes=classes).batches():

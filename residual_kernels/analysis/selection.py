@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from residual_kernels import towers
 from residual_kernels.analysis.reading import (
-    ComponentReader,
+    BasisReader,
     constants,
     map_rows,
     output_bases,
@@ -170,7 +170,7 @@ class _ComponentProducts:
     """Every kept component's coefficient, and its direction's dot products with the class vectors."""
 
     def __init__(self, view: Tower, kind: str, head: ZeroShotHead, bases: SpectralBases, rest: str):
-        self.read = ComponentReader(view, bases, kind)
+        self.read = BasisReader(view, bases, kind)
         part = bases.parts[kind]
         V = head.class_vectors.double()
         if V.shape[0] != bases.dim:

@@ -33,7 +33,7 @@ CONSTANT = 1e-24
 GROUP_BYTES = 2**22  # of units factorised together: what one step leaves is in cache for the next
 
 
-class _Header(Head):
+class _Required(Head):
     layers: Count
     heads: Count
     dim: Count
@@ -45,7 +45,7 @@ class _Header(Head):
     moments: bool
 
 
-class Header(_Header, total=False):
+class BasesHeader(_Required, total=False):
     """What a bases file says beside its tensors."""
 
     pool: bool
@@ -390,7 +390,7 @@ class SpectralBases:
         Raises:
             FileNotFoundError: there is no file. ValueError: it is damaged, or another one.
         """
-        tensors, header = load_tensors(path, WHAT, Header)
+        tensors, header = load_tensors(path, WHAT, BasesHeader)
         if sha256 is not None and header["sha256"] != sha256:
             raise ValueError(f"{path} holds other bases than those asked for (another checksum)")
         layout = _checked_contents(path, tensors, header)

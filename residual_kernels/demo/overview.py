@@ -14,7 +14,7 @@ from residual_kernels.adapters.residual import ResiDual
 from residual_kernels.analysis.ends import words_for_ends
 from residual_kernels.analysis.weights import ComponentReader, component_ends, directions, read_weights
 from residual_kernels.analysis.words import TextDictionary
-from residual_kernels.figures.overview import Ends, Read, Sum, overview
+from residual_kernels.figures.overview import Read, ShownEnds, Sum, overview
 from residual_kernels.towers import UnitLayout
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.decomposition import decompose
@@ -100,7 +100,9 @@ def _sum(layout: UnitLayout, values: Tensor) -> Sum:
     return Sum(grid, rest)
 
 
-def _ends(adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictionary: TextDictionary) -> Ends:
+def _ends(
+    adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictionary: TextDictionary
+) -> ShownEnds:
     """Of the heads' components with a word at both ends: the one whose images show the fewest classes.
 
     Among equals, the one that moves embeddings farthest.
@@ -120,7 +122,7 @@ def _ends(adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictiona
         [images[int(cache.ids[row])] for row in rows[place].tolist()] for rows in (ends.high, ends.low)
     )
     (high_word, _), (low_word, _) = (end[0] for end in words[shown.index])
-    return Ends(
+    return ShownEnds(
         f"layer {shown.unit.layer}, head {shown.unit.head}, component {shown.place}",
         shown.weight,
         high,

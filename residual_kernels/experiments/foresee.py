@@ -172,7 +172,7 @@ def _class_names(source: str) -> None:
 
 
 @dataclass(frozen=True)
-class Shape:
+class TowerSize:
     """A vision transformer's sizes, from its configuration: what an estimate needs."""
 
     layers: int
@@ -192,7 +192,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Cost:
+class CellCost:
     """An estimate for one tower on one data set (or on the images of the bases);
     None where something is not known."""
 
@@ -206,17 +206,17 @@ class Cost:
 
 # Of towers on the hub, as their cards state them: BLIP reads 384 pixels, DINOv2's processor crops to 224.
 SHAPES = {
-    "hf:Salesforce/blip-itm-large-flickr": Shape(24, 1024, 577, 256),
-    "hf:google/vit-large-patch16-224": Shape(24, 1024, 197, 1024),
-    "hf:facebook/dinov2-large": Shape(24, 1024, 257, 1024),
+    "hf:Salesforce/blip-itm-large-flickr": TowerSize(24, 1024, 577, 256),
+    "hf:google/vit-large-patch16-224": TowerSize(24, 1024, 197, 1024),
+    "hf:facebook/dinov2-large": TowerSize(24, 1024, 257, 1024),
 }
 
 
-def shape_of(tower: TowerSpec) -> Shape | None:
+def shape_of(tower: TowerSpec) -> TowerSize | None:
     """The sizes of a tower whose configuration is on this machine; None where it is not,
     or is no plain transformer."""
     if tower.model == sources.BUNDLED:
-        return Shape(6, 128, 17, 128)
+        return TowerSize(6, 128, 17, 128)
     if tower.model in SHAPES:
         return SHAPES[tower.model]
     if tower.model.startswith(sources.TRANSFORMERS):
@@ -228,10 +228,10 @@ def shape_of(tower: TowerSpec) -> Shape | None:
     if not isinstance(vision.get("layers"), int) or "patch_size" not in vision:
         return None
     side = vision.get("image_size", 224) // vision["patch_size"]
-    return Shape(vision["layers"], vision.get("width", 768), side**2 + 1, config["embed_dim"])
+    return TowerSize(vision["layers"], vision.get("width", 768), side**2 + 1, config["embed_dim"])
 
 
-def _shape_of_transformers(name: str) -> Shape | None:
+def _shape_of_transformers(name: str) -> TowerSize | None:
     if importlib.util.find_spec("transformers") is None:
         return None
     import transformers
@@ -250,7 +250,7 @@ def _shape_of_transformers(name: str) -> Shape | None:
         return None
     layers, width, patch = sizes
     side = getattr(vision, "image_size", 224) // patch
-    return Shape(layers, width, side**2 + 1, getattr(config, "projection_dim", width))
+    return TowerSize(layers, width, side**2 + 1, getattr(config, "projection_dim", width))
 
 
 def speed(device: torch.device, seconds: float = 0.5) -> float:
@@ -271,7 +271,7 @@ def speed(device: torch.device, seconds: float = 0.5) -> float:
 TOWER_SHARE = 0.5  # of a product's speed that a whole tower reaches, about
 
 
-def estimate(plan: SweepPlan, flop_a_second: float) -> list[Cost]:
+def estimate(plan: SweepPlan, flop_a_second: float) -> list[CellCost]:
     """Hours and bytes of a plan on a machine of this speed, a row for each tower on each data set.
 
     Hours count encoding and the fits by AdamW, bytes the caches in the output folder. Images of data sets
@@ -290,14 +290,14 @@ def estimate(plan: SweepPlan, flop_a_second: float) -> list[Cost]:
             if shape is None or images is None:
                 lacking = [parts[part] for part, count in counts.items() if count is None]
                 why = "the tower's sizes" if shape is None else f"images in {', '.join(lacking)}"
-                found.append(Cost(tower.label, name, images, None, None, why))
+                found.append(CellCost(tower.label, name, images, None, None, why))
                 continue
             work = images * shape.flop / TOWER_SHARE
             if "train" in parts:
                 train = (counts["train"] or 0) * (1.0 if "val" in parts else 1 - HELD_OUT)
                 work += _fits(plan, shape, train)
             hours = work / flop_a_second / 3600
-            found.append(Cost(tower.label, name, images, hours, images * shape.cached(kinds, element)))
+            found.append(CellCost(tower.label, name, images, hours, images * shape.cached(kinds, element)))
     return found
 
 
@@ -309,7 +309,7 @@ def _parts(plan: SweepPlan) -> Iterator[tuple[str, dict[str, str]]]:
         yield data.name, {part: source for part, source in given.items() if source is not None}
 
 
-def _fits(plan: SweepPlan, shape: Shape, train: float) -> float:
+def _fits(plan: SweepPlan, shape: TowerSize, train: float) -> float:
     """FLOP of all fits: three products [N, J] x [J, D] an epoch, the coefficients once."""
     rows = train if plan.shots is None else min(train, plan.shots * 100)
     heads = shape.layers * (shape.width + 2 * max(1, shape.width // 64))

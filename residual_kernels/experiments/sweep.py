@@ -196,7 +196,7 @@ class _TowerWork:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class Row(TypedDict):
+class SweepRow(TypedDict):
     """What is known of one fit; there may be more."""
 
     tower: str
@@ -211,7 +211,7 @@ class Result(Head):
     """The file of one fit."""
 
     recipe: str
-    row: Row
+    row: SweepRow
 
 
 class Accounts(Head):

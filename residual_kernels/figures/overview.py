@@ -53,7 +53,7 @@ class Sum:
 
 
 @dataclass(frozen=True)
-class Ends:
+class ShownEnds:
     """One component: its name, its learned weight, and images and a word of either end."""
 
     name: str
@@ -72,7 +72,7 @@ def overview(
     example: Read,
     sums: tuple[Sum, Sum],
     learned: int,
-    ends: Ends,
+    ends: ShownEnds,
 ) -> Figure:
     """Three panels: images misread before, one image's embedding as a sum of its parts, and one component.
 
@@ -177,7 +177,7 @@ def _cells(axes: Axes, one: Sum, reach: float, first: bool) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _component(figure: Figure, ends: Ends, learned: int) -> None:
+def _component(figure: Figure, ends: ShownEnds, learned: int) -> None:
     left = 0.645
     _heading(
         figure,

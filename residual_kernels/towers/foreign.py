@@ -13,7 +13,7 @@ from torch import Tensor
 Foreign: TypeAlias = Any
 
 
-class Call(Protocol):
+class Submodule(Protocol):
     """A norm, an MLP or a projection: called with the stream."""
 
     def __call__(self, x: Tensor, /) -> Tensor: ...

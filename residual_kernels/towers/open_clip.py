@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.foreign import Call, Foreign
+from residual_kernels.towers.foreign import Foreign, Submodule
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
 from residual_kernels.towers.plain_linear import not_numbers, objection
@@ -133,10 +133,10 @@ def _head_inputs(attn: Foreign, x: Tensor, first_only: bool) -> Tensor:
 class _Block(Protocol):
     """What is read of a block that has passed the check; `ls_1` and `ls_2` where it has LayerScale."""
 
-    ln_1: Call
+    ln_1: Submodule
     attn: Foreign
-    ln_2: Call
-    mlp: Call
+    ln_2: Submodule
+    mlp: Submodule
 
 
 class OpenClipTower(TransformerTower):

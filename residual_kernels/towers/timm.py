@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers.foreign import Call, Foreign
+from residual_kernels.towers.foreign import Foreign, Submodule
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm, known_norm, norm_of
 from residual_kernels.towers.plain_linear import objection
@@ -289,8 +289,8 @@ class _Block(Protocol):
 
     norm1: Foreign
     attn: Foreign
-    norm2: Call
-    mlp: Call
+    norm2: Submodule
+    mlp: Submodule
 
 
 class TimmTower(TransformerTower):

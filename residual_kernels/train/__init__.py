@@ -30,7 +30,7 @@ from residual_kernels.train.evaluation import (
 from residual_kernels.train.fitting import Loop
 from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.path import FREEDOMS
-from residual_kernels.train.plan import Plan
+from residual_kernels.train.plan import FitPlan
 from residual_kernels.train.problem import is_linear
 from residual_kernels.train.results import Certificate, Epoch, FitResult, ManyFits, Strength, Task
 from residual_kernels.train.tuning import FEW, Candidate, TuneResult, tune
@@ -273,7 +273,7 @@ def fit_many(
         if len(starts) != len(seeds):
             raise ValueError(f"starts must hold one entry for each of {len(seeds)} seeds; got {len(starts)}")
         starts = [start for _ in range(sets) for start in starts for _ in rates]
-    plan = Plan(
+    plan = FitPlan(
         adapter, heads, train, val, tasks, config, starts=starts, labels=labels, val_labels=val_labels
     )
     with logs.opened(log, alone) as write:

@@ -35,7 +35,7 @@ class State(TypedDict):
     seconds: float
 
 
-class Header(Head):
+class CheckpointHeader(Head):
     """What a checkpoint says beside its tensors."""
 
     identity: dict[str, Any]
@@ -59,7 +59,7 @@ def load(path: str | os.PathLike, identity: dict[str, Any]) -> tuple[State, dict
         raise ValueError(f"{path} is a folder; a checkpoint is one file, such as {path / 'fit.safetensors'}")
     if not path.exists():
         return None
-    tensors, header = load_tensors(path, WHAT, Header)
+    tensors, header = load_tensors(path, WHAT, CheckpointHeader)
     known = header["identity"]
     different = [name for name in identity if known.get(name) != identity[name]]
     if different:

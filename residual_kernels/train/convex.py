@@ -26,7 +26,7 @@ from residual_kernels.train.config import SOLVERS, ConvexConfig
 from residual_kernels.train.evaluation import Heads, measure
 from residual_kernels.train.path import Found
 from residual_kernels.train.plan import check_unmerged
-from residual_kernels.train.problem import Form, Labels, Problem, is_linear, labels_of
+from residual_kernels.train.problem import ConvexProblem, Form, Labels, is_linear, labels_of
 from residual_kernels.train.results import Certificate, Epoch, FitResult, ManyFits, Strength, Task
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import UnitSource, cache_of
@@ -94,7 +94,7 @@ def fit_convex(
         form, tasks, results, weights = Form(adapter), [], [], []
         for number in range(len(heads)):
             some = slice(number, number + 1) if len(heads) > 1 else slice(0, sets)
-            problem = Problem.of(
+            problem = ConvexProblem.of(
                 config,
                 own.of(some),
                 heads[number].class_names,

@@ -12,7 +12,7 @@ from residual_kernels import distributed
 from residual_kernels.train import checkpoints
 from residual_kernels.train.batches import widest
 from residual_kernels.train.evaluation import measure, tower_accuracy
-from residual_kernels.train.plan import Plan
+from residual_kernels.train.plan import FitPlan
 from residual_kernels.train.progress import Progress
 from residual_kernels.train.results import Epoch, FitResult, ManyFits
 from residual_kernels.train.steps import Step, TaskWeights
@@ -21,7 +21,7 @@ from residual_kernels.train.steps import Step, TaskWeights
 class Loop:
     """Runs a plan. `progress` is called with the number of a task and its :class:`Epoch`."""
 
-    def __init__(self, plan: Plan, progress: Callable[[int, Epoch], None] | None = None):
+    def __init__(self, plan: FitPlan, progress: Callable[[int, Epoch], None] | None = None):
         self.start = time.perf_counter()
         self.plan, self.config, self.progress = plan, plan.config, progress
         self.by_balanced_accuracy = isinstance(self.config.class_weight, str)

@@ -182,7 +182,7 @@ class Tasks:
 
 
 @dataclass(frozen=True)
-class Shape:
+class ThetaShape:
     """What is learned, in the order of theta [T, P]: J component weights; D*K of class vectors;
     the scale s."""
 
@@ -230,7 +230,7 @@ class Objective:
         self.kappa = (0.0, 0.0) if kappa is None else kappa
         components, dim = readout.basis.shape
         learns_vectors = vector_variance is not None
-        self.shape = Shape(components, dim, readout.classes, learns_vectors, kappa is not None)
+        self.shape = ThetaShape(components, dim, readout.classes, learns_vectors, kappa is not None)
         self.inner = readout.vectors if readout.classes > dim else None
         right = readout.basis if self.inner is not None else readout.basis @ readout.vectors
         self.right = (right / sd[:, None]).T.contiguous()  # [M, J]

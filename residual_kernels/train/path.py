@@ -30,7 +30,7 @@ ROUNDING = 1e-3  # of a value from bfloat16 coefficients: what rounding may add 
 
 
 @dataclass(frozen=True)
-class Group:
+class FitGroup:
     """One thing to fit: its label set and its split of the rows.
 
     Where it is `idle` there is nothing to learn from: images of fewer than two classes, or none to judge by.
@@ -84,7 +84,7 @@ class Path:
     def __init__(
         self,
         objective: Objective,
-        groups: Sequence[Group],
+        groups: Sequence[FitGroup],
         fold: Tensor,
         folds: int,
         outside: Outside | None = None,

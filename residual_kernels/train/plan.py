@@ -23,7 +23,7 @@ from residual_kernels.units.source import UnitSource
 from residual_kernels.zeroshot import ZeroShotHead
 
 
-class Plan:
+class FitPlan:
     """One call of fit or fit_many; see there for the arguments.
 
     Attributes:

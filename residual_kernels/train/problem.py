@@ -20,7 +20,7 @@ from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.folds import folds_of
 from residual_kernels.train.labels import label_table, shots_of, weights_of_classes
 from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Rows, RowSource, Targets
-from residual_kernels.train.path import Group, Outside, Path
+from residual_kernels.train.path import FitGroup, Outside, Path
 from residual_kernels.units.source import UnitSource
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -191,7 +191,7 @@ def _joined(n: int, mean: Tensor, squares: Tensor, m: int, other: Tensor, more: 
 
 
 @dataclass(frozen=True)
-class Problem:
+class ConvexProblem:
     """What is fitted, before anybody says which numbers are learned: rows, labels, splits and who judges.
 
     `rows_of` opens the rows of an adapter; everything else is the same for all candidates, so that they are
@@ -200,7 +200,7 @@ class Problem:
 
     config: ConvexConfig
     labels: Labels
-    groups: Sequence[Group]
+    groups: Sequence[FitGroup]
     fold: Tensor
     folds: int
     row_weight: Tensor | None
@@ -215,11 +215,11 @@ class Problem:
         classes: Sequence[str],
         seeds: Sequence[int],
         outside: Labels | None,
-    ) -> "Problem":
+    ) -> "ConvexProblem":
         """Groups run over label sets, then seeds."""
         numbers = labels.numbers
         sets, count = numbers.shape
-        groups: list[Group] = []
+        groups: list[FitGroup] = []
         fold: list[Tensor] = []
         folds = min(config.folds, count)
         for which in range(sets):
@@ -230,7 +230,7 @@ class Problem:
                 own = torch.full((count,), -1, dtype=torch.int16)
                 own[chosen] = folds_of(numbers[which][chosen], folds, seed)
                 idle = len(numbers[which][chosen].unique()) < 2
-                groups.append(Group(which, len(fold), idle))
+                groups.append(FitGroup(which, len(fold), idle))
                 fold.append(own)
         even = config.shots is not None and isinstance(config.class_weight, str)
         given = None if even else config.class_weight

@@ -19,7 +19,7 @@ from residual_kernels.train.batches import AdapterRows
 from residual_kernels.train.choice import Judge, Judged, best_of
 from residual_kernels.train.logistic import Objective
 from residual_kernels.train.path import FINE, PATIENCE, ROUGH, Path
-from residual_kernels.train.problem import Form, Problem
+from residual_kernels.train.problem import ConvexProblem, Form
 from residual_kernels.zeroshot import ZeroShotHead
 
 
@@ -35,7 +35,7 @@ class Stacked:
 
 
 def stacked(
-    problem: Problem,
+    problem: ConvexProblem,
     form: Form,
     head: ZeroShotHead,
     rows: AdapterRows,
@@ -49,7 +49,7 @@ def stacked(
         problem: of one label set and one seed.
         form: the anchored adapter with its components.
         head: the classifier whose vectors move.
-        rows, outside: as in :meth:`Problem.path`.
+        rows, outside: as in :meth:`ConvexProblem.path`.
         freedoms: the strengths tried, each for both steps.
     """
     first = problem.path(Form(form.adapter, with_components=False), head, rows, outside, class_vectors=True)

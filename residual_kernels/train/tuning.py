@@ -30,7 +30,7 @@ from residual_kernels.train.evaluation import logits_of
 from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.logistic import Objective, Targets
 from residual_kernels.train.path import FINE, FREEDOMS
-from residual_kernels.train.problem import Form, Labels, Problem, is_linear, labels_of
+from residual_kernels.train.problem import ConvexProblem, Form, Labels, is_linear, labels_of
 from residual_kernels.train.stacked import stacked
 from residual_kernels.train.unseen import class_folds, judged_by_classes
 from residual_kernels.units.cache import UnitCache
@@ -295,7 +295,7 @@ class _Contest:
         if self.val is not None:
             given = None if val_labels is None else [val_labels]
             self.outside = labels_of(self.val, given, sizes, "val_labels")
-        self.problem = Problem.of(config, own, head.class_names, [seed], self.outside)
+        self.problem = ConvexProblem.of(config, own, head.class_names, [seed], self.outside)
         self.rows = opened(first, self.train, self.val, config)  # of the anchored forms, which share them
         of_tower = self.problem.path(Form(first, with_components=False), head, *self.rows).base()
         self.entries = [_Entry(BASE, 0, of_tower, 0.0, 0.0, base)]

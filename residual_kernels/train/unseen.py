@@ -13,7 +13,7 @@ from torch import Tensor
 from residual_kernels.train.batches import AdapterRows
 from residual_kernels.train.choice import Judge, Judged
 from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Targets
-from residual_kernels.train.path import PATIENCE, ROUGH, Group, Path
+from residual_kernels.train.path import PATIENCE, ROUGH, FitGroup, Path
 from residual_kernels.train.problem import FLOOR, Form, moments
 from residual_kernels.zeroshot import ZeroShotHead
 
@@ -127,4 +127,4 @@ def _path(
     variance = variance.clamp_min(max(FLOOR * float(variance.mean()), torch.finfo(output.dtype).tiny))
     objective = Objective(rows, few, Targets(number[labels[mine]][None]), variance.sqrt())
     fold = torch.zeros(1, len(rows), dtype=torch.int16, device=output.device)
-    return Path(objective, [Group(0, 0)], fold, 1)
+    return Path(objective, [FitGroup(0, 0)], fold, 1)
