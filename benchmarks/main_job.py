@@ -61,7 +61,7 @@ def bases(rows: int, rounds: int, textbook_heads: int = 8) -> dict:
     """
     from residual_kernels import towers
     from residual_kernels.bases.moments import MomentSum
-    from residual_kernels.bases.spectral_bases import principal
+    from residual_kernels.bases.principal import principal
 
     torch.manual_seed(0)
     view = towers.view(open_clip.create_model("ViT-B-32").visual)

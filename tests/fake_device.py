@@ -1,7 +1,7 @@
-"""A second device without one: tensors that say cuda:0,
-hold CPU values and refuse the company of CPU tensors.
+"""A second device without one: tensors that say cuda:0, hold CPU values and refuse the company of CPU
+tensors.
 
-    with fake_device.installed() as device:
+    with fake_cuda.installed() as device:
         tower = fake_device.moved(tower)
         with device.counted() as seen:
             ...
@@ -14,12 +14,9 @@ own rounding.
 """
 
 import collections
-import concurrent.futures
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +115,7 @@ class OnDevice(Tensor):
         return DEVICE.run(func, args, kwargs or {})
 
 
-class _Mode(TorchDispatchMode):
+class Mode(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return DEVICE.run(func, args, kwargs or {})
 
@@ -134,13 +131,13 @@ def on_device(kind: object) -> bool:
     )  # the wrapper's own device is meta
 
 
-class _Device:
+class Device:
     """What all tensors of the device share: counters, copies on their way, the graph being captured."""
 
     def __init__(self) -> None:
         self.seen = Seen()
         self.coming: list[tuple[Tensor, Tensor]] = []  # (where on the host, values) of copies on their way
-        self.graph: _Graph | None = None
+        self.graph: Graph | None = None
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Seen]:
@@ -191,7 +188,7 @@ class _Device:
         self.refuse(name, args, leaves)
         own = custom_ops.OPDEFS.get(f"{func.namespace}::{name}")
         if own is not None:  # an operator of Python is what it launches
-            with _Mode():  # which torch has left to come here
+            with Mode():  # which torch has left to come here
                 return own._init_fn(*args, **kwargs)
         return self.compute(func, name, args, kwargs, ours)
 
@@ -292,42 +289,13 @@ def _spoil(values: Tensor) -> None:
     values.fill_(float("nan") if values.is_floating_point() else 0)
 
 
-DEVICE = _Device()
+DEVICE = Device()
 
 
 # --- streams, events, graphs --------------------------------------------------------------------------------
 
 
-class _Event:
-    def __init__(self, *_, **__) -> None:
-        self.recorded = False
-
-    def record(self, *_) -> None:
-        self.recorded = True
-
-    def synchronize(self) -> None:
-        if self.recorded:
-            DEVICE.wait("event")
-
-    wait = query = lambda self, *_: True
-
-
-class _Stream:
-    def __init__(self, *_, **__) -> None:
-        self.device = CUDA
-
-    def synchronize(self) -> None:
-        DEVICE.wait("stream")
-
-    def record_event(self, event: _Event | None = None) -> _Event:
-        event = event or _Event()
-        event.record()
-        return event
-
-    wait_stream = wait_event = lambda self, *_: None
-
-
-class _Graph:
+class Graph:
     """What was launched while it was captured; `replay` does it again, in the same memory."""
 
     def __init__(self) -> None:
@@ -341,174 +309,7 @@ class _Graph:
             again()
 
 
-@contextlib.contextmanager
-def _capture(graph: _Graph, *_, **__) -> Iterator[None]:
-    assert DEVICE.graph is None
-    DEVICE.graph = graph
-    try:
-        yield
-    finally:
-        DEVICE.graph = None
-
-
-def _quiet(*_, **__) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
-
-
-_CUDA_MODULE = {
-    "_lazy_init": lambda: None,
-    "is_available": lambda: True,
-    "current_device": lambda: 0,
-    "device_count": lambda: 1,
-    "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, name="fake", major=9, minor=0),
-    "get_device_name": lambda *_: "fake",
-    "get_device_capability": lambda *_: (9, 0),
-    "synchronize": lambda *_: DEVICE.wait("synchronize"),
-    "Event": _Event,
-    "Stream": _Stream,
-    "current_stream": lambda *_: _Stream(),
-    "stream": _quiet,
-    "device": _quiet,
-    "CUDAGraph": _Graph,
-    "graph": _capture,
-    "is_current_stream_capturing": lambda: DEVICE.graph is not None,
-}
-
-
 # --- what torch does below the dispatcher -------------------------------------------------------------------
-
-
-def _tensor_methods() -> dict[str, Callable]:
-    def tolist(self, _was=Tensor.tolist):
-        if isinstance(self, OnDevice):
-            DEVICE.wait("tolist")
-        return _was(held(self))
-
-    def refused(name: str) -> Callable:
-        was = getattr(Tensor, name)
-
-        def method(self, *args, **kwargs):
-            if isinstance(self, OnDevice):
-                raise TypeError(
-                    "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy it to "
-                    "host memory"
-                )
-            return was(self, *args, **kwargs)
-
-        return method
-
-    def pin(self, *_):
-        return self.clone()
-
-    def getitem(self, index, _was=Tensor.__getitem__):
-        if isinstance(self, OnDevice):  # torch makes a tensor of a list, and sends it
-            parts = index if isinstance(index, tuple) else (index,)
-            sent = tuple(torch.tensor(part).to(CUDA) if isinstance(part, list) else part for part in parts)
-            return _was(self, sent if isinstance(index, tuple) else sent[0])
-        return _was(self, index)
-
-    return {
-        "__getitem__": getitem,
-        "tolist": tolist,
-        "numpy": refused("numpy"),
-        "__array__": refused("__array__"),
-        "pin_memory": pin,
-    }
-
-
-def _made(was: Callable) -> Callable:
-    """torch.tensor, torch.as_tensor: what they make on the device is copied there."""
-
-    def make(data, *args, device=None, **kwargs):
-        if device is None or not on_device(device):
-            found = data if isinstance(data, OnDevice) and not (args or kwargs) else None
-            return was(data, *args, device=device, **kwargs) if found is None else found
-        return was(data, *args, **kwargs).to(CUDA)
-
-    return make
-
-
-def _kernel_run(was: Callable) -> Callable:
-    """A Triton kernel in the interpreter: it gets the values, and counts as one launch."""
-
-    def run(self, *args, **kwargs):
-        bare, bare_kwargs = [held(x) for x in args], {key: held(x) for key, x in kwargs.items()}
-        if not any(isinstance(x, OnDevice) for x in (*args, *kwargs.values())):
-            return was(self, *args, **kwargs)
-        with _outside():
-            result = was(self, *bare, **bare_kwargs)
-
-        def again() -> None:
-            with _outside():
-                was(self, *bare, **bare_kwargs)
-
-        DEVICE.launch(self.fn.__name__.strip("_"), again)
-        return result
-
-    return run
-
-
-def _outside() -> contextlib.AbstractContextManager:
-    """Where operators are the CPU's own."""
-    return torch.utils._python_dispatch._disable_current_modes()
-
-
-def _threads(was: Callable) -> Callable:
-    """Threads are on the device too: a dispatch mode belongs to one thread."""
-
-    def submit(self, call, /, *args, **kwargs):
-        def there(*args, **kwargs):
-            with _Mode():
-                return call(*args, **kwargs)
-
-        return was(self, there, *args, **kwargs)
-
-    return submit
-
-
-@contextlib.contextmanager
-def installed(kernels: bool = False) -> Iterator[_Device]:
-    """The device exists inside. With `kernels` the Triton backend takes it too, in Triton's interpreter."""
-    with contextlib.ExitStack() as stack:
-
-        def put(where: object, name: str, value: object) -> None:
-            was = getattr(where, name)
-            setattr(where, name, value)
-            stack.callback(setattr, where, name, was)
-
-        for name, value in _CUDA_MODULE.items():
-            put(torch.cuda, name, value)
-        for name, value in _tensor_methods().items():
-            put(Tensor, name, value)
-        from residual_kernels.towers import plain_linear
-
-        put(
-            plain_linear, "_NUMBERS", (*plain_linear._NUMBERS, OnDevice.__name__)
-        )  # a dispatch of its own, yet plain numbers
-        put(torch, "tensor", _made(torch.tensor))
-        put(torch, "as_tensor", _made(torch.as_tensor))
-        put(
-            concurrent.futures.ThreadPoolExecutor,
-            "submit",
-            _threads(concurrent.futures.ThreadPoolExecutor.submit),
-        )
-        if kernels:
-            from triton.runtime.interpreter import GridExecutor
-
-            from residual_kernels.ops import backends
-
-            put(
-                backends,
-                "_missing_triton",
-                lambda device, by_name: None if device.type == "cuda" else "not here",
-            )
-            put(GridExecutor, "__call__", _kernel_run(GridExecutor.__call__))
-        stack.enter_context(_Mode())
-        try:
-            yield DEVICE
-        finally:
-            DEVICE.arrive()
-            gc.collect()
 
 
 def moved(module: nn.Module) -> nn.Module:

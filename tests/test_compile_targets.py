@@ -150,7 +150,7 @@ def test_a_worse_kernel_is_told():
     """The negative case of the budget, and the reading of machine code that it rests on."""
     code = (
         "import json\n"
-        "from benchmarks import budget, floors\n"
+        "from benchmarks import budget, machine_code\n"
         "held = json.loads(budget.FILE.read_text())['cases']\n"
         "assert budget.worse(held, held) == []\n"
         "case = next(iter(held))\n"
@@ -171,7 +171,7 @@ def test_a_worse_kernel_is_told():
         ".L_x_2:\n"
         "        /*0080*/                   BRA `(.L_x_2);\n"
         "'''\n"
-        "found = floors.read_code(text, False, 0.5)\n"
+        "found = machine_code.read_code(text, False, 0.5)\n"
         "assert found.instructions == (3, 3, 3) and found.barriers == (0, 0, 1) and found.narrow == (0, "
         "1, 0)\n"
         "assert found.operations == (0.0, 0.0, 2.0 * 64 * 32 * 16 / 4) and found.tile_bytes == (0.0, "
@@ -179,9 +179,9 @@ def test_a_worse_kernel_is_told():
         "assert found.total('instructions', [10, 100, 1000]) == 30 + 300 + 3000\n"
         "ptx = 'mov.b32 %r5, 136314896; @%p1 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, "
         "%r5, %p2;'\n"
-        "assert floors.blackwell_products(ptx) == [2.0 * 128 * 128 * 16]\n"
+        "assert machine_code.blackwell_products(ptx) == [2.0 * 128 * 128 * 16]\n"
         "waiting = text.replace('BAR.SYNC.DEFER_BLOCKING', 'SYNCS.PHASECHK.TRANS64.TRYWAIT')\n"
-        "assert floors.read_code(waiting, False, 0.5).instructions == (9,)  # no loop\n"
+        "assert machine_code.read_code(waiting, False, 0.5).instructions == (9,)  # no loop\n"
     )
     done = run_plain("-c", code)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ CPU's own.
 import copy
 import math
 
+import fake_cuda
 import fake_device
 import pytest
 import torch
@@ -22,7 +23,7 @@ KINDS = ("head", "mlp")
 
 @pytest.fixture
 def device():
-    with fake_device.installed() as found:
+    with fake_cuda.installed() as found:
         yield found
 
 
@@ -373,7 +374,7 @@ def test_a_fit_on_a_device_takes_the_kernels(known):
     pytest.importorskip("triton", reason="the package triton is not installed")
     tower, bases, cache = known
     expected, weights = fitted(rk.ResiDual(tower, bases), head_of(), cache, epochs=1, batch_size=30)
-    with fake_device.installed(kernels=True) as device:
+    with fake_cuda.installed(kernels=True) as device:
         adapter = rk.ResiDual(fake_device.moved(build()), bases)
         with device.counted() as seen:
             found, own = fitted(
@@ -390,7 +391,7 @@ def test_a_forward_and_a_step_on_a_device_take_few_launches(images, known):
     pytest.importorskip("triton", reason="the package triton is not installed")
     bases = known[1].of("head")
     expected = rk.ResiDual(known[0], bases, init="normal")(images[:4]).detach()
-    with fake_device.installed(kernels=True) as device:
+    with fake_cuda.installed(kernels=True) as device:
         adapter = rk.ResiDual(fake_device.moved(build()), bases, init="normal")
         terms = adapter.collect(fake_device.to_device(images[:4]))
         adapter.from_units(terms)

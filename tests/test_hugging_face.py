@@ -30,7 +30,7 @@ import residual_kernels as rk
 from residual_kernels import cli, towers
 from residual_kernels.data.models import load_model
 from residual_kernels.demo import story as demo
-from residual_kernels.towers.hugging_face.tower import ImageTower, image_tower
+from residual_kernels.towers.hugging_face.image_tower import ImageTower, image_tower
 
 TEXT = {
     "hidden_size": 32,

@@ -181,7 +181,7 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.parametrize("several", [False, True], ids=["one order", "several orders"])
 def test_a_fit_reads_features_through_it(several, monkeypatch):
     """from_features gives the same y on both backends, and asks the operator on the compiled one."""
-    from residual_kernels.bases.spectral_bases import KindBases
+    from residual_kernels.bases.principal import KindBases
 
     generator = torch.Generator().manual_seed(3)
     phi = torch.linalg.qr(torch.randn(24, 10, generator=generator, dtype=torch.float64)).Q.T.contiguous()

@@ -12,7 +12,7 @@ import torch
 import residual_kernels as rk
 from benchmarks.suite import ours, peers, pictures, plot, run, table, tasks, through_tower, unseen
 from benchmarks.suite.tasks import few
-from residual_kernels.train import tuning
+from residual_kernels.train import contest
 
 DRAWN = ("new fonts", "Greek", "textures", "outlines", "counting", "case", "tilt")
 
@@ -104,7 +104,7 @@ def test_class_vectors_are_moved_first_where_words_say_nothing(counting, monkeyp
     rows = {one.name: one for one in found.table}
     found.adapter.detach()
     assert rows[name].loss < min(rows["anchored"].loss, rows["probe"].loss) + 0.02
-    monkeypatch.setattr(tuning._Contest, "_outdone", lambda self, joint: False)
+    monkeypatch.setattr(contest.Contest, "_outdone", lambda self, joint: False)
     joint = rk.tune(counting.tower, counting.bases, head, counting.train.units, candidates=[name])
     joint.adapter.detach()
     assert joint.table[1].loss > rows[name].loss + 0.1

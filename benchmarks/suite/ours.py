@@ -8,6 +8,7 @@ import torch
 import residual_kernels as rk
 from benchmarks.peers.tasks import BATCH, Fitted, Split
 from benchmarks.suite.tasks import SuiteTask
+from residual_kernels.train import contest as contests
 from residual_kernels.train import tuning
 from residual_kernels.train.config import ConvexConfig
 
@@ -39,7 +40,7 @@ def contest(
     built: list = []
     start = time.process_time()
     base = rk.build("base", task.tower)
-    played = tuning._Contest(
+    played = contests.Contest(
         base, task.bases, head, train.units, None, ConvexConfig(), seed, None, None, built
     )
     opening = time.process_time() - start

@@ -12,7 +12,7 @@ from residual_kernels.adapters.tower_adapter import AroundTower, TowerAdapter
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import agreement
 from residual_kernels.towers.hugging_face import stand_in as standing_in
-from residual_kernels.towers.hugging_face.tower import image_tower
+from residual_kernels.towers.hugging_face.image_tower import image_tower
 from residual_kernels.towers.wrappers import inner
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from residual_kernels import ops, towers
-from residual_kernels.bases.spectral_bases import OUTPUT, KindBases, SpectralBases
+from residual_kernels.bases.principal import KindBases
+from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.ops import backends, reference
 from residual_kernels.ops.packing import PackedUnits, wide
 from residual_kernels.towers import Terms, UnitMaps

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.analysis.reading import coordinates
-from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
+from residual_kernels.bases.principal import KindBases
+from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of
 

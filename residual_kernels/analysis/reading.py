@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import towers
-from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
+from residual_kernels.bases.principal import CONSTANT
+from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.ops.reference import unit_coordinates
 from residual_kernels.towers import Terms, Tower, Unit, UnitMaps
 from residual_kernels.units.cache import UnitCache

@@ -25,7 +25,8 @@ from residual_kernels.analysis.reading import (
     units_of,
     width_of,
 )
-from residual_kernels.bases.spectral_bases import CONSTANT, SpectralBases
+from residual_kernels.bases.principal import CONSTANT
+from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Tower, Unit
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of, cached_source, unit_source

@@ -6,7 +6,8 @@ The normalised spectral cosine: between heads, between data sets, between towers
 import torch
 from torch import Tensor
 
-from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
+from residual_kernels.bases.principal import KindBases
+from residual_kernels.bases.spectral_bases import SpectralBases
 
 WEIGHTS = ("explained_variance", "singular", "eigenvalues", "uniform")
 PAIR_BYTES = 32 * 2**20  # of cosine matrices at a time

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.analysis.reading import coordinates
-from residual_kernels.bases.spectral_bases import KindBases, SpectralBases
+from residual_kernels.bases.principal import KindBases
+from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.bundled.captions import prompt
 from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
 from residual_kernels.data.user_text import LONGEST, decoded, user_path

@@ -135,9 +135,9 @@ def fit_command(
     from residual_kernels.data import models as sources
     from residual_kernels.data import prompts
     from residual_kernels.data.classes import positions
+    from residual_kernels.train.contest import PROBE
     from residual_kernels.train.inside import StreamImages
     from residual_kernels.train.labels import shots_of
-    from residual_kernels.train.tuning import PROBE
     from residual_kernels.units.cache import HELD_OUT, UnitCache, encode
     from residual_kernels.zeroshot import ZeroShotHead
 

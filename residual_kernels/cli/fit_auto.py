@@ -13,7 +13,7 @@ from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.cli.inputs import Reader, is_cache
 from residual_kernels.cli.printing import err, out, write_numbers
-from residual_kernels.train.tuning import PROBE
+from residual_kernels.train.contest import PROBE
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 

@@ -19,12 +19,11 @@ from residual_kernels.bundled import load_bundled
 from residual_kernels.data import downloads, weight_files
 from residual_kernels.data.model_names import BUNDLED, TRANSFORMERS
 from residual_kernels.data.user_text import user_path
-from residual_kernels.towers.hugging_face import tower as hugging_face
+from residual_kernels.towers.hugging_face import image_tower as hugging_face
 from residual_kernels.towers.hugging_face.text import has_text_side
 
-_OWN_CODE = {
-    "trust_remote_code": False
-}  # no code of a model's folder runs, and nobody is asked whether it may
+# No code of a model's folder runs, and nobody is asked whether it may.
+_OWN_CODE = {"trust_remote_code": False}
 
 
 def nearest(name: str, known: list[str]) -> str:

@@ -12,13 +12,23 @@ torch's own, a unit at a time.
 
 import os
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from residual_kernels import _cpp
+from residual_kernels.ops.cpp_packing import (
+    BLOCK,
+    TILE,
+    Pack,
+    Sizes,
+    blocks_of,
+    in_panels,
+    in_tiles,
+    proj_in_tiles,
+    rounded_up,
+    widened,
+)
 
 ENVIRONMENT_VARIABLE = "RESIDUAL_KERNELS_INSTRUCTION_SET"
 INSTRUCTION_SETS = (
@@ -34,51 +44,7 @@ FOLDED_PAYS = 0.75  # the folded route is taken below this share of the direct r
 FOLDED_WIDTH = (
     128  # and for units of at least so many coordinates: one product per unit must fill the machine
 )
-BLOCK = 256  # components that stay in cache between the two products, at most
-_TILE = 32  # bfloat16 numbers in a row of a tile; a tile has 16 rows
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-
-class _Sizes(NamedTuple):
-    """The numbers of a pack, by name."""
-
-    instruction_set: int  # as the extension numbers it
-    width: int  # C
-    dim: int  # D
-    components: int  # J
-
-
-class _Pack(NamedTuple):
-    """The tensors of a pack, by name; what follows `offset` is there only where it is used."""
-
-    blocks: Tensor  # int64 [B, 5], see _blocks
-    unit_offsets: Tensor
-    proj: Tensor  # [J, C padded to whole vectors], at least float32
-    basis: Tensor  # in panels, at least float32; bfloat16 in tiles where the set computes on tiles
-    bias: Tensor
-    slope: Tensor
-    offset: Tensor
-    tiled_proj: Tensor | None = None
-    folded: tuple[Tensor, Tensor] | None = (
-        None  # proj [J, C] and basis [J, D] as they came: the folded route may pay
-    )
-
-    @property
-    def direct(self) -> tuple[Tensor, ...]:
-        """What the extension's loops read."""
-        return self[:7]
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> "_Pack":
-        """From a list, as an operator takes it."""
-        blocks, unit_offsets, proj, basis, bias, slope, offset, *more = tensors
-        direct = cls(blocks, unit_offsets, proj, basis, bias, slope, offset)
-        if len(more) == 2:
-            return direct._replace(folded=(more[0], more[1]))
-        return direct._replace(tiled_proj=more[0]) if more else direct
-
-    def listed(self) -> list[Tensor]:
-        return [*self.direct, *(() if self.tiled_proj is None else (self.tiled_proj,)), *(self.folded or ())]
 
 
 def instruction_set() -> tuple[str, dict[str, str]]:
@@ -130,114 +96,25 @@ def _number() -> int:
     return INSTRUCTION_SETS.index(instruction_set()[0])
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _blocks(bounds: list[int], most: int, step: int) -> list[tuple[int, int, int, int, int]]:
-    """Components cut into blocks of at most `most`: runs of whole units, or a piece of one larger unit.
-
-    A block is (first, last+1, first unit, last+1 unit, first when every earlier block is padded to `step`).
-    """
-    blocks = []
-    start = 0  # first unit of the block being filled
-    for unit in range(len(bounds) - 1):
-        low, high = bounds[unit], bounds[unit + 1]
-        if high - bounds[start] > most and start < unit:
-            blocks.append((bounds[start], low, start, unit))
-            start = unit
-        if high - low > most:
-            pieces = -(-(high - low) // most)
-            cuts = [low + (high - low) * piece // pieces for piece in range(pieces + 1)]
-            blocks += [(a, b, unit, unit + 1) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-            start = unit + 1
-    if start < len(bounds) - 1:
-        blocks.append((bounds[start], bounds[-1], start, len(bounds) - 1))
-    padded = [0]
-    for low, high, _, _ in blocks:
-        padded.append(padded[-1] + _up(high - low, step))
-    return [(*block, at) for block, at in zip(blocks, padded[:-1], strict=True)]
-
-
-def _up(count: int, step: int) -> int:
-    return -(-count // step) * step
-
-
-def _in_panels(basis: Tensor, blocks: list, dtype: torch.dtype, lanes: int, panel: int) -> Tensor:
-    """Per block: panels of `panel` columns, each [components, panel].
-
-    The last as wide as whole vectors need.
-    """
-    components, dim = basis.shape
-    padded_dim = _up(dim, lanes)
-    panels = basis.new_zeros(components * padded_dim, dtype=dtype)
-    whole = dim // panel * panel  # columns in full panels
-    for low, high, *_ in blocks:
-        count = high - low
-        block = panels[low * padded_dim : high * padded_dim]
-        full, rest = block[: count * whole], block[count * whole :]
-        in_panels = basis[low:high, :whole].reshape(count, whole // panel, panel)
-        full.view(whole // panel, count, panel).copy_(in_panels.transpose(0, 1))
-        rest.view(count, padded_dim - whole)[:, : dim - whole] = basis[low:high, whole:]
-    return panels
-
-
-def _in_tiles(basis: Tensor, blocks: list) -> Tensor:
-    """Per block, in tiles of 16 x 32: its transpose (dimensions by components) for forward,
-    itself for backward."""
-    dim = basis.shape[1]
-    padded_dim = _up(dim, _TILE)
-    parts = []
-    for low, high, *_ in blocks:
-        block = basis.new_zeros(_up(high - low, _TILE), padded_dim)
-        block[: high - low, :dim] = basis[low:high]
-        for matrix in (block.T, block):
-            rows, columns = matrix.shape
-            tiles = matrix.reshape(rows // 16, 16, columns // _TILE, _TILE).transpose(1, 2)
-            parts.append(tiles.reshape(-1))
-    return torch.cat(parts)
-
-
-def _proj_in_tiles(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:
-    """Each unit's run of components in a block, padded to 16 x 32, in tiles.
-
-    Runs lie as tile_row in csrc says.
-    """
-    components, width = proj.shape
-    padded_width = _up(width, _TILE)
-    rows = proj.new_zeros(components + 16 * (len(blocks) + len(bounds) - 1), padded_width)
-    for number, (first, last, first_unit, last_unit, _) in enumerate(blocks):
-        for unit in range(first_unit, last_unit):
-            low, high = max(bounds[unit], first), min(bounds[unit + 1], last)
-            if low >= high:
-                continue
-            run = proj.new_zeros(_up(high - low, 16), padded_width)
-            run[: high - low, :width] = proj[low:high]
-            tiles = run.reshape(len(run) // 16, 16, padded_width // _TILE, _TILE).transpose(1, 2)
-            start = low + 16 * (number + unit)
-            rows[start : start + len(run)] = tiles.reshape(len(run), padded_width)
-    return rows
-
-
 def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
-    """Tensors as in :class:`_Pack` and sizes as in :class:`_Sizes`."""
+    """Tensors as in :class:`Pack` and sizes as in :class:`Sizes`."""
     number = _number()
     tiled = INSTRUCTION_SETS[number] in ON_TILES and proj.dtype == torch.bfloat16
     if INSTRUCTION_SETS[number] in ON_TILES and not tiled:
         number = INSTRUCTION_SETS.index("avx512")  # sets on tiles multiply bfloat16 alone
     vector_bytes, vectors = _cpp.layout(number)
-    dtype = _wide(proj.dtype)
+    dtype = widened(proj.dtype)
     lanes = vector_bytes // dtype.itemsize
     (components, width), dim = proj.shape, basis.shape[1]
-    padded = proj.new_zeros(components, _up(width, lanes), dtype=dtype)
+    padded = proj.new_zeros(components, rounded_up(width, lanes), dtype=dtype)
     padded[:, :width] = proj
-    blocks = _blocks(unit_offsets.tolist(), 2 * BLOCK if tiled else BLOCK, _TILE if tiled else 1)
-    panels = _in_tiles(basis, blocks) if tiled else _in_panels(basis, blocks, dtype, lanes, lanes * vectors)
+    blocks = blocks_of(unit_offsets.tolist(), 2 * BLOCK if tiled else BLOCK, TILE if tiled else 1)
+    panels = in_tiles(basis, blocks) if tiled else in_panels(basis, blocks, dtype, lanes, lanes * vectors)
     table = torch.tensor(blocks, dtype=torch.int64)
     folds = _folding_saves(1 << 40, unit_offsets.numel() - 1, width, dim, components, proj.dtype)
-    made = _Pack(
+    made = Pack(
         table,
         unit_offsets.contiguous(),
         padded,
@@ -245,10 +122,10 @@ def pack(
         bias.contiguous(),
         slope.contiguous(),
         offset.contiguous(),
-        tiled_proj=_proj_in_tiles(proj, blocks, unit_offsets.tolist()) if tiled else None,
+        tiled_proj=proj_in_tiles(proj, blocks, unit_offsets.tolist()) if tiled else None,
         folded=(proj, basis) if folds else None,
     )
-    return made.listed(), list(_Sizes(number, width, dim, components))
+    return made.listed(), list(Sizes(number, width, dim, components))
 
 
 def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
@@ -262,7 +139,7 @@ def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
             f"a pack of the compiled backend has 7 to 9 tensors and 4 sizes; got {len(tensors)} and "
             f"{len(sizes)}"
         )
-    pack, number, width, dim, components = _Pack.of(tensors), *sizes
+    pack, number, width, dim, components = Pack.of(tensors), *sizes
     least, tiles = pack.proj.dtype, pack.tiled_proj
     on_tiles = 0 <= number < len(INSTRUCTION_SETS) and INSTRUCTION_SETS[number] in ON_TILES
     if not (
@@ -295,7 +172,7 @@ def _folding_saves(rows: int, units: int, width: int, dim: int, components: int,
 
 
 def _folds(
-    z: Tensor, weight: Tensor, weight_index: Tensor | None, pack: _Pack, sizes: _Sizes
+    z: Tensor, weight: Tensor, weight_index: Tensor | None, pack: Pack, sizes: Sizes
 ) -> tuple[Tensor, Tensor] | None:
     """proj and basis for the folded route where it is taken."""
     if len(weight) != 1 or weight_index is not None or pack.folded is None:
@@ -304,7 +181,7 @@ def _folds(
     return pack.folded if saves else None
 
 
-def _folded_forward(z, scale, mean, weight, pack: _Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
+def _folded_forward(z, scale, mean, weight, pack: Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
     """y = scale * (z F + bias + mean * slope) - offset with F, bias, slope,
     offset folded over the components."""
     proj, basis = folded
@@ -321,7 +198,7 @@ def _folded_forward(z, scale, mean, weight, pack: _Pack, folded: tuple[Tensor, T
     return y.unsqueeze(0)
 
 
-def _folded_dweight(dy, z, scale, mean, pack: _Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
+def _folded_dweight(dy, z, scale, mean, pack: Pack, folded: tuple[Tensor, Tensor]) -> Tensor:
     """dweight[j] = basis[j] . sum_n c[n,j] dy[n], the sum taken before the components are read from it."""
     proj, basis = folded
     scaled = dy[0] if scale is None else scale[:, None] * dy[0]
@@ -339,17 +216,17 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _addresses(pack: _Pack) -> tuple[list[int], list[int]]:
+def _addresses(pack: Pack) -> tuple[list[int], list[int]]:
     """Where the packed tensors lie and how many elements each has; 0 where proj in tiles is missing."""
     read = (*pack.direct, pack.tiled_proj)
     return [_address(x) for x in read], [0 if x is None else x.numel() for x in read]
 
 
 def _common(
-    z, scale, mean, weight, weight_index, pack: _Pack, sizes: _Sizes
+    z, scale, mean, weight, weight_index, pack: Pack, sizes: Sizes
 ) -> tuple[list, list[Tensor | None]]:
     """The arguments that forward and backward share, and what must stay alive while they run."""
-    if _wide(z.dtype) != pack.proj.dtype:  # the loops would read numbers of another size
+    if widened(z.dtype) != pack.proj.dtype:  # the loops would read numbers of another size
         raise ValueError(
             f"z is {z.dtype}, but the constants are packed for {pack.proj.dtype}; pack them again"
         )
@@ -380,7 +257,7 @@ def spectral_reweight_forward(
     if z.dtype == torch.float16:
         y = spectral_reweight_forward(z.float(), scale, mean, weight, weight_index, tensors, sizes)
         return y.to(z.dtype)
-    pack, numbers = _Pack.of(tensors), _Sizes(*sizes)
+    pack, numbers = Pack.of(tensors), Sizes(*sizes)
     folded = _folds(z, weight, weight_index, pack, numbers)
     if folded is not None:
         return _folded_forward(z, scale, mean, weight, pack, folded)
@@ -408,12 +285,12 @@ def spectral_reweight_backward(
             dy.float(), z.float(), scale, mean, weight, weight_index, tensors, sizes, wanted
         )
         return [g.to(z.dtype) if g.shape == z.shape else g for g in exact]
-    pack, numbers = _Pack.of(tensors), _Sizes(*sizes)
+    pack, numbers = Pack.of(tensors), Sizes(*sizes)
     if wanted == [True, False, False, False]:
         folded = _folds(z, weight, weight_index, pack, numbers)
         if folded is not None:
             return [_folded_dweight(dy, z, scale, mean, pack, folded)]
-    least = _wide(z.dtype)
+    least = widened(z.dtype)
     shapes = (weight.shape, z.shape, z.shape[:1], z.shape[:1])
     dtypes = (least, z.dtype, least, least)
     grads = [
@@ -427,7 +304,7 @@ def spectral_reweight_backward(
     return [grad for grad in grads if grad is not None]
 
 
-def _sum_arguments(c: Tensor, weight: Tensor, pack: _Pack, sizes: _Sizes) -> list:
+def _sum_arguments(c: Tensor, weight: Tensor, pack: Pack, sizes: Sizes) -> list:
     return [
         sizes.instruction_set,
         _DTYPES[c.dtype],
@@ -443,9 +320,9 @@ def _sum_arguments(c: Tensor, weight: Tensor, pack: _Pack, sizes: _Sizes) -> lis
 def spectral_sum_forward(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]) -> Tensor:
     """c [N, J], weight [T, J] -> y [T, N, D]."""
     weight = weight.contiguous()
-    numbers = _Sizes(*sizes)
+    numbers = Sizes(*sizes)
     y = c.new_empty(len(weight), len(c), numbers.dim)
-    _cpp.sum_forward(*_sum_arguments(c, weight, _Pack.of(tensors), numbers), y.data_ptr())
+    _cpp.sum_forward(*_sum_arguments(c, weight, Pack.of(tensors), numbers), y.data_ptr())
     return y
 
 
@@ -455,7 +332,7 @@ def spectral_sum_backward(
     """dy [T, N, D] -> dweight [T, J]."""
     weight = weight.contiguous()
     dweight = weight.new_empty(weight.shape)
-    arguments = _sum_arguments(c, weight, _Pack.of(tensors), _Sizes(*sizes))
+    arguments = _sum_arguments(c, weight, Pack.of(tensors), Sizes(*sizes))
     _cpp.sum_backward(*arguments, dy.data_ptr(), dy.stride(), dweight.data_ptr())
     return dweight
 
@@ -470,7 +347,7 @@ def unit_moments(
     if z.dtype == torch.float16:
         z = z.float()
     _, units, width = z.shape
-    scale, mean = (None if x is None else x.to(_wide(z.dtype)).contiguous() for x in (scale, mean))
+    scale, mean = (None if x is None else x.to(widened(z.dtype)).contiguous() for x in (scale, mean))
     shift = shift.contiguous()
     total = torch.empty(units, width + 2, dtype=torch.float64)
     moment = torch.empty(units, width + 2, width + 2, dtype=torch.float64)

@@ -18,6 +18,7 @@ from torch import Tensor
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.train import logs
 from residual_kernels.train.config import ConvexConfig, FitConfig
+from residual_kernels.train.contest import Candidate
 from residual_kernels.train.convex import chosen_solver, fit_convex
 from residual_kernels.train.evaluation import (
     Comparison,
@@ -33,7 +34,7 @@ from residual_kernels.train.path import FREEDOMS
 from residual_kernels.train.plan import FitPlan
 from residual_kernels.train.problem import is_linear
 from residual_kernels.train.results import Certificate, Epoch, FitResult, ManyFits, Strength, Task
-from residual_kernels.train.tuning import FEW, Candidate, TuneResult, tune
+from residual_kernels.train.tuning import FEW, TuneResult, tune
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.zeroshot import ZeroShotHead
 

@@ -16,6 +16,7 @@ from residual_kernels.ops import torch_backend
 from residual_kernels.ops.triton import (
     backward,
     fold,
+    fold_gradient,
     forward,
     kernel_layout,
     matmul,
@@ -30,7 +31,7 @@ from residual_kernels.ops.triton.routes import NARROW, Explanation, Problem
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
 FORWARD = (forward.ROUTE, two_pass.FORWARD, fold.FORWARD, matmul.FORWARD)
-BACKWARD = (backward.ROUTE, two_pass.BACKWARD, fold.BACKWARD, matmul.BACKWARD)
+BACKWARD = (backward.ROUTE, two_pass.BACKWARD, fold_gradient.BACKWARD, matmul.BACKWARD)
 
 
 def pack(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers.foreign import Foreign
-from residual_kernels.towers.hugging_face.tower import recognises, vision_model
+from residual_kernels.towers.hugging_face.image_tower import vision_model
+from residual_kernels.towers.hugging_face.tower import recognises
 
 _UNKNOWN = (
     "attention_mask",
