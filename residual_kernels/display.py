@@ -60,13 +60,13 @@ def card(
         columns, rows: of the table.
         notes: sentences below it; None is left out.
     """
-    parts = [f"<b>{_text(title)}</b>"] if title else []
+    pieces = [f"<b>{_text(title)}</b>"] if title else []
     told = [
         f"{_text(name)} <b>{_text(value)}</b>" for name, value in (facts or {}).items() if value is not None
     ]
     if told:
-        parts.append(" · ".join(told))
-    found = [f"<div>{part}</div>" for part in parts]
+        pieces.append(" · ".join(told))
+    found = [f"<div>{part}</div>" for part in pieces]
     if columns:
         head = "".join(f"<th>{_text(name)}</th>" for name in columns)
         body = "".join(

@@ -127,10 +127,10 @@ def total(tensor: Tensor) -> Tensor:
     """
     if world() == 1:
         return tensor
-    parts = [torch.empty_like(tensor) for _ in range(world())]
+    gathered = [torch.empty_like(tensor) for _ in range(world())]
     with _waiting():
-        dist.all_gather(parts, tensor.contiguous(), group=_group_of(tensor))
-    return torch.stack(parts).sum(0)
+        dist.all_gather(gathered, tensor.contiguous(), group=_group_of(tensor))
+    return torch.stack(gathered).sum(0)
 
 
 def add_up(tensor: Tensor) -> Tensor:

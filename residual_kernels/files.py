@@ -84,8 +84,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def _leads_to_output(path: Path) -> bool:
     """Whether it is a link of the system, as /dev/stdout is,
     to what a process has open. /dev/shm holds plain files."""
-    parts = Path(os.path.abspath(path)).parts
-    return parts[1:2] == ("proc",) or (parts[1:2] == ("dev",) and parts[2:3] != ("shm",))
+    steps = Path(os.path.abspath(path)).parts
+    return steps[1:2] == ("proc",) or (steps[1:2] == ("dev",) and steps[2:3] != ("shm",))
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def test_the_sum_in_the_picture_is_the_model_s_own_lead():
         for found, output in zip(sums, (model.visual(batch[3:4]), adapter(batch[3:4])), strict=True):
             logits = head(output)[0]
             assert found.total == pytest.approx(float(logits[0] - logits[1]), abs=1e-4)
-            assert found.parts.shape == (6, 9)
+            assert found.units.shape == (6, 9)
     assert abs(sums[0].total - sums[1].total) > 0.1
 
 

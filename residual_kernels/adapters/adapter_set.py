@@ -392,14 +392,14 @@ class AdapterSet(TowerAdapter):
             raise ValueError(f"{what} has no head to read it; give heads= to AdapterSet, or head= to add")
         y = self(images, names)
         y = y[0] if isinstance(y, tuple) else y
-        parts = {name: head for name, head in heads.items() if head is not None}
+        given = {name: head for name, head in heads.items() if head is not None}
         if keys is None:
-            return parts[row_names[0]](y)
-        classes = max((len(head.class_names) for head in parts.values()), default=0)
+            return given[row_names[0]](y)
+        classes = max((len(head.class_names) for head in given.values()), default=0)
         logits = y.new_full(
             (len(y), classes), float("-inf"), dtype=torch.promote_types(y.dtype, torch.float32)
         )
-        for name, head in parts.items():
+        for name, head in given.items():
             rows = (chosen == self.names.index(name)).nonzero().flatten()
             part = nn.functional.pad(head(y[rows]), (0, classes - len(head.class_names)), value=float("-inf"))
             logits = logits.index_copy(0, rows, part.to(logits.dtype))

@@ -171,13 +171,13 @@ def bases(
         clip, preprocess, _ = prepare(model, pretrained, device)
         tower = sources.image_tower(clip)
         chosen = tuple(kind.value for kind in kinds or [Kind.head])
-        parts = []
+        by_source = []
         for source in data:
             images = reader.open(source, preprocess, labelled=False)
             count = len(images)
             title = "fitting bases" if len(data) == 1 else f"fitting bases on {source}"
             with bar(title, count // distributed.world(), quiet=not first) as step:
-                parts.append(
+                by_source.append(
                     fit_bases(
                         tower,
                         reader.share(images),
@@ -187,7 +187,7 @@ def bases(
                         progress=step,
                     )
                 )
-        fitted = functools.reduce(SpectralBases.merge, parts)
+        fitted = functools.reduce(SpectralBases.merge, by_source)
     if first:
         fitted.save(out_file, moments=moments)
         _report(fitted, time.perf_counter() - start, out_file, json_file, reader)

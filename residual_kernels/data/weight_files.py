@@ -64,12 +64,12 @@ def reason(error: BaseException) -> str:
 
 def _differences(text: str) -> str:
     """The keys and shapes that differ, counted, with the first of each kind."""
-    parts = []
+    said = []
     for title, word in (("Missing key(s)", "it lacks"), ("Unexpected key(s)", "it also has")):
         line = next((line for line in text.splitlines() if title in line), "")
         keys = re.findall(r'"([^"]+)"', line)
         if keys:
-            parts.append(f"{word} {_counted(keys, 'weights')}")
+            said.append(f"{word} {_counted(keys, 'weights')}")
     shapes = re.findall(
         r"size mismatch for (\S+): copying a param with shape torch\.Size\(\[(.*?)\]\) from checkpoint, "
         r"the shape in current model is torch\.Size\(\[(.*?)\]\)",
@@ -77,8 +77,8 @@ def _differences(text: str) -> str:
     )
     if shapes:
         rows = [f"{key} [{there}] where the model has [{here}]" for key, there, here in shapes]
-        parts.append(_counted(rows, "weights have other shapes", first=True))
-    return "; ".join(parts) or " ".join(text.split())[:300]
+        said.append(_counted(rows, "weights have other shapes", first=True))
+    return "; ".join(said) or " ".join(text.split())[:300]
 
 
 def _counted(rows: list[str], what: str, first: bool = False) -> str:

@@ -63,15 +63,15 @@ def draw(
 def _sums(adapter: ResiDual, cache: UnitCache, image: Tensor, lead: Tensor, scale: float) -> tuple[Sum, Sum]:
     """What each part adds to the lead of one class over another, in logits: with weights of one,
     and as learned."""
-    parts = decompose(adapter.tower, image)
-    plain = parts.units()[0] @ lead
+    decomposition = decompose(adapter.tower, image)
+    plain = decomposition.units()[0] @ lead
     terms = cache.terms(slice(0, 1), adapter.device, adapter.kinds)
     weight = adapter.component_weight()
     coefficient = ComponentReader(adapter)(terms)[0]
     moved = (weight - 1) * coefficient * (directions(adapter, range(len(weight))) @ lead)
     changed = plain.index_add(0, _owners(adapter), moved.to(plain.dtype))
     return (
-        _sum(adapter.layout, scale * plain / parts.output.norm()),
+        _sum(adapter.layout, scale * plain / decomposition.output.norm()),
         _sum(adapter.layout, scale * changed / adapter(image).norm()),
     )
 

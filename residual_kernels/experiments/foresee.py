@@ -283,25 +283,25 @@ def estimate(plan: SweepPlan, flop_a_second: float) -> list[CellCost]:
     found = []
     for tower in plan.towers:
         shape = shape_of(tower)
-        for name, parts in _parts(plan):
-            counts = {part: images_of(source) for part, source in parts.items()}
+        for name, splits in _splits(plan):
+            counts = {split: images_of(source) for split, source in splits.items()}
             known = [count for count in counts.values() if count is not None]
             images = sum(known) if len(known) == len(counts) else None
             if shape is None or images is None:
-                lacking = [parts[part] for part, count in counts.items() if count is None]
+                lacking = [splits[split] for split, count in counts.items() if count is None]
                 why = "the tower's sizes" if shape is None else f"images in {', '.join(lacking)}"
                 found.append(CellCost(tower.label, name, images, None, None, why))
                 continue
             work = images * shape.flop / TOWER_SHARE
-            if "train" in parts:
-                train = (counts["train"] or 0) * (1.0 if "val" in parts else 1 - HELD_OUT)
+            if "train" in splits:
+                train = (counts["train"] or 0) * (1.0 if "val" in splits else 1 - HELD_OUT)
                 work += _fits(plan, shape, train)
             hours = work / flop_a_second / 3600
             found.append(CellCost(tower.label, name, images, hours, images * shape.cached(kinds, element)))
     return found
 
 
-def _parts(plan: SweepPlan) -> Iterator[tuple[str, dict[str, str]]]:
+def _splits(plan: SweepPlan) -> Iterator[tuple[str, dict[str, str]]]:
     if plan.bases is not None:
         yield "(bases)", {"bases": plan.bases}
     for data in plan.data:

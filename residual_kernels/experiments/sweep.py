@@ -231,7 +231,7 @@ class _DataWork:
         self.tower, self.plan, self.data = tower, tower.plan, data
 
     @functools.cached_property
-    def parts(self) -> tuple[UnitCache, UnitCache, UnitCache]:
+    def splits(self) -> tuple[UnitCache, UnitCache, UnitCache]:
         """Caches of training, validation and test images."""
         place = Path(_file_name(self.data.name))
         columns = self.data.columns
@@ -251,16 +251,16 @@ class _DataWork:
     @functools.cached_property
     def head(self) -> ZeroShotHead:
         clip, _, tokenizer = self.tower.model
-        folders = self.parts[0].class_names or ()
+        folders = self.splits[0].class_names or ()
         names = prompts.class_names(self.data.class_names, folders)
         called = dict(zip(folders, names, strict=True))
         for source in self.data.sources:
             for row in self.tower.sweep.accounts[source]["classes"]:
                 row["name"] = called.get(row["folder"])
-        for part in self.parts:  # what the head calls these folders
+        for part in self.splits:  # what the head calls these folders
             part.class_names = names
         if tokenizer is None:  # a tower without a text side
-            return ZeroShotHead.from_prototypes(self.parts[0].output, self.parts[0].labels, names)
+            return ZeroShotHead.from_prototypes(self.splits[0].output, self.splits[0].labels, names)
         templates = prompts.templates(self.data.templates, self.tower.spec.model)
         return ZeroShotHead.from_text(clip, tokenizer, names, templates)
 
@@ -270,14 +270,14 @@ class _DataWork:
             return None
         own = self.tower.general_bases is None
         return (
-            fit_bases(self.tower.tower, self.parts[0], self.tower.kinds) if own else self.tower.general_bases
+            fit_bases(self.tower.tower, self.splits[0], self.tower.kinds) if own else self.tower.general_bases
         )
 
     @functools.cached_property
     def base(self) -> training.Evaluation:
         """The untouched model on the test images."""
         adapter = identity(self.tower.tower)
-        found = training.evaluate(adapter, self.head, self.parts[2])
+        found = training.evaluate(adapter, self.head, self.splits[2])
         adapter.detach()
         return found
 
@@ -314,7 +314,7 @@ class _DataWork:
     def fit(self, method: str, seed: int) -> dict:
         """Fits one method and reads the test images once, with the weights that were best on validation."""
         tower = self.tower.tower
-        train, val, test = self.parts
+        train, val, test = self.splits
         row = {"tower": self.tower.spec.label, "data": self.data.name, "method": method, "seed": seed}
         if method == BASE:
             found = self.base

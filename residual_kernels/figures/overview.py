@@ -40,16 +40,16 @@ class Read:
 class Sum:
     """What each part of a tower adds to the lead of one class over another, in logits.
 
-    parts: [L, H + 1] of the heads and, in the last column, of the MLPs. rest: of the token embedding and all
+    units: [L, H + 1] of the heads and, in the last column, of the MLPs. rest: of the token embedding and all
     else that belongs to no layer. `total` is their sum.
     """
 
-    parts: np.ndarray
+    units: np.ndarray
     rest: float
 
     @property
     def total(self) -> float:
-        return float(self.parts.sum()) + self.rest
+        return float(self.units.sum()) + self.rest
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _sums(figure: Figure, example: Read, sums: tuple[Sum, Sum]) -> None:
         f"what each adds for “{example.truth}” (blue) or “{example.before}” (orange), in logits",
     )
     _picture(figure, example.image, LEFT, 0.2, 0.1)
-    reach = max(float(np.abs(one.parts[:, :-1]).max()) for one in sums)
+    reach = max(float(np.abs(one.units[:, :-1]).max()) for one in sums)
     told = zip((0.175, 0.405), sums, ("before", "after"), (example.before, example.after), strict=True)
     for left, one, name, read in told:
         axes = figure.add_axes((left, 0.125, 0.2, 0.285))
@@ -165,8 +165,8 @@ def _sums(figure: Figure, example: Read, sums: tuple[Sum, Sum]) -> None:
 
 def _cells(axes: Axes, one: Sum, reach: float, first: bool) -> None:
     """Heads and MLPs by layer. Colours end at the largest value of a head; MLPs may lie beyond it."""
-    axes.imshow(one.parts, cmap=CELLS, norm=Normalize(-reach, reach), aspect="auto")
-    layers, columns = one.parts.shape
+    axes.imshow(one.units, cmap=CELLS, norm=Normalize(-reach, reach), aspect="auto")
+    layers, columns = one.units.shape
     axes.set_xticks([(columns - 2) / 2, columns - 1], ["heads", "MLP"], fontsize=9)
     axes.set_yticks([0, layers - 1], ["layer 0", f"layer {layers - 1}"] if first else ["", ""], fontsize=9)
     axes.set_xticks(np.arange(0.5, columns - 1), minor=True)

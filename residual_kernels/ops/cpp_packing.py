@@ -109,15 +109,15 @@ def in_tiles(basis: Tensor, blocks: list) -> Tensor:
     itself for backward."""
     dim = basis.shape[1]
     padded_dim = rounded_up(dim, TILE)
-    parts = []
+    tiled = []
     for low, high, *_ in blocks:
         block = basis.new_zeros(rounded_up(high - low, TILE), padded_dim)
         block[: high - low, :dim] = basis[low:high]
         for matrix in (block.T, block):
             rows, columns = matrix.shape
             tiles = matrix.reshape(rows // 16, 16, columns // TILE, TILE).transpose(1, 2)
-            parts.append(tiles.reshape(-1))
-    return torch.cat(parts)
+            tiled.append(tiles.reshape(-1))
+    return torch.cat(tiled)
 
 
 def proj_in_tiles(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:

@@ -218,13 +218,13 @@ def _sum_of_units(view: Runnable, terms: Terms) -> tuple[Tensor, Tensor]:
         wide = units.to(terms.scale.dtype)
         return wide.sum(1), wide.abs().sum(1)
     dtype, like = terms.scale.dtype, view.stem_weight
-    parts = [terms.z["emb"].to(dtype), terms.z["mlp"].to(dtype)]
+    added_terms = [terms.z["emb"].to(dtype), terms.z["mlp"].to(dtype)]
     heads = terms.z["head"].to(dtype).unflatten(1, (view.layout.layers, view.layout.heads))
     for layer in range(view.layout.layers):
         maps = stream_maps(view, layer)
         added = torch.einsum("nhc,hcw->nw", heads[:, layer], maps.A.to(dtype)) + maps.b.sum(0).to(dtype)
-        parts.append(added[:, None])
-    stream = torch.cat(parts, dim=1)
+        added_terms.append(added[:, None])
+    stream = torch.cat(added_terms, dim=1)
     gamma, beta = (t.to(dtype) for t in view.norm.constants(view.width, like))
     P, p = (None if t is None else whole(t).to(dtype) for t in view.projection())
 

@@ -50,25 +50,25 @@ def on_cpu(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
 
     Those of one device travel many at a time, not one by one.
     """
-    held: list[Tensor] = []
+    waiting: list[Tensor] = []
     for tensor in tensors:
-        if held and (
-            tensor.device != held[0].device or sum(x.nbytes for x in held) + tensor.nbytes > TOGETHER
+        if waiting and (
+            tensor.device != waiting[0].device or sum(x.nbytes for x in waiting) + tensor.nbytes > TOGETHER
         ):
-            yield from _moved(held)
-            held = []
-        held.append(tensor)
-    if held:
-        yield from _moved(held)
+            yield from _moved(waiting)
+            waiting = []
+        waiting.append(tensor)
+    if waiting:
+        yield from _moved(waiting)
 
 
-def _moved(held: list[Tensor]) -> Iterator[Tensor]:
+def _moved(tensors: list[Tensor]) -> Iterator[Tensor]:
     """Tensors of one device, moved in one copy."""
-    if held[0].device.type == "cpu":
-        yield from held
+    if tensors[0].device.type == "cpu":
+        yield from tensors
         return
-    flat = torch.cat([x.reshape(-1).view(torch.uint8) for x in held]).cpu()
-    for part, x in zip(flat.split([x.nbytes for x in held]), held, strict=True):
+    flat = torch.cat([x.reshape(-1).view(torch.uint8) for x in tensors]).cpu()
+    for part, x in zip(flat.split([x.nbytes for x in tensors]), tensors, strict=True):
         yield part.clone().view(x.dtype).view(x.shape)  # a part of its own starts where its dtype may
 
 

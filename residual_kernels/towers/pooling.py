@@ -102,9 +102,9 @@ def multihead_pooler(attn: nn.MultiheadAttention, query: Tensor) -> AttentionPoo
     return AttentionPooler(projected, (k, biases[1]), (v, biases[2]), out)
 
 
-def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """x_u of every kind [N, R, D], from the stream after the last block and the terms of all tokens that were
-    held."""
+def attended(view: PooledTower, x: Tensor, terms: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """x_u of every kind [N, R, D], from the stream after the last block and what all its tokens left, the
+    terms of each kind."""
     pooler, tokens = view.pooler(), view.norm.module(x)[:, view.span]
     weights = pooler.weights(tokens)  # [N, heads, T]
     wide = weights.dtype
@@ -131,15 +131,15 @@ def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dic
     share = 2 * view.layout.layers + 1
 
     z = {}
-    for kind, parts in held.items():
+    for kind, of_kind in terms.items():
         if kind == "pool":
             units = out(mlp)[:, None]
         elif kind == "head":
-            units = _heads(view, pooler, parts, scaled, gamma, out) + common[:, None] / (
+            units = _heads(view, pooler, of_kind, scaled, gamma, out) + common[:, None] / (
                 share * view.layout.heads
             )
         else:
-            mixed = torch.cat([torch.einsum("nht,ntrw->nrhw", scaled.to(t.dtype), t) for t in parts], dim=1)
+            mixed = torch.cat([torch.einsum("nht,ntrw->nrhw", scaled.to(t.dtype), t) for t in of_kind], dim=1)
             units = out(pooler.project(pooler.values(mixed.to(wide) * gamma))) + common[:, None] / share
         z[kind] = units.to(x.dtype)
     return z
@@ -148,7 +148,7 @@ def attended(view: PooledTower, x: Tensor, held: dict[str, list[Tensor]]) -> dic
 def _heads(
     view: PooledTower,
     pooler: AttentionPooler,
-    parts: list[Tensor],
+    coordinates: list[Tensor],
     scaled: Tensor,
     gamma: Tensor,
     out: Callable[[Tensor], Tensor],
@@ -156,7 +156,7 @@ def _heads(
     """x_u of all heads without the common part, layer by layer: [N, L*H, D]."""
     mass = scaled.sum(-1)[:, None, :, None]  # [N, 1, pooling heads, 1]
     made = []
-    for layer, z in enumerate(parts):
+    for layer, z in enumerate(coordinates):
         maps = stream_maps(view, layer)
         A, b = maps.A.to(gamma.dtype) * gamma, maps.b.to(gamma.dtype) * gamma
         mixed = torch.einsum("nht,ntrc->nrhc", scaled.to(z.dtype), z).to(gamma.dtype)

@@ -68,10 +68,10 @@ def _called(name: str) -> str:
     return name or "the module itself"
 
 
-def _unusual(parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
+def _unusual(modules: Iterable[tuple[str, nn.Module]]) -> list[str]:
     found = []
-    for name, part in parts:
-        held, home = vars(part), type(part).__module__.partition(".")[0]
+    for name, part in modules:
+        attributes, home = vars(part), type(part).__module__.partition(".")[0]
         if ".quantized" in type(part).__module__ or ".quantization" in type(part).__module__:
             found.append(f"{_called(name)} is quantised ({type(part).__module__}.{type(part).__name__})")
         if hasattr(part, "base_layer"):
@@ -87,12 +87,18 @@ def _unusual(parts: Iterable[tuple[str, nn.Module]]) -> list[str]:
                 for method, value in vars(owner).items()
                 if isinstance(value, FunctionType) and value.__module__.partition(".")[0] not in _LIBRARIES
             ]
-        if "_hf_hook" in held:
-            found.append(f"accelerate has put a hook on {_called(name)} ({type(held['_hf_hook']).__name__})")
+        if "_hf_hook" in attributes:
+            found.append(
+                f"accelerate has put a hook on {_called(name)} ({type(attributes['_hf_hook']).__name__})"
+            )
         else:
-            patched = [key for key, value in held.items() if callable(value) and hasattr(type(part), key)]
-            found += [f"{key} of {_called(name)} was replaced by {_function(held[key])}" for key in patched]
-        hooks = [*held["_forward_hooks"].values(), *held["_forward_pre_hooks"].values()]
+            patched = [
+                key for key, value in attributes.items() if callable(value) and hasattr(type(part), key)
+            ]
+            found += [
+                f"{key} of {_called(name)} was replaced by {_function(attributes[key])}" for key in patched
+            ]
+        hooks = [*attributes["_forward_hooks"].values(), *attributes["_forward_pre_hooks"].values()]
         found += [f"a hook stands on {_called(name)} ({_function(hook)})" for hook in hooks]
         if parametrize.is_parametrized(part):
             found.append(

@@ -354,8 +354,8 @@ class TransformerTower(abc.ABC):
         if not self._keeps_tokens or _exporting():  # a graph for any batch size takes the batch whole
             return self.run(images, kinds, edit, every_token)
         units = {"emb": 1, "head": self.layout.layers, "mlp": self.layout.layers}
-        held = sum(units.get(kind, 0) for kind in kinds)
-        per_image = self.token_count(images) * self.width * (held + 1) * images.element_size()
+        units_kept = sum(units.get(kind, 0) for kind in kinds)
+        per_image = self.token_count(images) * self.width * (units_kept + 1) * images.element_size()
         groups = images.split(max(1, TOKEN_BYTES // per_image))
         return _joined([self.run(part, kinds, edit, every_token) for part in groups])
 
@@ -364,9 +364,9 @@ class TransformerTower(abc.ABC):
     ) -> Terms:
         """:meth:`terms` of images that have been checked, all at once."""
         x, context = self.embed(images)
-        held: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+        terms: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
         if "emb" in kinds:
-            held["emb"].append(self._select(x.unsqueeze(-2)))
+            terms["emb"].append(self._select(x.unsqueeze(-2)))
         recompute = self.recomputes and torch.is_grad_enabled()
         last = self.layout.layers - 1
         shorten = self.shortens and not every_token
@@ -375,12 +375,12 @@ class TransformerTower(abc.ABC):
             arguments = (index, x, context, shorten and index == last, here)
             x, z, mlp = run_block(self.blocks[index], self.block, *arguments, recompute=recompute)
             if "head" in kinds:
-                held["head"].append(self._select(z))
+                terms["head"].append(self._select(z))
             if "mlp" in kinds:
-                held["mlp"].append(self._select(mlp.unsqueeze(-2)))
+                terms["mlp"].append(self._select(mlp.unsqueeze(-2)))
         output, tokens = self.finish(x)
         if self.pooling == ATTENTION:
-            z = attended(self, x, held) if held else {}
+            z = attended(self, x, terms) if terms else {}
             scale, mean = Norm(nn.Identity(), "none").statistics(output)
             return Terms(z=z, scale=scale, mean=mean, output=output, tokens=tokens)
         scale, mean = self.norm.statistics(self._select(x))
@@ -388,11 +388,11 @@ class TransformerTower(abc.ABC):
             share = scale / scale.sum(1, keepdim=True)  # [N, tokens]
             mean = (share * mean).sum(1)
             scale = scale.mean(1)
-            held = {
-                kind: [torch.einsum("nt,ntrc->nrc", share.to(part.dtype), part) for part in parts]
-                for kind, parts in held.items()
+            terms = {
+                kind: [torch.einsum("nt,ntrc->nrc", share.to(part.dtype), part) for part in of_kind]
+                for kind, of_kind in terms.items()
             }
-        z = {kind: torch.cat(parts, dim=1) for kind, parts in held.items()}  # [N, R, C]
+        z = {kind: torch.cat(of_kind, dim=1) for kind, of_kind in terms.items()}  # [N, R, C]
         return Terms(z=z, scale=scale, mean=mean, output=output, tokens=tokens)
 
     @property
@@ -407,16 +407,16 @@ class TransformerTower(abc.ABC):
         return x[:, self.span] if self._keeps_tokens else x[:, self.span].mean(dim=1)
 
 
-def _joined(parts: list[Terms]) -> Terms:
+def _joined(groups: list[Terms]) -> Terms:
     """Terms of consecutive groups of images as one."""
-    if len(parts) == 1:
-        return parts[0]
+    if len(groups) == 1:
+        return groups[0]
     return Terms(
-        z={kind: torch.cat([part.z[kind] for part in parts]) for kind in parts[0].z},
-        scale=torch.cat([part.scale for part in parts]),
-        mean=torch.cat([part.mean for part in parts]),
-        output=torch.cat([part.output for part in parts]),
+        z={kind: torch.cat([group.z[kind] for group in groups]) for kind in groups[0].z},
+        scale=torch.cat([group.scale for group in groups]),
+        mean=torch.cat([group.mean for group in groups]),
+        output=torch.cat([group.output for group in groups]),
         tokens=None
-        if parts[0].tokens is None
-        else torch.cat([part.tokens for part in parts if part.tokens is not None]),
+        if groups[0].tokens is None
+        else torch.cat([group.tokens for group in groups if group.tokens is not None]),
     )

@@ -38,10 +38,10 @@ class Watch:
     def __init__(self, module: nn.Module, beside: Iterable[nn.Module] = (), before: "Watch | None" = None):
         self._parts = list(dict.fromkeys([*module.modules(), *beside]))
         self._grown = {} if before is None else before._growing()
-        self._helds = [part.__dict__ for part in self._parts]
+        self._attributes = [part.__dict__ for part in self._parts]
         self._names = [self._settings(part) for part in self._parts]
         self._getters = [itemgetter(*_TABLES, *names) for names in self._names]
-        tables = [get(held) for get, held in zip(self._getters, self._helds, strict=True)]
+        tables = [get(attributes) for get, attributes in zip(self._getters, self._attributes, strict=True)]
         hooks = [table for found in tables for table in found[:2]]
         self._hooks = [*hooks, everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
         self._children = [found[2].values() for found in tables]
@@ -54,9 +54,9 @@ class Watch:
     def _now(self) -> tuple[list, ...]:
         """Everything that is compared; built by loops in C."""
         return (
-            [get(held) for get, held in zip(self._getters, self._helds)],  # noqa: B905  (strict is slower)
+            [get(attributes) for get, attributes in zip(self._getters, self._attributes)],  # noqa: B905  (strict is slower)
             list(map(type, self._parts)),
-            list(map(len, self._helds)),
+            list(map(len, self._attributes)),
             list(chain.from_iterable(self._hooks)),
             list(chain.from_iterable(self._children)),
             list(map(type, chain.from_iterable(self._parameters))),

@@ -188,15 +188,14 @@ class AdapterRows:
                 labels = None if batch.labels is None else batch.labels.to(self.device)
                 yield Batch(self.features(batch), labels=labels)
             return
-        mine = self.part(self.count)
-        parts = [
-            slice(mine.start + part.start, mine.start + part.stop)
-            for part in runs(mine.stop - mine.start, size)
+        mine = self.cut(self.count)
+        cuts = [
+            slice(mine.start + cut.start, mine.start + cut.stop) for cut in runs(mine.stop - mine.start, size)
         ]
         if self.resident is not None:
-            found = ({name: value[part] for name, value in self.resident.items()} for part in parts)
+            found = ({name: value[cut] for name, value in self.resident.items()} for cut in cuts)
         else:
-            found = (self.features(batch) for batch in self.source.along(parts, ahead=True))
-        for part, features in zip(parts, found, strict=True):
-            rows = torch.arange(part.start, part.stop, device=self.device)[None]
-            yield Batch(features, Places(rows, rows), None if self.labels is None else self.labels[part])
+            found = (self.features(batch) for batch in self.source.along(cuts, ahead=True))
+        for cut, features in zip(cuts, found, strict=True):
+            rows = torch.arange(cut.start, cut.stop, device=self.device)[None]
+            yield Batch(features, Places(rows, rows), None if self.labels is None else self.labels[cut])

@@ -161,8 +161,8 @@ class Contest:
     def _outdone(self, joint: Judged) -> bool:
         """Whether the joint fit does worse than one of the two that it holds:
         then their product is in the way."""
-        parts = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
-        return joint.loss >= min(parts, default=-math.inf)
+        alone = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
+        return joint.loss >= min(alone, default=-math.inf)
 
     def _stack(self, entry: Entry, adapter: ResiDual, rows: tuple[AdapterRows, AdapterRows | None]) -> None:
         """Class vectors first, then components, where the folds say that this is better than both

@@ -352,11 +352,11 @@ class Objective:
         """F [T] float64 and its gradient [T, P], summed over processes; `rough` reads the bfloat16 copy."""
         value = torch.zeros(len(theta), dtype=torch.float64, device=theta.device)
         grad = torch.zeros_like(theta)
-        parts = self._blocks(len(theta), min(len(self.rows), 4096))
-        ready = [(part, self._right(theta[part])) for part in parts] if len(parts) == 1 else None
+        runs = self._blocks(len(theta), min(len(self.rows), 4096))
+        ready = [(run, self._right(theta[run])) for run in runs] if len(runs) == 1 else None
         for block in self.rows.blocks():
-            for part, right in ready or ((part, self._right(theta[part])) for part in parts):
-                self._add(block, theta[part], right, tasks, part, value, grad, rough)
+            for run, right in ready or ((run, self._right(theta[run])) for run in runs):
+                self._add(block, theta[run], right, tasks, run, value, grad, rough)
         if distributed.world() > 1:
             value, grad = distributed.total(value), distributed.add_up(grad)
         value += tasks.alpha.double() / 2 * self.penalised(theta).double().square().sum(1)

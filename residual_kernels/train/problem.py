@@ -122,8 +122,8 @@ class Form:
         kinds = adapter.adapted if with_components else ()
         self.kinds = kinds
         like = adapter.weight.detach()
-        parts = [adapter.units[kind].basis.to(like) for kind in kinds]
-        self.basis = torch.cat(parts) if parts else like.new_zeros(0, adapter.dim)
+        each = [adapter.units[kind].basis.to(like) for kind in kinds]
+        self.basis = torch.cat(each) if each else like.new_zeros(0, adapter.dim)
 
     def readout(self, head: ZeroShotHead) -> Readout:
         vectors = head.class_vectors.to(self.basis)

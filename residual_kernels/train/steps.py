@@ -147,16 +147,16 @@ class Step:
         features, truth, factor = self.read(batch)
         several, rows = self._several(batch), truth.shape[1]
         row_bytes = bytes_of_a_row(features, truth.numel() if several else rows)
-        parts = []
+        groups = []
         current = self.weights.current()
         for block in blocks(len(self.weights), row_bytes, rows):
             own = [stack[block].detach().requires_grad_() for stack in current]
             some = {name: value[block] for name, value in features.items()} if several else features
             loss = self.each(some, own, truth[block], factor[block], self.which[block])
-            parts.append((loss.detach(), torch.autograd.grad(loss.sum(), own)))
-        if len(parts) == 1:
-            return parts[0][0], list(parts[0][1])
-        losses, grads = zip(*parts, strict=True)
+            groups.append((loss.detach(), torch.autograd.grad(loss.sum(), own)))
+        if len(groups) == 1:
+            return groups[0][0], list(groups[0][1])
+        losses, grads = zip(*groups, strict=True)
         return torch.cat(losses), [torch.cat(one) for one in zip(*grads, strict=True)]
 
     def _several(self, batch: Batch) -> bool:

@@ -49,10 +49,10 @@ def plain_name(name: str) -> str | None:
 
     None where it would lead out of the archive.
     """
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    if parts and re.fullmatch("[A-Za-z]:", parts[0]):
-        parts = parts[1:]
-    return None if ".." in parts else "/".join(parts)
+    steps = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    if steps and re.fullmatch("[A-Za-z]:", steps[0]):
+        steps = steps[1:]
+    return None if ".." in steps else "/".join(steps)
 
 
 def images_among(members: Iterable[tuple[str, Where]], account: Account) -> dict[str, Where]:
@@ -184,8 +184,8 @@ def by_folder(
 
 def _holds_parts(names: Sequence[str], tops: set[str]) -> bool:
     """Whether the first folders are parts of a data set, or one folder around it, rather than classes."""
-    parts = [name.split("/") for name in names]
-    deep = [part for part in parts if len(part) > 2]
+    split = [name.split("/") for name in names]
+    deep = [steps for steps in split if len(steps) > 2]
     if deep and {name.lower() for name in tops} <= _PARTS:
         return True
-    return len(tops) == 1 and len(deep) == len(parts) and len({part[1] for part in parts}) > 1
+    return len(tops) == 1 and len(deep) == len(split) and len({steps[1] for steps in split}) > 1

@@ -157,16 +157,16 @@ class _Links:
     def _real(self, name: str) -> str:
         """A name with links to folders in its path resolved."""
         for _ in range(_DEPTH):
-            parts = name.split("/")
-            above = next((one for one in _prefixes(parts) if one in self.folders), None)
+            steps = name.split("/")
+            above = next((one for one in _prefixes(steps) if one in self.folders), None)
             if above is None:
                 break
             name = posixpath.normpath(self.folders[above] + name[len(above) :])
         return name
 
 
-def _prefixes(parts: list[str]) -> Iterator[str]:
-    return ("/".join(parts[:length]) for length in range(1, len(parts)))
+def _prefixes(steps: list[str]) -> Iterator[str]:
+    return ("/".join(steps[:length]) for length in range(1, len(steps)))
 
 
 def _target(name: str, member: tarfile.TarInfo) -> str:

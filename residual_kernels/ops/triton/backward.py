@@ -237,12 +237,12 @@ def backward(
         dweight = z.new_empty(shape, **float32)
     dscale = z.new_empty((units, rows), **float32) if want_scale else None
     dmean = z.new_empty((units, rows), **float32) if want_mean else None
-    held = padded_weights(call.weight, constants) if indexed else contiguous_rows(call.weight)
+    weight = padded_weights(call.weight, constants) if indexed else contiguous_rows(call.weight)
     launch(
         *call.leading(),
         None if given else dy,
         t,
-        held,
+        weight,
         index,
         constants.basis,
         constants.runs,
@@ -321,12 +321,12 @@ def tiles_of(p: Problem, *, given: bool) -> Tiles:
     if given:
         return Tiles(64 if p.block_k > 32 else rows, 0, warps, 2)
     columns = 16 if p.kind == "fp32" else (128 if p.kind == "half" else 64) // (2 if p.hip else 1)
-    held = (rows + p.block_k) * sum(routes.pieces(p.coordinates)) * p.itemsize
+    resident = (rows + p.block_k) * sum(routes.pieces(p.coordinates)) * p.itemsize
     step = (rows + p.block_k) * columns * p.itemsize
     most = (
         2 if p.hip or p.kind == "fp32" else 3 if rows == 16 and p.block_k > 32 else 4
     )  # a fourth would spill
-    return Tiles(rows, columns, warps, max(2, min(most, (110 * 1024 - held) // step)))
+    return Tiles(rows, columns, warps, max(2, min(most, (110 * 1024 - resident) // step)))
 
 
 def estimate(p: Problem) -> float:

@@ -175,10 +175,10 @@ def tiles_of(p: Problem, *, given: bool) -> Tiles:
     if given:
         return Tiles(rows, 0, warps, 2 if p.kind == "fp32" or p.hip else 3)
     columns = 16 if p.kind == "fp32" else (128 if p.kind == "half" else 64) // (2 if p.hip else 1)
-    held = (2 * rows + p.block_k) * sum(routes.pieces(p.coordinates)) * p.itemsize
+    resident = (2 * rows + p.block_k) * sum(routes.pieces(p.coordinates)) * p.itemsize
     step = (rows + p.block_k) * columns * p.itemsize
     most = 2 if p.hip or p.kind == "fp32" else 4
-    return Tiles(rows, columns, warps, max(2, min(most, (110 * 1024 - held) // step)))
+    return Tiles(rows, columns, warps, max(2, min(most, (110 * 1024 - resident) // step)))
 
 
 def instructions(p: Problem, tiles: Tiles) -> float:

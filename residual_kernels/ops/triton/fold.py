@@ -234,9 +234,9 @@ def folded_forward(
     dim = constants.dim
     weight = contiguous_rows(weight)
     y = z.new_empty((len(weight), len(z), dim))
-    parts = groups(constants)
+    runs = groups(constants)
     shares = shares_of(constants)
-    plain = len(parts) == 1 and scale is None and mean is None
+    plain = len(runs) == 1 and scale is None and mean is None
     dtype = z.dtype if plain and shares == 1 else torch.float32
     affine = z.new_empty((shares, dim) if plain else (shares, 3, dim), dtype=dtype)
     for task, row in enumerate(weight):
@@ -250,7 +250,7 @@ def folded_forward(
                 torch.addmm(bias, flat(z, 0, constants.units), matrix, out=y[task])
             continue
         product = None
-        for first, last in parts:
+        for first, last in runs:
             matrix = fold(row, constants, precision, tiles, first, last, affine)
             part = product_float32(flat(z, first, last), matrix)
             product = part if product is None else product.add_(part)

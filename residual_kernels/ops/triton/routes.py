@@ -105,15 +105,15 @@ class Explanation:
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {1e6 * value:.1f} us" for name, value in sorted(self.estimates.items()))
-        parts = [f"{self.operation}: {self.route}"]
+        said = [f"{self.operation}: {self.route}"]
         if self.tiles is not None:
-            parts.append(
+            said.append(
                 f"tile {self.tiles.block_n} x {self.tiles.block_d}, {self.tiles.warps} warps, "
                 f"{self.tiles.stages} stages"
             )
         if self.splits > 1:
-            parts.append(f"{self.splits} partial sums")
-        return f"{'; '.join(parts)}. {self.reason}" + (f" (nominal: {times})" if times else "")
+            said.append(f"{self.splits} partial sums")
+        return f"{'; '.join(said)}. {self.reason}" + (f" (nominal: {times})" if times else "")
 
 
 def pieces(width: int) -> tuple[int, int]:

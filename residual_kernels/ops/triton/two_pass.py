@@ -71,8 +71,8 @@ def run_backward(call: Call, dy: Tensor, wanted: list[bool]) -> list[Tensor]:
             dmeans.append(dmean)
         dweight = more if dweight is None or more is None else dweight.add_(more)
     grads = [grad for grad in (dweight, dz) if grad is not None]
-    pieces = [parts for parts, want in ((dscales, wanted[2]), (dmeans, wanted[3])) if want]
-    return grads + [torch.cat([part for part in parts if part is not None]) for parts in pieces]
+    pieces = [blocks for blocks, want in ((dscales, wanted[2]), (dmeans, wanted[3])) if want]
+    return grads + [torch.cat([block for block in blocks if block is not None]) for blocks in pieces]
 
 
 def blocks_of(p: Problem) -> int:

@@ -125,11 +125,11 @@ class ImageTower(nn.Module):
         """Height and width of its images; None where it interpolates its positions to any size."""
         if "interpolate_pos_encoding" not in inspect.signature(self.embeddings.forward).parameters:
             return None
-        held: Foreign = self.embeddings
+        embeddings: Foreign = self.embeddings
         places: tuple[Foreign, ...] = (
-            held,
-            getattr(held, "patch_embeddings", None),
-            getattr(held, "config", None),
+            embeddings,
+            getattr(embeddings, "patch_embeddings", None),
+            getattr(embeddings, "config", None),
         )
         size = next(place.image_size for place in places if hasattr(place, "image_size"))
         return (size, size) if isinstance(size, int) else tuple(size)
@@ -178,26 +178,26 @@ def image_tower(model: nn.Module) -> ImageTower:
     if isinstance(model, ImageTower):
         return model
     parts = _parts(model)
-    held = _towers.get(model)
-    if held is None or held.parts() != parts:
-        held = _towers[model] = ImageTower(**parts)
-    _sources[held] = weakref.ref(model), weakref.ref(vision_model(model))
-    return held
+    tower = _towers.get(model)
+    if tower is None or tower.parts() != parts:
+        tower = _towers[model] = ImageTower(**parts)
+    _sources[tower] = weakref.ref(model), weakref.ref(vision_model(model))
+    return tower
 
 
 def source_of(tower: ImageTower) -> tuple[Foreign | None, Foreign | None]:
     """(the whole model, its vision model) that a tower is of;
     no whole model while an adapter stands in it."""
-    model, source = (held() for held in _sources.get(tower, (lambda: None, lambda: None)))
+    model, source = (found() for found in _sources.get(tower, (lambda: None, lambda: None)))
     return model if model is not None and source is not None and _in_place(model, source) else None, source
 
 
 def _in_place(model: Foreign, source: nn.Module) -> bool:
     """Whether a whole model's vision model is this one, and no adapter."""
-    held = (
+    standing = (
         getattr(model, name, None) for name in ("vision_model", getattr(model, "base_model_prefix", "") or "")
     )
-    return model is source or any(part is source for part in held)
+    return model is source or any(part is source for part in standing)
 
 
 def vision_model(model: Foreign) -> Foreign:
@@ -319,5 +319,5 @@ def asking(attn: Foreign) -> Foreign:
 
 
 def heads_of(attn: Foreign) -> int:
-    held = asking(attn)
-    return held.num_heads if hasattr(held, "num_heads") else held.num_attention_heads
+    settings = asking(attn)
+    return settings.num_heads if hasattr(settings, "num_heads") else settings.num_attention_heads

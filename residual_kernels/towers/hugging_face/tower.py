@@ -142,8 +142,8 @@ class HuggingFaceTower(TransformerTower):
         return self.module.pooler.mlp(self.module.pooler.layernorm(pooled))
 
     def projection(self) -> tuple[Tensor | None, Tensor | None]:
-        held = self.module.projection
-        return (None, None) if held is None else (held.weight.T, held.bias)
+        layer = self.module.projection
+        return (None, None) if layer is None else (layer.weight.T, layer.bias)
 
     def out_projection(self, layer: int) -> OutProjection:
         out = part_of(part_of(self.module.layers[layer], SELF_ATTENTION), OUT)
@@ -151,7 +151,7 @@ class HuggingFaceTower(TransformerTower):
         return OutProjection(out.weight, out.bias, gamma)
 
     def constant_parameters(self) -> dict[str, nn.Parameter]:
-        held = {
+        folded = {
             id(p)
             for part in (self.module.norm, self.module.projection)
             if part is not None
@@ -162,8 +162,8 @@ class HuggingFaceTower(TransformerTower):
         ) in self.module.layers:  # parameters of the modules: a parametrised weight is computed from them
             out, scale = part_of(part_of(layer, SELF_ATTENTION), OUT), getattr(layer, "layer_scale1", None)
             for part in (out, scale):
-                held |= set() if part is None else {id(p) for p in part.parameters()}
-        return {name: p for name, p in self.module.named_parameters() if id(p) in held}
+                folded |= set() if part is None else {id(p) for p in part.parameters()}
+        return {name: p for name, p in self.module.named_parameters() if id(p) in folded}
 
     @property
     def recomputes(self) -> bool:
@@ -179,9 +179,10 @@ class HuggingFaceTower(TransformerTower):
     def inexact(self) -> list[str]:
         found = []
         for layer in self.module.layers:
-            held = asking(part_of(layer, SELF_ATTENTION))
+            settings = asking(part_of(layer, SELF_ATTENTION))
             if any(
-                _rate(getattr(held, name, 0.0)) for name in ("dropout", "attention_dropout", "dropout_prob")
+                _rate(getattr(settings, name, 0.0))
+                for name in ("dropout", "attention_dropout", "dropout_prob")
             ):
                 found.append("dropout of attention weights")
             if _rate(first_of(layer, ("dropout", "output.dropout"))):
