@@ -30,12 +30,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Bytes a program may ask for.
 SHARED_LIMIT = {
     "sm_80": 166912,
     "sm_90": 232448,
     "sm_100": 232448,
     "gfx942": 65536,
-}  # bytes a program may ask for
+}
 _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -210,9 +211,8 @@ def _read_nvidia(compiled) -> tuple[int, int, str]:
     finally:
         os.unlink(file.name)
     registers = int(re.search(r"REG:(\d+)", usage.stdout)[1])
-    stack = int(
-        re.search(r"STACK:(\d+)", usage.stdout)[1]
-    )  # a kernel without arrays keeps nothing there but spills
+    # A kernel without arrays keeps nothing there but spills.
+    stack = int(re.search(r"STACK:(\d+)", usage.stdout)[1])
     return registers, stack, compiled.asm["ptx"]
 
 

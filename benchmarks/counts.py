@@ -14,10 +14,11 @@ from residual_kernels.ops.triton.kernel_layout import padded_bounds
 
 NOTES = Path(__file__).parent / "NOTES.md"
 MARKS = ("<!-- counts -->", "<!-- /counts -->")
+# Nominal: bytes/s of an H100's memory, bf16 operations/s of its tensor cores.
 BANDWIDTH, RATE = (
     3.0e12,
     8.0e14,
-)  # nominal: bytes/s of an H100's memory, bf16 operations/s of its tensor cores
+)
 STREAM = (  # the heads of one layer, for every token: K = C and D = the model's width
     Shape("stream B", 12, 64, 768, 64),
     Shape("stream L", 16, 64, 1024, 64),

@@ -40,10 +40,11 @@ class Bench:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            # Compiles, packs, warms; nothing may do so while a graph is captured.
             for call in [
                 *calls,
                 *calls[:2],
-            ]:  # compiles, packs, warms; nothing may do so while a graph is captured
+            ]:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
@@ -130,9 +131,8 @@ class Bench:
             "aims": self.aims,
         }
         (self.folder / f"{self.part}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (self.folder / f"{self.part}.md").write_text(
-            self.markdown()
-        )  # a part that is cut off leaves what it has
+        # A part that is cut off leaves what it has.
+        (self.folder / f"{self.part}.md").write_text(self.markdown())
 
     def markdown(self) -> str:
         lines = [

@@ -19,9 +19,8 @@ TESTS_BUDGET = 400.0  # seconds of the tests, which leaves the rest of a part to
 def tests(folder: Path) -> int:
     """The GPU tier of the test suite, then compute-sanitizer on small cases where it is installed."""
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault(
-        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # the tests poison memory by torch's deterministic mode
+    # The tests poison memory by torch's deterministic mode.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     files = [str(ROOT / "tests" / f"test_triton_{name}.py") for name in ("spectral_reweight", "unit_moments")]
     begun = time.monotonic()
     pytest = importlib.import_module("pytest")

@@ -15,11 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 OURS = "ResiDual"
+# Decades between markers; share of the accuracies' range; rounds of moving.
 APART, NEAR, STEPS = (
     0.3,
     0.09,
     40,
-)  # decades between markers; share of the accuracies' range; rounds of moving
+)
 COLOURS = {
     "base": "#444444",
     "linear probe": "#7f7f7f",

@@ -21,12 +21,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc"
 PAGE = ROOT / "docs" / "SCALE.md"
 TOWERS = {"B/16": "ViT-B-16", "L/14": "ViT-L-14", "H/14": "ViT-H-14", "bigG/14": "ViT-bigG-14"}
+# Components a head at energy 0.90, as in shapes.py.
 KEPT = {
     "B/16": 40,
     "L/14": 30,
     "H/14": 30,
     "bigG/14": 30,
-}  # components a head at energy 0.90, as in shapes.py
+}
 SIZES = {"1.3 M": 1_300_000, "400 M": 400_000_000}
 SMALL = 4 * 2 + 8 * 2  # s, m, label and id of an image, in bytes
 EPOCHS = 30

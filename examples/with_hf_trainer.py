@@ -18,9 +18,8 @@ size["initializer_factor"] = 4.0
 text = size | {"vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1}
 vision = size | {"image_size": 32, "patch_size": 8}
 model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).eval()
-captions = {
-    "input_ids": torch.tensor([[1, 3 + digit, 2] for digit in range(10)])
-}  # begin, a digit's word, end
+# Begin, a digit's word, end.
+captions = {"input_ids": torch.tensor([[1, 3 + digit, 2] for digit in range(10)])}
 
 _, preprocess, _ = rk.load_bundled()
 pictures, labels = digit_images()

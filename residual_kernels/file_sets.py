@@ -136,9 +136,8 @@ class FileSet(contextlib.AbstractContextManager):
             os.replace(part.path, index.parent.resolve() / index.name)
             self._unfinished = []
             flush(self.folder)
-        with contextlib.suppress(
-            OSError
-        ):  # the new state stands; the next writer removes what this one could not
+        # The new state stands; the next writer removes what this one could not.
+        with contextlib.suppress(OSError):
             self._remove(self._old, self.files)
             if note is not None:
                 note.unlink()

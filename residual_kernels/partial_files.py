@@ -99,9 +99,8 @@ class Partial:
                 if path is not None:
                     path.unlink(missing_ok=True)
         finally:
-            os.close(
-                self._handle
-            )  # and with it the lock: what could not be removed now, the next writer removes
+            # And with it the lock: what could not be removed now, the next writer removes.
+            os.close(self._handle)
             remove_empty(self._made)
 
 

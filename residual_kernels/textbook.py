@@ -43,9 +43,8 @@ def stream_terms(weights: Weights, images: Tensor, heads: int) -> tuple[Tensor, 
         qkv = linear(weights, block + "attn.in_proj_", norm(weights, block + "ln_1", x))
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=-1))
         z = F.scaled_dot_product_attention(q, k, v)  # [N, H, tokens, C]
-        out = weights[block + "attn.out_proj.weight"].unflatten(
-            1, (heads, -1)
-        )  # [W, H, C]: a slice for each head
+        # [W, H, C]: a slice for each head
+        out = weights[block + "attn.out_proj.weight"].unflatten(1, (heads, -1))
         attention = torch.einsum("nhtc,whc->nthw", z, out) + weights[block + "attn.out_proj.bias"] / heads
         x = x + attention.sum(2)
         hidden = F.gelu(linear(weights, block + "mlp.c_fc.", norm(weights, block + "ln_2", x)))

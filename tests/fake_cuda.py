@@ -178,9 +178,8 @@ def installed(kernels: bool = False) -> Iterator[Device]:
             put(Tensor, name, value)
         from residual_kernels.towers import plain_linear
 
-        put(
-            plain_linear, "_NUMBERS", (*plain_linear._NUMBERS, OnDevice.__name__)
-        )  # a dispatch of its own, yet plain numbers
+        # A dispatch of its own, yet plain numbers.
+        put(plain_linear, "_NUMBERS", (*plain_linear._NUMBERS, OnDevice.__name__))
         put(torch, "tensor", _made(torch.tensor))
         put(torch, "as_tensor", _made(torch.as_tensor))
         put(

@@ -125,10 +125,11 @@ def held(x: object) -> object:
 
 
 def on_device(kind: object) -> bool:
+    # The wrapper's own device is meta.
     return kind is not None and torch.device(kind).type in (
         "cuda",
         "meta",
-    )  # the wrapper's own device is meta
+    )
 
 
 class Device:

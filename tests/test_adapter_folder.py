@@ -91,9 +91,8 @@ def test_the_names_of_a_head_stand_for_folders_that_were_not_named(run, world, d
 
 
 def test_the_model_alone_is_read_by_the_head_it_had_before_the_fit(run, world, digits, tmp_path):  # noqa: F811
-    moved = rk.ZeroShotHead(
-        world.head.class_vectors.flip(1), NAMES
-    )  # every class vector stands for another class
+    # Every class vector stands for another class.
+    moved = rk.ZeroShotHead(world.head.class_vectors.flip(1), NAMES)
     adapter = rk.build("base", world.tower)
     rk.save_adapter(adapter, tmp_path / "a", head=moved, base_head=world.head, class_names=NAMES)
     code, _, err = run(

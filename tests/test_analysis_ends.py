@@ -77,9 +77,8 @@ def test_a_word_is_shown_where_direction_and_images_agree(made):
 
     assert words(followed, 1)[0][0][0] == "planted"
     assert words(followed, -1)[1][0][0] == "planted"
-    assert all(
-        word != "planted" for end in words(against, 1) for word, _ in end
-    )  # near, but no image confirms it
+    # Near, but no image confirms it.
+    assert all(word != "planted" for end in words(against, 1) for word, _ in end)
     dictionary = TextDictionary(tuple(map(str, range(60))), noise)
     for high, low in ends.words_for_ends(
         residual, cache, dictionary, list(map(reading.__getitem__, range(9)))

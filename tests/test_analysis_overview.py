@@ -145,9 +145,8 @@ def test_tables_come_back_from_disk(made, tmp_path):
     back = replace(again.units[2], two_nn=0.0)
     again = replace(again, units=(*again.units[:2], back, *again.units[3:]))
     assert again == replace(found, units=(*found.units[:2], replace(nothing, two_nn=0.0), *found.units[3:]))
-    json.loads(
-        (tmp_path / "tables" / "analysis.json").read_text(), parse_constant=pytest.fail
-    )  # no NaN in it
+    # No NaN in it.
+    json.loads((tmp_path / "tables" / "analysis.json").read_text(), parse_constant=pytest.fail)
     with (tmp_path / "tables" / "units.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 10

@@ -6,9 +6,8 @@ import importlib
 import torch
 from torch import nn
 
-module = importlib.import_module(
-    "residual_kernels.towers.checksum"
-)  # the function of this name hides the module
+# The function of this name hides the module.
+module = importlib.import_module("residual_kernels.towers.checksum")
 
 
 class Small(nn.Module):
@@ -66,6 +65,5 @@ def test_tensors_of_a_device_travel_together(monkeypatch):
         moved = list(module.on_cpu([Elsewhere(x) for x in given]))
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(moved, given, strict=True))
         assert journeys == wanted
-    assert all(
-        a is b for a, b in zip(module.on_cpu(given), given, strict=True)
-    )  # the CPU's stay where they are
+    # The CPU's stay where they are.
+    assert all(a is b for a, b in zip(module.on_cpu(given), given, strict=True))

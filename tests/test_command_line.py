@@ -199,9 +199,8 @@ def test_json_on_standard_output_stands_alone(run, photos, tmp_path):
     assert code == 0, err
     assert json.loads(out)["images"] == 6
     assert "6 images of 2 classes" in err
-    code, out, err = run(
-        "encode", "--data", photos, "--out", tmp_path / "c"
-    )  # and the next command prints as ever
+    # And the next command prints as ever.
+    code, out, err = run("encode", "--data", photos, "--out", tmp_path / "c")
     assert "nothing new: 6 images of 2 classes already there" in out
 
 

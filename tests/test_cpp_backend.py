@@ -219,9 +219,8 @@ def test_strides_past_2_31_elements():  # of memory that is only touched at its 
     stride = 2**31 + 40
     arguments, dy = make(2, 20, 30, [3, 22], dtype=torch.bfloat16)
     z = arguments["z"]
-    far = torch.empty(stride + z[0].numel(), dtype=z.dtype).as_strided(
-        z.shape, (stride, 20, 1)
-    )  # touched at its ends only
+    # Touched at its ends only.
+    far = torch.empty(stride + z[0].numel(), dtype=z.dtype).as_strided(z.shape, (stride, 20, 1))
     far.copy_(z)
     assert_same_bits(at_op_level({**arguments, "z": far}, dy), at_op_level(arguments, dy))
     for one, other in zip(_moments(far), _moments(z), strict=True):

@@ -26,9 +26,8 @@ def test_the_story_is_true(result):
     assert rows["fine"]["parameters"] < rows["full"]["parameters"] < rows["linear"]["parameters"] == 128 * 129
     assert rows["coarse"]["parameters"] == 48
     for name, row in rows.items():
-        if (
-            name != "base"
-        ):  # chosen on validation, confirmed on test: no gap that would mean a leak or a mistake
+        # Chosen on validation, confirmed on test: no gap that would mean a leak or a mistake.
+        if name != "base":
             assert abs(row["validation_accuracy"] - row["accuracy"]) < 0.06
     assert f"{accuracy['fine']:.1%}" in result.summary
 

@@ -289,9 +289,8 @@ def test_a_checkpoint_that_could_run_code_is_refused_without_advice_to_run_it(tm
         "create_model_and_transforms",
         lambda name, pretrained: torch.load(pretrained, weights_only=True),
     )
-    (tmp_path / "command.pt").write_bytes(
-        b"cos\nsystem\n(S'true'\ntR."
-    )  # torch blocks modules such as os by name
+    # Torch blocks modules such as os by name.
+    (tmp_path / "command.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     for name in ("w.pt", "command.pt"):
         with pytest.raises(
             ValueError, match=r"does not hold weights of ViT-B-32: it holds more than tensors"

@@ -182,9 +182,8 @@ def test_tasks_in_blocks_and_compiled(tower, cache, bases, head, monkeypatch):
     residual = ADAPTERS["fine"](tower, bases)
     options = {"lrs": (0.3, 0.1, 0.05), "seeds": (0, 1), "epochs": 2, "batch_size": 25}
     expected = rk.fit_many(residual, head, train, val, **options)
-    whole_graph = functools.partial(
-        torch.compile, backend="aot_eager", fullgraph=True
-    )  # inductor takes a minute
+    # Inductor takes a minute.
+    whole_graph = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr("residual_kernels.train.steps.torch.compile", whole_graph)
     compiled = rk.fit_many(residual, head, train, val, step="compiled", **options)
     monkeypatch.setattr("residual_kernels.train.batches.BLOCK_BYTES", 25 * 8 * len(residual.weight) * 4)
@@ -300,9 +299,8 @@ def test_checkpoints_of_other_fits_are_refused_by_name(tower, cache, bases, head
     for arguments, options, message in cases:
         with pytest.raises(ValueError, match=message):
             rk.fit(*arguments, epochs=2, checkpoint=path, **options)
-    assert (
-        rk.fit(residual, head, train, val, epochs=2, checkpoint=path).history[-1].epoch == 2
-    )  # more epochs: goes on
+    # More epochs: goes on.
+    assert rk.fit(residual, head, train, val, epochs=2, checkpoint=path).history[-1].epoch == 2
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(ValueError, match="truncated"):
         rk.fit(residual, head, train, val, checkpoint=path)

@@ -180,9 +180,8 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 def test_float64(name):
     model = TINY[name]().double()
-    in_float32 = (
-        model.config._attn_implementation == "eager"
-    )  # its softmax; ChineseCLIP had no other in version 4
+    # Its softmax; ChineseCLIP had no other in version 4.
+    in_float32 = model.config._attn_implementation == "eager"
     assert_exact(model, 1e-6 if in_float32 else 1e-12, torch.float64)
     view = towers.view(model)
     with torch.no_grad():

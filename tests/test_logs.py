@@ -90,9 +90,8 @@ def test_a_file_of_others_is_left_alone(parts, tmp_path):
         rk.fit(adapter, head, cache, epochs=1, log=theirs)
     assert theirs.read_text() == "a,b\n1,2\n"
     assert torch.equal(adapter.weight, torch.ones_like(adapter.weight))
-    with pytest.raises(
-        ValueError, match="no image|no labels|labels"
-    ):  # refused for another reason: no file is left
+    # Refused for another reason: no file is left.
+    with pytest.raises(ValueError, match="no image|no labels|labels"):
         rk.fit(adapter, head, cache, epochs=1, labels=torch.full((60,), 9), log=tmp_path / "new.csv")
     assert not (tmp_path / "new.csv").exists()
     adapter.detach()

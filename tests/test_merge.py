@@ -253,9 +253,8 @@ def test_attached_modules_are_exported_too(tmp_path):
 
     What cannot be merged goes this way.
     """
-    tower = build(
-        layers=1, pool_type="avg", final_ln_after_pool=False
-    )  # whose images are taken in groups, but not in a graph
+    # Whose images are taken in groups, but not in a graph.
+    tower = build(layers=1, pool_type="avg", final_ln_after_pool=False)
     images = images_for(tower, 5)
     fine = rk.ResiDual(tower, rk.fit_bases(tower, [images_for(tower, 20)]), "sum", init="normal")
     inside = rk.ResiDual(tower, fitted(tower, "patches"), placement="stream", init="normal")

@@ -87,9 +87,8 @@ def test_bases_of_several_processes(tmp_path, monkeypatch, world, dtype):
                         kind,
                         what,
                     )
-                    assert torch.equal(
-                        a, getattr(many[0].moments[kind], what)
-                    )  # the same bits in all processes
+                    # The same bits in all processes.
+                    assert torch.equal(a, getattr(many[0].moments[kind], what))
                 wanted = one.parts[kind].variance
                 limit = (1e-10 if exact else 1e-5) * wanted.max()
                 assert (bases.parts[kind].variance - wanted).abs().max() <= limit

@@ -245,11 +245,12 @@ def test_a_sweep_accounts_for_all_it_read(written, data, tmp_path, capsys, monke
     code, _, err = call()
     assert code == 2
     assert "bad.png is not a readable image" in err
+    # Made; found there; asked of the plan.
     for options in (
         ("--unreadable", "skip"),
         ("--unreadable", "skip"),
         (),
-    ):  # made; found there; asked of the plan
+    ):
         if not options:
             read(plan | {"unreadable": "skip"}, tmp_path)
         code, out, err = call(*options)
@@ -265,9 +266,8 @@ def test_a_sweep_accounts_for_all_it_read(written, data, tmp_path, capsys, monke
             ("1", "dog", 4),
         ]
         assert "9 images found, 8 read, 1 left out" in out.replace("\n", " ")
-    code, _, err = call(
-        "--unreadable", "fail"
-    )  # what was left out is asked for now, so the fits do not stand
+    # What was left out is asked for now, so the fits do not stand.
+    code, _, err = call("--unreadable", "fail")
     assert code == 2
     assert "8 of 9 images" in err
     (photos / "test" / "1" / "bad.png").unlink()

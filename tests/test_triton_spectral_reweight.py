@@ -372,9 +372,8 @@ def test_the_plan_follows_the_shape():
     narrow = replace(L14, rows=8192, components=384 * 30, padded=384 * 32, longest=32, chunks=384)
     assert triton_backend.plan_forward(narrow).route == "two_pass"
     assert triton_backend.plan_backward(replace(L14, rows=16)).route == "fused"
-    full = replace(
-        L14, rows=8192
-    )  # dweight alone from the fold's gradient; dz is almost free from t = dy . basis
+    # Dweight alone from the fold's gradient; dz is almost free from t = dy . basis.
+    full = replace(L14, rows=8192)
     assert triton_backend.plan_backward(full).route == "folded"
     assert triton_backend.plan_backward(replace(full, wanted=(True, True, False, False))).route == "two_pass"
     assert triton_backend.plan_backward(narrow).route == "two_pass"

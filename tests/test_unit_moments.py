@@ -13,9 +13,8 @@ def inputs(rows=9, units=3, coordinates=5, dtype=torch.float64, seed=0):
     scale = torch.rand(rows, generator=draw, dtype=torch.float64) + 0.5
     mean = torch.randn(rows, generator=draw, dtype=torch.float64)
     shift = torch.randn(units, coordinates + 2, generator=draw, dtype=torch.float64)
-    shift[:, -2:] = (
-        shift[:, -2:].mul(8).round() / 8
-    )  # constant columns (no scale, no mean) then add up exactly
+    # Constant columns (no scale, no mean) then add up exactly.
+    shift[:, -2:] = shift[:, -2:].mul(8).round() / 8
     return z.to(dtype), scale.to(dtype), mean.to(dtype), shift
 
 

@@ -46,9 +46,8 @@ def _trained(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     generator = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.int64)
-    still = {
-        name: weight.detach() for name, weight in task.tower.named_parameters()
-    }  # no gradient of the rest
+    # No gradient of the rest.
+    still = {name: weight.detach() for name, weight in task.tower.named_parameters()}
     for _ in range(STEPS):
         while len(order) < BATCH_TRAIN:
             order = torch.cat([order, torch.randperm(len(train.labels), generator=generator)])

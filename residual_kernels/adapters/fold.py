@@ -28,10 +28,11 @@ class Fold:
     @torch.no_grad()
     def add_spectral(self, constants: SpectralConstants, weight: Tensor) -> None:
         """The units of one kind, reweighted on their components: sum_j weight[j] c[j] basis[j]."""
+        # [J, D]
         proj, weighted = (
             constants.proj.double(),
             weight.double()[:, None] * constants.basis.double(),
-        )  # [J, D]
+        )
         bounds = constants.unit_offsets.tolist()
         runs = [slice(low, high) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
         self.rows.append(torch.cat([proj[run].T @ weighted[run] for run in runs]))

@@ -32,9 +32,8 @@ from residual_kernels.zeroshot import ZeroShotHead
 LIBRARY = "residual-kernels"
 CARD, HUB_CONFIG = "README.md", "config.json"
 TASK = "zero-shot-image-classification"
-_HASHED = [
-    name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD, BASE_HEAD, CLASSES)
-]  # as an adapter saved over another has them
+# As an adapter saved over another has them.
+_HASHED = [name.replace(".", "-*.") for name in (WEIGHTS, BASES, HEAD, BASE_HEAD, CLASSES)]
 
 
 class HubAdapter(ModelHubMixin):

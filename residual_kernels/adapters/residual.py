@@ -103,9 +103,8 @@ class ResiDual(UnitAdapter):
                 raise ValueError(
                     f'placement="stream" keeps every other unit as it is; leave rest={rest!r} out'
                 )
-            object.__setattr__(
-                self, "__class__", StreamResiDual
-            )  # the door: what was asked for is one of those
+            # The door: what was asked for is one of those.
+            object.__setattr__(self, "__class__", StreamResiDual)
             StreamResiDual.__init__(
                 cast(StreamResiDual, self),
                 tower,

@@ -225,10 +225,11 @@ def check_arguments(
         raise ValueError(
             f"this tower is wrapped in a {type(tower).__name__} already; use its .tower, or detach it first"
         )
+    # Whether it is here is asked where it computes: modules move.
     if backend not in (
         "auto",
         *backends.BACKENDS,
-    ):  # whether it is here is asked where it computes: modules move
+    ):
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(backends.BACKENDS)} or auto")
     if rest not in RESTS:
         raise ValueError(f"rest must be one of {', '.join(RESTS)}; got {rest!r}")

@@ -77,9 +77,8 @@ class UnitSum(nn.Module):
         if weight is None:
             chosen = z.new_ones(1, z.shape[-2])
         else:
-            chosen = (
-                weight.unsqueeze(-2) if weight_index is None else weight[weight_index]
-            )  # [..., 1 or N, R]
+            # [..., 1 or N, R]
+            chosen = weight.unsqueeze(-2) if weight_index is None else weight[weight_index]
             z = z * chosen[..., None]
         raw = z.sum(-2) @ self.A if self.shared_map else z.flatten(-2) @ self.A
         total = chosen.sum(-1, keepdim=True) / self.share
@@ -321,9 +320,8 @@ class SpectralConstants(nn.Module):
         dtype = z.dtype
         if torch.is_autocast_enabled(z.device.type) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(z.device.type)
-            if (
-                torch.compiler.is_compiling() and dtype not in self._packs
-            ):  # packing cannot be part of a graph
+            # Packing cannot be part of a graph.
+            if torch.compiler.is_compiling() and dtype not in self._packs:
                 with torch.autocast(z.device.type, enabled=False):
                     return ops.spectral_reweight_packed(
                         z.to(self._dtype), scale, mean, weight, self.packed(self._dtype), weight_index

@@ -14,10 +14,11 @@ from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of
 
+# Of distances at a time: in the cache of a core, or many at once.
 TILE_BYTES = {
     "cpu": 4 * 2**20,
     "cuda": 256 * 2**20,
-}  # of distances at a time: in the cache of a core, or many at once
+}
 GROUPED = 32  # points whose smallest distance stands for them in the first look
 CANDIDATES = 4  # neighbours of a point whose distances are computed exactly
 FAR = 1e30  # a distance that is never the smallest, where true ones are at most 8
@@ -147,9 +148,8 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) 
     # bound.
     slack = 2 * (size + 8) * torch.finfo(unit.dtype).eps
     norms = unit.double().square().sum(1)
-    runs = -(
-        -count // GROUPED
-    )  # columns j, j + runs, j + 2 runs ... are one group: minima go along whole vectors
+    # Columns j, j + runs, j + 2 runs ... are one group: minima go along whole vectors.
+    runs = -(-count // GROUPED)
     columns = torch.zeros(size + 1, runs * GROUPED, dtype=unit.dtype, device=unit.device)
     columns[:size, :count] = unit.T * -2
     columns[size, :count] = norms * (1 - slack)

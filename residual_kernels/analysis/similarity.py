@@ -142,9 +142,8 @@ def similarity_matrix(
     ]
     result = torch.zeros(len(phis[0]), len(phis[1]), dtype=torch.float64)
     block = max(1, PAIR_BYTES // (8 * sizes[0] * sizes[1]))
-    first = [
-        a if bases_b is None else 0 for a in range(len(result))
-    ]  # a symmetric matrix needs its upper half
+    # A symmetric matrix needs its upper half.
+    first = [a if bases_b is None else 0 for a in range(len(result))]
     pairs = [(a, b) for a in range(len(result)) for b in range(first[a], len(phis[1]))]
     for start in range(0, len(pairs), block):
         rows, columns = map(torch.tensor, zip(*pairs[start : start + block], strict=True))

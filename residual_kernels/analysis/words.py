@@ -299,9 +299,8 @@ def _text_span(
         raise ValueError(f"rank must be at least 1; got {rank}")
     phi, mean = part.components[part.run(index)], part.mean[index]
     deviations = (part.variance[part.run(index)] * (images - 1)).sqrt()
-    data = torch.cat(
-        [deviations[:, None] * phi, images**0.5 * mean[None]]
-    )  # the data's own second moment about zero
+    # The data's own second moment about zero.
+    data = torch.cat([deviations[:, None] * phi, images**0.5 * mean[None]])
     _, values, right = torch.linalg.svd(data, full_matrices=False)
     # a direction that holds nothing but rounding would still change the lengths of the projected atoms
     kept = int((values > values[0] * 1e-7).sum()) if values[0] > 0 else 0

@@ -57,9 +57,8 @@ def _fix_signs(components: Tensor) -> None:
 def principal(moments: Moments) -> KindBases:
     """Eigen-decomposition of every unit's covariance (over n - 1) in the output space."""
     (units, size), dim = moments.mean.shape, moments.rows.shape[2]
-    kept = min(
-        size, dim
-    )  # all that a unit can span: fewer images leave directions without variance, kept for `full`
+    # All that a unit can span: fewer images leave directions without variance, kept for `full`.
+    kept = min(size, dim)
     components = torch.empty(units, kept, dim, dtype=torch.float64)
     variance = torch.empty(units, kept, dtype=torch.float64)
     covariance = moments.scatter / (moments.count - 1)

@@ -71,9 +71,8 @@ def _draw_one(kind: str, rng: np.random.Generator) -> tuple[np.ndarray, dict[str
         mask, fill = _thing_mask(truth, rng)
         ink = ink + fill[..., None] * (paper - ink) * 0.75
     image = paper + mask[..., None] * (ink - paper)
-    image *= (
-        1 + rng.uniform(-0.15, 0.15) * (np.linspace(-1, 1, SIZE)[:, None, None])
-    )  # light falls off to one side
+    # Light falls off to one side.
+    image *= 1 + rng.uniform(-0.15, 0.15) * (np.linspace(-1, 1, SIZE)[:, None, None])
     truth["quality"] = pick(ATTRIBUTES["quality"], rng, (0.45, 0.27, 0.14, 0.14))
     if truth.get("size") == "small" and truth["quality"] == "pixelated":
         truth["quality"] = "sharp"

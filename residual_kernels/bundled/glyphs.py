@@ -76,9 +76,8 @@ def pick(options, rng: np.random.Generator, odds: tuple[float, ...] | None = Non
     return options[int(np.searchsorted(np.cumsum(odds), rng.random() * sum(odds)))]
 
 
-STAND_INS = {
-    "cmti10.ttf": "STIXGeneralItalic.ttf"
-}  # matplotlib has had the first since 3.11, the second always
+# Matplotlib has had the first since 3.11, the second always.
+STAND_INS = {"cmti10.ttf": "STIXGeneralItalic.ttf"}
 
 
 def font_path(name: str) -> Path:

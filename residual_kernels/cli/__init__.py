@@ -191,9 +191,8 @@ def main() -> None:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
         text = str(error)
-        if (
-            "Original Traceback" in text
-        ):  # from a process that reads images: its last line says what went wrong
+        # From a process that reads images: its last line says what went wrong.
+        if "Original Traceback" in text:
             text = text.strip().splitlines()[-1].partition(": ")[2]
         text = " ".join(text.split())
         printing.err.print(f"error: {text}", style="red", soft_wrap=True)

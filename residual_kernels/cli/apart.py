@@ -141,9 +141,10 @@ def _is_read(folder: Path, name: str) -> bool:
             return any(fnmatch(name, one) for one in own)
     if _DATA.fullmatch(name):
         return True
+    # It brings Pillow, which --help does without.
     from residual_kernels.data.images.decode import (
         image_endings,
-    )  # it brings Pillow, which --help does without
+    )
 
     return os.path.splitext(name)[1].lower() in image_endings()
 
@@ -176,9 +177,10 @@ def _name(name: str, info: Any) -> str:
     """What the command line calls a parameter."""
     if type(info).__name__ == "ArgumentInfo":
         return name.upper()
+    # As Annotated holds them.
     declared = (
         getattr(info, "default", None),
         *(getattr(info, "param_decls", None) or ()),
-    )  # as Annotated holds them
+    )
     own = (one for one in declared if isinstance(one, str) and one.startswith("--"))
     return next(own, f"--{name.replace('_', '-')}")

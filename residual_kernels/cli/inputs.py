@@ -86,9 +86,8 @@ class Reader:
             label_column=self.label_column,
         )
         first = distributed.rank() == 0
-        lost = dict(
-            found.account.left_out
-        )  # what no reading is needed for, such as links to nothing in a shard
+        # What no reading is needed for, such as links to nothing in a shard.
+        lost = dict(found.account.left_out)
         if skip:
             with bar("looking for unreadable images", len(found), quiet=not first) as step:
                 bad = find_unreadable(found, self.workers, step)

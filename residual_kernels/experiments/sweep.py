@@ -103,11 +103,12 @@ class _TowerWork:
     def model(self) -> tuple[nn.Module, Callable, Callable]:
         self.sweep.say(f"{self.spec.label}: loading")
         clip, preprocess, tokenizer = sources.load_model(self.spec.model, self.spec.pretrained)
+        # Without one the head raises.
         return (
             clip.to(self.sweep.device),
             preprocess,
             cast(Callable, tokenizer),
-        )  # without one the head raises
+        )
 
     @property
     def tower(self) -> nn.Module:
@@ -379,9 +380,8 @@ class SweepTable:
     and the average; each the mean over seeds, with the standard deviation where there are several."""
 
     columns: tuple[str, ...]
-    lines: tuple[
-        tuple[str, str, int, tuple[tuple[float, float], ...]], ...
-    ]  # tower, method, numbers learned, cells
+    # Tower, method, numbers learned, cells.
+    lines: tuple[tuple[str, str, int, tuple[tuple[float, float], ...]], ...]
     marks: tuple[
         tuple[tuple[bool, int, int], ...], ...
     ] = ()  # a cell: below the model; seeds that collapsed; of how many

@@ -31,13 +31,14 @@ from residual_kernels.ops.cpp_packing import (
 )
 
 ENVIRONMENT_VARIABLE = "RESIDUAL_KERNELS_INSTRUCTION_SET"
+# Slow to fast; the position is the extension's number.
 INSTRUCTION_SETS = (
     "portable",
     "avx2",
     "avx512",
     "avx512bf16",
     "amx",
-)  # slow to fast; the position is the extension's number
+)
 ON_TILES = ("avx512bf16", "amx")  # they take bfloat16 alone; csrc/on_tiles.h
 _BY_NAME = ("amx",)  # taken only when asked for
 FOLDED_PAYS = 0.75  # the folded route is taken below this share of the direct route's FLOP

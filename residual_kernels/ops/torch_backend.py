@@ -128,9 +128,8 @@ def spectral_reweight_backward(
         c = _apply_scale(cast(Tensor, inner), scale) - offset
         if weight_index is not None:
             tasks = torch.arange(len(weight), device=z.device)
-            chosen = (weight_index[None, :] == tasks[:, None]).to(
-                c.dtype
-            )  # [T, N]; a product sums in a fixed order
+            # [T, N]; a product sums in a fixed order
+            chosen = (weight_index[None, :] == tasks[:, None]).to(c.dtype)
             grads.append(chosen @ (c * t[0]))
         else:
             grads.append(torch.stack([(c * row).sum(0) for row in t]))

@@ -87,9 +87,8 @@ class Facts:
     unit_lost: dict[int, float]
     reading: WeightReading | None
     ends: Ends | None
-    words: dict[
-        int, tuple[tuple[str, ...], tuple[str, ...]]
-    ]  # of a component: at its high end, at its low end
+    # Of a component: at its high end, at its low end.
+    words: dict[int, tuple[tuple[str, ...], tuple[str, ...]]]
 
     @cached_property
     def linear(self) -> Tensor:

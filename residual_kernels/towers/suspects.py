@@ -13,6 +13,7 @@ from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrize
 
 _HOMES = ("torch", "open_clip", "timm", "transformers", "residual_kernels")
+# Whose functions are no patches.
 _LIBRARIES = (
     *_HOMES,
     "peft",
@@ -20,7 +21,7 @@ _LIBRARIES = (
     "typing",
     "abc",
     "huggingface_hub",
-)  # whose functions are no patches
+)
 _MOST = 3  # findings that a message names
 
 

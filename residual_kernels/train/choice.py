@@ -16,10 +16,11 @@ from torch import Tensor
 from residual_kernels import distributed
 from residual_kernels.train.logistic import Targets
 
+# On the logits: 1/64 ... 2, and no opinion at all.
 FACTORS = (
     0.0,
     *(2.0 ** (step / 2 - 6) for step in range(15)),
-)  # on the logits: 1/64 ... 2, and no opinion at all
+)
 
 
 ELEMENTS = 2**22  # of logits at several temperatures, at a time

@@ -35,10 +35,11 @@ from residual_kernels import distributed
 
 BLOCK_BYTES = 32 * 2**20  # of logits, and of reweighted class scores, that one product may make
 VECTOR_PENALTY = 10.0
+# Pseudo-images that hold the scale of the tower's logits where it falls, and where it rises.
 KAPPA = (
     0.1,
     100.0,
-)  # pseudo-images that hold the scale of the tower's logits where it falls, and where it rises
+)
 
 
 @dataclass(frozen=True)

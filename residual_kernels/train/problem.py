@@ -258,9 +258,8 @@ class ConvexProblem:
         readout = form.readout(head)
         like = readout.basis
         mine = rows.part(rows.count)
-        narrow = 3 * rows.bytes <= 2 * room(
-            rows.device, self.config.memory
-        )  # the copy is half as large again
+        # The copy is half as large again.
+        narrow = 3 * rows.bytes <= 2 * room(rows.device, self.config.memory)
         source = form.source(
             rows, narrow and like.dtype == torch.float32 and multiplies_bfloat16(rows.device)
         )

@@ -28,11 +28,12 @@ from torch.utils.data import (
 from residual_kernels.towers import Terms, Tower
 from residual_kernels.units.checks import check_finite, check_range, checked_labels, parts_of
 
+# What becomes of a loader's labels; kept: where it has them.
 IGNORED, NEEDED, KEPT = (
     "ignored",
     "needed",
     "kept",
-)  # what becomes of a loader's labels; kept: where it has them
+)
 ALL, FIRST, NONE = "all", "first", "none"  # what a pass needs of a shard's images
 Piece = tuple[int, Any, Any]  # number of the first image, images, labels or None
 Need = Callable[[int], str]  # of a shard, by its index
@@ -266,9 +267,8 @@ class Indexed:
 
     def __init__(self, loader: DataLoader):
         self.loader = loader
-        self.size = cast(
-            int, loader.batch_size
-        )  # these loaders cut batches of one size from a counted data set
+        # These loaders cut batches of one size from a counted data set.
+        self.size = cast(int, loader.batch_size)
         whole = len(cast(Sized, loader.dataset))
         self.count = whole // self.size * self.size if loader.drop_last else whole
 

@@ -15,9 +15,8 @@ from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.decode import UnreadableImage, decode, reading, rgb
 
 IDENTITIES = ("auto", "stat", "digest")
-DIGEST_BYTES = (
-    4 * 2**30
-)  # images of so many bytes together are told apart by their content: some seconds of reading
+# Images of so many bytes together are told apart by their content: some seconds of reading.
+DIGEST_BYTES = 4 * 2**30
 
 
 class Images(Dataset, abc.ABC):

@@ -40,6 +40,7 @@ _ABOUT_BYTES = (
 # Errors of the system that concern one file. Any other (EMFILE, ENOMEM, EIO ...) concerns the machine or the
 # disk.
 _ABOUT_ONE_FILE = frozenset(
+    # Of a seek to before the beginning, where a damaged zip says a member lies.
     {
         errno.ENOENT,
         errno.EACCES,
@@ -50,7 +51,7 @@ _ABOUT_ONE_FILE = frozenset(
         errno.ENXIO,
         errno.ENAMETOOLONG,
         errno.EINVAL,
-    }  # of a seek to before the beginning, where a damaged zip says a member lies
+    }
 )
 _NO_IMAGES = (  # how text in an image's place begins, in lower case -> what it is
     (
@@ -88,9 +89,8 @@ def image_endings() -> frozenset[str]:
     """File endings of these formats, in lower case, with their dot."""
     readable = formats()
     found = {ending for ending, name in Image.registered_extensions().items() if name in readable}
-    return frozenset(
-        found | ({".mpo"} if "JPEG" in readable else set())
-    )  # two JPEGs in one; Pillow registers no ending
+    # Two JPEGs in one; Pillow registers no ending.
+    return frozenset(found | ({".mpo"} if "JPEG" in readable else set()))
 
 
 @contextlib.contextmanager

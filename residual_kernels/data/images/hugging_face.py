@@ -16,13 +16,14 @@ from residual_kernels.data.images.decode import MARK, UnreadableImage
 from residual_kernels.data.images.listing import class_order
 from residual_kernels.data.user_text import some, user_path
 
+# Columns of these names need no feature ClassLabel.
 _LABELS = (
     "label",
     "labels",
     "class",
     "category",
     "target",
-)  # columns of these names need no feature ClassLabel
+)
 
 
 class HuggingFaceImages(Images):

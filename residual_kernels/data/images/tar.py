@@ -14,9 +14,8 @@ from residual_kernels.data.images.listing import ending_of, is_system, plain_nam
 from residual_kernels.data.images.not_images import what_it_is
 
 _LABEL = ".cls"
-_KEY = re.compile(
-    r"((?:.*/)?[^./][^./]*)\.([^/]*)"
-)  # webdataset's: a sample's key ends at the name's first dot
+# Webdataset's: a sample's key ends at the name's first dot.
+_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _LABEL_BYTES = 64  # more is no number
 _DIGITS = 6  # of a class number: names are made for every number up to the highest
 _CHUNK = 2**20

@@ -165,17 +165,17 @@ def _spectral_reweight_bwd_kernel(
                     offs_dy = offs_d.to(tl.int64)[None, :] * stride_dyd
                     dy = tl.load(dy_rows_ptr[:, None] + offs_dy, mask=mask_n[:, None] & mask_d, other=0.0)
                     offs_b = (offs_k * stride_bj)[:, None] + offs_d[None, :]
+                    # [BLOCK_K, BLOCK_D]
                     b = tl.load(
                         basis_ptr + tl.cast(first, tl.int64) * stride_bj + offs_b,
                         mask=mask_k[:, None] & mask_d,
                         other=0.0,
-                    )  # [BLOCK_K, BLOCK_D]
+                    )
                     t = tl.dot(dy, tl.trans(b), t, input_precision=PRECISION)
             if WANT_WEIGHT:
                 product = tl.where(mask, c * t, 0.0)
-                if (
-                    HAS_INDEX
-                ):  # rows of a tile belong to several tasks: hand out the terms, a product adds them up
+                # Rows of a tile belong to several tasks: hand out the terms, a product adds them up.
+                if HAS_INDEX:
                     out_ptr = dweight_ptr + row * pitch + first
                     tl.store(out_ptr[:, None] + offs_k[None, :], product, mask=mask)
                 else:
@@ -323,9 +323,8 @@ def tiles_of(p: Problem, *, given: bool) -> Tiles:
     columns = 16 if p.kind == "fp32" else (128 if p.kind == "half" else 64) // (2 if p.hip else 1)
     resident = (rows + p.block_k) * sum(routes.pieces(p.coordinates)) * p.itemsize
     step = (rows + p.block_k) * columns * p.itemsize
-    most = (
-        2 if p.hip or p.kind == "fp32" else 3 if rows == 16 and p.block_k > 32 else 4
-    )  # a fourth would spill
+    # A fourth would spill.
+    most = 2 if p.hip or p.kind == "fp32" else 3 if rows == 16 and p.block_k > 32 else 4
     return Tiles(rows, columns, warps, max(2, min(most, (110 * 1024 - resident) // step)))
 
 

@@ -116,9 +116,8 @@ def _dweight_kernel(
                     other=0.0,
                 )
                 offs_b = (offs_k * stride_bj)[:, None] + offs_d[None, :]
-                b = tl.load(
-                    basis_ptr + first * stride_bj + offs_b, mask=mask_k[:, None] & mask_d, other=0.0
-                )  # [BLOCK_K, BLOCK_D]
+                # [BLOCK_K, BLOCK_D]
+                b = tl.load(basis_ptr + first * stride_bj + offs_b, mask=mask_k[:, None] & mask_d, other=0.0)
                 t = tl.dot(dy, tl.trans(b), t, input_precision=PRECISION)
         acc += c * t
     out_ptr = dweight_ptr + split.to(tl.int64) * J + low + offs_k

@@ -234,9 +234,9 @@ def folded_forward(
     dim = constants.dim
     weight = contiguous_rows(weight)
     y = z.new_empty((len(weight), len(z), dim))
-    runs = groups(constants)
+    spans = groups(constants)
     shares = shares_of(constants)
-    plain = len(runs) == 1 and scale is None and mean is None
+    plain = len(spans) == 1 and scale is None and mean is None
     dtype = z.dtype if plain and shares == 1 else torch.float32
     affine = z.new_empty((shares, dim) if plain else (shares, 3, dim), dtype=dtype)
     for task, row in enumerate(weight):
@@ -250,7 +250,7 @@ def folded_forward(
                 torch.addmm(bias, flat(z, 0, constants.units), matrix, out=y[task])
             continue
         product = None
-        for first, last in runs:
+        for first, last in spans:
             matrix = fold(row, constants, precision, tiles, first, last, affine)
             part = product_float32(flat(z, first, last), matrix)
             product = part if product is None else product.add_(part)
@@ -292,9 +292,8 @@ def estimate(p: Problem, *, backward: bool) -> float:
     output = float(p.rows) * p.dim * p.itemsize
     small = routes.launch(proj + 2 * basis + matrix, operations, routes.KERNEL_RATE[p.kind])
     large = routes.launch(z + matrix + output, product, routes.VENDOR_RATE[p.kind])
-    affine = (
-        0.0 if p.plain else routes.launch((5 if backward else 4) * output, 0.0, 1.0)
-    )  # else the product adds it
+    # Else the product adds it.
+    affine = 0.0 if p.plain else routes.launch((5 if backward else 4) * output, 0.0, 1.0)
     if not backward:
         return p.tasks * (small + large + affine)
     count = -(-int(matrix) // WORKSPACE) if matrix > 2 * WORKSPACE else 1  # see groups

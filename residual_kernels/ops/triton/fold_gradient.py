@@ -42,9 +42,8 @@ def _fold_bwd_kernel(
     unit, first, length, low, mask_k = decode(tl.load(chunk_ptr + tl.program_id(0)), BLOCK_K)
     offs_k = tl.arange(0, BLOCK_K)
     offs_j = first + offs_k
-    inside = (unit >= UNIT) & (
-        unit < LAST
-    )  # dfold holds units UNIT .. LAST - 1; other chunks have nothing to do
+    # dfold holds units UNIT .. LAST - 1; other chunks have nothing to do.
+    inside = (unit >= UNIT) & (unit < LAST)
     offs_unit = (unit - UNIT) * C
     bias = tl.load(bias_ptr + offs_j, mask=mask_k, other=0.0)
     slope = tl.load(slope_ptr + offs_j, mask=mask_k, other=0.0)
@@ -65,13 +64,11 @@ def _fold_bwd_kernel(
             offs_c = c + tl.arange(0, BLOCK_C)
             mask_c = offs_c < C
             offs_p = (offs_j * stride_pj)[:, None] + offs_c[None, :]
-            p = tl.load(
-                proj_ptr + offs_p, mask=mask_k[:, None] & mask_c[None, :], other=0.0
-            )  # [BLOCK_K, BLOCK_C]
+            # [BLOCK_K, BLOCK_C]
+            p = tl.load(proj_ptr + offs_p, mask=mask_k[:, None] & mask_c[None, :], other=0.0)
             offs_f = ((offs_unit + offs_c) * stride_dfc)[:, None] + offs_d[None, :]
-            f = tl.load(
-                dfold_ptr + offs_f, mask=mask_c[:, None] & mask_d[None, :], other=0.0
-            )  # [BLOCK_C, BLOCK_D]
+            # [BLOCK_C, BLOCK_D]
+            f = tl.load(dfold_ptr + offs_f, mask=mask_c[:, None] & mask_d[None, :], other=0.0)
             g = tl.dot(p, f, g, input_precision=PRECISION)
         offs_b = (offs_j * stride_bj)[:, None] + offs_d[None, :]
         b = tl.load(basis_ptr + offs_b, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
@@ -114,9 +111,8 @@ def folded_backward(
             matrix = fold(row, constants, precision, tiles, first, last, affine)
             if not (want_z or want_scale):
                 continue
-            raw = (
-                product(upstream, matrix.T) if len(weight) == 1 else product_float32(upstream, matrix.T)
-            )  # dy F^T of these units
+            # dy F^T of these units.
+            raw = product(upstream, matrix.T) if len(weight) == 1 else product_float32(upstream, matrix.T)
             columns = slice(first * width, last * width)
             if dscale is not None:
                 dscale += (raw * flat(z, first, last)).sum(1, dtype=torch.float32)

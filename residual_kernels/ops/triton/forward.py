@@ -136,9 +136,8 @@ def _spectral_reweight_fwd_kernel(
         else:
             c *= tl.load(weight_ptr + low + offs_k, mask=offs_k < length, other=0.0)[None, :]
         offs_b = (offs_k * stride_bj)[:, None] + offs_d[None, :]
-        b = tl.load(
-            basis_ptr + first * stride_bj + offs_b, mask=mask_k[:, None] & mask_d[None, :], other=0.0
-        )  # [BLOCK_K, BLOCK_D]
+        # [BLOCK_K, BLOCK_D]
+        b = tl.load(basis_ptr + first * stride_bj + offs_b, mask=mask_k[:, None] & mask_d[None, :], other=0.0)
         acc = tl.dot(c.to(b.dtype), b, acc, input_precision=PRECISION)
 
     offs_y = (split.to(tl.int64) * PAIRS + pair)[:, None] * D + offs_d[None, :]
@@ -273,9 +272,8 @@ def estimate(p: Problem) -> float:
     operations = 2.0 * row_tiles * tiles.block_n * p.chunks * p.block_k
     operations *= column_tiles * (tiles.block_d + sum(routes.pieces(p.coordinates)))
     cached = (row_tiles - 1) * basis + (row_tiles * column_tiles - 1) * proj - z
-    cached += (
-        column_tiles * float(p.chunks) * p.pairs * p.coordinates * p.itemsize
-    )  # every chunk reads its unit's z
+    # Every chunk reads its unit's z.
+    cached += column_tiles * float(p.chunks) * p.pairs * p.coordinates * p.itemsize
     steps = float(row_tiles) * column_tiles * p.chunks
     splits = splits_of(p, tiles)
     programs = row_tiles * column_tiles * splits

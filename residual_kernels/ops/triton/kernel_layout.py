@@ -17,11 +17,12 @@ from torch import Tensor
 from residual_kernels.ops.triton.routes import Problem, block_components, cut_runs, pieces
 
 MOST_UNITS = 1 << 14  # what a chunk's code has room for
+# Bits below each field of a chunk's code: shift | length | first / 8 | unit.
 _FIRST, _LENGTH, _UNIT = (
     17,
     24,
     45,
-)  # bits below each field of a chunk's code: shift | length | first / 8 | unit
+)
 
 
 @dataclass(frozen=True)

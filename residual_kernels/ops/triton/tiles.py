@@ -27,9 +27,8 @@ def load_unit(z_rows_ptr, mask_n, stride_zc, C: tl.constexpr, FIRST: tl.constexp
     mask = mask_n[:, None]
     if FIRST + BLOCK_C > C:
         mask = mask & (offs_c < C)[None, :]
-    return tl.load(
-        z_rows_ptr[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=0.0
-    )  # [BLOCK_N, BLOCK_C]
+    # [BLOCK_N, BLOCK_C]
+    return tl.load(z_rows_ptr[:, None] + offs_c[None, :] * stride_zc, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -49,9 +48,8 @@ def load_proj(
     if FIRST + BLOCK_C > STRIDE_PJ:
         mask = mask & (offs_c < C)[None, :]
     offs = (tl.arange(0, BLOCK_K) * STRIDE_PJ)[:, None] + offs_c[None, :]
-    return tl.load(
-        proj_ptr + tl.cast(first, tl.int64) * STRIDE_PJ + offs, mask=mask, other=0.0
-    )  # [BLOCK_K, BLOCK_C]
+    # [BLOCK_K, BLOCK_C]
+    return tl.load(proj_ptr + tl.cast(first, tl.int64) * STRIDE_PJ + offs, mask=mask, other=0.0)
 
 
 @triton.jit

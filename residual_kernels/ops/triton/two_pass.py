@@ -99,9 +99,8 @@ def estimate_forward(p: Problem) -> float:
     across = -(-min(p.pairs, routes.workspace_rows(p)) // 128) * -(-p.dim // 128)
     cast = routes.launch(3 * output, 0.0, 1.0) if p.kind == "half" and p.hip else 0.0
     launches = (blocks - 1) * (3 if p.kind == "half" and p.hip else 2)
-    spilled = (
-        max(kept - blocks * (24 << 20), 0.0) / routes.BANDWIDTH
-    )  # what leaves the cache between the two passes
+    # What leaves the cache between the two passes.
+    spilled = max(kept - blocks * (24 << 20), 0.0) / routes.BANDWIDTH
     return (
         launches * routes.LAUNCH
         + first

@@ -200,9 +200,8 @@ class HuggingFaceTower(TransformerTower):
             features = model.get_image_features(pixel_values=images)
             return getattr(features, "pooler_output", features)
         output = source(pixel_values=images)
-        normed = (
-            tower.pre_norm is None and tower.pooler is None
-        )  # then its tokens are, and the first is the embedding
+        # Then its tokens are, and the first is the embedding.
+        normed = tower.pre_norm is None and tower.pooler is None
         pooled = output.last_hidden_state[:, 0] if normed else output.pooler_output
         return pooled if tower.projection is None else tower.projection(pooled)
 
