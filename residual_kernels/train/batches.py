@@ -188,7 +188,7 @@ class AdapterRows:
                 labels = None if batch.labels is None else batch.labels.to(self.device)
                 yield Batch(self.features(batch), labels=labels)
             return
-        mine = self.cut(self.count)
+        mine = self.part(self.count)
         cuts = [
             slice(mine.start + cut.start, mine.start + cut.stop) for cut in runs(mine.stop - mine.start, size)
         ]

@@ -313,11 +313,11 @@ def _check_layer(index: int, layer: Foreign) -> None:
         raise refusal(f"the output projection of block {index} {why}")
 
 
-def asking(attn: Foreign) -> Foreign:
+def query_module(attn: Foreign) -> Foreign:
     """The part of an attention that holds its settings."""
     return getattr(attn, "attention", attn)
 
 
 def heads_of(attn: Foreign) -> int:
-    settings = asking(attn)
+    settings = query_module(attn)
     return settings.num_heads if hasattr(settings, "num_heads") else settings.num_attention_heads

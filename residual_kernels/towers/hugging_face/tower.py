@@ -22,13 +22,13 @@ from residual_kernels.towers.hugging_face.image_tower import (
     QKV,
     SELF_ATTENTION,
     ImageTower,
-    asking,
     check_parts,
     first_of,
     has_class_token,
     heads_of,
     image_tower,
     part_of,
+    query_module,
     refusal,
     source_of,
 )
@@ -63,7 +63,7 @@ def _head_inputs(attn: Foreign, x: Tensor, first_only: bool) -> Tensor:
         q, k, v = (F.linear(row, weight, bias) for row, weight, bias in rows)
     else:
         q, k, v = (part_of(attn, names)(row) for names, row in zip(QKV, (asking, x, x), strict=True))
-    attn = asking(attn)
+    attn = query_module(attn)
     q, k, v = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     chosen = getattr(getattr(attn, "config", None), "_attn_implementation", None) or "sdpa"
     scale = getattr(attn, "scaling", getattr(attn, "scale", q.shape[-1] ** -0.5))
@@ -179,7 +179,7 @@ class HuggingFaceTower(TransformerTower):
     def inexact(self) -> list[str]:
         found = []
         for layer in self.module.layers:
-            settings = asking(part_of(layer, SELF_ATTENTION))
+            settings = query_module(part_of(layer, SELF_ATTENTION))
             if any(
                 _rate(getattr(settings, name, 0.0))
                 for name in ("dropout", "attention_dropout", "dropout_prob")
