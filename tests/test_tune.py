@@ -7,7 +7,7 @@ import torch
 from test_towers import build, images_for
 
 import residual_kernels as rk
-from residual_kernels.train import tuning
+from residual_kernels.train import contest, tuning
 from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.convex import indexed, opened
 from residual_kernels.train.problem import ConvexProblem, Form, labels_of
@@ -247,10 +247,10 @@ def test_classes_as_folds_are_refused_where_they_say_nothing(tower, cache, bases
 
 
 def test_few_images_choose_nothing(tower, cache, bases, head):
-    few = parts_of(cache, tuning.LEAST - 1)[0]
+    few = parts_of(cache, contest.LEAST - 1)[0]
     found = rk.tune(tower, bases, head, few)
     assert found.winner == "base"
-    assert f"{tuning.LEAST - 1} held-out training images are too few" in found.why
+    assert f"{contest.LEAST - 1} held-out training images are too few" in found.why
     assert torch.equal(found.adapter(images_for(tower, 2)), tower(images_for(tower, 2)))
 
 
