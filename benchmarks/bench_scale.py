@@ -87,10 +87,15 @@ def synthetic(path: Path, images: int, units: int, width: int, dim: int, dtype: 
         }
         tensors["ids"] = torch.arange(start, start + count)
         rows[start // size] = shards.write_shard(path, start // size, tensors, {"run": "", "first_image": ""})
-    run = dict.fromkeys(shards.RUN) | {
+    run = {
         "tower": "random",
         "checksum": "",
+        "tower_dtype": "float32",
+        "preprocessing": None,
+        "data": None,
         "kinds": ["head"],
+        "dtype": dtype,
+        "class_names": None,
         "shard_images": size,
         "columns": columns,
     }
