@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +39,7 @@ def seconds(run, repeats: int = REPEATS) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def measure(name: str, images: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, float | str]:
+def measure(name: str, images: int, batch: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     model = load_model(name, None if name == "bundled" else "none")[0].to(device)
     tower = image_tower(model).to(dtype).eval()
     view = towers.view(tower)

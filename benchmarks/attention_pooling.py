@@ -40,6 +40,7 @@ def measure(name: str, batch: int) -> dict:
         tower = _build_vision_tower(config["embed_dim"], config["vision_cfg"]).eval().requires_grad_(False)
     view = towers.view(tower)
     size = view.image_size
+    assert size is not None  # a tower of open_clip has one
     images = torch.empty(batch, 3, *size, device="meta")
     heads, dim = view.layout.layers * view.layout.heads, view.dim
     out = view.out_projection(0)

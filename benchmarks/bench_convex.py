@@ -13,7 +13,9 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import open_clip
 import torch
@@ -32,7 +34,10 @@ SIZES = {"N": 1000, "J": 2000, "K": 10, "T": 5}
 GRID = {"N": (250, 1000, 4000), "J": (500, 2000, 8000), "K": (10, 100), "T": (5, 10, 20)}
 
 
-def timed(call, rounds: int) -> tuple[dict, object]:
+Made = TypeVar("Made")
+
+
+def timed(call: Callable[[], Made], rounds: int) -> tuple[dict, Made]:
     """Median seconds of a call after one to warm up, of the clock and of the processor, and what it gave.
 
     With one thread the processor's seconds are those of a machine with nothing else to do.

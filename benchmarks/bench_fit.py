@@ -79,7 +79,9 @@ class Textbook:
         return float(loss.detach())
 
 
-def steps(rounds: int, encoded: int, epoch_rows: int) -> tuple[dict, tuple]:
+def steps(
+    rounds: int, encoded: int, epoch_rows: int
+) -> tuple[dict, tuple[rk.ResiDual, rk.ZeroShotHead, rk.UnitCache]]:
     """Seconds of one step, with the tower in the loop and on cached units."""
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32").eval().visual

@@ -12,6 +12,7 @@ counted in its favour: forward 2 N J (C + D), backward for weight 2 N J D.
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import platform
@@ -19,7 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -122,13 +123,14 @@ def of_backend(name: str) -> Callable[[Operands], Forward]:
     return provider
 
 
+def compiled(make: Callable[[Operands], Forward]) -> Callable[[Operands], Forward]:
+    return lambda p: torch.compile(make(p), dynamic=True)
+
+
 PLAIN = {"textbook": textbook, "encodings": encodings, "lowrank": lowrank, "folded": folded}
 PROVIDERS: dict[str, Callable[[Operands], Forward]] = {
     **PLAIN,
-    **{
-        f"{name} compiled": lambda p, make=make: torch.compile(make(p), dynamic=True)
-        for name, make in PLAIN.items()
-    },
+    **{f"{name} compiled": compiled(make) for name, make in PLAIN.items()},
     **{name: of_backend(name) for name in backends.BACKENDS},
 }
 SMALL_SET = ("lowrank", "lowrank compiled", "folded", "folded compiled", "torch", "cpp")
@@ -169,7 +171,7 @@ def runner(name: str, forward: Forward, p: Operands, mode: str) -> Callable[[], 
 
 
 def measured(
-    runs: dict[str, Callable[[], object]], dtype: torch.dtype, rounds: int
+    runs: Mapping[str, Callable[[], object]], dtype: torch.dtype, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Seconds of every run in every round, and the roofs of the same rounds."""
     threads = torch.get_num_threads()
@@ -199,7 +201,10 @@ def extra_memory(run: Callable[[], object]) -> int | None:
     """Bytes by which the process grew at most while it ran; None where the kernel does not tell."""
 
     def status(field: str) -> int:
-        return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()).group(1)) * 1024
+        found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found is None:
+            raise OSError(f"/proc/self/status tells no {field}")
+        return int(found[1]) * 1024
 
     gc.collect()
     try:
@@ -269,11 +274,11 @@ def bench_moments(shape: Shape, rows: int, rounds: int) -> list[dict]:
     p = problem(shape, rows, [1] * shape.units)
     shift = reference.unit_coordinates(p.z[:8], p.scale[:8], p.mean[:8]).mean(0)
     compiled = torch.compile(einsum_moments)
-    runs = {
+    runs: dict[str, Callable[[], object]] = {
         "einsum": lambda: einsum_moments(p.z, p.scale, p.mean, shift),
         "einsum compiled": lambda: compiled(p.z, p.scale, p.mean, shift),
         **{
-            name: lambda name=name: ops.unit_moments(p.z, p.scale, p.mean, shift, backend=name)
+            name: functools.partial(ops.unit_moments, p.z, p.scale, p.mean, shift, backend=name)
             for name in ("torch", "cpp")
         },
     }

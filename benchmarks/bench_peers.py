@@ -55,7 +55,7 @@ class PeakMemory:
     None where the system does not tell."""
 
     def __enter__(self) -> "PeakMemory":
-        self.mib = None
+        self.mib: float | None = None
         self._start = self._reset()
         return self
 
@@ -88,7 +88,8 @@ def score(logits: torch.Tensor, split: Split) -> tuple[float, float]:
 def cell(task_name: str, shots: int | None, name: str, seeds: Iterable[int] = SEEDS) -> dict:
     """One row of the result: a method on a task with so many labelled images a class."""
     task, method = _tasks[task_name], METHODS[name]
-    tried, memory = [], None
+    tried: list[tuple[tuple[float, float], dict]] = []
+    memory = None
     for settings in method.grid:
         train = few(task.train, shots, seed=0)
         with PeakMemory() as peak:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -162,7 +163,7 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Reco
     )
 
 
-def binary(launch: RecordedLaunch, target: str) -> object:
+def binary(launch: RecordedLaunch, target: str) -> Any:
     """The launch compiled for `target`."""
     attributes = {(position,): [["tt.divisibility", 16]] for position in launch.aligned}
     source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
@@ -170,7 +171,7 @@ def binary(launch: RecordedLaunch, target: str) -> object:
     return triton.compile(source, target=TARGETS[target], options=options)
 
 
-def resources_of(compiled: object, target: str) -> tuple[int, int, str]:
+def resources_of(compiled: Any, target: str) -> tuple[int, int, str]:
     """Registers a thread, bytes of spills a thread,
     and the text in which matrix instructions are looked for."""
     return (_read_amd if TARGETS[target].backend == "hip" else _read_nvidia)(compiled)
@@ -200,6 +201,14 @@ def compile_launch(launch: RecordedLaunch, target: str) -> Resources:
     )
 
 
+def _number(pattern: str, text: str) -> int:
+    """The number that `pattern` finds in a tool's text; another form of the text is an error, not a zero."""
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text[:200]!r}")
+    return int(found[1])
+
+
 def _read_nvidia(compiled) -> tuple[int, int, str]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
@@ -210,16 +219,16 @@ def _read_nvidia(compiled) -> tuple[int, int, str]:
         )
     finally:
         os.unlink(file.name)
-    registers = int(re.search(r"REG:(\d+)", usage.stdout)[1])
+    registers = _number(r"REG:(\d+)", usage.stdout)
     # A kernel without arrays keeps nothing there but spills.
-    stack = int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+    stack = _number(r"STACK:(\d+)", usage.stdout)
     return registers, stack, compiled.asm["ptx"]
 
 
 def _read_amd(compiled) -> tuple[int, int, str]:
     text = compiled.asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-    spills = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+    spills = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
     return registers, 4 * spills, text
 
 
@@ -361,7 +370,7 @@ def edge_cases() -> list[KernelCase]:
     """Sizes of one, which Triton makes constants of, several tasks in one tile,
     and units wider than a tile."""
     half, single = torch.bfloat16, torch.float32
-    one = {"rows": 1, "units": 1, "dim": 1, "width": 1, "size": 1}
+    one: dict[str, Any] = {"rows": 1, "units": 1, "dim": 1, "width": 1, "size": 1}
     found = []
     for dtype, route in product((half, single), NARROW_ROUTES):
         found.append(KernelCase("forward", route, dtype=dtype, **one))

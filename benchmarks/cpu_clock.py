@@ -4,7 +4,7 @@ so that what the machine does meanwhile falls on all alike."""
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -49,7 +49,7 @@ def copy_bandwidth() -> Callable[[], float]:
     return run
 
 
-def interleaved(variants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def interleaved(variants: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every variant in every round; each is run once before, and they take turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for run in variants.values():

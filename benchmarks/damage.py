@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-NASTY = [
+NASTY: list[Any] = [
     None,
     True,
     -1,
@@ -135,8 +135,8 @@ def damaged_header(data: bytes, rng: random.Random) -> bytes:
         ours = json.loads(header["__metadata__"][files.METADATA])
         text = hostile_text(json.dumps(ours), rng) if rng.random() < 0.3 else json.dumps(changed(ours, rng))
         header["__metadata__"][files.METADATA] = text
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data[8 + size :]
+    front = json.dumps(header).encode()
+    return len(front).to_bytes(8, "little") + front + data[8 + size :]
 
 
 def forge(path: Path, rng: random.Random) -> None:

@@ -84,8 +84,8 @@ def killed(run: Callable[[], object]) -> tuple[str, str]:
     return ("killed" if as_meant else "broken"), f"status {status}"
 
 
-def foreign_marks(folder: Path) -> dict[str, tuple]:
-    marks = {}
+def foreign_marks(folder: Path) -> dict[str, tuple | None]:
+    marks: dict[str, tuple | None] = {}
     for name in FOREIGN:
         path = folder / name
         found = path.lstat() if path.exists() else None
@@ -107,7 +107,7 @@ def tried(writer: Writer, start: str, share: float, rng: random.Random, shim: Sh
     view = writer.view or visible
     folder, armed = place / "root" / "out", place / "root"
     old = None
-    if start == "over":
+    if start == "over" and writer.old is not None:
         old = place / "old"
         shutil.rmtree(old, ignore_errors=True)
         old.mkdir(parents=True)

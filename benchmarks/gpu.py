@@ -17,7 +17,9 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ def roofs(bench: Bench) -> None:
         edge = 16 if bench.tiny else edge
         left, right = (torch.randn(edge, edge, dtype=dtype, device=bench.device) for _ in range(2))
         torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-        seconds = bench.seconds([lambda left=left, right=right: left @ right])
+        seconds = bench.seconds([partial(torch.matmul, left, right)])
         bench.roofs[f"{name} product, FLOP/s"] = None if seconds is None else 2.0 * edge**3 / seconds
     torch.set_float32_matmul_precision("highest")
     one = torch.zeros(1, device=bench.device)
@@ -119,7 +121,7 @@ def calls_of(
     make: Callable[[Operands], Callable], sets: list[Operands], mode: str, first: str = "z"
 ) -> list[Work]:
     """One call per input set: the forward pass, or forward and the gradient of weight."""
-    calls = []
+    calls: list[Work] = []
     for p in sets:
         forward = make(p)
         x = (
@@ -220,10 +222,8 @@ def judge(bench: Bench, fields: dict, rows: int, kind: str) -> None:
             1.0,
             at_least=False,
         )
-    rivals = [
-        bench.find(name, **key) for name in ("lowrank", "lowrank compiled", "folded", "folded compiled")
-    ]
-    rivals = [seconds for seconds in rivals if seconds is not None]
+    names = ("lowrank", "lowrank compiled", "folded", "folded compiled")
+    rivals = [seconds for name in names if (seconds := bench.find(name, **key)) is not None]
     ratio = min(rivals) / own if rivals and own else None
     bench.aim(
         f"{where}: best of lowrank and folded over ours", ratio, 1.3 if rows <= 256 else 0.95, at_least=True
@@ -249,7 +249,7 @@ def memory(bench: Bench, shape: Shape, rows: int) -> None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        kept = call()
+        kept: Any = call()
         extra = torch.cuda.max_memory_allocated() - before
         inout = (
             sum(x.numel() * x.element_size() for x in vars(p).values()) + kept.numel() * 4 + p.dy.numel() * 2
@@ -300,15 +300,15 @@ def stream(bench: Bench, shape: Shape, rows: int) -> None:
                 y = forward(z, weight)
                 return torch.autograd.grad(y, leaves, p.dy) if leaves else y
 
-            bench.row(name, lambda call=call: [call], **fields)
+            bench.row(name, partial(list, (call,)), **fields)
         own = bench.find("triton", **fields)
         if mode == "fwd":
             product = bench.row("bare product", lambda: [lambda: p.z.flatten(1) @ bare], **fields)
             ratio = own / product if own and product else None
             bench.aim(f"{shape.name} forward over the bare product", ratio, 1.05, at_least=False)
         else:
-            rivals = [bench.find(name, **fields) for name in ("fold", "fold compiled")]
-            rivals = [seconds for seconds in rivals if seconds is not None]
+            names = ("fold", "fold compiled")
+            rivals = [seconds for name in names if (seconds := bench.find(name, **fields)) is not None]
             ratio = min(rivals) / own if rivals and own else None
             wanted = 1.1 if shape.dim <= 1024 else 1.2
             bench.aim(f"{shape.name} {mode}: fold + autograd over ours", ratio, wanted, at_least=True)
@@ -368,7 +368,7 @@ def moments(bench: Bench, shape: Shape, rows: int) -> None:
             def call(p=p, shift=shift, backend=backend):
                 return ops.unit_moments(p.z, p.scale, p.mean, shift, backend=backend)
 
-            bench.row(backend, lambda call=call: [call], **fields)
+            bench.row(backend, partial(list, (call,)), **fields)
         own, bandwidth = bench.find("triton", **fields), bench.roofs["copy, bytes/s"]
         if label != "float32" and (bench.tiny or count.bytes >= 128e6):
             share = count.bytes / own / bandwidth if own and bandwidth else None
@@ -428,7 +428,7 @@ def host(bench: Bench) -> None:
                 "dtype": "bfloat16",
                 "mode": mode,
             }
-            replayed = bench.row("replayed", lambda call=call: [call], **fields)
+            replayed = bench.row("replayed", partial(list, (call,)), **fields)
             walled = bench.wall("eager", call, **fields)
             if replayed and walled:
                 print(f"eager over replayed: {walled / replayed:.2f}", flush=True)

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -63,7 +64,7 @@ class Bench:
             times.append(before.elapsed_time(after) / 1e3 / turns)
         return statistics.median(times)
 
-    def row(self, provider: str, make: Callable[[], list[Work]], **fields: object) -> float | None:
+    def row(self, provider: str, make: Callable[[], list[Work]], **fields: Any) -> float | None:
         """Times the calls that `make` prepares; notes why where it cannot."""
         note, seconds = "", None
         if self.late():
@@ -78,7 +79,7 @@ class Bench:
         self.add(provider, seconds, note, **fields)
         return seconds
 
-    def add(self, provider: str, seconds: float | None, note: str = "", **fields: object) -> None:
+    def add(self, provider: str, seconds: float | None, note: str = "", **fields: Any) -> None:
         """A row of the table, printed and saved."""
         self.rows.append({"provider": provider, "seconds": seconds, "note": note, **fields})
         shown = note or ("not timed" if seconds is None else f"{1e6 * seconds:9.1f} us")
@@ -86,7 +87,7 @@ class Bench:
         print("  ".join([*words, provider, shown]), flush=True)
         self.save()
 
-    def wall(self, provider: str, call: Work, **fields: object) -> float | None:
+    def wall(self, provider: str, call: Work, **fields: Any) -> float | None:
         """Wall seconds of an eager call among many, the device waited for once at the end."""
         seconds = None
         call()
@@ -103,7 +104,7 @@ class Bench:
         self.add(provider, seconds, **fields)
         return seconds
 
-    def find(self, provider: str, **fields: object) -> float | None:
+    def find(self, provider: str, **fields: Any) -> float | None:
         for row in self.rows:
             if row["provider"] == provider and all(row.get(key) == value for key, value in fields.items()):
                 return row["seconds"]

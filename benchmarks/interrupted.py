@@ -20,6 +20,7 @@ import time
 import traceback
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,20 +93,20 @@ def start(arguments: list[str], place: Path) -> int:
         (place / "mark").touch()
         hook.remove()
 
-    def gather(*arguments: object, **options: object):
+    def gather(*arguments: Any, **options: Any):
         begun()
         return gathered(*arguments, **options)
 
     gathered, report.gather = report.gather, gather
     hook = torch.nn.modules.module.register_module_forward_pre_hook(begun)
     for module in (convex, fitting, tuning):
-        module.time = types.SimpleNamespace(perf_counter=lambda: 0.0)
+        vars(module)["time"] = types.SimpleNamespace(perf_counter=lambda: 0.0)
     sys.argv = ["residual-kernels", *(text.replace("OUT", str(place / "out")) for text in arguments)]
     code = 0
     try:
         cli.main()
     except SystemExit as end:
-        code = end.code or 0
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 99
@@ -134,7 +135,8 @@ def killed(name: str, arguments: list[str], times: int, rng: random.Random, plac
     if ended(pid):
         raise SystemExit(f"{name} fails undisturbed: {(place / 'errors').read_text()[-500:]}")
     took, undisturbed = time.perf_counter() - began, files_of(out)
-    faults, moments = [], []
+    faults: list[str] = []
+    moments: list[dict] = []
     for _ in range(3 * times):
         if len(moments) == times:
             break

@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,7 +94,7 @@ def step(name: str, count: int, place: Path) -> None:
     cache = rk.UnitCache.load(place / str(count), verify="size")
     adapter = rk.ResiDual(tower, rk.SpectralBases.load(place / "bases.safetensors").truncate(energy=0.9))
     torch.manual_seed(0)
-    head = rk.ZeroShotHead(torch.randn(adapter.tower.output_dim, 4), "abcd")
+    head = rk.ZeroShotHead(torch.randn(adapter.bases.dim, 4), "abcd")
     if name == "fit":
         rk.fit(adapter, head, cache, epochs=2)
     elif name == "report":
@@ -244,7 +245,8 @@ def attached_in_between() -> dict:
         plain = model.encode_image(images)
         with rk.attach(model, bases):
             adapted = model.encode_image(images)
-    stop, counts, inside = threading.Event(), {"tower": 0, "adapter": 0, "other": 0, "errors": 0}, [0]
+    stop, inside = threading.Event(), [0]
+    counts: dict[str, Any] = {"tower": 0, "adapter": 0, "other": 0, "errors": 0}
     lock = threading.Lock()
 
     def run():

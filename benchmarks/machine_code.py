@@ -127,7 +127,15 @@ def read_code(text: str, amd: bool, occupied: float, issued: Sequence[float] = (
             wide = "x4" in opcode
             narrow[depth] += not wide and "x2" not in opcode
             tile[depth] += 64 * 16 if wide and "load" in opcode else 0
-    return Code(*map(tuple, (counts, barriers, products, operations, narrow, tile)), occupied)
+    return Code(
+        tuple(counts),
+        tuple(barriers),
+        tuple(products),
+        tuple(operations),
+        tuple(narrow),
+        tuple(tile),
+        occupied,
+    )
 
 
 @lru_cache(maxsize=1024)

@@ -37,8 +37,11 @@ def measure(backend: str) -> dict:
     torch.set_num_threads(1)
     units, width, components, dim = 12, 64, 12 * 8, 512
     offsets = torch.arange(0, components + 1, 8)
-    constants = [torch.randn(components, width), *(torch.randn(components) for _ in range(3))]
-    pack = ops.pack_units(*constants, torch.randn(components, dim), offsets, backend=backend)
+    bias, slope, offset = torch.randn(3, components)
+    basis = torch.randn(components, dim)
+    pack = ops.pack_units(
+        torch.randn(components, width), bias, slope, offset, basis, offsets, backend=backend
+    )
     z, scale, mean, weight = (
         torch.randn(1, units, width),
         torch.rand(1),

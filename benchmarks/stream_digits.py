@@ -68,6 +68,7 @@ def main() -> None:
             data = cached if variant == "fine" else (train, val)
             result = rk.fit(adapter, head, *data, lr=rate, epochs=arguments.epochs)
             loss = result.history[result.best_epoch].val_loss
+            assert loss is not None  # there are validation images
             print(
                 f"  {variant}, lr {rate}: validation {result.val_accuracy:.4f}, loss {loss:.4f}", flush=True
             )
@@ -75,6 +76,7 @@ def main() -> None:
                 best = (result.val_accuracy, -loss), adapter, rate
             else:
                 adapter.detach()
+        assert best is not None  # RATES has one at least
         (accuracy, _), adapter, rate = best
         rows.append(
             {

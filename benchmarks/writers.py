@@ -17,6 +17,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 FOREIGN = ("mine.txt", "sub/code.py", ".hidden.part", "head.safetensors.bak")
 
@@ -99,7 +100,7 @@ class Once:
         self.draw_anew = False
         draw = Figure.savefig
 
-        def save(figure: Figure, target, **options: object) -> None:
+        def save(figure: Figure, target, **options: Any) -> None:
             if self.draw_anew:
                 return draw(figure, target, **options)
             text = isinstance(target, io.StringIO)
@@ -110,7 +111,7 @@ class Once:
             data = self.kept[key][1]
             target.write(data) if text else Path(target).write_bytes(data)
 
-        Figure.savefig = save
+        type.__setattr__(Figure, "savefig", save)
         for holder, name in (
             (charts, "on_page"),
             (charts, "in_folder"),
@@ -120,7 +121,7 @@ class Once:
             (torch.export, "export"),
         ):
             setattr(holder, name, self._once(getattr(holder, name), named=holder in (models, figures)))
-        fitting.time = types.SimpleNamespace(perf_counter=lambda: 0.0)
+        vars(fitting)["time"] = types.SimpleNamespace(perf_counter=lambda: 0.0)
 
     def _once(self, function: Callable, named: bool) -> Callable:
         def kept(*arguments: object, **options: object):
@@ -188,9 +189,16 @@ def writers(names: list[str] | None = None) -> list[Writer]:
 
     def fitted(folder: Path) -> None:
         adapter = rk.ResiDual(tower, bases.truncate(components=2))
-        fit = {"epochs": 4, "batch_size": 12, "checkpoint": folder / "fit.safetensors"}
         try:
-            rk.fit(adapter, heads[0], cache, cache, **fit)
+            rk.fit(
+                adapter,
+                heads[0],
+                cache,
+                cache,
+                epochs=4,
+                batch_size=12,
+                checkpoint=folder / "fit.safetensors",
+            )
             rk.save_adapter(adapter, folder / "a", head=heads[0])
         finally:
             adapter.detach()

@@ -5,6 +5,7 @@ The model is tiny and random, so that this runs offline. With CLIPModel.from_pre
 come from its CLIPProcessor, and the rest stays as it is.
 """
 
+import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 from transformers import CLIPConfig, CLIPModel, Trainer, TrainingArguments
@@ -13,7 +14,12 @@ import residual_kernels as rk
 from residual_kernels.demo import digit_images
 
 torch.manual_seed(0)
-size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+size: dict[str, float] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 size["initializer_factor"] = 4.0
 text = size | {"vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1}
 vision = size | {"image_size": 32, "patch_size": 8}
@@ -57,7 +63,7 @@ trainer = ZeroShotTrainer(
     collate,
     train,
     val,
-    compute_metrics=lambda seen: {"accuracy": (seen.predictions.argmax(1) == seen.label_ids).mean()},
+    compute_metrics=lambda seen: {"accuracy": (np.argmax(seen.predictions, 1) == seen.label_ids).mean()},
 )
 before = trainer.evaluate()["eval_accuracy"]  # of the untouched model
 

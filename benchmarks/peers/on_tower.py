@@ -35,7 +35,8 @@ def _train(
     def logits(split: Split) -> Tensor:
         return torch.cat([task.head(module(images)) for images in split.images.split(BATCH)])
 
-    best, kept = None, None
+    best: tuple[float, float] | None = None
+    kept = [p.detach().clone() for p in parameters]
     for step in range(1, steps + 1):
         if len(order) < BATCH_TRAIN:
             order = torch.cat([order, torch.randperm(len(train.labels), generator=generator)])

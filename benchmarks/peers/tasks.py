@@ -83,7 +83,8 @@ def _batches(images: Tensor, labels: Tensor | None = None):
 def _splits(tower, images: Tensor, labels: Tensor, runs) -> tuple[Split, Split, Split]:
     units = rk.encode(tower, _batches(images, labels), kinds=("head", "mlp"))
     whole = Split(images, labels, units)
-    return tuple(whole.rows(rows) for rows in runs)
+    train, val, test = (whole.rows(rows) for rows in runs)
+    return train, val, test
 
 
 def _task(name: str, model, head, background: Tensor, images: Tensor, labels: Tensor, runs) -> PeerTask:
@@ -147,6 +148,8 @@ def _bundled_clip_reader():
     """examples/bundled_clip/evaluate.py, which knows how the zip is laid out."""
     path = Path(__file__).resolve().parents[2] / "examples" / "bundled_clip" / "evaluate.py"
     spec = importlib.util.spec_from_file_location("bundled_clip_evaluate", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

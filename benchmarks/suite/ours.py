@@ -2,6 +2,7 @@
 and the paper's forms by its recipe."""
 
 import time
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def contest(
 
     for entry in played.entries:
         if entry.name in CANDIDATES:
-            more = {"seconds": seconds[entry.name], "freedom": entry.freedom}
+            more: dict[str, Any] = {"seconds": seconds[entry.name], "freedom": entry.freedom}
             found[CANDIDATES[entry.name]] = fitted(entry), more
     whole = sum(seconds.values()) - opening * (len(seconds) - 1)
     found[AUTO] = fitted(winner), {"seconds": whole, "winner": winner.name, "table": table}

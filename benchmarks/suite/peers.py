@@ -8,7 +8,7 @@ times this size are those of :data:`benchmarks.suite.rates.RATES`, found on task
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,7 @@ def lp_plus_plus(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int
         F.cross_entropy(features @ weight.T + bias + alpha * cosines, labels).backward()
         optimizer.step()
         if epoch % 10 == 0:
-            alpha.data -= step * alpha.grad
-    weight, bias, alpha = weight.detach(), bias.detach(), alpha.detach()
+            alpha.data.sub_(cast(Tensor, alpha.grad), alpha=step)
 
     @torch.no_grad()
     def logits(split: Split) -> Tensor:

@@ -93,7 +93,8 @@ def _character(code: int, font: str, rng: np.random.Generator) -> np.ndarray:
     scale = 2 * rng.uniform(24, 30) / max(glyph.size)
     glyph = glyph.resize([max(3, round(scale * side)) for side in glyph.size], Image.Resampling.BILINEAR)
     canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
-    canvas.paste(glyph, tuple((2 * SIZE - side) // 2 for side in glyph.size))
+    width, height = glyph.size
+    canvas.paste(glyph, ((2 * SIZE - width) // 2, (2 * SIZE - height) // 2))
     return _inked(np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), np.float32) / 255, rng)
 
 
@@ -219,7 +220,7 @@ def edges(images: np.ndarray) -> np.ndarray:
         lines = Image.fromarray(image).convert("L").filter(ImageFilter.FIND_EDGES)
         grey = np.asarray(lines, np.float32)
         grey[[0, -1]] = grey[:, [0, -1]] = 0  # the filter leaves the border as it was
-        found.append(np.clip(grey * (255 / max(64.0, np.percentile(grey, 98))), 0, 255))
+        found.append(np.clip(grey * (255 / max(64.0, float(np.percentile(grey, 98)))), 0, 255))
     return np.repeat(np.stack(found)[..., None], 3, 3).astype(np.uint8)
 
 

@@ -187,7 +187,7 @@ def markdown(result: dict) -> str:
             f"{statistics.fmean(cell.seconds for cell in at):.2f} | {fall} | {below} |"
         )
     for n in counts:
-        own = [name for name in names if whole(name, n)]
+        compared = [name for name in names if whole(name, n)]
         lines += [
             "",
             f"**{n or 'All'} labelled a class**",
@@ -195,8 +195,8 @@ def markdown(result: dict) -> str:
             "| method | " + " | ".join(tasks) + " |",
             "|---" * (len(tasks) + 1) + "|",
         ]
-        top = {task: max(found[task, n, name].accuracy for name in own) for task in tasks}
-        for name in own:
+        top = {task: max(found[task, n, name].accuracy for name in compared) for task in tasks}
+        for name in compared:
             row = []
             for task in tasks:
                 cell = found[task, n, name]

@@ -55,6 +55,8 @@ class SuiteTask:
 
     def of_classes(self, chosen: Sequence[int]) -> "SuiteTask":
         """The same task with some of its classes alone, numbered anew."""
+        if self.text_head is None:
+            raise ValueError(f"{self.name} has no class names in words")
         head = rk.ZeroShotHead(
             self.text_head.class_vectors[:, list(chosen)],
             [self.names[k] for k in chosen],
@@ -103,7 +105,9 @@ def _photographs(archive: Path | None):
 
 def _changed(change: Callable[[np.ndarray, np.ndarray, int], pictures.Pictures]):
     def read(archive: Path | None):
-        return tuple(change(*part, seed) for seed, part in enumerate(_photographs(archive)))
+        return tuple(
+            change(images, labels, seed) for seed, (images, labels) in enumerate(_photographs(archive))
+        )
 
     return read
 

@@ -53,8 +53,8 @@ def _trained(
             order = torch.cat([order, torch.randperm(len(train.labels), generator=generator)])
         rows, order = order[:BATCH_TRAIN], order[BATCH_TRAIN:]
         optimizer.zero_grad()
-        outputs = functional_call(task.tower, still | changed(), (train.images[rows],))
-        F.cross_entropy(head(outputs), train.labels[rows]).backward()
+        seen = functional_call(task.tower, still | changed(), (train.images[rows],))
+        F.cross_entropy(head(seen), train.labels[rows]).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():

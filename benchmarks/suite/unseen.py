@@ -82,11 +82,12 @@ def _row(task: tasks.SuiteTask, name: str, seed: int) -> dict:
         row |= {"seconds": time.process_time() - start, "winner": winner}
     for part, half in (("base", seen), ("novel", novel)):
         truth = half.test.labels
-        before = half.text_head(half.test.units.output).argmax(1) == truth
+        words = half.head(half.train)
+        before = words(half.test.units.output).argmax(1) == truth
         if fit is None:
             after = before
         else:
-            own = head if part == "base" else half.text_head
+            own = head if part == "base" else words
             after = own(outputs(half.test)).argmax(1) == truth
         row[part] = {
             "test": len(truth),

@@ -88,14 +88,14 @@ def zero_shot(model, tokenizer, config: dict, images: np.ndarray, labels: np.nda
         if len(rows):
             values, truth = np.unique(whats[rows], return_inverse=True)
             ask(f"which {kind}", truth, rows, [prompt("what", ATTRIBUTES["what"][v], kind) for v in values])
-    for attribute, values in ATTRIBUTES.items():
+    for attribute, words in ATTRIBUTES.items():
         rows = np.flatnonzero(labels[:, COLUMN[attribute]] >= 0)
         if attribute != "what" and len(np.unique(labels[rows, COLUMN[attribute]])) > 1:
             ask(
                 attribute,
                 labels[rows, COLUMN[attribute]],
                 rows,
-                [prompt(attribute, value) for value in values],
+                [prompt(attribute, word) for word in words],
             )
     return accuracy
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from evaluate import HELD_OUT_SEED, as_input, read_photos, zero_shot
+from open_clip import CLIP
 from safetensors.torch import save
 from schedulefree import AdamWScheduleFree
 
@@ -145,7 +146,7 @@ def clip_loss(logits: torch.Tensor, match: torch.Tensor) -> torch.Tensor:
     return 0.5 * (to_text + to_image)
 
 
-def encode_text(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+def encode_text(model: CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """`model.encode_text(tokens)` without the work on the padding behind the longest caption."""
     length = int(tokens.argmax(1).max()) + 1
     tokens = tokens[:, :length]
@@ -155,7 +156,7 @@ def encode_text(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def forward_backward(
-    model: torch.nn.Module, images: torch.Tensor, tokens: torch.Tensor, match: torch.Tensor, workers: Executor
+    model: CLIP, images: torch.Tensor, tokens: torch.Tensor, match: torch.Tensor, workers: Executor
 ) -> float:
     """One step's loss; its gradients are added to the model's.
 
@@ -307,7 +308,7 @@ def main() -> None:
             model.eval()
             optimizer.eval()
             save_weights(model, args.out / "clip.safetensors")
-            point = {
+            point: dict[str, object] = {
                 "step": step,
                 "minutes": round(seconds / 60, 1),
                 "loss": round(float(np.mean(losses)), 4),
