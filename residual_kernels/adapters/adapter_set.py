@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import distributed
-from residual_kernels.adapters.groups import Group, group_of
+from residual_kernels.adapters.groups import Group, StreamGroup, UnitsGroup, group_of
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.adapters.unit_sum import at_least_float32, tower_itself
 from residual_kernels.towers import Terms
@@ -191,7 +191,7 @@ class AdapterSet(TowerAdapter):
     @property
     def placement(self) -> str:  # type: ignore[override]  # nobody sets it
         """Where the active adapter works."""
-        return "stream" if self._active is not None and self._shared_by(self._active).stream else "output"
+        return "stream" if self.changes_tokens else "output"
 
     @property
     def adapted(self) -> tuple[str, ...]:  # type: ignore[override]  # nobody sets it
@@ -258,16 +258,17 @@ class AdapterSet(TowerAdapter):
         return found
 
     def _forward(self, images: Tensor, chosen: "_Member | Tensor", keys: tuple[str, ...] | None):
-        if isinstance(chosen, _Member) and self.shared[chosen.key].leaves_the_tower(chosen.weight):
+        if isinstance(chosen, _Member):
             shared, weight = self.shared[chosen.key], chosen.weight
-            return tower_itself(
-                self._view,
-                images,
-                lambda images: self._view.terms(images, shared.kinds),
-                lambda batch: shared.change(batch, weight),
-            )
+            if isinstance(shared, UnitsGroup) and shared.leaves_the_tower(weight):
+                return tower_itself(
+                    self._view,
+                    images,
+                    lambda images: self._view.terms(images, shared.kinds),
+                    lambda batch: shared.change(batch, weight),
+                )
         touched = (chosen.key,) if isinstance(chosen, _Member) else keys or ()
-        edits = [self._edit(key, chosen) for key in touched if self.shared[key].stream]
+        edits = [self._edit(key, chosen) for key in touched if self._in_stream(key)]
         edit = functools.partial(_one_after_another, edits) if edits else None
         batch = self._view.terms(images, self._kinds(touched), edit)
         y = self._read(batch, chosen, keys)
@@ -275,7 +276,7 @@ class AdapterSet(TowerAdapter):
 
     @property
     def changes_tokens(self) -> bool:  # type: ignore[override]  # nobody sets it
-        return self._active is not None and self._shared_by(self._active).stream
+        return self._active is not None and self._in_stream(self._member(self._active).key)
 
     def from_units(self, terms: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
         """y [N, D] from terms collected before, by the active adapter or by `names`."""
@@ -285,7 +286,7 @@ class AdapterSet(TowerAdapter):
 
     def _check_terms(self, terms: Terms, touched: Sequence[str]) -> None:
         """Raises ValueError unless these terms are all that the groups `touched` read."""
-        if any(self.shared[key].stream for key in touched):
+        if any(map(self._in_stream, touched)):
             raise ValueError(
                 "one of these adapters works inside the tower, so its output cannot be computed from cached "
                 "units; give images"
@@ -307,7 +308,7 @@ class AdapterSet(TowerAdapter):
         return {"scale": terms.scale, "mean": terms.mean, "output": terms.output, **kept}
 
     def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
-        if self._active is not None and self._shared_by(self._active).stream:
+        if self.changes_tokens:
             return {"images": images}  # inside the tower everything depends on the weight
         return super().features_of_images(images)
 
@@ -316,9 +317,8 @@ class AdapterSet(TowerAdapter):
         shared = self._shared_by(self._active)
         found = []
         for task, weight in enumerate(weights[0]):
-            if shared.stream:
-                edit = shared.edit(weight)
-                batch = self._view.terms(features["images"], (), edit)
+            if isinstance(shared, StreamGroup):
+                batch = self._view.terms(features["images"], (), shared.edit(weight))
             else:
                 own = features["scale"].ndim == 2  # rows of its own for every task
                 one = {name: value[task] if own else value for name, value in features.items()}
@@ -332,6 +332,10 @@ class AdapterSet(TowerAdapter):
             "a set of adapters has no one weight to fold away; merge an adapter by itself (its own merge())"
         )
 
+    def _in_stream(self, key: str) -> bool:
+        """Whether the adapters of this group work inside the tower."""
+        return isinstance(self.shared[key], StreamGroup)
+
     def _weights(self, key: str) -> Tensor:
         """[T, J] of the adapters of one group."""
         return torch.stack([member.weight for member in self.members.values() if member.key == key])
@@ -342,6 +346,7 @@ class AdapterSet(TowerAdapter):
         Rows of other groups keep what they have (weights of one).
         """
         group = self.shared[key]
+        assert isinstance(group, StreamGroup)
         if isinstance(chosen, _Member):
             return group.edit(chosen.weight)
         weights = self._weights(key)
@@ -354,7 +359,7 @@ class AdapterSet(TowerAdapter):
         if isinstance(chosen, _Member):
             return self.shared[chosen.key](terms, chosen.weight).to(terms.output.dtype)
         y = terms.output
-        outside = [key for key in keys or () if not self.shared[key].stream]
+        outside = [key for key in keys or () if not self._in_stream(key)]
         for key in outside:
             local = self._local(key, chosen)
             if len(outside) == 1:  # no look at the values: what a graph can hold

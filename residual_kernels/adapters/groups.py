@@ -3,6 +3,7 @@
 Their constants: of units, the output or the stream.
 """
 
+import abc
 import copy
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +17,9 @@ from residual_kernels.towers import Terms
 from residual_kernels.towers.edit import Edit
 
 
-class Group(nn.Module):
+class Group(nn.Module, abc.ABC):
     """The constants of one kind of adapter, as :class:`AdapterSet` applies them with the weights of any."""
 
-    stream = False  # whether the change happens inside the tower
     removed_mean: Tensor
 
     def __init__(self, adapter: TowerAdapter):
@@ -47,21 +47,9 @@ class Group(nn.Module):
             for key, value in theirs.items()
         )
 
+    @abc.abstractmethod
     def forward(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
         """y [N, D] with weight [J], or [T, J] and each row's own, `index` [N]."""
-        raise NotImplementedError
-
-    def change(self, terms: Terms, weight: Tensor) -> Tensor:
-        """The part of y, [N, D], that is added to the tower's output where :meth:`leaves_the_tower` holds."""
-        raise NotImplementedError
-
-    def leaves_the_tower(self, weight: Tensor) -> bool:
-        """Whether y is the tower's own output with this weight."""
-        return False
-
-    def edit(self, weight: Tensor, index: Tensor | None = None) -> Edit:
-        """What is done in every block; of a group in the stream."""
-        raise NotImplementedError
 
 
 class UnitsGroup(Group):
@@ -76,10 +64,12 @@ class UnitsGroup(Group):
         return y if rest is None else y + rest
 
     def change(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
+        """The part of y, [N, D], that is added to the tower's output where :meth:`leaves_the_tower` holds."""
         factors = self.rest.factors(self.spread(weight))
         return reweighted_sum(self.units, self.sizes, terms, factors, index)
 
     def leaves_the_tower(self, weight: Tensor) -> bool:
+        """Whether y is the tower's own output with this weight."""
         return self.rest.leaves_the_tower(weight)
 
 
@@ -95,13 +85,13 @@ class OutputGroup(Group):
 class StreamGroup(Group):
     """Heads reweighted inside the tower, whose output has the change already."""
 
-    stream = True
     units: Mapping[str, Any]
 
     def forward(self, terms: Terms, weight: Tensor, index: Tensor | None = None) -> Tensor:
         return terms.output
 
     def edit(self, weight: Tensor, index: Tensor | None = None) -> Edit:
+        """What is done in every block, with weights as in :meth:`forward`."""
         return self.units["head"].edit(weight, index)
 
 

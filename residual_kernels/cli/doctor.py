@@ -72,7 +72,9 @@ def _device(device: torch.device) -> dict:
         else:
             states[name] = "ready, used by auto" if name == auto else "ready"
             if name == "cpp":
-                used, slower = backends.load("cpp").instruction_set()
+                from residual_kernels.ops import cpp_backend  # the extension is optional
+
+                used, slower = cpp_backend.instruction_set()
                 why = "".join(f"; not {faster}: {cause}" for faster, cause in slower.items())
                 states[name] += f"; instruction set {used}{why}"
     return {"device": str(device), "detail": detail, "auto": auto, "backends": states}

@@ -11,10 +11,11 @@ from residual_kernels import distributed, train
 from residual_kernels.adapters.folder import save_adapter
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import SpectralBases
-from residual_kernels.cli.inputs import Reader, is_cache
+from residual_kernels.cli.inputs import Reader
 from residual_kernels.cli.printing import err, out, write_numbers
 from residual_kernels.train.contest import PROBE
 from residual_kernels.units.cache import UnitCache
+from residual_kernels.units.source import is_cache
 from residual_kernels.zeroshot import ZeroShotHead
 
 AUTO = "auto"

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,7 @@ from residual_kernels.data.images.dataset import reading_of
 from residual_kernels.data.images.decode import MARK
 from residual_kernels.units.cache import MANIFEST, UnitCache, encode
 from residual_kernels.units.cache.shards import read_manifest
-
-if TYPE_CHECKING:
-    from typing_extensions import TypeIs
+from residual_kernels.units.source import is_cache
 
 SHOWN = 10  # images or classes named on the screen; --json holds all
 
@@ -40,11 +38,6 @@ def device_of(name: str | None) -> torch.device:
 def prepare(model: str, pretrained: str | None, device: str | None):
     clip, preprocess, tokenizer = sources.load_model(model, pretrained)
     return clip.to(device_of(device)), preprocess, tokenizer
-
-
-def is_cache(source: object) -> "TypeIs[UnitCache]":
-    """Whether `--data` named a cache of `encode`."""
-    return isinstance(source, UnitCache)
 
 
 @dataclass

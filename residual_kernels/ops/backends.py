@@ -1,17 +1,19 @@
 """Who computes an operator: ``triton`` (CUDA and ROCm devices),
 ``cpp`` (the compiled CPU extension) or ``torch``.
 
-A backend is a module in ``residual_kernels.ops`` with the functions ``pack``, ``spectral_reweight_forward``,
-``spectral_reweight_backward`` and ``unit_moments``. ``auto`` takes the first available one in the order
-below; a backend asked for by name is never replaced by another.
+A backend is a module in ``residual_kernels.ops`` that has the functions of :class:`Backend`, the one place
+where their arguments are explained; the type checker holds each module to them. ``auto`` takes the first
+available one in the order below; a backend asked for by name is never replaced by another.
 """
 
 import importlib
 import importlib.util
 import os
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
+from torch import Tensor
 
 ENVIRONMENT_VARIABLE = "RESIDUAL_KERNELS_BACKEND"
 BACKENDS = ("triton", "cpp", "torch")  # the order in which `auto` looks
@@ -20,6 +22,78 @@ _MODULES = {
     "cpp": "residual_kernels.ops.cpp_backend",
     "torch": "residual_kernels.ops.torch_backend",
 }
+
+
+class Backend(Protocol):
+    """What a backend computes. Its callers have checked shapes, dtypes and devices.
+
+    A pack, `tensors` and `sizes`, is laid out by the backend's own `pack` and opaque to everybody else. The
+    letters are those of :func:`residual_kernels.ops.spectral_reweight`.
+    """
+
+    def pack(
+        self, proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
+    ) -> tuple[list[Tensor], list[int]]:
+        """The constants of all units as the kernels read them; proj and basis in the dtype of z."""
+        ...
+
+    def shape(self, tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, int, int, int]:
+        """(R, C, J, D) of a pack.
+
+        A ValueError unless its tensors are what `pack` makes of such constants, so that no kernel reads
+        outside of them.
+        """
+        ...
+
+    def spectral_reweight_forward(
+        self,
+        z: Tensor,
+        scale: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        weight_index: Tensor | None,
+        tensors: Sequence[Tensor],
+        sizes: Sequence[int],
+    ) -> Tensor:
+        """y [T, N, D] for weight [T, J]; [N, D] with `weight_index` [N], each row's own weight."""
+        ...
+
+    def spectral_reweight_backward(
+        self,
+        dy: Tensor,
+        z: Tensor,
+        scale: Tensor | None,
+        mean: Tensor | None,
+        weight: Tensor,
+        weight_index: Tensor | None,
+        tensors: Sequence[Tensor],
+        sizes: Sequence[int],
+        wanted: list[bool],
+    ) -> list[Tensor]:
+        """Those of dweight, dz, dscale and dmean that are `wanted`, in this order."""
+        ...
+
+    def unit_moments(
+        self, z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(total [R, L], second moment [R, L, L]) of l = (scale z, scale, scale mean), about `shift`."""
+        ...
+
+
+class SummingBackend(Backend, Protocol):
+    """A backend that also sums coefficients which are known already, c [N, J], faster than a product."""
+
+    def spectral_sum_forward(
+        self, c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
+    ) -> Tensor:
+        """y [T, N, D] of weight [T, J]."""
+        ...
+
+    def spectral_sum_backward(
+        self, dy: Tensor, c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
+    ) -> Tensor:
+        """dweight [T, J]."""
+        ...
 
 
 def _cpp_missing(device: torch.device) -> str | None:
@@ -100,9 +174,14 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
 resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def load(backend: str) -> ModuleType:
+def load(backend: str) -> Backend:
     """The module that implements `backend` (a resolved name)."""
-    return importlib.import_module(_MODULES[backend])
+    return cast(Backend, importlib.import_module(_MODULES[backend]))
+
+
+def load_summing(backend: str) -> SummingBackend:
+    """The same of a backend that has the sums: triton or cpp."""
+    return cast(SummingBackend, load(backend))
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

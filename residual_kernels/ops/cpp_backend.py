@@ -12,11 +12,12 @@ torch's own, a unit at a time.
 
 import os
 import time
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from residual_kernels import _cpp
+import residual_kernels._cpp as _cpp
 from residual_kernels.ops.cpp_packing import (
     BLOCK,
     TILE,
@@ -129,7 +130,7 @@ def pack(
     return made.listed(), list(Sizes(number, width, dim, components))
 
 
-def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
+def shape(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, int, int, int]:
     """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other.
 
     What is left to the extension, which asks at every call: that the blocks and offsets hold every component,
@@ -251,8 +252,8 @@ def spectral_reweight_forward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
 ) -> Tensor:
     """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]."""
     if z.dtype == torch.float16:
@@ -276,8 +277,8 @@ def spectral_reweight_backward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted ones of (dweight, dz, dscale, dmean), in this order."""
@@ -318,7 +319,9 @@ def _sum_arguments(c: Tensor, weight: Tensor, pack: Pack, sizes: Sizes) -> list:
     ]
 
 
-def spectral_sum_forward(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]) -> Tensor:
+def spectral_sum_forward(
+    c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
+) -> Tensor:
     """c [N, J], weight [T, J] -> y [T, N, D]."""
     weight = weight.contiguous()
     numbers = Sizes(*sizes)
@@ -328,7 +331,7 @@ def spectral_sum_forward(c: Tensor, weight: Tensor, tensors: list[Tensor], sizes
 
 
 def spectral_sum_backward(
-    dy: Tensor, c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int]
+    dy: Tensor, c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
     """dy [T, N, D] -> dweight [T, J]."""
     weight = weight.contiguous()

@@ -1,10 +1,18 @@
 """Which way a call of `spectral_reweight` is computed, and why."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from residual_kernels.ops import backends
 from residual_kernels.ops.packing import PackedUnits
 from residual_kernels.ops.triton.routes import Explanation
+
+if TYPE_CHECKING:  # here, where no backend comes by, the checker holds each of them to its protocol
+    from residual_kernels.ops import cpp_backend, torch_backend
+    from residual_kernels.ops.backends import Backend, SummingBackend
+    from residual_kernels.ops.triton import backend as triton_backend
+
+    _WITH_SUMS: tuple[SummingBackend, SummingBackend] = (triton_backend, cpp_backend)
+    _WITHOUT: Backend = torch_backend
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ def explain(
         reason = f"the {pack.backend} backend has one way to compute"
         routes = [Explanation(name, pack.backend, None, 1, {}, reason) for name in ("forward", "backward")]
         return Plan(pack.backend, *routes)
-    found = backends.load("triton").explain(
-        pack.dtype, list(pack.tensors), list(pack.sizes), rows, tasks, indexed, plain
-    )
+    from residual_kernels.ops.triton import backend  # the package triton is optional
+
+    found = backend.explain(pack.dtype, list(pack.tensors), list(pack.sizes), rows, tasks, indexed, plain)
     return Plan("triton", *found)

@@ -27,7 +27,7 @@ def _spectral_sum(
         raise ValueError(f"the call states D = {dim}, but the constants are packed for D = {shape[3]}")
     if 0 in (*c.shape, len(weight), dim):
         return c.new_zeros(len(weight), len(c), dim)
-    return backends.load(backend).spectral_sum_forward(c, weight, tensors, sizes)
+    return backends.load_summing(backend).spectral_sum_forward(c, weight, tensors, sizes)
 
 
 def _check(
@@ -65,7 +65,7 @@ def _spectral_sum_backward(
     check_upstream(dy, (len(weight), len(c), shape[3]), c)
     if 0 in (*c.shape, len(weight), shape[3]):
         return torch.zeros_like(weight)
-    return backends.load(backend).spectral_sum_backward(dy, c, weight, tensors, sizes)
+    return backends.load_summing(backend).spectral_sum_backward(dy, c, weight, tensors, sizes)
 
 
 @_spectral_sum_backward.register_fake

@@ -5,6 +5,7 @@ J] (one product writes all components). Matrix products run in z's dtype; everyt
 better.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -46,7 +47,7 @@ def pack(
     return list(_Pack(padded, slots, bias, slope, offset, basis)), [units, longest]
 
 
-def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
+def shape(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, int, int, int]:
     """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other."""
     if len(tensors) != 6 or len(sizes) != 2:
         raise ValueError(
@@ -92,8 +93,8 @@ def spectral_reweight_forward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
 ) -> Tensor:
     """weight [T, J] -> y [T, N, D], or [N, D] with weight_index [N]."""
     constants = _Pack(*tensors)
@@ -110,8 +111,8 @@ def spectral_reweight_backward(
     mean: Tensor | None,
     weight: Tensor,
     weight_index: Tensor | None,
-    tensors: list[Tensor],
-    sizes: list[int],
+    tensors: Sequence[Tensor],
+    sizes: Sequence[int],
     wanted: list[bool],
 ) -> list[Tensor]:
     """The wanted ones of (dweight, dz, dscale, dmean), in this order."""

@@ -9,7 +9,7 @@ checked.
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from residual_kernels.towers import Terms
 from residual_kernels.units.cache import UnitCache, encode
 from residual_kernels.units.checks import check_names, check_range, names_of
 from residual_kernels.units.loader import IGNORED, NEEDED, LoadedUnits, Stream, UnitBatch
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 ROWS = 512  # of a cache at a time, where nothing else bounds a batch
 IMAGES = 64  # of a tensor of images that go through the tower at a time
@@ -138,6 +141,11 @@ class CachedUnits:
         return digest(tensors, {"tower": self.cache.checksum, "kinds": list(self.cache.kinds)})
 
 
+def is_cache(data: object) -> "TypeIs[UnitCache]":
+    """Whether some data are a cache, not images; commands ask in order to say what they were given."""
+    return isinstance(data, UnitCache)
+
+
 def unit_source(
     data: "UnitCache | Tensor | Iterable",
     tower: nn.Module,
@@ -172,12 +180,12 @@ def unit_source(
     """
     view = towers.view_inside(tower, check)
     if labelled and class_names is not None:
-        names, sure = (data.class_names, True) if isinstance(data, UnitCache) else names_of(data)
+        names, sure = (data.class_names, True) if is_cache(data) else names_of(data)
         check_names(class_names, names, sure=sure)
         classes = len(class_names)
     kinds = tuple(kinds)
     more = tuple(kind for kind in also if kind not in kinds)
-    if not isinstance(data, UnitCache):
+    if not is_cache(data):
         loader = data.split(IMAGES) if isinstance(data, Tensor) else data
         return LoadedUnits(
             Stream(loader), view, (*kinds, *more), NEEDED if labelled else IGNORED, classes=classes
@@ -195,7 +203,7 @@ def unit_source(
 def cache_of(data: "UnitCache | Tensor | Iterable", tower: nn.Module, kinds: Iterable[str] = ()) -> UnitCache:
     """`data` itself where it is a cache (of this tower, with these kinds); images are encoded in memory."""
     unit_source(data, tower, kinds)  # checks them
-    if isinstance(data, UnitCache):
+    if is_cache(data):
         return data
     loader = data.split(IMAGES) if isinstance(data, Tensor) else data
     return encode(tower, loader, kinds=kinds)

@@ -51,7 +51,7 @@ def pack(
     return tensors, sizes
 
 
-def shape(tensors: list[Tensor], sizes: list[int]) -> tuple[int, int, int, int]:
+def shape(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, int, int, int]:
     """(R, C, J, D); ValueError when tensors and sizes of a pack contradict each other.
 
     Values on a device are not looked at: a look would wait for it.
