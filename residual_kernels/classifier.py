@@ -92,6 +92,9 @@ class Classifier:
                 images, a uint8 array [N, H, W, 3], or preprocessed images [N, 3, H, W].
             y: a label for each image, of any sortable type. Left out for a folder, which has its own.
 
+        Returns:
+            This classifier, fitted.
+
         Raises:
             ValueError: no labels, fewer than two classes, or images that cannot be read (named).
         """
@@ -122,12 +125,32 @@ class Classifier:
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """The label of each image [N], of the type of the labels that `fit` saw. X: as in `fit`."""
+        """The label of each image.
+
+        Args:
+            X: images, as in `fit`, or a folder without class folders.
+
+        Returns:
+            [N] labels, of the type of the labels that `fit` saw.
+
+        Raises:
+            ValueError: not fitted, or an image cannot be read.
+        """
         labels = self._predicted(X).labels.cpu().numpy()
         return self.classes_[labels]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """The probability of each class for each image, [N, K] float, columns in the order of `classes_`."""
+        """The probability of each class for each image.
+
+        Args:
+            X: images, as in `predict`.
+
+        Returns:
+            [N, K] float64, columns in the order of `classes_`; rows sum to one.
+
+        Raises:
+            ValueError: not fitted, or an image cannot be read.
+        """
         return self._predicted(X).probabilities.double().cpu().numpy()
 
     def score(self, X: Any, y: Iterable | None = None) -> float:
@@ -150,10 +173,15 @@ class Classifier:
         return float(np.mean(self.predict(images) == np.asarray(list(y))))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes adapter, class vectors and labels to the folder `path`; `residual-kernels eval` reads it
-        too.
+        """Writes adapter, class vectors and labels to a folder, which `residual-kernels eval` reads too.
 
         The model is not part of it.
+
+        Args:
+            path: the folder.
+
+        Raises:
+            ValueError: not fitted.
         """
         self._check_fitted()
         save_adapter(
@@ -222,13 +250,16 @@ class Classifier:
         token: str | bool | None = None,
         **options: Any,
     ) -> "Classifier":
-        """The classifier that :meth:`push` put on the Hugging Face hub,
-        around the model that it was fitted on.
+        """The classifier that :meth:`push` put on the Hugging Face hub, around its model.
 
         Args:
             repo_id: "name/repository".
-            model, preprocess, tokenizer, options: as for the constructor.
+            model: the one that it was fitted on.
+            preprocess, tokenizer, options: as for the constructor.
             revision, token: as in huggingface_hub.
+
+        Returns:
+            A fitted classifier; `result_` is None.
 
         Raises:
             ValueError: it was fitted on another model, or holds no class vectors.
@@ -286,11 +317,28 @@ class Classifier:
         return self
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of the constructor by name."""
+        """The arguments of the constructor, by name (scikit-learn's convention).
+
+        Args:
+            deep: has no effect: no argument is an estimator.
+
+        Returns:
+            name -> value.
+        """
         return {name: getattr(self, name) for name in _parameters(type(self))}
 
     def set_params(self, **params: Any) -> "Classifier":
-        """Sets arguments of the constructor by name; ValueError for one that it has not."""
+        """Sets arguments of the constructor, by name (scikit-learn's convention).
+
+        Args:
+            params: name=value.
+
+        Returns:
+            This classifier.
+
+        Raises:
+            ValueError: the constructor has no argument of that name.
+        """
         unknown = sorted(set(params) - set(_parameters(type(self))))
         if unknown:
             raise ValueError(

@@ -34,10 +34,14 @@ class ZeroShotHead(nn.Module):
         class_names: K names.
         logit_scale: natural logarithm of the scale; 0.0 for none.
 
-    Warns where names repeat, and where two class vectors are equal or nearly so (cosine above 0.9999; of more
-    than 2,000 classes, equal alone), as those of the prompts "Turkey" and "turkey".
+    Raises:
+        ValueError: vectors of another shape, or with NaN or Inf.
 
-    Raises ValueError for vectors of another shape, or with NaN or Inf.
+    Warns where names repeat, and where two class vectors are equal or nearly so (cosine above 0.9999; among
+    more than 2,000 classes only equal ones are looked for). The prompts "Turkey" and "turkey" give such
+    vectors.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
     """
 
     class_vectors: Tensor
@@ -61,6 +65,17 @@ class ZeroShotHead(nn.Module):
             _warn(f"{_told(alike)}: images cannot be told apart by them; reword or merge these classes")
 
     def forward(self, y: Tensor) -> Tensor:
+        """The logits of embeddings.
+
+        Args:
+            y: [..., D]; their length has no effect.
+
+        Returns:
+            [..., K], in the wider dtype of y and the class vectors.
+
+        Raises:
+            ValueError: the embeddings have another dimension than the class vectors.
+        """
         if y.shape[-1] != len(self.class_vectors):
             raise ValueError(
                 f"embeddings have {y.shape[-1]} numbers but the class vectors {len(self.class_vectors)}: "
@@ -88,8 +103,9 @@ class ZeroShotHead(nn.Module):
         *,
         logit_scale: float | None = None,
     ) -> "ZeroShotHead":
-        """open_clip's own class vectors: the mean over templates of normalised text embeddings,
-        normalised again.
+        """A head with open_clip's own class vectors, made from text.
+
+        A class vector is the mean over templates of normalised text embeddings, normalised again.
 
         Args:
             model: an open_clip model, or a transformers CLIPModel, SiglipModel or BlipForImageTextRetrieval.
@@ -108,7 +124,9 @@ class ZeroShotHead(nn.Module):
 
         Warns where a prompt is cut at the context length, and where two class vectors are equal or nearly so.
         SigLIP's logit_bias is the same for every class, so it changes neither labels nor softmax and is left
-        out: add it to the logits for sigmoid probabilities.
+        out. Add it to the logits for sigmoid probabilities.
+
+        Source: the zero-shot classifier of Radford et al., 2021, as open_clip computes it.
         """
         from open_clip import build_zero_shot_classifier
 
@@ -154,8 +172,14 @@ class ZeroShotHead(nn.Module):
         return cls(vectors, class_names, logit_scale)
 
     def alike(self, limit: float = ALIKE) -> list[tuple[str, str, float]]:
-        """Pairs of classes whose vectors are equal or nearly so: (name, name, cosine above `limit`),
-        nearest first."""
+        """Pairs of classes whose vectors are equal or nearly so.
+
+        Args:
+            limit: the cosine above which a pair is reported.
+
+        Returns:
+            (name, name, cosine) of each pair, nearest first.
+        """
         vectors = self.class_vectors.detach()
         directions = F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=0)
         found = []
@@ -220,11 +244,19 @@ class ZeroShotHead(nn.Module):
         return cls((sums / sizes[:, None]).T, names)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes class vectors, names and scale to one safetensors file, atomically."""
+        """Writes class vectors, names and scale to one safetensors file, atomically.
+
+        Args:
+            path: the file.
+        """
         save_tensors(path, *self.contents())
 
     def contents(self) -> tuple[dict[str, Tensor], str, dict[str, list[str]]]:
-        """Tensors, kind and header of the file that :meth:`save` writes."""
+        """What :meth:`save` writes.
+
+        Returns:
+            (tensors by name, kind of the file, header).
+        """
         tensors = {"class_vectors": self.class_vectors, "logit_scale": self.logit_scale}
         return tensors, WHAT, {"class_names": list(self.class_names)}
 

@@ -117,9 +117,16 @@ class AdapterSet(TowerAdapter):
         self._active = name
 
     def add(self, name: str, adapter: TowerAdapter, head: ZeroShotHead | None = None) -> None:
-        """Adds an adapter made on this tower.
+        """Adds an adapter made on this tower. Its weights are copied.
 
-        A ValueError says what does not fit, and then nothing is changed.
+        Args:
+            name: a new name, without dots.
+            adapter: ResiDual, CoarseHeads or OutputSpectral.
+            head: for :meth:`logits`.
+
+        Raises:
+            ValueError: the name is taken or unusable, or the adapter or the head does not fit this tower.
+                Nothing is changed then.
         """
         if name in self.members:
             raise ValueError(f"there is an adapter {name!r} already; remove it first, or choose another name")
@@ -152,9 +159,15 @@ class AdapterSet(TowerAdapter):
             self._guard.keep(self)
 
     def remove(self, name: str) -> None:
-        """Takes an adapter out, and constants that no other one shares.
+        """Removes an adapter, with the constants that no other adapter shares.
 
-        Where it was active, the tower's output is.
+        If it was active, no adapter is active afterwards.
+
+        Args:
+            name: of the adapter.
+
+        Raises:
+            ValueError: there is no such adapter.
         """
         key = self._member(name).key
         del self.members[name]
@@ -174,7 +187,17 @@ class AdapterSet(TowerAdapter):
         return self.shared[self._member(name).key]
 
     def index(self, names: Sequence[str | None]) -> Tensor:
-        """Positions [N] int64 of names, -1 for None, on the tower's device."""
+        """Positions of names, for calls in a compiled graph.
+
+        Args:
+            names: N names, or None for the tower's own output.
+
+        Returns:
+            [N] int64 on the tower's device; -1 for None.
+
+        Raises:
+            ValueError: there is no adapter of that name.
+        """
         for name in {name for name in names if name is not None}:
             self._member(name)
         position = {name: i for i, name in enumerate(self.members)} | {None: -1}
@@ -202,6 +225,7 @@ class AdapterSet(TowerAdapter):
         return tuple(dict.fromkeys(kind for key in keys for kind in self.shared[key].kinds))
 
     def trainable(self) -> list[nn.Parameter]:
+        """The active adapter's weight. Raises ValueError if none is active."""
         if self._active is None:
             raise ValueError(f"no adapter is active; set .active to one of {', '.join(self.members)}")
         return [self.members[self._active].weight]
@@ -245,6 +269,19 @@ class AdapterSet(TowerAdapter):
     def forward(
         self, images: Tensor, names: str | Sequence[str | None] | Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
+        """The embeddings, by the active adapter or by the adapters that are named.
+
+        Args:
+            images: [N, 3, H, W], as the tower takes them.
+            names: one name, N names (None for the tower's own output), or positions [N] int64 (see
+                :meth:`index`). The active adapter by default.
+
+        Returns:
+            y [N, D] in the output's dtype, or (y, tokens) where the tower returns tokens.
+
+        Raises:
+            ValueError: there is no adapter of that name, or not one name per image.
+        """
         chosen, keys = self._chosen(names, len(images))
         if chosen is None:
             return self.tower(self._view.here(images))
@@ -279,7 +316,18 @@ class AdapterSet(TowerAdapter):
         return self._active is not None and self._in_stream(self._member(self._active).key)
 
     def from_units(self, terms: Terms, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
-        """y [N, D] from terms collected before, by the active adapter or by `names`."""
+        """The embeddings of units collected before.
+
+        Args:
+            terms: a batch of a UnitCache, or what :meth:`collect` returned.
+            names: as in :meth:`forward`.
+
+        Returns:
+            y [N, D] in the output's dtype.
+
+        Raises:
+            ValueError: the terms lack a kind, or one of the adapters works inside the tower and needs images.
+        """
         chosen, keys = self._chosen(names, len(terms.output))
         self._check_terms(terms, keys if keys is not None else () if chosen is None else (chosen.key,))
         return terms.output if chosen is None else self._read(terms, chosen, keys)
@@ -302,7 +350,14 @@ class AdapterSet(TowerAdapter):
         return self.from_units(terms)
 
     def features(self, terms: Terms) -> dict[str, Tensor]:
-        """The terms that the active adapter reads: what they become depends on which one that is."""
+        """The terms that the active adapter reads. What they become depends on which adapter is active.
+
+        Args:
+            terms: a batch of N images.
+
+        Returns:
+            Tensors with N rows, by name.
+        """
         self._check_terms(terms, () if self._active is None else (self._member(self._active).key,))
         kept = {f"z.{kind}": terms.z[kind] for kind in self.adapted}
         return {"scale": terms.scale, "mean": terms.mean, "output": terms.output, **kept}
@@ -328,6 +383,7 @@ class AdapterSet(TowerAdapter):
         return torch.stack(found)
 
     def merge(self) -> nn.Module:
+        """Raises ValueError: a set of adapters has no single weight to fold. Merge an adapter by itself."""
         raise ValueError(
             "a set of adapters has no one weight to fold away; merge an adapter by itself (its own merge())"
         )
@@ -379,10 +435,18 @@ class AdapterSet(TowerAdapter):
         return torch.tensor([*table, -1], device=index.device)[index]  # an index of -1 reads the last one
 
     def logits(self, images: Tensor, names: str | Sequence[str | None] | Tensor | None = None) -> Tensor:
-        """Logits [N, K] of each row's adapter by its own head.
+        """Logits of each row's adapter by its own head.
 
-        Where heads have different numbers of classes K is the largest, and columns past a row's own are -inf,
-        so that softmax and argmax hold. Raises ValueError when a row has no adapter, or its adapter no head.
+        Args:
+            images: [N, 3, H, W].
+            names: as in :meth:`forward`.
+
+        Returns:
+            [N, K]. If heads have different numbers of classes, K is the largest, and columns past a row's own
+            are -inf, so that softmax and argmax hold.
+
+        Raises:
+            ValueError: a row has no adapter, or its adapter has no head.
         """
         chosen, keys = self._chosen(names, len(images))
         row_names: list[Any]

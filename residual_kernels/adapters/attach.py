@@ -75,21 +75,23 @@ def attach(
 
     In an open_clip model that is `model.visual`. In a transformers CLIP or image classifier it is the vision
     model (and CLIP's projection, which is part of the tower): get_image_features, image_embeds and logits
-    then come from y. Where the model is wrapped (PeftModel, torch.compile, data parallel), the tower is
-    swapped inside the wrapper.
+    then come from y. If the model is wrapped (PeftModel, torch.compile, data parallel), the tower is swapped
+    inside the wrapper.
 
     Args:
         model: a CLIP-like model with the image tower at `.visual`, or a transformers model around a vision
             model.
-        bases, rest, options: handed to :class:`ResiDual`; or
-        adapter: a module made before on this model's tower (ResiDual, CoarseHeads ...).
+        bases, rest, options: of a new :class:`ResiDual`.
+        adapter: instead of bases: a module made before on this model's tower (ResiDual, CoarseHeads ...).
 
     Returns:
         An :class:`Attachment`: use it in ``with``, or call ``.detach()``; ``.residual`` is the module.
 
-    Raises ValueError when the model has no place for a tower, is attached already, or the adapter is of
-    another tower, and UnsupportedTowerError when an `encode_image` of one's own does more than call the
-    tower; the model is then unchanged.
+    Raises:
+        ValueError: the model has no place for a tower, is attached already, or the adapter is of another
+            tower. The model is then unchanged.
+        UnsupportedTowerError: an `encode_image` of your own does more than call the tower. The model is then
+            unchanged.
     """
     whole = inner(model)
     owner, name, tower = _place_of(whole)

@@ -17,11 +17,22 @@ from residual_kernels.ops.packing import wide
 
 
 class CoarseHeads(UnitAdapter):
-    """y = sum over units of weight[u] * x_u, plus the rest: one number per head, no basis, not centred
-    (a baseline).
+    """y = sum over units of weight[u] * x_u, plus the rest: one number per head (a baseline).
 
-    `kinds` are the adapted ones; rest="mean" needs `bases` for the fitted means. `weight` [R]. Other
-    arguments as in :class:`ResiDual`.
+    There is no basis, and y is not centred.
+
+    Args:
+        tower: an image tower that :func:`residual_kernels.decompose` supports.
+        rest: what happens to the other units: "zero", "sum", "mean" or "all", as in :class:`ResiDual`.
+        kinds: of the units that are adapted.
+        bases: of this tower, for the means of rest="mean"; not needed otherwise.
+        init: "ones", "normal" (N(1, 1) with `seed`) or a tensor [R].
+        seed: random seed of init="normal".
+
+    Raises:
+        ValueError: the tower is wrapped already, or an argument is out of range.
+
+    `weight` [R], at least float32, is the only trainable tensor.
     """
 
     weights_on = "units"

@@ -26,17 +26,19 @@ AGREEMENT = 1e-4  # relative error beyond which a written file is not kept (8 ro
 
 
 def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify: bool = True) -> float | None:
-    """Writes an image encoder that takes batches of any size,
-    and returns how far its numbers are from the module's.
+    """Writes an image encoder that takes batches of any size, and compares the file with the module.
 
     Args:
         module: what ``residual.merge()`` returned, or any tower. An adapter that is not merged goes to .pt2
-            alone, and is read where this package is installed (its operator is ours).
+            only, and is read where this package is installed (its operator is ours).
         path: ends with .onnx (input "images", output "embedding"; weights beyond 2 GB lie in a file beside
             it) or .pt2 (``torch.export.load(path).module()(images)``).
         images: [N, 3, H, W], preprocessed: what the module is traced and the file is checked with. The file
             is made on the CPU: a module on another device is copied there, and images are moved.
-        verify: run the file and compare; otherwise None is returned. .onnx needs onnxruntime for it.
+        verify: run the file and compare. For .onnx this needs onnxruntime.
+
+    Returns:
+        The largest difference between the file's embeddings and the module's; None without `verify`.
 
     Raises:
         ValueError: another ending, or bfloat16 for .onnx.

@@ -84,8 +84,8 @@ def save_adapter(
 
     Args:
         adapter: of any method (:data:`rk.METHODS`).
-        path: a folder. At every instant it holds the old adapter whole or the new one whole, also when the
-            process is killed; files that are not the adapter's are left alone.
+        path: a folder. At every instant it holds the old adapter whole or the new one whole, even if the
+            process is killed. Files that are not the adapter's are left alone.
         head: its classifier. With it the folder is all that the commands `eval`, `predict` and `report` need.
         base_head: how the untouched model is read, for "before" and "after"; `head` itself by default. A fit
             that moved class vectors has both.
@@ -97,12 +97,13 @@ def save_adapter(
             a file that :meth:`SpectralBases.save` wrote is a reference that also says where they lie (it is
             checked here).
 
-    What is loaded gives the outputs of what was saved bit for bit; only a reference from a float64 tower to a
-    file with components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
+    Raises:
+        ValueError: the module is no adapter, its tower has been trained since its bases were fitted, the head
+            or the names do not fit, or the file holds other bases.
+        FileExistsError: a file, or an `adapter.json` of another program, is in the way.
 
-    Raises ValueError for a module that is no adapter, whose tower has been trained since its bases were
-    fitted, for a head or names that do not fit, or for a file of other bases; FileExistsError where a file,
-    or an `adapter.json` of another program, stands in the way.
+    A loaded adapter gives the outputs of the saved one, bit for bit. Only a reference from a float64 tower to
+    a file with components in float32 (the default of :meth:`SpectralBases.save`) rounds them, by 6e-8.
     """
     from residual_kernels import __version__
 
@@ -213,9 +214,17 @@ class AdapterFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> "AdapterFolder":
-        """Reads a folder.
+        """Reads a folder that :func:`save_adapter` or `residual-kernels fit` wrote.
 
-        Raises FileNotFoundError where there is no adapter, ValueError where a file is damaged.
+        Args:
+            path: the folder.
+
+        Returns:
+            What it holds, with every checksum verified.
+
+        Raises:
+            FileNotFoundError: there is no adapter.
+            ValueError: a file is damaged.
         """
         path = Path(path)
         while True:
@@ -267,7 +276,18 @@ class AdapterFolder:
     def adapter(
         self, tower: nn.Module, *, bases: SpectralBases | str | os.PathLike | None = None
     ) -> TowerAdapter:
-        """The adapter around `tower`; as :func:`load_adapter`."""
+        """The adapter around a tower, as :func:`load_adapter` returns it.
+
+        Args:
+            tower: the image tower that it was fitted on, with the same weights.
+            bases: for an adapter that keeps its bases by reference: the bases, or the path of their file.
+
+        Returns:
+            The adapter, with the learned weights.
+
+        Raises:
+            ValueError: the tower or the bases are others. The tower is then unchanged.
+        """
         cls, options = _CLASSES[self.config["class"]], self.config["options"]
         arguments = _arguments(cls)
         found = towers.checksum(towers.view(tower).module)

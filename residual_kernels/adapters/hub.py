@@ -239,8 +239,7 @@ def push_adapter(
     token: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """Pushes an adapter and a model card to the Hugging Face hub, in one commit,
-    and returns the commit's address.
+    """Pushes an adapter and a model card to the Hugging Face hub, in one commit.
 
     Args:
         adapter: what :func:`save_adapter` takes.
@@ -255,9 +254,13 @@ def push_adapter(
         bases: False pushes a reference to them alone (see :func:`save_adapter`).
         card: further metadata of the card (license, base_model, datasets, language ...), as ModelCardData
             takes it.
-        private, token, revision: of the repository, as huggingface_hub has them.
+        private, token, revision: of the repository, as in huggingface_hub.
 
-    Raises ValueError, before anything is sent, for what save_adapter refuses.
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: what :func:`save_adapter` refuses, or an accuracy outside [0, 1]. Nothing is sent then.
     """
     if accuracy is not None and not 0 <= accuracy <= 1:
         raise ValueError(f"accuracy is a share of images, in [0, 1]; got {accuracy}")

@@ -16,10 +16,21 @@ from residual_kernels.towers import Terms
 
 
 class OutputSpectral(TowerAdapter):
-    """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit, all components kept
-    (a baseline).
+    """y = Phi^T diag(weight) Phi (output - mu): the tower's output as one unit (a baseline).
 
-    `weight` [D]. Arguments as in :class:`ResiDual`.
+    All its components are kept.
+
+    Args:
+        tower: an image tower that :func:`residual_kernels.decompose` supports.
+        bases: fitted on this very tower by :func:`fit_bases`; only the output's own basis is read.
+        init: "ones", "normal" (N(1, 1) with `seed`) or a tensor [D].
+        seed: random seed of init="normal".
+        backend: which implementation computes the operator; see :mod:`residual_kernels.ops.backends`.
+
+    Raises:
+        ValueError: the bases are of another tower, or the tower is wrapped already.
+
+    `weight` [D], at least float32, is the only trainable tensor.
     """
 
     method = "output"
@@ -52,6 +63,7 @@ class OutputSpectral(TowerAdapter):
         return self.weight if weight is None else weight
 
     def constants(self) -> dict[str, nn.Module]:
+        """The module that `weight` is applied to, by name."""
         return {"spectral": self.spectral}
 
     def _centred(self) -> list[Tensor]:
@@ -105,8 +117,15 @@ class OutputIdentity(TowerAdapter):
 
 
 class OutputLinear(TowerAdapter):
-    """y = W output + b with a torch.nn.Linear(D, D), initialised by torch's default under `seed`
-    (a baseline)."""
+    """y = W output + b: a torch.nn.Linear(D, D) on the tower's output (a baseline).
+
+    Args:
+        tower: an image tower that :func:`residual_kernels.decompose` supports.
+        seed: random seed of torch's default initialisation.
+
+    Raises:
+        ValueError: the tower is wrapped already.
+    """
 
     method = "linear"
     folds_tower = False

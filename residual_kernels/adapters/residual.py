@@ -36,14 +36,14 @@ __all__ = [
 class ResiDual(UnitAdapter):
     """y = sum over adapted units of Phi_u^T diag(weight_u) Phi_u (x_u - mu_u), plus the rest.
 
-    Exact, in low rank.
+    It is computed exactly, in low-rank form.
 
-    The anchored form, rest="all", keeps the tower's whole output f(x) and adds what the weights change of it:
-    y = f(x) + sum over adapted units of Phi_u^T diag(weight_u - 1) Phi_u (x_u - mu_u). weight = 1 is the
-    tower, to the bit, whatever components were kept, and y is an embedding like the tower's own (not
-    centred). (Called on images it then runs the tower's own forward. From cached units it gives the cached
-    output to the bit; `merge` reads the output along with the units, as :func:`decompose` does, which rounds
-    otherwise than the tower by itself.)
+    The anchored form, rest="all", keeps the tower's whole output f(x) and adds what the weights change: y =
+    f(x) + sum over adapted units of Phi_u^T diag(weight_u - 1) Phi_u (x_u - mu_u). With weights of 1 it is
+    the tower, to the bit, however many components are kept, and y is an embedding like the tower's own (not
+    centred). Called on images, it then runs the tower's own forward pass; from cached units it returns the
+    cached output. `merge` reads the output along with the units, as :func:`decompose` does, which rounds
+    differently from the tower's own forward pass.
 
     With placement="stream" this makes a :class:`StreamResiDual`: heads are reweighted inside the tower.
 
@@ -51,28 +51,33 @@ class ResiDual(UnitAdapter):
         tower: an image tower that :func:`residual_kernels.decompose` supports.
         bases: fitted on this very tower by :func:`fit_bases` with the same placement, usually truncated.
             Their kinds are the adapted ones.
-        rest: what becomes of the other units: "zero", "sum" (kept) or "mean" (their fitted mean); or "all",
-            the anchored form above: nothing is dropped, of the adapted units neither. The stream form is
-            anchored already, so there rest is left out (or "all").
-        init: "ones" (the default of every class of this library, whatever the form), "normal" (N(1, 1) with
-            `seed`, the paper's) or a tensor [J]. By name, :func:`build` starts as the method's record says.
+        rest: what happens to the other units: "zero" (dropped), "sum" (kept), "mean" (replaced by their
+            fitted mean), or "all", the anchored form above, which drops nothing. The stream form is anchored
+            already; leave rest out there.
+        init: "ones" (the default of every class of this library), "normal" (N(1, 1) with `seed`, the paper's)
+            or a tensor [J]. :func:`build`, which takes a method's name, starts as the method's record says.
+        seed: random seed of init="normal".
         placement: "output" (the paper's: units as shares of the output) or "stream".
         tokens, layers: of the stream; see :class:`StreamResiDual`.
-        train_tower: leave the tower's requires_grad flags as they are, to train it end to end; parameters
-            folded into the constants (out_proj, ls_1, ln_post, proj) must not train.
-        backend: who computes the operator; see :mod:`residual_kernels.ops.backends`.
-        check: compare the first image with the tower's own forward, as :func:`residual_kernels.decompose`
-            does.
+        train_tower: leave the tower's requires_grad flags as they are, to train it end to end. Parameters
+            that are folded into the constants (out_proj, ls_1, ln_post, proj) must not train.
+        backend: which implementation computes the operator; see :mod:`residual_kernels.ops.backends`.
+        check: compare the first image with the tower's own forward pass, as
+            :func:`residual_kernels.decompose` does.
 
-    `weight` [J], at least float32, is the only trainable tensor; its order is the layout's (heads
-    layer-major, then MLPs), components by falling variance. `state_dict` holds `weight`, the constants and
-    `tower.*`; `load_state_dict` also takes the tower's own keys.
+    Raises:
+        ValueError: the bases are of another tower, the tower is wrapped already, or an argument is out of
+            range.
 
-    Each plain call looks whether the tower is still the one that the constants are of. Compiled and exported
-    code does not, and nothing but :meth:`check` sees writes through ``.data``: call it after such.
+    `weight` [J], at least float32, is the only trainable tensor. Its order is the layout's (heads
+    layer-major, then MLPs); the components of a unit come by falling variance. `state_dict` holds `weight`,
+    the constants and `tower.*`; `load_state_dict` also takes the tower's own keys.
 
-    Raises ValueError when the bases are of another tower, the tower is wrapped already, or an argument is out
-    of range.
+    Each plain call checks whether the tower has changed since the constants were computed. Compiled and
+    exported code does not, and writes through ``.data`` are seen by :meth:`check` only.
+
+    Source: Basile et al., "ResiDual Transformer Alignment with Spectral Decomposition", TMLR 2025 (arXiv
+    2411.00246). The low-rank form, rest="all" and the stream form are this library's.
     """
 
     weights_on = "components"

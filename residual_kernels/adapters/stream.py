@@ -85,11 +85,11 @@ class StreamHeads(nn.Module):
 
 
 class StreamResiDual(WeightedUnits):
-    """At every token, a head that adds x to the residual stream adds x + Phi^T diag(weight - 1) Phi
-    (x - mu) instead.
+    """ResiDual inside the tower: heads are reweighted where they enter the residual stream.
 
-    Later layers see the change. weight = 1 is the tower, and y is an embedding like the tower's own (not
-    centred).
+    A head that adds x to the stream adds x + Phi^T diag(weight - 1) Phi (x - mu) instead, at every token.
+    Later layers see the change. With weights of 1 it is the tower, and y is an embedding like the tower's own
+    (not centred).
 
     Args:
         tower: an image tower that :func:`residual_kernels.decompose` supports.
@@ -99,12 +99,13 @@ class StreamResiDual(WeightedUnits):
         layers: whose heads are adapted; all by default.
         init, seed, train_tower, backend, check: as in :class:`ResiDual`.
 
-    Every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is
-    honoured): `fit` takes loaders, not caches. `weight` [J] runs through the adapted layers' heads,
-    layer-major.
+    Raises:
+        ValueError: the bases are of another tower or placement, the tower is wrapped already, or an argument
+            is out of range.
 
-    Raises ValueError when the bases are of another tower or placement, the tower is wrapped already, or an
-    argument is out of range.
+    Every forward pass runs the tower, and training runs it backwards too (gradient checkpointing is
+    honoured): `fit` takes loaders, not caches. `weight` [J] runs through the heads of the adapted layers,
+    layer-major.
     """
 
     placement = "stream"
@@ -174,13 +175,17 @@ class StreamResiDual(WeightedUnits):
         return torch.stack([self._view.terms(features["images"], (), edit).output for edit in edits])
 
     def merge(self) -> nn.Module:
-        """The tower itself, its output projections holding the change (LayerScale folded in and set to one).
+        """The tower itself, with the change folded into its output projections.
 
-        Needs tokens="all". The tower's state_dict has the same keys as ever and loads where this package is
-        absent. This module goes on giving the same numbers, and :meth:`unmerge` or :meth:`detach` put the
-        tower's own weights back.
+        LayerScale is folded in too, and set to one. Needs tokens="all". The tower's state_dict keeps its
+        keys, so it loads where this package is absent. This module still gives the same embeddings, and
+        :meth:`unmerge` or :meth:`detach` restore the tower's own weights.
 
-        Raises ValueError, with nothing changed, where folding is impossible or gives NaN or Inf.
+        Returns:
+            The tower.
+
+        Raises:
+            ValueError: folding is impossible or gives NaN or Inf. Nothing is changed then.
         """
         if self.merged:
             raise ValueError("this adapter is merged already; unmerge it first")
@@ -212,6 +217,7 @@ class StreamResiDual(WeightedUnits):
         self._accept_tower()
 
     def detach(self) -> nn.Module:
+        """Restores the tower's own weights after :meth:`merge`, and its flags, and returns the tower."""
         if self.merged:
             self.unmerge()
         return super().detach()

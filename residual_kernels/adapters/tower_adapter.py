@@ -145,25 +145,26 @@ class TowerAdapter(AroundTower, abc.ABC):
             self._guard.accept()
 
     def still(self) -> None:
-        """Raises ValueError, in words, where the tower is no longer made as it was: blocks, pooling,
-        folded weights.
+        """Raises ValueError where the tower is no longer made as it was: blocks, pooling, folded weights.
 
-        A glance, which every run takes by itself; :meth:`check` looks at the numbers too.
+        This quick check runs with every forward pass; :meth:`check` compares the values too.
         """
         self._view.still()
 
     @torch.no_grad()
     def check(self, images: Tensor | None = None) -> None:
-        """Raises ValueError unless this adapter is still what its weights and its tower say. A look by hand.
+        """Checks by hand that this adapter is still what its weights and its tower say.
 
-        Every plain forward notices most changes by itself. This is for what it cannot see: writes through
-        ``.data``, which raise no version counter, and code from ``torch.compile`` or ``torch.export``, which
-        looks at nothing.
+        Every plain forward pass notices most changes by itself. This is for what it cannot see: writes
+        through ``.data``, which raise no version counter, and code from ``torch.compile`` or
+        ``torch.export``, which checks nothing.
 
         Args:
-            images: [N, 3, H, W]; the first is compared with the tower's own forward.
+            images: [N, 3, H, W]; the first is compared with the tower's own forward pass.
 
-        Folded weights are compared by checksums of all their values, to a few roundings.
+        Raises:
+            ValueError: the tower or its folded weights have changed; these are compared by checksums of all
+                their values, to a few roundings.
         """
         self.still()
         if self._guard is not None:
@@ -221,8 +222,14 @@ class TowerAdapter(AroundTower, abc.ABC):
             setattr(tower, name, value)
 
     def lock(self, *args: Any, **kwargs: Any) -> None:
-        """The tower's own `lock`, refused (and undone) where it would let parameters train that are folded
-        in."""
+        """The tower's own `lock`, refused (and undone) where parameters that are folded in would train.
+
+        Args:
+            args, kwargs: of the tower's `lock`.
+
+        Raises:
+            ValueError: parameters that are folded into the constants would train.
+        """
         cast(Any, self.tower).lock(*args, **kwargs)
         fixed = self._folded_and_trainable()
         if fixed:
@@ -271,8 +278,7 @@ class TowerAdapter(AroundTower, abc.ABC):
                 )
 
     def options(self) -> dict[str, Any]:
-        """Constructor arguments, besides tower and bases,
-        that an adapter on disk must be made with again; as JSON."""
+        """Constructor arguments, besides tower and bases, that are saved with the adapter, as JSON."""
         return {}
 
     @property
@@ -291,10 +297,18 @@ class TowerAdapter(AroundTower, abc.ABC):
         return next(self.tower.parameters()).device
 
     def component_weight(self, weight: Tensor | None = None) -> Tensor:
-        """[J], what each component's coefficient is multiplied by; of [..., P] other weights, in place of its
-        own, [..., J]. With weights on units, a unit is its own one component.
+        """What each component's coefficient is multiplied by.
 
-        Raises ValueError where no number belongs to a component (a linear layer).
+        With weights on units, a unit counts as one component.
+
+        Args:
+            weight: other weights [..., P] in place of its own.
+
+        Returns:
+            [J], or [..., J] for other weights.
+
+        Raises:
+            ValueError: no number belongs to a component (a linear layer).
         """
         raise ValueError(f"{type(self).__name__} reweights no components")
 
@@ -306,25 +320,33 @@ class TowerAdapter(AroundTower, abc.ABC):
         return []
 
     def table(self) -> "Table":
-        """One dict per component: component (its place in `component_weight()`), unit (layout index), kind,
-        layer, head, place (0 for the largest variance of its unit), weight, and explained, its share of the
-        unit's variance in the set that the bases were fitted on. What does not apply is None. `.to_pandas()`
-        makes a DataFrame.
+        """The learned weights, one row per component.
 
-        Raises ValueError where no number belongs to a component (a linear layer, the base).
+        Returns:
+            One dict per component: component (its place in `component_weight()`), unit (layout index), kind,
+            layer, head, place (0 for the largest variance of its unit), weight, and explained, its share of
+            the unit's variance over the images that the bases were fitted on. What does not apply is None.
+            `.to_pandas()` makes a DataFrame.
+
+        Raises:
+            ValueError: no number belongs to a component (a linear layer, the base).
         """
         return description.table(self)
 
     def plot(self) -> "Figure":
-        """The weights by layer and head as a matplotlib Figure; by component where there are no layers.
+        """The weights by layer and head; by component where there are no layers.
 
-        Raises ValueError as :meth:`table`, and ImportError where matplotlib is missing.
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ValueError: as :meth:`table`.
+            ImportError: matplotlib is missing.
         """
         return description.plot(self)
 
     def constants(self) -> dict[str, nn.Module]:
-        """The modules that hold what one weight vector is applied to;
-        {} where what is learned is no such vector."""
+        """Modules that hold what one weight vector is applied to; {} where no such vector is learned."""
         return {}
 
     @property
@@ -353,8 +375,7 @@ class TowerAdapter(AroundTower, abc.ABC):
         return len(adapters) - (self in adapters)
 
     def detach(self) -> nn.Module:
-        """Restores the tower's requires_grad flags (when no other adapter lives on it) and returns the
-        tower."""
+        """Returns the tower, with its requires_grad flags restored if no other adapter lives on it."""
         _, adapters = _frozen.get(self.tower, (None, weakref.WeakSet()))
         adapters.discard(self)
         if self._flags is not None and not adapters:
@@ -364,11 +385,28 @@ class TowerAdapter(AroundTower, abc.ABC):
         return self.tower
 
     def collect(self, images: Tensor) -> Terms:
-        """Runs the tower and returns what :meth:`from_units` needs of it."""
+        """Runs the tower and returns what :meth:`from_units` needs of it.
+
+        Args:
+            images: [N, 3, H, W], as the tower takes them.
+
+        Returns:
+            z per kind, scale, mean, the tower's output and, where the tower returns them, its tokens.
+        """
         return self._view.terms(images, self.kinds)
 
     def from_units(self, terms: Terms) -> Tensor:
-        """y [N, D] from terms collected before (a batch of a UnitCache, or :meth:`collect`)."""
+        """The embeddings of units collected before.
+
+        Args:
+            terms: a batch of a UnitCache, or what :meth:`collect` returned.
+
+        Returns:
+            y [N, D] in the output's dtype.
+
+        Raises:
+            ValueError: the terms lack a kind, or this adapter works inside the tower and needs images.
+        """
         missing = [kind for kind in self._reads() if kind not in terms.z]
         if missing:
             raise ValueError(
@@ -386,35 +424,67 @@ class TowerAdapter(AroundTower, abc.ABC):
 
     @abc.abstractmethod
     def features(self, terms: Terms) -> dict[str, Tensor]:
-        """The part of y that does not depend on the weights, one row per image.
+        """The part of y that does not depend on the weights. A fit on a cache computes it once.
 
-        A fit on a cache computes it once.
+        Args:
+            terms: a batch of N images.
+
+        Returns:
+            Tensors with N rows, by name.
+
+        Raises:
+            ValueError: this adapter works inside the tower, so no part of y is independent of the weights.
         """
 
     @torch.no_grad()
     def features_of_images(self, images: Tensor) -> dict[str, Tensor]:
-        """The same of images, by running the tower."""
+        """:meth:`features` of images, by running the tower.
+
+        Args:
+            images: [N, 3, H, W].
+
+        Returns:
+            Tensors with N rows, by name.
+        """
         return self.features(self.collect(images))
 
     @abc.abstractmethod
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
-        """y [..., N, D], at least float32, from :meth:`features` and from weights in the order of
-        :meth:`trainable`.
+        """The embeddings from :meth:`features` and from given weights.
 
-        Leading dimensions broadcast: weights [T, J] on features [N, ...], or on [T, N, ...] where every task
-        has rows of its own, give [T, N, D]: T tasks at once.
+        Args:
+            features: what :meth:`features` returned, with rows [N, ...]; or [T, N, ...], with rows of its own
+                for each task.
+            weights: tensors in the order of :meth:`trainable`. Leading dimensions broadcast: weights [T, J]
+                compute T tasks at once.
+
+        Returns:
+            y [..., N, D], at least float32.
         """
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """The embeddings of images; called like the tower.
+
+        Args:
+            images: [N, 3, H, W], as the tower takes them.
+
+        Returns:
+            y [N, D] in the output's dtype, or (y, tokens) where the tower returns tokens.
+        """
         batch = self.collect(images)
         y = self._embed(batch).to(batch.output.dtype)
         return y if batch.tokens is None else (y, batch.tokens)
 
     @abc.abstractmethod
     def merge(self) -> nn.Module:
-        """The adapter with its weight folded away: a new module of torch layers around the same tower
-        (not a copy).
+        """The adapter with its weight folded away: torch layers around the same tower, which is not copied.
 
-        It is called like the tower, equals this module for the weight it has now, and torch.export can carry
-        it.
+        It is called like the tower, gives the same embeddings as this module with its present weight, and can
+        be exported.
+
+        Returns:
+            A new module.
+
+        Raises:
+            ValueError: the tower has changed since the adapter was made, or the fold gives NaN or Inf.
         """

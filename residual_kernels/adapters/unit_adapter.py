@@ -91,7 +91,17 @@ class WeightedUnits(TowerAdapter):
         return {"units": cast(nn.Module, self.units), "rest": self.rest, "spread": self.spread}
 
     def weight_of(self, unit) -> Tensor:
-        """The weights [K_u] of one adapted unit's components, by layout index, row or (layer, head)."""
+        """The weights of one adapted unit's components.
+
+        Args:
+            unit: layout index, layout row or (layer, head).
+
+        Returns:
+            [K_u].
+
+        Raises:
+            ValueError: the unit is of a kind that is not adapted.
+        """
         row = self.layout[self.layout.index(unit)]
         if row.kind not in self.adapted:
             raise ValueError(
@@ -156,8 +166,14 @@ class UnitAdapter(WeightedUnits):
         return self.adapted
 
     def adapted_sum(self, terms: Terms) -> Tensor:
-        """The reweighted units alone, [N, D], without the rest;
-        with rest="all" what they add to the output."""
+        """The reweighted units alone, without the rest. With rest="all": what they add to the output.
+
+        Args:
+            terms: a batch of N images.
+
+        Returns:
+            [N, D].
+        """
         return reweighted_sum(self.units, self._sizes, terms, self.rest.factors(self.component_weight()))
 
     def _embed(self, terms: Terms) -> Tensor:

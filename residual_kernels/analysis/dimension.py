@@ -93,16 +93,21 @@ def participation_ratio(bases: SpectralBases, kind: str = "head") -> Tensor:
 
 
 def nearest_two(points: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances of every point to its nearest and second nearest other point, [N] float64 each,
-    in O(N) memory.
+    """Distances of every point to its nearest and second nearest other point, in O(N) memory.
 
     Args:
         points: [N, r], floating, N >= 3, finite.
 
-    A first look takes lower bounds of squared distances from one matrix product, tile by tile, and keeps a
-    few candidates; their distances are then computed from differences in float64. A point is done when no
-    bound of another lies below its second distance; those that are not are looked at again in float64, and at
-    last one by one. So duplicates and ties come out exactly, and points far from the origin lose nothing.
+    Returns:
+        Two tensors [N] float64.
+
+    Raises:
+        ValueError: fewer than three points, or NaN or Inf.
+
+    One matrix product per tile gives lower bounds of squared distances, which leave a few candidates per
+    point. Their distances are computed from differences in float64. A point is finished when no other point's
+    bound lies below its second distance; the others are searched again in float64, and at last one by one. So
+    duplicates and ties come out exactly, and points far from the origin lose nothing.
     """
     if points.ndim != 2 or len(points) < 3 or not points.is_floating_point():
         raise ValueError(
@@ -232,17 +237,24 @@ def two_nn_dimension(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """TwoNN dimension of every unit, [R] float64, from its C+2 coordinates.
+    """TwoNN dimension of every unit, from its C+2 coordinates.
 
     Args:
+        tower: a supported image tower, or an adapter around one.
         data: a UnitCache of this tower, or a loader (encoded in memory first).
+        kind: of the units.
         units: some of the kind's units; all by default.
         fraction: see :func:`two_nn`.
         points: at most this many images, drawn with `seed`; all by default. Time grows with their square,
             memory does not: units are taken in groups.
+        seed: random seed of the draw.
         progress: called with the number of units after each.
 
-    NaN for a unit whose points are constant or all tied.
+    Returns:
+        [R] float64; NaN for a unit whose points are constant or all tied.
+
+    Raises:
+        ValueError: data of another tower or without the kind, or fewer than three images.
     """
     cache = cache_of(data, tower, (kind,))
     rows = sample(len(cache), points, seed)

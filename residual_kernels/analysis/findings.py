@@ -83,6 +83,21 @@ class Analysis:
     """What was found of one tower on one data set. Made by :func:`analyze`; :meth:`save` writes JSON and CSV.
 
     Tables that were not asked for, or that need labels or words where there are none, are empty.
+
+    Attributes:
+        tower: the name of the tower's family.
+        layers, heads, dim: L, H and D.
+        kind: of the units.
+        images: how many were analysed.
+        fitted_images: how many the bases were fitted on.
+        energies: explained variances that components were counted for.
+        class_names: of the data, or None.
+        units: one row per unit.
+        components: one row per kept component.
+        output: the model's output as one unit.
+        similarity: weighting -> [R, R] spectral cosines.
+        selections: accuracy against how much is kept.
+        seconds: what each step took.
     """
 
     tower: str
@@ -102,13 +117,21 @@ class Analysis:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict:
-        """Plain dicts, lists, numbers and strings; NaN becomes None."""
+        """The analysis as plain dicts, lists, numbers and strings.
+
+        Returns:
+            field -> value; NaN becomes None.
+        """
         return _plain(asdict(self))
 
     def save(self, folder: str | os.PathLike) -> list[Path]:
         """Writes analysis.json, units.csv, components.csv, similarity-*.csv and selection.csv.
 
-        Returns their paths.
+        Args:
+            folder: made where it is not there.
+
+        Returns:
+            The paths of the files.
         """
         folder = Path(folder)
         tables: dict[str, Iterable[list]] = {
@@ -135,18 +158,34 @@ class Analysis:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Analysis":
-        """Reads what :meth:`save` wrote; FileNotFoundError or ValueError when it is absent or another
-        file."""
+        """The analysis that :meth:`save` wrote.
+
+        Args:
+            folder: that was given to :meth:`save`.
+
+        Returns:
+            The analysis.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged, or another one.
+        """
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"no {WHAT} at {folder} ({FILE} is missing)")
         return typed(read_json(path, WHAT), cls, f"{path}")
 
     def table(self, of: str = "units") -> display.Table:
-        """The rows of "units" (the model's output last), "components" or "selection" as dicts,
-        as in the CSV files.
+        """One of the tables, as rows. What was not measured is None.
 
-        What was not measured is None. Raises ValueError for another name.
+        Args:
+            of: "units" (the model's output comes last), "components" or "selection".
+
+        Returns:
+            One dict per row, with the columns of the CSV file.
+
+        Raises:
+            ValueError: another name.
         """
         made = {
             "units": self._unit_table,
@@ -159,7 +198,18 @@ class Analysis:
         return display.Table((dict(zip(columns, row, strict=True)) for row in rows), columns)
 
     def to_pandas(self, of: str = "units") -> "pandas.DataFrame":
-        """:meth:`table` as a DataFrame. Raises ImportError where pandas is missing."""
+        """:meth:`table` as a DataFrame.
+
+        Args:
+            of: as in :meth:`table`.
+
+        Returns:
+            A pandas DataFrame.
+
+        Raises:
+            ValueError: another name.
+            ImportError: pandas is missing.
+        """
         return self.table(of).to_pandas()
 
     def plot(self, of: str = "dimension") -> "Figure":
@@ -168,6 +218,9 @@ class Analysis:
         Args:
             of: "dimension", "similarity" or "selection" (of heads), or a column of the units' rows, drawn by
                 layer and head: "accuracy", "pearson", "share" ...
+
+        Returns:
+            A matplotlib Figure.
 
         Raises:
             ValueError: another name, or an analysis that holds no numbers of it.

@@ -132,14 +132,21 @@ def correlations(
     units: Iterable | None = None,
     properties: Tensor | ZeroShotHead | None = None,
 ) -> Tensor:
-    """Pearson correlation of every unit with the model's output, the mean over coordinates, [R] float64.
+    """Pearson correlation of every unit with the model's output, the mean over coordinates.
 
     Args:
+        tower: a supported image tower, or an adapter around one.
         data: a UnitCache of this tower, or a loader; streamed, no labels needed.
+        kind: of the units.
+        units: some of the kind's units (layout indices, rows or (layer, head)); all by default.
         properties: coordinates to look at: an orthonormal basis of the span of these rows [p, D], or of a
             head's class vectors; the D coordinates of the output space by default.
 
-    A constant unit or coordinate scores 0.
+    Returns:
+        [R] float64. A constant unit or coordinate scores 0.
+
+    Raises:
+        ValueError: data of another tower, or without the kind.
     """
     found = [pearson(moments, properties) for moments in cross_moments(tower, data, kind, units)]
     return torch.cat(found).cpu()
@@ -170,13 +177,19 @@ def rank_correlations(
     units: Iterable | None = None,
     properties: Tensor | ZeroShotHead | None = None,
 ) -> Tensor:
-    """Spearman's rank correlation with the output, the mean over coordinates, [R] float64.
+    """Spearman's rank correlation of every unit with the model's output, the mean over coordinates.
 
-    Ties share their mean rank.
+    Args:
+        tower, data, kind, units, properties: as in :func:`correlations`. A loader is encoded in memory first.
 
-    Arguments as in :func:`correlations`. Ranks need a sort of N numbers per unit and coordinate (R * D sorts:
-    about 20 ns a number on one core, 15 s for 144 heads, 512 coordinates and 10,000 images), in blocks of
-    bounded memory. A loader is encoded in memory first.
+    Returns:
+        [R] float64. Ties share their mean rank.
+
+    Raises:
+        ValueError: as :func:`correlations`.
+
+    Ranks need a sort of N numbers per unit and coordinate, R * D sorts, in blocks of bounded memory: about 20
+    ns a number on one core, 15 s for 144 heads, 512 coordinates and 10,000 images.
     """
     cache = cache_of(data, tower, (kind,))
     basis = property_basis(properties, cache.output.shape[1])

@@ -47,11 +47,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class SelectionCurves:
-    """Accuracy against how much is kept.
+    """Accuracy against how much is kept. Made by :func:`selection_curves`.
 
-    of: "units" or "components"; rest: "zero" or "mean"; total: how many there are; kept [F]: how many were
-    kept at each of `fractions` [F]. accuracy: score -> [F]; random: one [F] for each of `seeds`; base: the
-    model's own.
+    Attributes:
+        of: "units" or "components".
+        kind: of the units.
+        rest: "zero" or "mean".
+        total: how many units or components there are.
+        fractions: F shares that were kept.
+        kept: [F], the number that each share is.
+        accuracy: name of a score -> [F] accuracies.
+        random: for each seed, [F] accuracies with a random order.
+        seeds: of the random orders.
+        base: the accuracy of the untouched model.
     """
 
     of: str
@@ -66,8 +74,14 @@ class SelectionCurves:
     base: float
 
     def curves(self, names: Mapping[str, str] | None = None) -> tuple[Curve, ...]:
-        """A curve for each score, and one for the random orders;
-        `names` chooses scores and names their curves."""
+        """A curve for each score, and one for the random orders.
+
+        Args:
+            names: score -> the name of its curve; all scores under their own names by default.
+
+        Returns:
+            The curves; that of the random orders comes last, with its lowest and highest values.
+        """
         kept = tuple(dict.fromkeys(self.kept))  # small shares of few units are the same number of them
         first = [self.kept.index(count) for count in kept]
         names = {score: score for score in self.accuracy} if names is None else names
@@ -89,15 +103,20 @@ def ablate(
     *,
     bases: SpectralBases | None = None,
 ) -> Tensor:
-    """The embeddings [N, D] with some units kept and all others dropped
-    ("zero") or at their fitted mean ("mean").
+    """The embeddings with some units kept, and all others dropped or replaced by their mean.
 
     Args:
+        tower: a supported image tower, or an adapter around one.
         data: a UnitCache of this tower with the kinds of the units kept, or a loader.
         keep: layout indices, rows or (layer, head), of any kinds; each once.
+        rest: what happens to the others: "zero", or "mean" (their fitted mean).
         bases: for "mean": of this tower, whole or truncated, with the kinds kept.
 
-    One image's result never depends on the others.
+    Returns:
+        [N, D]. One image's result never depends on the others.
+
+    Raises:
+        ValueError: a unit named twice, no bases for "mean", or data of another tower.
     """
     view = towers.view_inside(tower)
     chosen = [view.layout[view.layout.index(unit)] for unit in keep]
@@ -206,19 +225,27 @@ def selection_curves(
     fractions: Sequence[float] = FRACTIONS,
     seeds: Iterable[int] = range(10),
 ) -> SelectionCurves:
-    """Accuracy with only the highest-scored units (or components) kept,
-    for every score and for random orders.
+    """Accuracy with only the highest-scored units (or components) kept, and with random ones.
 
     Args:
+        tower: a supported image tower, or an adapter around one.
         data: labelled; a UnitCache of this tower with `kind`, or a loader (encoded in memory first).
+        head: the classifier.
         scores: name -> [R] numbers per unit of the kind, or [J] per kept component; the first of equals is
             taken first.
+        kind: of the units.
         of: "units" (x_u is kept whole) or "components" (c_j phi_j is kept, as in a ResiDual with weights of 1
             and 0).
-        rest: what becomes of everything else, the other kinds included: "zero", or "mean" (its fitted mean).
+        rest: what happens to everything else, the other kinds included: "zero", or "mean" (its fitted mean).
         bases: needed for "mean" and for components.
         fractions: of the total, in (0, 1], rising; at least one is kept.
         seeds: of the random orders that serve as control.
+
+    Returns:
+        :class:`SelectionCurves`.
+
+    Raises:
+        ValueError: no labels, scores of another length, fractions out of range, or bases that are missing.
     """
     view = towers.view_inside(tower)
     towers.check_kinds((kind,), view.layout)

@@ -76,8 +76,9 @@ def spectral_cosine(
 ) -> float:
     """Normalised spectral cosine of two units, in [0, 1]: 1 for equal spectra, 0 for orthogonal ones.
 
-    |cos| of every pair of components times the product of their weights; a greedy one-to-one matching of the
-    largest; the l2 norm of what it matched over the l2 norm of the weights' own products in order.
+    Multiply |cos| of every pair of components by their weights. Match components one to one, greedily, from
+    the largest entry down. The measure is the l2 norm of the matched entries over the l2 norm of the products
+    of weights in order.
 
     Args:
         bases_a, bases_b: of one tower on two data sets, or of two towers with one output space; may be the
@@ -85,6 +86,14 @@ def spectral_cosine(
         unit_a, unit_b: layout index, row or (layer, head).
         weights: "explained_variance", "singular" (values), "eigenvalues", or "uniform".
         components: compare the first so many of each, or (of a, of b); all by default.
+
+    Returns:
+        The measure; 0 where a unit is constant.
+
+    Raises:
+        ValueError: bases of two output spaces, or unknown weights.
+
+    Source: Basile et al., TMLR 2025 (arXiv 2411.00246).
     """
     _same_space(bases_a, bases_b)
     (part_a, a), (part_b, b) = bases_a._find(unit_a), bases_b._find(unit_b)

@@ -61,20 +61,21 @@ def analyze(
     described: int = 3,
     progress: Callable[[str], None] | None = None,
 ) -> Analysis:
-    """Everything this package can say of a tower's units of one kind on one data set.
+    """All analyses of a tower's units of one kind on one data set.
 
     Args:
-        tower: a supported image tower, or an adapter around one (whose tower is analyzed).
+        tower: a supported image tower, or an adapter around one (whose tower is analysed).
         data: a UnitCache of it with `kind`, or a loader (encoded in memory first).
         head: for accuracies and selection curves, which need labels; None leaves them out.
         bases: whole bases of this tower with `kind`; fitted on `data` when None.
         dictionary: for words; None leaves them out.
+        kind: of the units: "head", "mlp" ...
         energies: explained variances to count components for.
         similarities: weightings of the unit-by-unit spectral cosine.
         points, fraction: of TwoNN; its time grows with the square of the images, so at most `points` are
             drawn.
         fractions, seeds: of the selection curves, and of their random control.
-        rests: what becomes of the units that a selection leaves out: "zero", "mean", or both one after the
+        rests: what happens to the units that a selection leaves out: "zero", "mean", or both one after the
             other.
         tables: those to make, of TABLES; all by default. "ranks" (Spearman) sorts R * D columns and takes
             longest.
@@ -82,8 +83,13 @@ def analyze(
         progress: called with the name of each step as it begins.
 
     Returns:
-        An :class:`Analysis`. Raises ValueError for a head without labels, truncated bases, another tower's
-        data, or a table that does not exist.
+        An :class:`Analysis`.
+
+    Raises:
+        ValueError: a head without labels, truncated bases, another tower's data, or a table that does not
+            exist.
+
+    Source: sections 3 and 4 of Basile et al., TMLR 2025 (arXiv 2411.00246).
     """
     wanted = set(tables)
     unknown = sorted(wanted - set(TABLES))

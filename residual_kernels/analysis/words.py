@@ -33,7 +33,15 @@ TRIED = 64  # atoms whose l1 norms are taken together
 
 @dataclass(frozen=True)
 class TextDictionary:
-    """Words (or phrases) and their embeddings [W, D], of length one, float64."""
+    """Words (or phrases) and their text embeddings.
+
+    Args:
+        words: W of them.
+        vectors: [W, D], not zero; kept in float64, with length one.
+
+    Raises:
+        ValueError: not one vector per word, or vectors that are zero or not finite.
+    """
 
     words: tuple[str, ...]
     vectors: Tensor = field(repr=False)
@@ -106,7 +114,14 @@ class TextDictionary:
 
     @classmethod
     def bundled(cls, model: nn.Module, tokenizer: Callable) -> "TextDictionary":
-        """What the bundled model's captions know: a phrase for every value of every attribute."""
+        """The words that the bundled model knows: a phrase for each attribute in its captions.
+
+        Args:
+            model, tokenizer: those of :func:`residual_kernels.load_bundled`.
+
+        Returns:
+            The dictionary.
+        """
         return cls.from_words(model, tokenizer, bundled_phrases())
 
 
@@ -126,9 +141,11 @@ def bundled_phrases() -> tuple[str, ...]:
 class Description:
     """Words for a unit or a component, in the order in which they were chosen.
 
-    chosen: their places in the dictionary. weights: their strength; for a component (OMP) signed, with the
-    sign of the end that a word belongs to. explained: the share of the variance that lies in the span of the
-    words so far.
+    Attributes:
+        words: the words.
+        chosen: their places in the dictionary.
+        weights: their strengths; for a component signed, with the sign of the end that a word belongs to.
+        explained: the share of the variance that lies in the span of the words so far.
     """
 
     words: tuple[str, ...]
@@ -247,17 +264,27 @@ def unit_words(
     """Words for a unit, from its bases alone.
 
     Args:
+        bases: of the model's image tower.
+        dictionary: of the same model's text tower.
         unit: layout index, row or (layer, head).
-        method: "somp", or "textspan" (Gandelsman et al. 2024), which projects the dictionary onto the unit's
-            leading directions and takes what is explained out of the atoms too.
-        criterion: of "somp": "std", or "l1", which needs `components` here (of all images:
+        count: how many words, at most.
+        method: "somp", or "textspan", which projects the dictionary onto the unit's leading directions and
+            takes what is explained out of the words too.
+        criterion: of "somp": "std", or "l1", which needs `components` here (over all images:
             :func:`words_of_units`).
         components: of "somp": describe the first so many components, each times its singular value squared;
             the unit's whole variance by default.
         rank: of "textspan": how many leading directions of the data, not centred; all that hold anything by
             default.
 
-    A constant unit has no words.
+    Returns:
+        A :class:`Description`; a constant unit has no words.
+
+    Raises:
+        ValueError: an unknown method or criterion, or an option that the method does not have.
+
+    Source: SOMP as in Basile et al., TMLR 2025; TextSpan of Gandelsman et al., "Interpreting CLIP's Image
+    Representation via Text-Based Decomposition", ICLR 2024.
     """
     part, index = bases._find(unit)
     _check(dictionary, count, bases.dim)

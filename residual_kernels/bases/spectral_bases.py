@@ -54,9 +54,19 @@ class BasesHeader(_Required, total=False):
 class SpectralBases:
     """Means and principal components of a tower's units. Made by :func:`fit_bases`; immutable.
 
-    Units are named by layout index, by a layout row, or by (layer, head). With placement="stream" means and
-    components have model width instead of D, `tokens` says which tokens they were fitted over, and `count`
-    counts these.
+    Units are named by layout index, by a layout row, or by (layer, head).
+
+    Attributes:
+        layout: the tower's units in order.
+        dim: D, the length of a component; with placement="stream" the model width.
+        width: the model width.
+        tower: the name of the tower's family.
+        checksum: of the tower's weights.
+        count: how many images the bases were fitted on; with placement="stream" how many tokens.
+        parts: means, components and variances by kind, and of the output.
+        moments: what :meth:`merge` needs, by kind; None after truncation.
+        placement: "output" or "stream".
+        tokens: of the stream: which tokens the bases were fitted over; None for the output.
     """
 
     layout: UnitLayout
@@ -80,10 +90,18 @@ class SpectralBases:
         return f"SpectralBases({self.tower}, {self.layout}, {rows}={self.count}, components=({sizes}))"
 
     def plot(self, kind: str | None = None, energy: float = 0.9) -> "Figure":
-        """Cumulative explained variance of every unit of a kind, coloured by layer, as a matplotlib Figure.
+        """Cumulative explained variance of every unit of a kind, coloured by layer.
 
-        `kind` is one that these bases hold, or "output"; heads by default. The dashed line is at `energy`.
-        Raises ValueError for a kind that is not there, and ImportError where matplotlib is missing.
+        Args:
+            kind: one that these bases hold, or "output"; heads by default.
+            energy: where the dashed line is.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ValueError: these bases do not hold the kind.
+            ImportError: matplotlib is missing.
         """
         kind = next(iter(sorted(self.parts, key=lambda name: name != "head"))) if kind is None else kind
         if kind not in self.parts:
@@ -107,30 +125,77 @@ class SpectralBases:
         return self.parts[row.kind], row.index - self.layout.span(row.kind).start
 
     def mean(self, unit) -> Tensor:
-        """mu_u, [D] float64."""
+        """The mean mu_u of a unit over the fitting images.
+
+        Args:
+            unit: layout index, layout row or (layer, head).
+
+        Returns:
+            [D] float64.
+
+        Raises:
+            ValueError: these bases do not hold the unit's kind.
+        """
         part, index = self._find(unit)
         return part.mean[index]
 
     def components(self, unit) -> Tensor:
-        """Phi_u, [K_u, D] float64 orthonormal rows by falling variance.
+        """The principal components Phi_u of a unit, by falling variance.
 
-        The largest entry of each is positive.
+        Args:
+            unit: layout index, layout row or (layer, head).
+
+        Returns:
+            [K_u, D] float64, orthonormal rows; the largest entry of each is positive.
+
+        Raises:
+            ValueError: these bases do not hold the unit's kind.
         """
         part, index = self._find(unit)
         return part.components[part.run(index)]
 
     def explained_variance(self, unit) -> Tensor:
-        """Variance (over n - 1) along each kept component, [K_u] float64."""
+        """The variance (over n - 1) along each kept component of a unit.
+
+        Args:
+            unit: layout index, layout row or (layer, head).
+
+        Returns:
+            [K_u] float64.
+
+        Raises:
+            ValueError: these bases do not hold the unit's kind.
+        """
         part, index = self._find(unit)
         return part.variance[part.run(index)]
 
     def explained_variance_ratio(self, unit) -> Tensor:
-        """The same over the unit's total variance, [K_u]; zeros for a constant unit."""
+        """The share of a unit's total variance along each kept component.
+
+        Args:
+            unit: layout index, layout row or (layer, head).
+
+        Returns:
+            [K_u] float64; zeros for a constant unit.
+
+        Raises:
+            ValueError: these bases do not hold the unit's kind.
+        """
         part, index = self._find(unit)
         return part.ratio(index)
 
     def of(self, *kinds: str) -> "SpectralBases":
-        """The bases of these kinds alone (and of the output); a ValueError names a kind they do not hold."""
+        """The bases of some kinds alone (and of the output).
+
+        Args:
+            kinds: "head", "mlp" ...
+
+        Returns:
+            New bases.
+
+        Raises:
+            ValueError: these bases do not hold one of the kinds.
+        """
         missing = [kind for kind in towers.check_kinds(kinds, self.layout) if kind not in self.parts]
         if missing:
             raise ValueError(f"these bases hold {', '.join(self.kinds)}, not {', '.join(missing)}")
@@ -149,7 +214,7 @@ class SpectralBases:
         components: int | None = None,
         max_components: int | None = None,
     ) -> "SpectralBases":
-        """New bases with fewer components per unit; the output's own basis stays whole.
+        """Bases with fewer components per unit; the output's own basis stays whole.
 
         Args:
             energy: keep the first k whose cumulative explained variance is strictly above this (all when none
@@ -157,7 +222,11 @@ class SpectralBases:
             components: keep this many (clamped to what there is, with one warning).
             max_components: upper limit on top of `energy`.
 
-        Raises ValueError unless exactly one of `energy` and `components` is given, or `max_components` alone.
+        Returns:
+            New bases.
+
+        Raises:
+            ValueError: unless exactly one of `energy` and `components` is given, or `max_components` alone.
         """
         if (energy is not None) + (components is not None) > 1 or (energy, components, max_components) == (
             None,
@@ -193,10 +262,16 @@ class SpectralBases:
         return replace(self, parts=parts, moments=None)
 
     def keep(self, sizes: Mapping[str, Sequence[int]]) -> "SpectralBases":
-        """New bases of these kinds alone, with the first sizes[kind][u] components of unit u
-        (0: its mean only).
+        """The bases of some kinds alone, with a given number of components of each unit.
 
-        Raises ValueError when a kind is not there, or a unit has fewer.
+        Args:
+            sizes: kind -> for each unit, how many of its first components to keep (0: its mean only).
+
+        Returns:
+            New bases.
+
+        Raises:
+            ValueError: these bases do not hold a kind, or a unit has fewer components.
         """
         parts = {}
         for kind, wanted in sizes.items():
@@ -212,10 +287,13 @@ class SpectralBases:
         return replace(self, parts=parts, moments=None)
 
     def fingerprint(self) -> str:
-        """SHA-256 of what an adapter rests on: the tower's checksum,
-        and the means and components as files hold them.
+        """SHA-256 of what an adapter rests on: the tower's checksum, the means and the components.
 
-        Components count as float32, so that bases in memory and what :meth:`save` wrote have one fingerprint.
+        Components count as float32, so that bases in memory and the file that :meth:`save` wrote have one
+        fingerprint.
+
+        Returns:
+            64 hexadecimal digits.
         """
         tensors: dict[str, Tensor] = {}
         for kind, part in self.parts.items():
@@ -275,7 +353,17 @@ class SpectralBases:
     def contents(
         self, *, moments: bool = False, dtype: torch.dtype = torch.float32
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and header of the file that :meth:`save` writes."""
+        """Tensors and header of the file that :meth:`save` writes.
+
+        Args:
+            moments, dtype: as in :meth:`save`.
+
+        Returns:
+            (tensors by name, header).
+
+        Raises:
+            ValueError: moments are asked for, but these bases have none.
+        """
         tensors: dict[str, Tensor] = {}
         for kind, part in self.parts.items():
             tensors |= {f"{kind}.{name}": value for name, value in vars(part).items()}
@@ -349,7 +437,14 @@ class SpectralBases:
         )
 
     def check_tower(self, view: Tower) -> None:
-        """Raises ValueError unless these bases were fitted on this very tower."""
+        """Checks that these bases were fitted on this very tower.
+
+        Args:
+            view: the view of the tower.
+
+        Raises:
+            ValueError: another tower, or the same one with other weights.
+        """
         mine = (self.layout.layers, self.layout.heads, self.width, self.dim)
         theirs = (view.layout.layers, view.layout.heads, view.width, view.dim)
         if mine != theirs:

@@ -22,7 +22,12 @@ CONFIG, WEIGHTS, VOCABULARY = FOLDER / "config.json", FOLDER / "clip.safetensors
 
 
 def load_bundled() -> tuple[CLIP, Callable, SimpleTokenizer]:
-    """The bundled model in eval mode and float32, its image transform, and its tokenizer."""
+    """The small CLIP inside the package, offline.
+
+    Returns:
+        (model, preprocess, tokenizer): the model in eval mode and float32, its image transform (PIL image ->
+        [3, 32, 32]) and its tokenizer (texts -> [N, 24] int64).
+    """
     config = json.loads(CONFIG.read_text())
     with torch.random.fork_rng(devices=[]):  # the weights drawn at construction are replaced at once
         model = build_model(config)

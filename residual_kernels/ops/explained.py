@@ -17,7 +17,12 @@ if TYPE_CHECKING:  # here, where no backend comes by, the checker holds each of 
 
 @dataclass(frozen=True)
 class Plan:
-    """The backend and the route of both passes; `str()` gives sentences."""
+    """How a call is computed. Made by :func:`explain`; `str()` gives sentences.
+
+    Attributes:
+        backend: that computes it.
+        forward, backward: the route of each pass, with tiles, estimates and reason.
+    """
 
     backend: str
     forward: Explanation
@@ -41,6 +46,9 @@ def explain(
         tasks: T, for a weight [T, J].
         indexed: whether rows choose among the weights (weight_index).
         plain: whether scale and mean are both None (the stream form).
+
+    Returns:
+        A :class:`Plan`.
     """
     if pack.backend != "triton":
         reason = f"the {pack.backend} backend has one way to compute"

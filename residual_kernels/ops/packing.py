@@ -20,7 +20,11 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class PackedUnits:
     """What a backend reads besides z and weight. Made by :func:`pack_units`; treat as opaque.
 
-    `tensors` and `sizes` are the backend's own layout; the named sizes are those of the operator.
+    Attributes:
+        backend: which reads it.
+        dtype: of proj and basis.
+        units, coordinates, components, dim: R, C, J and D of the operator.
+        tensors, sizes: in the backend's own layout.
     """
 
     backend: str
@@ -101,10 +105,13 @@ def pack_units(
     Args:
         proj: [J, C] rows that read coefficients from a unit's coordinates; one floating dtype with `basis`.
         bias, slope, offset: [J]; kept at float32 or better.
-        basis: [J, D] rows the coefficients are written along.
+        basis: [J, D] rows that the coefficients are written along.
         unit_offsets: [R+1] int64, 0 = first, J = last, non-decreasing: unit r owns components
             offsets[r]..offsets[r+1].
         backend: a backend's name, or ``auto``.
+
+    Returns:
+        The pack, for :func:`spectral_reweight_packed` and :func:`spectral_sum`.
 
     Raises:
         ValueError: shapes, dtypes, devices or offsets that do not fit together, or constants that require

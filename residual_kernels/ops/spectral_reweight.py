@@ -302,10 +302,24 @@ def spectral_reweight_packed(
     pack: PackedUnits,
     weight_index: Tensor | None = None,
 ) -> Tensor:
-    """:func:`spectral_reweight` with the constants packed beforehand by :func:`pack_units`; see there.
+    """:func:`spectral_reweight` with constants that :func:`pack_units` packed beforehand.
 
-    Under autocast z takes the autocast dtype, and weight, scale, mean and offsets keep theirs. `z` must
-    otherwise have the dtype of the packed proj and basis.
+    Args:
+        z: [N, R, C], any strides, in the dtype of the packed proj and basis. Under autocast, in the autocast
+            dtype.
+        scale, mean: [N], or None for 1 and 0.
+        weight: [J] or [T, J].
+        pack: the packed constants.
+        weight_index: [N] int64 in [0, T), or None.
+
+    Returns:
+        [N, D] in z's dtype; [T, N, D] for weight [T, J] without weight_index.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, with the values seen.
+
+    Under autocast, weight, scale, mean and offsets keep their dtypes. Gradients as in
+    :func:`spectral_reweight`.
     """
     z = _autocast(z)
     if z.dtype != pack.dtype:
@@ -417,8 +431,10 @@ def spectral_reweight(
     Args:
         z: [N, R, C] coordinates of R units for N rows, any strides; float64, float32, bfloat16 or float16.
         scale, mean: [N], or None for 1 and 0 (the stream form).
-        proj: [J, C]; bias, slope, offset: [J]; basis: [J, D]: constants, which must not require grad.
+        proj: [J, C]. The constants `proj` to `basis` must not require grad.
+        bias, slope, offset: [J].
         weight: [J], or [T, J] for T tasks on the same coefficients.
+        basis: [J, D].
         unit_offsets: [R+1] int64; unit r owns the run of components unit_offsets[r] to unit_offsets[r+1].
         weight_index: [N] int64 in [0, T): row n uses weight[weight_index[n]]. Checked on the CPU only.
         backend: ``auto``, ``triton``, ``cpp`` or ``torch``.
@@ -427,16 +443,19 @@ def spectral_reweight(
         [N, D] in z's dtype; [T, N, D] for weight [T, J] without weight_index. Products accumulate in float32
         or better.
 
-    Gradients: weight always, z, scale and mean when they require it; dweight, dscale, dmean at least float32;
-    once differentiable. Deterministic: the same inputs on the same machine give the same bits.
-
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, with the values seen.
         RuntimeError: the backend asked for is missing.
 
-    The pack of the same constants is remembered: it is made again when one of them is another tensor or was
+    Gradients: of weight always; of z, scale and mean when they require it. dweight, dscale and dmean are at
+    least float32. Once differentiable. Deterministic: the same inputs on the same machine give the same bits.
+
+    The pack of the same constants is remembered. It is made again when one of them is another tensor or was
     changed in place. Writes through `.data` or NumPy are not seen; a module packs once and calls
     :func:`spectral_reweight_packed`.
+
+    Source: the method is that of Basile et al., TMLR 2025 (arXiv 2411.00246); the low-rank form is this
+    library's.
     """
     z = _autocast(z)
     constants = (proj, bias, slope, offset, basis, unit_offsets)

@@ -89,17 +89,22 @@ _spectral_sum.register_autograd(_backward, setup_context=_setup_context)
 
 
 def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
-    """y [N, D] of coefficients c [N, J], which must not require grad, and weight [J];
-    [T, N, D] for weight [T, J].
+    """y = (c * weight) @ basis: the step of a fit on coefficients that are already computed.
 
     Args:
-        c: float32 or float64 (cpp), float32 (triton), in the dtype of the packed constants; any strides.
-        weight: of one or T tasks on the same coefficients; its gradient is the only one.
-        pack: made by :func:`pack_units` for cpp or triton: torch has nothing faster than a product.
+        c: [N, J] coefficients, which must not require grad; float32 or float64 (cpp), float32 (triton), in
+            the dtype of the packed constants; any strides.
+        weight: [J], or [T, J] for T tasks on the same coefficients. Its gradient is the only one.
+        pack: made by :func:`pack_units` for cpp or triton; for torch, a plain product is as fast.
+
+    Returns:
+        [N, D]; [T, N, D] for weight [T, J].
+
+    Raises:
+        ValueError: shapes, dtypes or packs that do not fit.
 
     Deterministic, for any number of threads. Triton multiplies exactly unless
-    torch.set_float32_matmul_precision allows tf32 ("high") or bfloat16 ("medium"). Raises ValueError for
-    shapes, dtypes or packs that do not fit.
+    torch.set_float32_matmul_precision allows tf32 ("high") or bfloat16 ("medium").
     """
     if (
         pack.backend not in BACKENDS_WITH_SUMS

@@ -21,7 +21,10 @@ class Unit:
 class UnitLayout(Sequence[Unit]):
     """The units of a tower in the library's order: emb, heads (layer-major), mlps (layer order), pool.
 
-    `pool` says whether there is an MLP behind the pooling (SigLIP, PE-Core), which is one more unit.
+    Args:
+        layers: L.
+        heads: H, heads per layer.
+        pool: whether there is an MLP behind the pooling (SigLIP, PE-Core), which is one more unit.
     """
 
     def __init__(self, layers: int, heads: int, pool: bool = False):
@@ -56,7 +59,14 @@ class UnitLayout(Sequence[Unit]):
         return KINDS if self.pool else KINDS[:-1]
 
     def span(self, kind: str) -> slice:
-        """The contiguous run of layout indices that units of `kind` occupy."""
+        """The contiguous run of layout indices that a kind's units occupy.
+
+        Args:
+            kind: "emb", "head", "mlp" or "pool".
+
+        Returns:
+            A slice of layout indices.
+        """
         heads = 1 + self.layers * self.heads
         mlps = heads + self.layers
         spans = {"emb": (0, 1), "head": (1, heads), "mlp": (heads, mlps), "pool": (mlps, len(self))}
@@ -65,7 +75,19 @@ class UnitLayout(Sequence[Unit]):
     def select(
         self, kind: str | None = None, layer: int | None = None, head: int | None = None
     ) -> tuple[Unit, ...]:
-        """Units that match every argument given; a ValueError names the arguments when none does."""
+        """Units that match every argument given.
+
+        Args:
+            kind: "emb", "head", "mlp" or "pool".
+            layer: counted from 0.
+            head: counted from 0.
+
+        Returns:
+            The units, in layout order.
+
+        Raises:
+            ValueError: no unit matches.
+        """
         found = tuple(
             unit
             for unit in self._units
@@ -81,7 +103,17 @@ class UnitLayout(Sequence[Unit]):
         return found
 
     def index(self, unit: "int | Unit | tuple[int, int]", *_) -> int:
-        """Layout index of a unit given by index, by row, or by (layer, head)."""
+        """The layout index of a unit.
+
+        Args:
+            unit: layout index, layout row or (layer, head).
+
+        Returns:
+            An index in [0, U).
+
+        Raises:
+            IndexError: there is no such unit.
+        """
         if isinstance(unit, Unit):
             return unit.index
         if isinstance(unit, tuple):

@@ -91,68 +91,71 @@ def fit(
     progress: Callable[[Epoch], None] | None = None,
     log: logs.Log = None,
 ) -> FitResult:
-    """Fits an adapter's own weights by cross-entropy of head(y); the tower never trains here.
+    """Fits an adapter's own weights by cross-entropy of head(y). The tower never trains here.
 
-    solver="convex" holds |y| at the length it has at weight 1, which moves no label; then the problem is
-    convex. It has one solution, whatever the adapter's weights were, and no learning rate. How strongly
-    weights are held at 1 is chosen by `val`, or by folds of the training images without it. Where no strength
-    is better than the weights of 1 by one standard error, they stay at 1: of an anchored adapter that is the
-    model itself. solver="adamw" is the paper's schedule-free AdamW from the adapter's present weights.
+    solver="convex" holds |y| at the length it has at weight 1, which changes no label. The problem is then
+    convex: it has one solution, whatever the adapter's weights were, and no learning rate. `val` chooses how
+    strongly weights are held at 1; without it, folds of the training images do. If no strength is better than
+    weights of 1 by one standard error, they stay at 1, which for an anchored adapter is the model itself.
+    solver="adamw" is the paper's schedule-free AdamW, from the adapter's present weights.
 
     Args:
         adapter: any adapter of this library; "convex" takes a ResiDual at the output.
         head: the classifier, which stays as it is.
         train, val: UnitCaches (seconds) or loaders of (images, labels). AdamW runs the tower on a loader
-            every epoch, the convex solver once. Without `val` AdamW does not stop early and keeps the last
+            every epoch, the convex solver once. Without `val`, AdamW does not stop early and keeps the last
             epoch.
         solver: "convex", "adamw", or "auto": convex for an anchored ResiDual (rest="all") unless an option of
             AdamW alone is given, AdamW otherwise.
         lr: AdamW. The adapter's own default, the paper's: 0.8 for weights on components and heads, 1e-3 for
             `output` and `linear`.
-        epochs, batch_size, patience: AdamW. At most this many epochs; stop after `patience` without a better
-            accuracy on val.
+        epochs, batch_size, patience: AdamW. At most this many epochs; stop after `patience` epochs without a
+            better accuracy on val.
         weight_decay: AdamW. Decoupled, towards 0.
-        shrink: AdamW. The same towards 1, the tower's own output: every step takes lr * shrink * (weight - 1)
-            off.
-        class_weight: [K] above zero, or "balanced": every class counts alike, a row for N / (K n_k), and the
-            best epoch is the one of best balanced accuracy.
+        shrink: AdamW. The same towards 1: every step subtracts lr * shrink * (weight - 1).
+        class_weight: [K] above zero, or "balanced": every class has the same weight (an image counts N / (K
+            n_k)), and the best epoch is the one with the best balanced accuracy.
         shots: fit on this many images of each class, chosen by `seed`.
-        seed: of the shuffling, the shots and the folds.
+        seed: random seed of the shuffling, the shots and the folds.
         labels, val_labels: in place of the caches' own, [N]. For the convex solver also [N, K], not below
             zero: shares of the classes, or ones at several labels of an image, which share it evenly.
         label_smoothing: convex. This share of every label goes to all classes alike.
-        folds: convex, without `val`: in how many parts the training images are split.
-        freedoms: convex. The strengths tried, as numbers of weights that they leave about free.
-        checkpoint: AdamW. A file; the state is written there every `every` epochs, and a fit that finds it
-            resumes, to the same result, bit for bit on a CPU. Needs caches.
+        folds: convex, without `val`: into how many parts the training images are split.
+        freedoms: convex. The strengths tried: about how many weights each leaves free.
+        checkpoint: AdamW. A file for the state of the fit. A fit that finds it resumes, with the same result
+            (the same bits, on a CPU). Needs caches.
+        every: AdamW. The state is written every so many epochs.
         step: AdamW. "eager", "compiled" (torch.compile of features, head and loss), "graph" (one CUDA graph),
             or "auto": a graph for a cache in a GPU's memory, eager otherwise.
-        memory: bytes that may hold what is read of a cache besides the weights; 2 GiB on a CPU, half of a
-            GPU's memory by default. Beyond that, batches are read from the cache by another thread.
+        memory: bytes for what is read of a cache besides the weights; by default 2 GiB on a CPU and half of a
+            GPU's memory. Beyond that, another thread reads batches from the cache.
         alone: do not share the work in a process group.
         progress: called with every :class:`Epoch`.
         log: where the fit is logged: a callable that takes a dict, "tensorboard", "wandb", "mlflow", "csv"
             (`fit-log.csv` in the working folder; new lines are appended), or the path of a .csv file. AdamW
-            logs each epoch as it ends; a convex fit, when it ends, the untouched model (epoch 0) and the fit
-            (epoch 1). Keys are the fields of :class:`Epoch` and `fit` (0); a convex fit adds `freedom`,
-            `loss`, `accuracy` and `error`, as in `FitResult.path`. In a process group the first process alone
+            logs each epoch as it ends. A convex fit logs, when it ends, the untouched model (epoch 0) and the
+            fit (epoch 1). Keys are the fields of :class:`Epoch` and `fit` (0); a convex fit adds `freedom`,
+            `loss`, `accuracy` and `error`, as in `FitResult.path`. In a process group only the first process
             logs, but a callable is called in each.
 
     Returns:
-        A :class:`FitResult`; the adapter holds the weights of its best epoch (by accuracy on val, the earlier
+        A :class:`FitResult`. The adapter holds the weights of its best epoch (by accuracy on val, the earlier
         of equals; epoch 0 is the start).
 
     Raises:
         ValueError: no labels, labels out of range, a class with fewer images than `shots`, NaN in cached
             units (named by row), a cache of another tower or without the kinds needed, a loader that can be
-            read only once, a checkpoint of another fit, an option that the solver does not have, a `log` that
-            is no such name.
+            read only once, a checkpoint of another fit, an option that the solver does not have, or an
+            unknown name in `log`.
         ImportError: the library that `log` names is missing.
         FloatingPointError: the loss is not finite.
 
-    Whatever is raised, the weights are those it started from. Deterministic for the same inputs, seed and
-    number of threads. In a process group all processes call it with the same arguments; each takes its share
-    of the work, and all end with the same weights.
+    If anything is raised, the adapter has the weights that it started from. Deterministic for the same
+    inputs, seed and number of threads. In a process group all processes call it with the same arguments; each
+    takes its share of the work, and all end with the same weights.
+
+    Source: schedule-free AdamW is that of Defazio et al., "The Road Less Scheduled", 2024, with the paper's
+    settings.
     """
     fits = fit_many(
         adapter,
@@ -215,20 +218,23 @@ def fit_many(
     progress: Callable[[int, Epoch], None] | None = None,
     log: logs.Log = None,
 ) -> ManyFits:
-    """:func:`fit` for all learning rates, seeds and label sets at once:
-    each result is that of a fit of its own.
+    """:func:`fit` for all learning rates, seeds and label sets at once.
 
-    T weights on the same features are one product a step, so that T small fits cost little more than one. A
-    fit that stops early, or diverges, leaves the others alone.
+    Each result is that of a separate fit. T weights on the same features are one product a step, so T small
+    fits cost little more than one. A fit that stops early, or diverges, leaves the others alone.
 
     Args:
         adapter: its weights are the starting point of every fit by AdamW; it is left as it is (see
             :meth:`ManyFits.put`).
         heads: one head, or one for each label set.
+        train, val: as in :func:`fit`.
         lrs: learning rates of AdamW; the adapter's default alone by default.
         seeds: of the shuffling, the shots and the folds.
         labels, val_labels: label sets, each [N] for the rows of the cache; the caches' own labels by default.
         starts: of AdamW: for each seed the starting weights, in the order of `adapter.trainable()`.
+        solver, epochs, batch_size, patience, weight_decay, shrink, class_weight, shots, label_smoothing: as
+            in :func:`fit`.
+        folds, freedoms, checkpoint, every, step, memory, alone: as in :func:`fit`.
         progress: called with the number of the fit and its :class:`Epoch`.
         log: as in :func:`fit`; `fit` in a record is the number of the fit.
 
@@ -236,7 +242,8 @@ def fit_many(
         :class:`ManyFits`; fits run over label sets, then seeds, then learning rates, the last fastest.
 
     Raises:
-        As :func:`fit`; FloatingPointError only when every fit diverges.
+        ValueError, ImportError: as :func:`fit`.
+        FloatingPointError: every fit diverges.
     """
     heads = [heads] if isinstance(heads, ZeroShotHead) else list(heads)
     if not isinstance(adapter, TowerAdapter):

@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies and mean cross-entropy over `count` images.
+    """How well an adapter reads labelled images. Made by :func:`evaluate`.
 
-    class_accuracy [K] is NaN where a class has no image; balanced_accuracy is its mean over the classes that
-    have some. confusion [K, K] int64 counts images of the row's class that were given the column's.
+    Attributes:
+        accuracy: share of images read right, in [0, 1].
+        loss: mean cross-entropy, in nats.
+        count: how many images.
+        class_accuracy: [K]; NaN where a class has no image.
+        balanced_accuracy: mean of class_accuracy over the classes that have images.
+        confusion: [K, K] int64, images of the row's class that were given the column's.
     """
 
     accuracy: float
@@ -36,9 +41,17 @@ class Evaluation:
 
     @classmethod
     def of(cls, confusion: Tensor, loss: float) -> "Evaluation":
-        """From a confusion matrix [K, K] int64 and the mean cross-entropy.
+        """The evaluation that a confusion matrix and a loss describe.
 
-        Raises ValueError when it counts no images.
+        Args:
+            confusion: [K, K] int64.
+            loss: mean cross-entropy.
+
+        Returns:
+            The evaluation.
+
+        Raises:
+            ValueError: the matrix counts no images.
         """
         count = int(confusion.sum())
         if not count:
@@ -54,9 +67,17 @@ class Evaluation:
         )
 
     def plot(self, class_names: Sequence[str] | None = None) -> "Figure":
-        """The confusion matrix as a matplotlib Figure; classes are numbers where they are not named.
+        """The confusion matrix.
 
-        Raises ValueError where `class_names` are not K, and ImportError where matplotlib is missing.
+        Args:
+            class_names: K names; numbers by default.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ValueError: not K names.
+            ImportError: matplotlib is missing.
         """
         return display.drawing().confusion(_names(class_names, len(self.confusion)), self.confusion)
 
@@ -88,11 +109,17 @@ class Comparison:
     broken: int
 
     def plot(self, class_names: Sequence[str] | None = None) -> "Figure":
-        """Every class's accuracy before and after as a matplotlib Figure.
+        """Every class's accuracy before and after.
 
-        Classes are numbers where not named.
+        Args:
+            class_names: K names; numbers by default.
 
-        Raises ValueError where `class_names` are not K, and ImportError where matplotlib is missing.
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ValueError: not K names.
+            ImportError: matplotlib is missing.
         """
         before, after = self.before.class_accuracy, self.after.class_accuracy
         return display.drawing().class_changes(_names(class_names, len(before)), before, after)

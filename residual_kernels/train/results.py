@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One row of the history; epoch 0 is the state before training (its train_loss is None)."""
+    """One row of the history.
+
+    Attributes:
+        epoch: counted from 1; 0 is the state before training.
+        train_loss: mean cross-entropy over the epoch; None for epoch 0.
+        val_loss, val_accuracy: on the validation images; None without any.
+        seconds: since the fit began.
+        val_balanced_accuracy: mean recall of the classes, on the validation images.
+    """
 
     epoch: int
     train_loss: float | None
@@ -56,16 +64,24 @@ class Certificate:
 
 @dataclass
 class FitResult:
-    """What :func:`fit` did. `best_epoch` is the epoch whose weights the adapter now holds.
+    """What :func:`fit` did.
 
-    `seconds` counts all sessions of a resumed fit; of fits at once it is the time until this one ended.
-    `diverged`: the training loss became infinite or NaN (only in :func:`fit_many`; :func:`fit` raises).
-    `base_accuracy` is the untouched model's, on val.
-
-    A convex fit (`solver`) has no epochs: its history holds the model (0) and the fit (1), and best_epoch is
-    0 where the model stays. `freedom` is the chosen strength and `path` all that were tried, the model first.
-    Without val they are judged by folds of the training images: `base_accuracy` is then the model's on these,
-    and `fold_accuracy` that of the fits on what they held out. `certificate` is None where the model stays.
+    Attributes:
+        best_epoch: the epoch whose weights the adapter now holds. A convex fit has no epochs: its history
+            holds the model (0) and the fit (1), and best_epoch is 0 if the model stays.
+        val_accuracy: of that epoch, on val; None without val.
+        parameters: how many numbers were learned.
+        seconds: of all sessions of a resumed fit. Of fits that run at once, the time until this one ended.
+        stopped_early: whether patience ran out before the last epoch.
+        history: one :class:`Epoch` per epoch.
+        diverged: whether the training loss became infinite or NaN (only in :func:`fit_many`; :func:`fit`
+            raises).
+        solver: "adamw" or "convex".
+        base_accuracy: of the untouched model, on val; without val, on the training images.
+        fold_accuracy: convex, without val: of the fits, on the images that they held out.
+        freedom: convex: the chosen strength, as the number of weights that it leaves about free.
+        path: convex: every strength that was tried, the model first.
+        certificate: convex: how near the optimum the fit is; None if the model stays.
     """
 
     best_epoch: int
@@ -91,9 +107,13 @@ class FitResult:
         return self.table().to_pandas()
 
     def plot(self) -> "Figure":
-        """Loss and accuracy by epoch, or by strength of a convex fit, as a matplotlib Figure.
+        """Loss and accuracy by epoch, or by strength of a convex fit.
 
-        Raises ImportError where matplotlib is missing.
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ImportError: matplotlib is missing.
         """
         figures = display.drawing()
         return figures.strengths(self) if self.solver == "convex" else figures.epochs(self)

@@ -42,10 +42,20 @@ FEW = 50  # validation images below which an accuracy says little
 
 @dataclass
 class TuneResult:
-    """What :func:`tune` found: `adapter` and `head` are the winner's, ready for use; `why` is one sentence.
+    """What :func:`tune` found. `print` shows it as a table.
 
-    `table` has a row for each candidate. `judged_by` is "validation" or "folds", on `images` images. `probe`
-    says in plain words when a linear probe is better by more than one standard error, and is None otherwise.
+    Attributes:
+        winner: name of the candidate that won.
+        why: one sentence that says why it won.
+        table: one row for each candidate.
+        adapter, head: the winner's, ready for use.
+        judged_by: "validation" or "folds".
+        images: how many images judged.
+        base_accuracy: of the untouched model on these images.
+        accuracy: of the winner on the same images.
+        seconds: of the whole.
+        probe: says so when a linear probe is better by more than one standard error; None otherwise.
+        warning: what speaks against relying on the result, such as few images; None otherwise.
     """
 
     winner: str

@@ -20,7 +20,7 @@ def expand(maps: UnitMaps, z: Tensor, scale: Tensor, mean: Tensor) -> Tensor:
 
 @dataclass
 class Decomposition:
-    """The exact parts of one batch of embeddings.
+    """The exact parts of one batch of embeddings. Made by :func:`decompose`.
 
     Attributes:
         output: [N, D], what the tower itself returns.

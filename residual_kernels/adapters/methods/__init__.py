@@ -46,24 +46,28 @@ def build(
     seed: int = 0,
     **options: Any,
 ) -> TowerAdapter:
-    """An adapter of the method of this name around `tower`.
+    """An adapter around `tower`, by the name of its method.
 
     Args:
         method: a name in :data:`METHODS`.
         tower: an image tower that :func:`residual_kernels.decompose` supports.
-        bases: must hold the method's kinds and may hold more; stream's are fitted with placement="stream",
-            and where they were fitted over some tokens those are adapted. Needed where the record says so,
-            and for rest="mean".
+        bases: must hold the method's kinds and may hold more. Those of `stream` are fitted with
+            placement="stream"; if they were fitted over some tokens, those tokens are adapted. Needed where
+            the method's record says so, and for rest="mean".
         init: "ones", "normal" (N(1, 1) with `seed`) or a tensor; the record's `start` by default: "normal"
-            for the paper's methods, "ones" for ours. A linear layer and the base have no choice, and do not
-            read it.
-        rest: what becomes of other units; the method's own by default (the first of its `rests`).
-        energy, components, max_components: how many components are kept of each unit, as
-            :meth:`SpectralBases.truncate` has them, where the method takes them: `fine` and `stream` keep
-            0.90 of the variance by default, `anchored` and `shared` all. None is as good as left out.
+            for the paper's methods, "ones" for ours. `linear` and `base` do not read it.
+        seed: random seed of init="normal", and of the linear layer.
+        options: of the method. `rest`: what happens to other units; the method's own by default (the first of
+            its `rests`). `energy`, `components`, `max_components`: how many components are kept of each unit,
+            as in :meth:`SpectralBases.truncate`; `fine` and `stream` keep 0.90 of the variance by default,
+            `anchored` and `shared` all. An option of None counts as left out.
 
-    Raises ValueError for an unknown name, an option that the method does not have, and as the adapter's class
-    does.
+    Returns:
+        The adapter.
+
+    Raises:
+        ValueError: an unknown name, an option that the method does not have, or what the adapter's class
+            refuses.
     """
     record = method_named(method)
     given = {name: value for name, value in options.items() if value is not None}

@@ -200,10 +200,14 @@ _spending: list[int | None] = [None]
 
 
 def set_workspace(most: int | None) -> None:
-    """Bytes that a call may spend beside its inputs and outputs; None for a tenth of them and 32 MB.
+    """Limits the memory that a call may use besides its inputs and outputs.
 
-    The variable RESIDUAL_KERNELS_WORKSPACE (bytes) says the same for a process. A larger one takes fewer
-    launches.
+    A larger workspace takes fewer launches.
+
+    The variable RESIDUAL_KERNELS_WORKSPACE (bytes) sets the same for a process.
+
+    Args:
+        most: bytes; None for a tenth of the inputs and outputs plus 32 MB.
 
     Raises:
         ValueError: a negative number.

@@ -23,20 +23,22 @@ HELD_OUT = 0.2  # of the training images, where a data set has no part for valid
 
 
 class UnitCache:
-    """What a fit needs of every image and nothing more.
+    """Encoded images: what a fit needs of every image, and nothing more. Made by :func:`encode`.
 
-    Made by :func:`encode`. One read with :meth:`load` is mapped: its z, scale, mean and output stay on disk,
-    and rows are read as they are asked for. It holds 16 bytes an image (labels and ids), and at most 1 GiB of
-    shards mapped; so caches larger than memory can be fitted.
+    A cache that :meth:`load` opened is mapped: its z, scale, mean and output stay on disk, and rows are read
+    when they are asked for. It holds 16 bytes per image (labels and ids) and at most 1 GiB of mapped shards
+    in memory, so caches larger than memory can be fitted.
 
     Attributes:
         z: kind -> [N, R, C] in the cache's dtype. Of a mapped cache, z[kind] reads all rows into memory: use
             `terms` or `batches` for parts.
-        scale, mean: [N], s and m of the final norm; output: [N, D]; at least float32. Of a mapped cache they
-            are read whole when first asked for, and kept.
-        labels: [N] int64, or None; ids: [N] int64, the position of each image in the data it came from.
-        class_names: names of the labels, or None.
+        scale, mean: [N], s and m of the final norm, at least float32. A mapped cache reads them whole when
+            they are first asked for, and keeps them.
+        output: [N, D], the tower's output, at least float32; read as scale and mean are.
+        labels: [N] int64, or None.
+        ids: [N] int64, the position of each image in the data that it came from.
         checksum: of the tower that made it.
+        class_names: names of the labels, or None.
     """
 
     def __init__(
@@ -125,10 +127,15 @@ class UnitCache:
         device: torch.device | str = "cpu",
         kinds: Iterable[str] | None = None,
     ) -> Terms:
-        """The terms of some rows (numbers, a mask or a slice),
-        for `from_units`; z widened to the outputs' dtype.
+        """The terms of some rows, for :meth:`TowerAdapter.from_units`; z is widened to the outputs' dtype.
 
-        z has the `kinds` asked for; all that the cache holds by default.
+        Args:
+            rows: numbers [M], a mask [N] or a slice.
+            device: where the terms are put.
+            kinds: of z; all that the cache holds by default.
+
+        Returns:
+            Terms of M images.
         """
         return self._sent(*self._rows(rows, kinds), device)
 
@@ -148,23 +155,51 @@ class UnitCache:
     def checked_terms(
         self, rows: Tensor | slice, device: torch.device | str, kinds: Iterable[str] | None, names: Tensor
     ) -> Terms:
-        """:meth:`terms` of rows that hold numbers; ValueError calls the others by their `names` [N].
+        """:meth:`terms` of rows that must be finite.
 
-        They are looked at where they are stored: on the CPU no device is waited for.
+        They are checked where they are stored, so no device is waited for.
+
+        Args:
+            rows, device, kinds: as in :meth:`terms`.
+            names: [N], by which the error calls rows that are not finite.
+
+        Returns:
+            Terms of M images.
+
+        Raises:
+            ValueError: a row holds NaN or Inf.
         """
         z, scale, mean, output = self._rows(rows, kinds)
         check_finite_units((*z.values(), scale, mean, output), names[rows])
         return self._sent(z, scale, mean, output, device)
 
     def batches(self, size: int, device: torch.device | str = "cpu") -> Iterator[Terms]:
-        """The terms of all rows in order, at most `size` at a time."""
+        """The terms of all rows, in order.
+
+        Args:
+            size: of a batch, at most.
+            device: where the terms are put.
+
+        Yields:
+            Terms of at most `size` images.
+
+        Raises:
+            ValueError: a size below one.
+        """
         if size < 1:
             raise ValueError(f"a batch holds at least one row; got size {size}")
         for start in range(0, len(self), size):
             yield self.terms(slice(start, start + size), device)
 
     def to(self, device: torch.device | str) -> "UnitCache":
-        """This cache with z, scale, mean and output in the memory of a device, in their stored dtypes."""
+        """This cache in the memory of a device, in its stored dtypes. Labels and ids stay on the CPU.
+
+        Args:
+            device: of z, scale, mean and output.
+
+        Returns:
+            A new cache.
+        """
         z, scale, mean, output = self._rows(slice(None))
         return UnitCache(
             {kind: value.to(device) for kind, value in z.items()},
@@ -178,8 +213,16 @@ class UnitCache:
         )
 
     def subset(self, rows: Tensor) -> "UnitCache":
-        """A cache of some rows: a copy in memory of one in memory,
-        and the numbers of the rows for a mapped one."""
+        """A cache of some rows.
+
+        A subset of a cache in memory is a copy. A subset of a mapped cache holds the numbers of its rows.
+
+        Args:
+            rows: numbers [M] or a mask [N].
+
+        Returns:
+            A new cache of M images.
+        """
         z, scale, mean, output = self._rows(rows)
         labels = None if self.labels is None else self.labels[rows]
         return UnitCache(z, scale, mean, output, labels, self.ids[rows], self.checksum, self.class_names)
@@ -206,7 +249,15 @@ class UnitCache:
         return self.subset(order[count:].sort().values), self.subset(order[:count].sort().values)
 
     def check(self, tower: nn.Module, kinds: Iterable[str]) -> None:
-        """Raises ValueError unless this cache was made by this very tower and holds these kinds."""
+        """Checks that this cache was made by this very tower and holds the kinds.
+
+        Args:
+            tower: an image tower.
+            kinds: that are needed.
+
+        Raises:
+            ValueError: another tower, or a kind is missing.
+        """
         missing = [kind for kind in kinds if kind not in self.kinds]
         if missing:
             raise ValueError(
@@ -221,13 +272,16 @@ class UnitCache:
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, verify: str = "full") -> "UnitCache":
-        """Maps a cache folder.
+        """Opens a cache folder. Its shards are mapped into memory, not read.
 
         Args:
             path: the folder that :func:`encode` wrote.
             verify: "full" reads every byte and compares the shards' checksums, at the speed of the disk or of
-                SHA-256 on several cores; "size" compares the files' sizes and the checksums in their headers,
-                which takes a moment and finds truncated, missing and exchanged shards, but no flipped bits.
+                SHA-256 on several cores. "size" compares the files' sizes and the checksums in their headers;
+                this takes a moment and finds truncated, missing and exchanged shards, but no flipped bits.
+
+        Returns:
+            A mapped cache.
 
         Raises:
             FileNotFoundError: no cache there, an unfinished one, or a shard is missing.
