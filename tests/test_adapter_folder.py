@@ -131,7 +131,7 @@ def test_names_that_do_not_fit_are_refused(world, tmp_path):
         with pytest.raises(ValueError, match=message):
             rk.save_adapter(adapter, tmp_path / "a", head=world.head, class_names=names)
         assert not (tmp_path / "a").exists()
-    with pytest.raises(ValueError, match="reads 31 numbers"):
+    with pytest.raises(ValueError, match="takes embeddings of 31 numbers"):
         rk.save_adapter(adapter, tmp_path / "a", head=rk.ZeroShotHead(torch.ones(31, 3), "abc"))
     with pytest.raises(ValueError, match="head must be a ZeroShotHead"):
         rk.save_adapter(adapter, tmp_path / "a", head=world.head.class_vectors)

@@ -193,7 +193,7 @@ def test_refusals_change_nothing(tower, bases):
         (lambda: adapters.add("other", rk.CoarseHeads(other)), "wraps another tower"),
         (
             lambda: adapters.add("h", rk.CoarseHeads(tower), rk.ZeroShotHead(torch.ones(5, 2), "ab")),
-            "reads 5 numbers",
+            "takes embeddings of 5 numbers",
         ),
         (lambda: adapters.remove("letters"), "known are digits"),
         (lambda: setattr(adapters, "active", "letters"), "no adapter 'letters'"),

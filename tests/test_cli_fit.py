@@ -227,7 +227,7 @@ def test_auto_is_the_default_and_says_why(run, digits, tmp_path):  # noqa: F811
     assert (found["judged_by"], found["images"]) == ("folds", 36)
     assert found["accuracy"] >= found["base_accuracy"]
     assert found["why"] in out
-    assert "only 36 training images judged this" in err
+    assert "only 36 training images judged the candidates" in err
     code, out, err = run(
         "eval", "--adapter", tmp_path / "a", "--data", digits / "test", "--json", tmp_path / "e.json"
     )

@@ -68,7 +68,7 @@ def test_the_winner_is_what_the_table_says(tower, cache, bases, head, with_val):
     if with_val:
         assert shipped == pytest.approx(found.accuracy, abs=0.03)
         assert (found.judged_by, found.images) == ("validation", 40)
-        assert "only 40 validation images judged this" in found.warning
+        assert "only 40 validation images judged the candidates" in found.warning
     else:
         assert (found.judged_by, found.images) == ("folds", 80)
         assert found.warning is None
@@ -97,7 +97,7 @@ def test_nothing_to_learn_gives_the_model(tower, cache, bases, head):
 def test_one_image_leaves_the_model(tower, cache, bases, head):
     found = rk.tune(tower, bases, head, cache.subset(torch.tensor([3])))
     assert found.winner == "base"
-    assert "only 1 training images judged this" in found.warning
+    assert "only 1 training images judged the candidates" in found.warning
 
 
 def test_the_probe_is_told_of_and_can_be_had(tower, cache, bases, head):

@@ -146,8 +146,8 @@ class AdapterSet(TowerAdapter):
             raise ValueError(f"adapter {name!r} is merged into the tower; unmerge it first")
         if head is not None and len(head.class_vectors) != self.dim:
             raise ValueError(
-                f"the head of {name!r} reads {len(head.class_vectors)} numbers an image; this tower gives "
-                f"{self.dim}"
+                f"the head of {name!r} takes embeddings of {len(head.class_vectors)} numbers; this tower "
+                f"gives {self.dim}"
             )
         key = next((key for key, shared in self.shared.items() if shared.serves(adapter)), None)
         if key is None:

@@ -41,8 +41,8 @@ class Attachment:
             ]
             if swapped:
                 raise RuntimeError(
-                    f"model.{swapped[0]} is no longer the module that was attached, so there is nothing "
-                    f"here to take off; set model.{swapped[0]} yourself (residual.tower is the image tower)"
+                    f"model.{swapped[0]} is no longer the module that was attached, so it cannot be "
+                    f"detached; set model.{swapped[0]} yourself (residual.tower is the image tower)"
                 )
             self.residual.detach()
             for name, module in self._places.items():
@@ -140,9 +140,9 @@ def _check_entrance(model: nn.Module, tower: nn.Module) -> None:
     if not min(apart) <= agreement.AT_MOST:
         raise towers.UnsupportedTowerError(
             f"{type(model).__name__}.encode_image gives other numbers than the tower at .visual "
-            f"({min(apart):.1e} apart, relative, on one image), so what it adds would be done to the "
+            f"({min(apart):.1e} apart, relative, on one image), so its own changes would be made to the "
             "adapter's embedding too. Use ResiDual(model.visual, bases) by itself, or attach(..., "
-            "check=False) to go on all the same"
+            "check=False) to accept that"
         )
 
 

@@ -52,7 +52,8 @@ def write(module: nn.Module, path: str | os.PathLike, images: Tensor, *, verify:
     check_ending(path)
     if images.is_meta:
         raise ValueError(
-            "images on meta hold no values; the file is made on the CPU, from images that are real"
+            "images on the meta device hold no values; give real images, with which the file is traced "
+            "and checked"
         )
     images = images.detach().cpu()
     if any(value.device.type != "cpu" for value in (*module.parameters(), *module.buffers())):

@@ -110,9 +110,7 @@ def save_adapter(
     if type(adapter).__name__ not in _CLASSES:
         raise ValueError(f"save_adapter keeps {', '.join(_CLASSES)}; got {type(adapter).__name__}")
     if adapter.merged:
-        raise ValueError(
-            "this adapter is merged into its tower; unmerge it first, and merge it again when it is kept"
-        )
+        raise ValueError("this adapter is merged into its tower; unmerge it, save it, and merge it again")
     checksum = adapter.tower_checksum()
     if adapter.bases is not None and adapter.bases.checksum != checksum:
         raise ValueError(
@@ -355,7 +353,8 @@ def _check_classes(dim: int, head: ZeroShotHead | None, class_names: Sequence[st
             raise ValueError(f"head must be a ZeroShotHead; got {type(head).__name__}")
         if len(head.class_vectors) != dim:
             raise ValueError(
-                f"this head reads {len(head.class_vectors)} numbers an image, but the adapter gives {dim}"
+                f"this head takes embeddings of {len(head.class_vectors)} numbers, but the adapter "
+                f"gives {dim}"
             )
     if class_names is None:
         return

@@ -72,9 +72,9 @@ def _features(adapter: AroundTower, name: str, *args: Any, **kwargs: Any) -> Any
     if name in _EMBEDS or adapter.changes_tokens:
         what = "its embedding" if name in _EMBEDS else "the tokens inside it"
         raise ValueError(
-            f"{name} is the plain tower's, and {what} is changed by this {type(adapter).__name__}; call "
-            "the adapter for its embedding, detach it, or ask adapter.tower for what the tower itself "
-            "gives"
+            f"{name} is the plain tower's, but this {type(adapter).__name__} changes {what}; call the "
+            f"adapter for its embedding, detach it, or call adapter.tower.{name} for the plain tower's "
+            "result"
         )
     found = getattr(adapter.tower, name)(*args, **kwargs)
     if isinstance(found, dict) and "image_features" in found:

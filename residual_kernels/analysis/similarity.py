@@ -170,8 +170,7 @@ def similarity_matrix(
 def _same_space(a: SpectralBases, b: SpectralBases) -> None:
     if a.dim != b.dim:
         raise ValueError(
-            f"these bases lie in output spaces of {a.dim} and {b.dim} dimensions; only one space can be "
-            "compared"
+            f"these bases lie in output spaces of {a.dim} and {b.dim} dimensions; compare bases of one space"
         )
 
 

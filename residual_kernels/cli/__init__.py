@@ -1,4 +1,7 @@
-"""The command line: one program whose commands are the library's main steps, each usable on its own."""
+"""Make a CLIP-like model better at your own task.
+
+`fit` does the whole job; the other commands are single steps.
+"""
 
 import functools
 import importlib
@@ -30,21 +33,23 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
-    "doctor": Entry("demo", "doctor", "What is here and what is missing: devices, backends, extras."),
-    "demo": Entry("demo", "demo", "The whole story, offline, on real handwritten digits."),
+    "doctor": Entry("demo", "doctor", "Show versions, devices, backends and extras, and what is missing."),
+    "demo": Entry("demo", "demo", "Run the whole method on real handwritten digits, offline."),
     "towers": Entry(
-        "towers", "towers_command", "What an image tower is, and how far its units are from its output."
+        "towers", "towers_command", "Describe an image tower, and check that its units sum to its output."
     ),
     "encode": Entry("encode", "encode_command", "Run the tower over images once and keep its units."),
     "bases": Entry("encode", "bases", "Fit the principal components of every unit on images."),
-    "fit": Entry("fit", "fit_command", "Learn the weights for labelled images; keep an adapter."),
-    "eval": Entry("use", "eval_command", "Accuracy on labelled images, with and without an adapter."),
-    "predict": Entry("use", "predict", "Label new images: a CSV of image, label and probability."),
-    "merge": Entry("merge", "merge_command", "Fold an adapter away into a file that needs no library."),
-    "report": Entry("report", "report", "One HTML page of what an adapter learned."),
-    "sweep": Entry("sweep", "sweep", "Every method on every data set with every tower, as a table."),
-    "bench": Entry("bench", "bench", "How fast the operator is on this machine."),
-    "analyze": Entry("analyze", "analyze_command", "Dimensions, similarity, scores and words of heads."),
+    "fit": Entry("fit", "fit_command", "Fit an adapter to labelled images."),
+    "eval": Entry("use", "eval_command", "Measure accuracy on labelled images, with and without an adapter."),
+    "predict": Entry("use", "predict", "Label new images, and write the labels to a CSV file."),
+    "merge": Entry("merge", "merge_command", "Fold an adapter into a file that does not need this library."),
+    "report": Entry("report", "report", "Write one HTML page about what an adapter learned."),
+    "sweep": Entry("sweep", "sweep", "Fit every method on every data set with every tower."),
+    "bench": Entry("bench", "bench", "Measure how fast the operator is on this machine."),
+    "analyze": Entry(
+        "analyze", "analyze_command", "Measure dimensions, similarity, scores and words of heads."
+    ),
 }
 
 
@@ -155,7 +160,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and end")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
 ) -> None:
     pass

@@ -66,7 +66,7 @@ def check(outputs: list[Output], inputs: Mapping[str, object], images: Collectio
 
 def _check_pair(one: Output, other: Output) -> None:
     if _key(one.path) == _key(other.path):
-        raise ValueError(f"{one} and {other} name the same place; name two")
+        raise ValueError(f"{one} and {other} name the same place; give two different paths")
     inside = _inside(other.path, one.path)
     if inside is None:
         return

@@ -13,7 +13,7 @@ from residual_kernels.cli.printing import out, status, write_numbers
 
 
 def doctor(json_file: Json = None) -> None:
-    """What is here: versions, devices, backends, extras, what is missing and how to get it."""
+    """Show versions, devices, backends and extras, and how to get what is missing."""
     from residual_kernels.cli.doctor import facts
 
     found = facts()
@@ -39,7 +39,7 @@ def demo(
     ] = Path("demo"),
     json_file: Json = None,
 ) -> None:
-    """The whole story, offline: a small CLIP misreads real handwritten digits, then learns to read them."""
+    """Run the whole method offline: a small CLIP misreads handwritten digits, then learns to read them."""
     from residual_kernels.demo import story
 
     with status("starting") as say:

@@ -46,7 +46,8 @@ def encode_command(
     model: Model = BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[
-        list[Kind] | None, typer.Option(help="units to keep, head by default; repeat it for several")
+        list[Kind] | None,
+        typer.Option(help="kind of units to keep, head by default; repeat the option for several"),
     ] = None,
     dtype: Annotated[DType, typer.Option(help="number type of the stored units")] = DType.float32,
     shard_images: Annotated[
@@ -63,8 +64,8 @@ def encode_command(
 ) -> None:
     """Run the tower over a folder of images once and keep its units.
 
-    The same command resumes an interrupted one. Under torchrun its processes share the work. A folder whose
-    images lie in no class folders is encoded without labels.
+    If the command is interrupted, run it again to resume. Under torchrun the processes share the work. Images
+    that are not in class folders are encoded without labels.
     """
     from residual_kernels import distributed
     from residual_kernels.cli.inputs import prepare
@@ -136,11 +137,14 @@ def bases(
     model: Model = BUNDLED,
     pretrained: Pretrained = None,
     kinds: Annotated[
-        list[Kind] | None, typer.Option(help="units, head by default; repeat it for several")
+        list[Kind] | None, typer.Option(help="kind of units, head by default; repeat the option for several")
     ] = None,
     moments: Annotated[bool, typer.Option(help="keep the moments too, so that files can be merged")] = False,
     placement: Annotated[
-        Placement, typer.Option(help="output, or stream: heads in model width, over tokens")
+        Placement,
+        typer.Option(
+            help="where weights will act: on the output, or inside the tower on the residual stream"
+        ),
     ] = Placement.output,
     tokens: Annotated[
         Tokens | None, typer.Option(help="with --placement stream: the tokens to use; by default all")

@@ -45,8 +45,8 @@ def fit_command(
     val: Annotated[
         Path | None,
         typer.Option(
-            help="validation images of the same classes, or some; by default folds of the training images "
-            "(auto, probe), or a fifth of them"
+            help="validation images; some classes may be missing. Without them, auto and probe use folds "
+            "of the training images, and other methods hold out a fifth of these"
         ),
     ] = None,
     method_name: Annotated[
@@ -54,7 +54,7 @@ def fit_command(
         typer.Option(
             "--method",
             help="auto: the best of the untouched model, anchored, fine, full and class vectors; "
-            "probe: a linear probe; or one by name, where stream runs the tower every epoch",
+            "probe: a linear probe; otherwise the method of that name (stream runs the tower in every epoch)",
         ),
     ] = CONTEST,
     bases_file: Annotated[
@@ -84,7 +84,7 @@ def fit_command(
     seed: Annotated[int, typer.Option(help="the first random seed")] = 0,
     epochs: Annotated[
         int | None,
-        typer.Option(min=1, help="largest number of passes over the training images; by default 30"),
+        typer.Option(min=1, help="most passes over the training images; by default 30"),
     ] = None,
     patience: Annotated[
         int | None,
@@ -94,25 +94,27 @@ def fit_command(
     ] = None,
     shots: Annotated[int | None, typer.Option(min=1, help="fit on this many images of each class")] = None,
     balanced: Annotated[
-        bool, typer.Option("--balanced", help="every class counts alike, however many images it has")
+        bool, typer.Option("--balanced", help="give every class the same weight, however many images it has")
     ] = False,
     shrink: Annotated[
         float,
         typer.Option(
             min=0.0,
-            help="pull of every weight toward 1, like a weight decay: a share of the learning rate at each "
-            "step",
+            help="pull weights toward 1, as weight decay pulls them toward 0; times the learning rate at "
+            "each step",
         ),
     ] = 0.0,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            callback=new_file, help="file to keep the state in; the same command resumes from there"
+            callback=new_file, help="file for the state of the fit; the same command resumes from it"
         ),
     ] = None,
     prototypes: Annotated[
         bool,
-        typer.Option(help="class vectors from training images instead of text; from the --shots where given"),
+        typer.Option(
+            help="make class vectors from training images (with --shots, from those) instead of text"
+        ),
     ] = False,
     model: Model = BUNDLED,
     pretrained: Pretrained = None,
@@ -122,7 +124,7 @@ def fit_command(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Learn the weights for a labelled folder of images and keep them as an adapter.
+    """Fit an adapter to labelled images, and write it to a folder.
 
     Under torchrun its processes share every batch of a cache.
     """

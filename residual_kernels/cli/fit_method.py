@@ -226,7 +226,7 @@ class MethodFit:
             )
         if base.count < train.FEW:
             err.print(
-                f"Only {base.count} validation images chose this; a few more may turn it round.",
+                f"Only {base.count} validation images chose this; with more, another fit may win.",
                 soft_wrap=True,
             )
 

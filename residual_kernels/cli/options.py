@@ -18,8 +18,8 @@ Model = Annotated[
 Pretrained = Annotated[
     str | None,
     typer.Option(
-        help="an open_clip tag, a local checkpoint, or `none` for random weights; an open_clip name needs "
-        "it, others have their own weights by default"
+        help="an open_clip tag, a local checkpoint, or `none` for random weights. An open_clip name needs "
+        "it; other models have their own weights"
     ),
 ]
 Data = Annotated[
@@ -40,12 +40,14 @@ DataRoot = Annotated[
     Path | None,
     typer.Option(
         "--data-root",
-        help="folder of the data sets that are given by name; by default "
-        "~/.cache/residual_kernels/datasets for torchvision:NAME, the cache of the library datasets "
-        "for hf:NAME",
+        help="folder of data sets that are given by name; by default ~/.cache/residual_kernels/datasets "
+        "for torchvision:NAME, and the cache of the library `datasets` for hf:NAME",
     ),
 ]
-Download = Annotated[bool, typer.Option("--download", help="fetch a data set by name that is not there")]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="download a data set that is given by name and is not on this machine"),
+]
 
 
 class OnUnreadable(str, Enum):
@@ -76,8 +78,8 @@ class Identity(str, Enum):
 Oriented = Annotated[
     Orientation,
     typer.Option(
-        help="exif: photographs are turned upright as their EXIF tag says, as viewers show them; stored: "
-        "they are left as torchvision and open_clip read them"
+        help="exif: turn photographs upright as their EXIF tag says, as viewers do; stored: leave them as "
+        "they are stored, as torchvision and open_clip do"
     ),
 ]
 Identified = Annotated[
@@ -88,13 +90,11 @@ Identified = Annotated[
     ),
 ]
 ImageColumn = Annotated[
-    str | None, typer.Option(help="hf: the column of images; by default the only one there is")
+    str | None, typer.Option(help="hf: the column of images; needed if there are several")
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option(
-        help="hf: the column of labels (classes, strings or integers); by default the only one there is"
-    ),
+    typer.Option(help="hf: the column of labels (classes, strings or integers); needed if there are several"),
 ]
 Json = Annotated[
     Path | None,

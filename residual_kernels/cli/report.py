@@ -34,7 +34,10 @@ def report(
     run: Run = None,
     adapter: Adapter = None,
     images: Annotated[
-        Path | None, typer.Option(help="the images of --data, to be shown, where that is a cache of `encode`")
+        Path | None,
+        typer.Option(
+            help="if --data is a cache of `encode`: the images that it was made from, to show on the page"
+        ),
     ] = None,
     dictionary: Words = None,
     out_file: Annotated[

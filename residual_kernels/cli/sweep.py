@@ -32,12 +32,12 @@ def sweep(
         typer.Option(
             "--out",
             callback=folder_of(*apart.SWEEP_FILES),
-            help="folder for caches, results and the table, where a stopped sweep resumes; no default, but "
-            "--check and --plan go without",
+            help="folder for caches, results and the table; a stopped sweep resumes there. Required, "
+            "except with --check or --plan",
         ),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="only look every name of the plan up, without a network")
+        bool, typer.Option("--check", help="only look up every name in the plan, without a network")
     ] = False,
     costs: Annotated[
         bool, typer.Option("--plan", help="only estimate hours and bytes, on this machine and device")
@@ -51,10 +51,9 @@ def sweep(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """Fit every method on every data set with every tower,
-    and lay the accuracies out as the paper's main table.
+    """Fit every method on every data set with every tower, and write the accuracies as one table.
 
-    Options that say how images are read are for all data sets, and come before what the plan says.
+    Options that say how images are read apply to all data sets, and override the plan.
     """
     from residual_kernels.cli.inputs import device_of
     from residual_kernels.data.images.account import Account

@@ -16,7 +16,7 @@ def towers_command(
         str,
         typer.Argument(
             help="an open_clip model name, `bundled`, hf:NAME, timm:NAME (random weights), or "
-            "py:MODULE:FUNCTION, your own code that returns a model or a tower"
+            "py:MODULE:FUNCTION (a function of yours that returns a model or a tower)"
         ),
     ],
     pretrained: Pretrained = None,
@@ -24,8 +24,7 @@ def towers_command(
     device: Device = None,
     json_file: Json = None,
 ) -> None:
-    """What a model's image tower is, how it pools, and how far its units are from its output:
-    on one random image."""
+    """Describe a model's image tower, and compare its output with the sum of its units on one image."""
     import torch
 
     from residual_kernels.cli.inputs import device_of
@@ -50,7 +49,7 @@ def towers_command(
         raise ValueError(f"{model} gives NaN or Inf on an image of noise: {where}")
     if found["parts at"]:
         raise ValueError(
-            f"the units of {model} are not its output's: {found['parts at']}. Undo that change, or merge "
+            f"the units of {model} do not sum to its output: {found['parts at']}. Undo that change, or merge "
             "it into the weights"
         )
     out.print(f"The units sum to the output: {found['units apart']:.1e} apart, relative.")

@@ -212,6 +212,6 @@ def _agree(adapter, train: UnitSource, labels: Labels, heads, config: ConvexConf
         different = [name for name in identity if other[name] != seen[0][name]]
         if different:
             raise ValueError(
-                f"the processes of a fit must be given the same, but {', '.join(different)} of process "
+                f"all processes of a fit must get the same input, but {', '.join(different)} of process "
                 f"{rank} differ from process 0's; alone=True fits in each process by itself"
             )

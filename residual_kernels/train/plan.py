@@ -188,7 +188,7 @@ class FitPlan:
             different = [name for name in self.identity if other[name] != seen[0][name]]
             if different:
                 raise ValueError(
-                    f"the processes of a fit must be given the same, but {', '.join(different)} of process "
+                    f"all processes of a fit must get the same input, but {', '.join(different)} of process "
                     f"{rank} differ from process 0's; alone=True fits in each process by itself"
                 )
 

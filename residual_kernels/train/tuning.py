@@ -193,7 +193,7 @@ def tune(
     warning = None
     if contest.images < FEW:
         what = "validation" if val is not None else "training"
-        warning = f"only {contest.images} {what} images judged this; a few more may turn it round"
+        warning = f"only {contest.images} {what} images judged the candidates; with more, another may win"
     log.info("tune: %s", why)
     return TuneResult(
         winner=winner.name,

@@ -149,7 +149,7 @@ class LoadedUnits:
         raise ValueError("a loader is read whole; encode it to choose rows by number")
 
     def fingerprint(self, labels: Tensor | None) -> NoReturn:
-        raise ValueError("a loader cannot be told from others before it is read; encode it first")
+        raise ValueError("the images of a loader are not known before it is read; encode it first")
 
     def first(self, size: int | None = None) -> None:
         return None  # a loader may not be read twice
@@ -308,8 +308,8 @@ def resumable(loader: Iterable) -> Stream | Indexed:
     sampler = loader.sampler
     if isinstance(sampler, RandomSampler | SubsetRandomSampler | WeightedRandomSampler):
         raise ValueError(
-            "the loader shuffles, so a pass that is interrupted could not go on where it stopped; encode "
-            "with shuffle=False (fit shuffles by itself)"
+            "the loader shuffles, so an interrupted pass could not resume; encode with shuffle=False (fit "
+            "shuffles by itself)"
         )
     if isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
         raise ValueError(

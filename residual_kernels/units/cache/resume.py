@@ -57,9 +57,8 @@ def manifest_of(path: Path, run: dict[str, Any], shard_images: int | None) -> di
     _compare(path, manifest["run"], run, shard_images)
     if manifest["complete"] and run["data"] is None:
         raise FileExistsError(
-            f"{path} is not empty: it holds a finished cache, and these data have no description that "
-            "would tell whether it is theirs; read it with UnitCache.load, give encode data=..., or name "
-            "a new folder"
+            f"{path} is not empty: it holds a finished cache, and nothing says whether it holds these data; "
+            "read it with UnitCache.load, give encode data=..., or name a new folder"
         )
     return manifest
 
