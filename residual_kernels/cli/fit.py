@@ -45,8 +45,8 @@ def fit_command(
     val: Annotated[
         Path | None,
         typer.Option(
-            help="validation images; some classes may be missing. Without them, auto and probe use folds "
-            "of the training images, and other methods hold out a fifth of these"
+            help="validation images; some classes may be missing. By default, auto and probe use folds of "
+            "the training images, and other methods hold out a fifth of them"
         ),
     ] = None,
     method_name: Annotated[

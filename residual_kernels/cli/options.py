@@ -19,7 +19,7 @@ Pretrained = Annotated[
     str | None,
     typer.Option(
         help="an open_clip tag, a local checkpoint, or `none` for random weights. An open_clip name needs "
-        "it; other models have their own weights"
+        "it; by default, other models use their own weights"
     ),
 ]
 Data = Annotated[
@@ -90,11 +90,13 @@ Identified = Annotated[
     ),
 ]
 ImageColumn = Annotated[
-    str | None, typer.Option(help="hf: the column of images; needed if there are several")
+    str | None, typer.Option(help="hf: the column of images; by default the only such column")
 ]
 LabelColumn = Annotated[
     str | None,
-    typer.Option(help="hf: the column of labels (classes, strings or integers); needed if there are several"),
+    typer.Option(
+        help="hf: the column of labels (classes, strings or integers); by default the only such column"
+    ),
 ]
 Json = Annotated[
     Path | None,

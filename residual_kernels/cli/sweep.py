@@ -32,8 +32,8 @@ def sweep(
         typer.Option(
             "--out",
             callback=folder_of(*apart.SWEEP_FILES),
-            help="folder for caches, results and the table; a stopped sweep resumes there. Required, "
-            "except with --check or --plan",
+            help="folder for caches, results and the table; a stopped sweep resumes there. No default; "
+            "only --check and --plan work without it",
         ),
     ] = None,
     check: Annotated[
