@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t GROUP_OF_COMPONENTS = 1024;  // about this many components to a task
+constexpr int64_t SMALLEST_GROUPS = 8;  // of components, where there are so many blocks
 constexpr int64_t PACKED_DY = 8;  // as many weight vectors' dy are kept packed for a block of rows
 
 struct BackwardPlan {
@@ -200,12 +201,12 @@ void sum_in_order(const double* from, int64_t terms, int64_t count, T* to) {
   }
 }
 
-template <class T, class Data, class P>
-bool backward_as(const Backward& call) {
+template <class T>
+bool run_backward(const Backward& call, const Cut& cut, Task task) {
   const Reweight& x = call.common;
   int out_of_memory = 0;
-  BackwardPlan plan{&call, Cut(x.N, VectorOf<T>::panel), 1, 1, nullptr, nullptr, nullptr, &out_of_memory};
-  plan.groups = most(1, least(P::smallest_groups * least(8, most(1, x.units.J / (8 * GROUP_OF_COMPONENTS))), x.units.blocks));
+  BackwardPlan plan{&call, cut, 1, 1, nullptr, nullptr, nullptr, &out_of_memory};
+  plan.groups = most(1, least(SMALLEST_GROUPS * least(8, most(1, x.units.J / (8 * GROUP_OF_COMPONENTS))), x.units.blocks));
   const int64_t room = (int64_t{1} << 22) / most(1, x.T * x.units.J);  // so many partial dweight take 32 MiB
   plan.row_groups = most(1, least(least(divide_up(16, plan.groups), plan.cut.row_blocks), room));
   const int64_t weights = call.dweight ? plan.row_groups * x.T * x.units.J : 0;
@@ -215,12 +216,17 @@ bool backward_as(const Backward& call) {
   plan.dweight = memory;
   plan.dscale = memory + weights;
   plan.dmean = plan.dscale + scales;
-  parallel_for(plan.groups * plan.row_groups, x.threads, backward_task<T, Data, P>, &plan);
+  parallel_for(plan.groups * plan.row_groups, x.threads, task, &plan);
   if (call.dweight) sum_in_order<T>(plan.dweight, plan.row_groups, x.T * x.units.J, static_cast<T*>(call.dweight));
   if (call.dscale) sum_in_order<T>(plan.dscale, plan.groups, x.N, static_cast<T*>(call.dscale));
   if (call.dmean) sum_in_order<T>(plan.dmean, plan.groups, x.N, static_cast<T*>(call.dmean));
   __builtin_free(memory);
   return !out_of_memory;
+}
+
+template <class T, class Data, class P>
+bool backward_as(const Backward& call) {
+  return run_backward<T>(call, Cut(call.common.N, VectorOf<T>::panel), backward_task<T, Data, P>);
 }
 
 }  // namespace

@@ -38,7 +38,7 @@ void check(bool fine, const char* message) {
 }
 
 // What the loops read lies inside the tensors they are given: counts of elements, the table of blocks, the offsets.
-void check_units(const Kernels& set, bool tiled, int dtype, const Units& u, const std::array<int64_t, 8>& elements) {
+void check_units(const Kernels& set, bool pairs, int dtype, const Units& u, const std::array<int64_t, 8>& elements) {
   using Wide = __int128;  // products of sizes that a caller made up
   const int64_t lanes = set.vector_bytes / (dtype == FLOAT64 ? 8 : 4);
   const auto up = [](int64_t count, int64_t step) { return (Wide(count) + step - 1) / step * step; };
@@ -59,18 +59,19 @@ void check_units(const Kernels& set, bool tiled, int dtype, const Units& u, cons
     check(u.offsets[block[FIRST_UNIT]] <= block[FIRST] && u.offsets[block[LAST_UNIT]] >= block[LAST],
           "a packed block holds components of other units");
     check(Wide(block[PADDED_FIRST]) == padded, "the packed blocks do not lie where they say");
-    padded += tiled ? up(block[LAST] - block[FIRST], 32) : Wide(block[LAST] - block[FIRST]);
+    check(!pairs || block[LAST] - block[FIRST] <= MOST_IN_BLOCK, "a packed block holds too many components");
+    padded += pairs ? up(block[LAST] - block[FIRST], 32) : Wide(block[LAST] - block[FIRST]);
     next = block[LAST];
     unit = block[LAST_UNIT];
   }
   check(next == u.J && unit == u.R, "the packed blocks do not hold every component");
-  check(!tiled || Wide(elements[7]) == (u.J + 16 * (Wide(u.blocks) + u.R)) * up(u.C, 32),
-        "the packed tiles of proj do not have the stated size");
-  check(Wide(elements[3]) == (tiled ? 2 * padded * up(u.D, 32) : padded * up(u.D, lanes)),
+  check(!pairs || Wide(elements[7]) == (u.J + 16 * (Wide(u.blocks) + u.R)) * up(u.C, 32),
+        "the packed pairs of proj do not have the stated size");
+  check(Wide(elements[3]) == (pairs ? 2 * padded * up(u.D, 32) : padded * up(u.D, lanes)),
         "packed basis does not have the stated J and D");
 }
 
-Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const std::array<int64_t, 7>& sizes,
+Reweight common_of(const Kernels& set, bool pairs, int dtype, int threads, const std::array<int64_t, 7>& sizes,
                    const std::array<uintptr_t, 8>& units, const std::array<int64_t, 8>& elements, uintptr_t z, const Strides& z_strides, uintptr_t scale, uintptr_t mean, uintptr_t weight,
                    uintptr_t weight_index) {
   const auto [N, R, C, D, J, T, blocks] = sizes;
@@ -82,7 +83,7 @@ Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const
   x.units = Units{R, C, D, J, blocks, at<const int64_t>(units[0]), at<const int64_t>(units[1]), at<const void>(units[2]),
                   at<const void>(units[3]), at<const void>(units[7]), at<const void>(units[4]), at<const void>(units[5]),
                   at<const void>(units[6])};
-  check_units(set, tiled, dtype, x.units, elements);
+  check_units(set, pairs, dtype, x.units, elements);
   x.dtype = static_cast<DataType>(dtype);
   x.N = N;
   x.T = T;
@@ -101,7 +102,7 @@ Reweight common_of(const Kernels& set, bool tiled, int dtype, int threads, const
 }
 
 const Kernels& reweight_kernels(int set, int dtype) {
-  check(!on_tiles(set) || dtype == BFLOAT16, "this instruction set multiplies bfloat16 alone");
+  check(!on_pairs(set) || dtype == BFLOAT16, "this instruction set multiplies bfloat16 alone");
   return kernels_of(set);
 }
 
@@ -114,7 +115,7 @@ void forward(int set, int dtype, int threads, const std::array<int64_t, 7>& size
              uintptr_t mean, uintptr_t weight, uintptr_t weight_index, uintptr_t y) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   check_z(z, sizes);
-  Forward call{common_of(chosen, on_tiles(set), dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
+  Forward call{common_of(chosen, on_pairs(set), dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
                          weight_index), at<void>(y)};
   py::gil_scoped_release unlocked;
   if (!chosen.forward(call)) throw std::bad_alloc();
@@ -126,7 +127,7 @@ void backward(int set, int dtype, int threads, const std::array<int64_t, 7>& siz
               uintptr_t dscale, uintptr_t dmean) {
   const Kernels& chosen = reweight_kernels(set, dtype);
   check_z(z, sizes);
-  Backward call{common_of(chosen, on_tiles(set), dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
+  Backward call{common_of(chosen, on_pairs(set), dtype, threads, sizes, units, elements, z, z_strides, scale, mean, weight,
                          weight_index),
                 Array3{at<const void>(dy), {dy_strides[0], dy_strides[1], dy_strides[2]}},
                 at<void>(dweight), at<void>(dz), at<void>(dscale), at<void>(dmean)};
@@ -207,7 +208,7 @@ PYBIND11_MODULE(_cpp, module) {
   module.def("peak", &peak);
   module.def("layout", [](int set) {
     const Kernels& chosen = kernels_of(set);
-    return py::make_tuple(chosen.vector_bytes, chosen.vectors_in_panel);
+    return py::make_tuple(chosen.vector_bytes, chosen.vectors_in_panel, MOST_IN_BLOCK);
   });
   module.def("instruction_sets", [] {
     py::dict reasons;  // name -> why it cannot run here, or None

@@ -107,12 +107,11 @@ void forward_sum(const void* context, int64_t index) {
   P::template write_rows<Data>(from, plan.groups, plan.partial_size(), count, x.units.D, to);
 }
 
-template <class T, class Data, class P>
-bool forward_as(const Forward& call) {
+// Cuts the work and runs it: `task` for each group of components of some rows, then `sum` where there are several groups.
+bool run_forward(const Forward& call, const Cut& cut, int64_t y_size, int64_t number_bytes, Task task, Task sum) {
   const Reweight& x = call.common;
   int out_of_memory = 0;
-  ForwardPlan plan{&call, Cut(x.N, VectorOf<T>::panel), 1, 1, 0, nullptr, &out_of_memory};
-  plan.y_size = P::y_size(plan.cut.rows_in_block, x.units.D);
+  ForwardPlan plan{&call, cut, 1, 1, y_size, nullptr, &out_of_memory};
   plan.task_steps = divide_up(plan.tasks(), TASKS_AT_ONCE);
   const int64_t jobs = plan.cut.row_blocks * plan.task_steps;
   if (jobs == 0) return true;
@@ -121,15 +120,21 @@ bool forward_as(const Forward& call) {
   plan.groups = most(1, least(least(divide_up(FORWARD_TASKS, jobs), room), x.units.blocks));
   void* memory = nullptr;
   if (plan.groups > 1) {
-    memory = __builtin_malloc(jobs * plan.groups * plan.partial_size() * sizeof(T));
+    memory = __builtin_malloc(jobs * plan.groups * plan.partial_size() * number_bytes);
     if (memory == nullptr) return false;
     plan.partial = memory;
   }
-  parallel_for(jobs * plan.groups, x.threads, forward_task<T, Data, P>, &plan);
-  if (plan.groups > 1 && !out_of_memory)
-    parallel_for(plan.cut.row_blocks * plan.tasks(), x.threads, forward_sum<T, Data, P>, &plan);
+  parallel_for(jobs * plan.groups, x.threads, task, &plan);
+  if (plan.groups > 1 && !out_of_memory) parallel_for(plan.cut.row_blocks * plan.tasks(), x.threads, sum, &plan);
   __builtin_free(memory);
   return !out_of_memory;
+}
+
+template <class T, class Data, class P>
+bool forward_as(const Forward& call) {
+  const Cut cut(call.common.N, VectorOf<T>::panel);
+  return run_forward(call, cut, P::y_size(cut.rows_in_block, call.common.units.D), sizeof(T), forward_task<T, Data, P>,
+                     forward_sum<T, Data, P>);
 }
 
 }  // namespace

@@ -9,8 +9,10 @@ namespace residual_kernels {
 
 enum DataType { FLOAT32 = 0, FLOAT64 = 1, BFLOAT16 = 2 };
 
-// A block of components: first, last+1, first unit, last+1 unit, first with all earlier blocks padded to whole tiles.
+// A block of components: first, last+1, first unit, last+1 unit, first with all earlier blocks padded to 32.
 enum BlockField { FIRST, LAST, FIRST_UNIT, LAST_UNIT, PADDED_FIRST, BLOCK_FIELDS };
+
+constexpr int64_t MOST_IN_BLOCK = 384;  // components of a block for a set on pairs, at most
 
 // The packed constants of one set of units. `Wide` numbers are float for float32 and bfloat16 data, double for float64.
 // Components are cut into blocks, each of whole units or a piece of one larger unit; all units appear in some block.
@@ -21,8 +23,8 @@ struct Units {
   const int64_t* offsets;   // [R+1]
   const void* proj;         // wide [J, C rounded up to the vector], padded with zeros
   const void* basis;        // wide, per block: panels of columns, each [components of the block, width of the panel];
-                            // for a set on tiles see on_tiles.h
-  const void* proj_tiles;   // for a set on tiles: proj again, see tile_row in on_tiles.h; else null
+                            // for a set on pairs see Block in pairs.h
+  const void* proj_pairs;   // for a set on pairs: proj again, see Block in pairs.h; else null
   const void* bias;         // wide [J]
   const void* slope;        // wide [J]
   const void* offset;       // wide [J]

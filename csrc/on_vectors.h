@@ -10,7 +10,6 @@ struct OnVectors {
   static constexpr int64_t lanes = VectorOf<T>::lanes, panel = VectorOf<T>::panel;
   static constexpr int64_t component_step = 1;  // c and t have room for a multiple of so many components
   static constexpr int64_t component_room = 0;  // and c for so many behind it
-  static constexpr int64_t smallest_groups = 8;  // backward: at least so many groups of components
 
   static void begin() {}
   static void end() {}

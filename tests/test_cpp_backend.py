@@ -320,7 +320,7 @@ def test_auto_takes_it_and_named_sets_are_obeyed(monkeypatch):
         assert list(faster) == list(
             cpp_backend.INSTRUCTION_SETS[cpp_backend.INSTRUCTION_SETS.index(name) + 1 :]
         )
-        taken = "avx512" if name in cpp_backend.ON_TILES else name  # tiles multiply bfloat16 alone
+        taken = "avx512" if name in cpp_backend.ON_PAIRS else name  # they multiply bfloat16 alone
         assert ops.pack_units(**packable).sizes[0] == cpp_backend.INSTRUCTION_SETS.index(taken)
         half = {k: v.bfloat16() if k in ("proj", "basis") else v for k, v in packable.items()}
         assert ops.pack_units(**half).sizes[0] == cpp_backend.INSTRUCTION_SETS.index(name)

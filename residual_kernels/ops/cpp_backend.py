@@ -20,13 +20,13 @@ from torch import Tensor
 import residual_kernels._cpp as _cpp
 from residual_kernels.ops.cpp_packing import (
     BLOCK,
-    TILE,
+    DEPTH,
     Pack,
     Sizes,
+    basis_in_pairs,
     blocks_of,
     in_panels,
-    in_tiles,
-    proj_in_tiles,
+    proj_in_pairs,
     rounded_up,
     widened,
 )
@@ -40,7 +40,7 @@ INSTRUCTION_SETS = (
     "avx512bf16",
     "amx",
 )
-ON_TILES = ("avx512bf16", "amx")  # they take bfloat16 alone; csrc/on_tiles.h
+ON_PAIRS = ("avx512bf16", "amx")  # they take bfloat16 alone; csrc/pairs.h
 _BY_NAME = ("amx",)  # taken only when asked for
 FOLDED_PAYS = 0.75  # the folded route is taken below this share of the direct route's FLOP
 FOLDED_WIDTH = (
@@ -83,7 +83,7 @@ def peak(threads: int, dtype: torch.dtype = torch.float32, steps: int = 500_000,
     The best of `runs` counts, each of `steps` rounds of a register loop (about a millisecond).
     """
     at = _number()
-    if dtype != torch.bfloat16 and INSTRUCTION_SETS[at] in ON_TILES:
+    if dtype != torch.bfloat16 and INSTRUCTION_SETS[at] in ON_PAIRS:
         at = INSTRUCTION_SETS.index("avx512")
     best = 0.0
     for _ in range(runs):
@@ -103,17 +103,20 @@ def pack(
 ) -> tuple[list[Tensor], list[int]]:
     """Tensors as in :class:`Pack` and sizes as in :class:`Sizes`."""
     number = _number()
-    tiled = INSTRUCTION_SETS[number] in ON_TILES and proj.dtype == torch.bfloat16
-    if INSTRUCTION_SETS[number] in ON_TILES and not tiled:
-        number = INSTRUCTION_SETS.index("avx512")  # sets on tiles multiply bfloat16 alone
-    vector_bytes, vectors = _cpp.layout(number)
+    paired = INSTRUCTION_SETS[number] in ON_PAIRS and proj.dtype == torch.bfloat16
+    if INSTRUCTION_SETS[number] in ON_PAIRS and not paired:
+        number = INSTRUCTION_SETS.index("avx512")  # sets on pairs multiply bfloat16 alone
+    vector_bytes, vectors, most_in_block = _cpp.layout(number)
     dtype = widened(proj.dtype)
     lanes = vector_bytes // dtype.itemsize
     (components, width), dim = proj.shape, basis.shape[1]
     padded = proj.new_zeros(components, rounded_up(width, lanes), dtype=dtype)
     padded[:, :width] = proj
-    blocks = blocks_of(unit_offsets.tolist(), 2 * BLOCK if tiled else BLOCK, TILE if tiled else 1)
-    panels = in_tiles(basis, blocks) if tiled else in_panels(basis, blocks, dtype, lanes, lanes * vectors)
+    blocks = blocks_of(unit_offsets.tolist(), most_in_block if paired else BLOCK, DEPTH if paired else 1)
+    if paired:
+        panels = basis_in_pairs(basis, blocks)
+    else:
+        panels = in_panels(basis, blocks, dtype, lanes, lanes * vectors)
     table = torch.tensor(blocks, dtype=torch.int64)
     folds = _folding_saves(1 << 40, unit_offsets.numel() - 1, width, dim, components, proj.dtype)
     made = Pack(
@@ -124,7 +127,7 @@ def pack(
         bias.contiguous(),
         slope.contiguous(),
         offset.contiguous(),
-        tiled_proj=proj_in_tiles(proj, blocks, unit_offsets.tolist()) if tiled else None,
+        paired_proj=proj_in_pairs(proj, blocks, unit_offsets.tolist()) if paired else None,
         folded=(proj, basis) if folds else None,
     )
     return made.listed(), list(Sizes(number, width, dim, components))
@@ -142,17 +145,17 @@ def shape(tensors: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, int, in
             f"{len(sizes)}"
         )
     pack, number, width, dim, components = Pack.of(tensors), *sizes
-    least, tiles = pack.proj.dtype, pack.tiled_proj
-    on_tiles = 0 <= number < len(INSTRUCTION_SETS) and INSTRUCTION_SETS[number] in ON_TILES
+    least, pairs = pack.proj.dtype, pack.paired_proj
+    on_pairs = 0 <= number < len(INSTRUCTION_SETS) and INSTRUCTION_SETS[number] in ON_PAIRS
     if not (
         0 <= number < len(INSTRUCTION_SETS)
         and pack.blocks.dtype == pack.unit_offsets.dtype == torch.int64
-        and (pack.basis.dtype == least or (pack.basis.dtype == torch.bfloat16 and on_tiles))
+        and (pack.basis.dtype == least or (pack.basis.dtype == torch.bfloat16 and on_pairs))
         and pack.bias.dtype == pack.slope.dtype == pack.offset.dtype == least
         and pack.blocks.numel() > 0
         and pack.unit_offsets.numel() > 1
         and all(x.is_contiguous() and x.device.type == "cpu" for x in pack.direct)
-        and (tiles is None or (tiles.dtype == pack.basis.dtype and tiles.is_contiguous()))
+        and (pairs is None or (pairs.dtype == pack.basis.dtype and pairs.is_contiguous()))
         and (
             pack.folded is None
             or (pack.folded[0].shape == (components, width) and pack.folded[1].shape == (components, dim))
@@ -220,7 +223,7 @@ def _address(tensor: Tensor | None) -> int:
 
 def _addresses(pack: Pack) -> tuple[list[int], list[int]]:
     """Where the packed tensors lie and how many elements each has; 0 where proj in tiles is missing."""
-    read = (*pack.direct, pack.tiled_proj)
+    read = (*pack.direct, pack.paired_proj)
     return [_address(x) for x in read], [0 if x is None else x.numel() for x in read]
 
 

@@ -1,4 +1,4 @@
-"""How are constants laid out for the compiled backend? In blocks that stay in cache, as panels or tiles."""
+"""How are constants laid out for the compiled backend? In blocks that stay in cache, as panels of numbers or of pairs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 256  # components that stay in cache between the two products, at most
-TILE = 32  # bfloat16 numbers in a row of a tile; a tile has 16 rows
+DEPTH = 32  # sums run over a multiple of so many bfloat16 numbers, filled with zeros
+SIDE = 16  # columns of a panel of pairs
 
 
 class Sizes(NamedTuple):
@@ -25,11 +26,11 @@ class Pack(NamedTuple):
     blocks: Tensor  # int64 [B, 5], see blocks_of
     unit_offsets: Tensor
     proj: Tensor  # [J, C padded to whole vectors], at least float32
-    basis: Tensor  # in panels, at least float32; bfloat16 in tiles where the set computes on tiles
+    basis: Tensor  # in panels, at least float32; bfloat16 in pairs where the set computes on pairs
     bias: Tensor
     slope: Tensor
     offset: Tensor
-    tiled_proj: Tensor | None = None
+    paired_proj: Tensor | None = None
     folded: tuple[Tensor, Tensor] | None = (
         None  # proj [J, C] and basis [J, D] as they came: the folded route may pay
     )
@@ -46,10 +47,10 @@ class Pack(NamedTuple):
         direct = cls(blocks, unit_offsets, proj, basis, bias, slope, offset)
         if len(more) == 2:
             return direct._replace(folded=(more[0], more[1]))
-        return direct._replace(tiled_proj=more[0]) if more else direct
+        return direct._replace(paired_proj=more[0]) if more else direct
 
     def listed(self) -> list[Tensor]:
-        return [*self.direct, *(() if self.tiled_proj is None else (self.tiled_proj,)), *(self.folded or ())]
+        return [*self.direct, *(() if self.paired_proj is None else (self.paired_proj,)), *(self.folded or ())]
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
@@ -104,38 +105,38 @@ def in_panels(basis: Tensor, blocks: list, dtype: torch.dtype, lanes: int, panel
     return panels
 
 
-def in_tiles(basis: Tensor, blocks: list) -> Tensor:
-    """Per block, in tiles of 16 x 32: its transpose (dimensions by components) for forward,
-    itself for backward."""
+def in_pairs(matrix: Tensor) -> Tensor:
+    """[k, columns] -> flat [columns/16, k/2, 16, 2]: panels of columns, neighbours in k side by side."""
+    depth, columns = matrix.shape
+    return matrix.reshape(depth // 2, 2, columns // SIDE, SIDE).permute(2, 0, 3, 1).reshape(-1)
+
+
+def basis_in_pairs(basis: Tensor, blocks: list) -> Tensor:
+    """Per block: itself for forward, where components are summed over, then its transpose for backward."""
     dim = basis.shape[1]
-    padded_dim = rounded_up(dim, TILE)
-    tiled = []
+    paired = []
     for low, high, *_ in blocks:
-        block = basis.new_zeros(rounded_up(high - low, TILE), padded_dim)
+        block = basis.new_zeros(rounded_up(high - low, DEPTH), rounded_up(dim, DEPTH))
         block[: high - low, :dim] = basis[low:high]
-        for matrix in (block.T, block):
-            rows, columns = matrix.shape
-            tiles = matrix.reshape(rows // 16, 16, columns // TILE, TILE).transpose(1, 2)
-            tiled.append(tiles.reshape(-1))
-    return torch.cat(tiled)
+        paired += [in_pairs(block), in_pairs(block.T)]
+    return torch.cat(paired)
 
 
-def proj_in_tiles(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:
-    """Each unit's run of components in a block, padded to 16 x 32, in tiles.
+def proj_in_pairs(proj: Tensor, blocks: list, bounds: list[int]) -> Tensor:
+    """Each unit's run of components in a block, padded to 16, transposed.
 
-    Runs lie as tile_row in csrc says.
+    Runs lie as Block::proj in csrc says.
     """
     components, width = proj.shape
-    padded_width = rounded_up(width, TILE)
-    rows = proj.new_zeros(components + 16 * (len(blocks) + len(bounds) - 1), padded_width)
+    padded_width = rounded_up(width, DEPTH)
+    rows = proj.new_zeros(components + SIDE * (len(blocks) + len(bounds) - 1), padded_width)
     for number, (first, last, first_unit, last_unit, _) in enumerate(blocks):
         for unit in range(first_unit, last_unit):
             low, high = max(bounds[unit], first), min(bounds[unit + 1], last)
             if low >= high:
                 continue
-            run = proj.new_zeros(rounded_up(high - low, 16), padded_width)
+            run = proj.new_zeros(rounded_up(high - low, SIDE), padded_width)
             run[: high - low, :width] = proj[low:high]
-            tiles = run.reshape(len(run) // 16, 16, padded_width // TILE, TILE).transpose(1, 2)
-            start = low + 16 * (number + unit)
-            rows[start : start + len(run)] = tiles.reshape(len(run), padded_width)
+            start = low + SIDE * (number + unit)
+            rows[start : start + len(run)] = in_pairs(run.T).view(len(run), padded_width)
     return rows
