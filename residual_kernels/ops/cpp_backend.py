@@ -222,7 +222,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _addresses(pack: Pack) -> tuple[list[int], list[int]]:
-    """Where the packed tensors lie and how many elements each has; 0 where proj in tiles is missing."""
+    """Where the packed tensors lie and how many elements each has; 0 where proj in pairs is missing."""
     read = (*pack.direct, pack.paired_proj)
     return [_address(x) for x in read], [0 if x is None else x.numel() for x in read]
 

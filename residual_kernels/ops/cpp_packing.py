@@ -1,4 +1,4 @@
-"""How are constants laid out for the compiled backend? In blocks that stay in cache, as panels of numbers or of pairs."""
+"""How are constants laid out for the compiled backend? In blocks that stay in cache, as panels or pairs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -50,7 +50,11 @@ class Pack(NamedTuple):
         return direct._replace(paired_proj=more[0]) if more else direct
 
     def listed(self) -> list[Tensor]:
-        return [*self.direct, *(() if self.paired_proj is None else (self.paired_proj,)), *(self.folded or ())]
+        return [
+            *self.direct,
+            *(() if self.paired_proj is None else (self.paired_proj,)),
+            *(self.folded or ()),
+        ]
 
 
 def widened(dtype: torch.dtype) -> torch.dtype:
