@@ -162,7 +162,7 @@ def tables() -> dict[str, list[str]]:
         f"* 2 cores (measured): encoding {cpu.encode / 1e9:.0f} GFLOP/s, the fit's operator "
         f"{cpu.fit / 1e9:.0f} GFLOP/s, a cache in shuffled order from the disk {cpu.read / 1e9:.2f} GB/s.",
         f"* 1 GPU (assumed, not measured): {REACHED:.0%} of {NOMINAL / 1e12:.0f} TFLOP/s of bf16 products, "
-        f"{STORAGE / 1e9:.0f} GB/s from storage. 64 GPUs: 64 times as much; nothing is lost to waiting.",
+        f"{STORAGE / 1e9:.0f} GB/s from storage. 64 GPUs: 64 times as much, with no loss to communication.",
     ]
     return {"per image": per_image(costs), "rates": rates, "whole": whole(costs, cpu)}
 

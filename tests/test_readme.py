@@ -32,27 +32,10 @@ def run(blocks):
     return namespace
 
 
-def test_python_blocks_of_the_pages(tmp_path, monkeypatch, capsys):
-    blocks = python_blocks(*(DOCS / f"{page}.md" for page in IN_ORDER))
-    assert len(blocks) >= 15
-    monkeypatch.chdir(tmp_path)
-    namespace = run(blocks)
-    assert re.search(r"0\.875 -> 0\.9\d\d", capsys.readouterr().out)  # before is the untouched model
-    assert (tmp_path / "adapter" / "adapter.json").is_file()
-    assert namespace["weight"].grad is not None
-
-
-def test_python_blocks_of_the_readme(tmp_path, monkeypatch, capsys):
-    """As they stand, but for the model that open_clip would download: the bundled one stands in for it."""
-    import open_clip
-
-    import residual_kernels as rk
+def write_photos():
+    """Folders of digits, as the pages name a user's photographs."""
     from residual_kernels.demo import DIGITS, digit_images, thirds
 
-    model, preprocess, tokenizer = rk.load_bundled()
-    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (model, None, preprocess))
-    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: tokenizer)
-    monkeypatch.chdir(tmp_path)
     pictures, labels = digit_images()
     train, _, test = thirds(len(pictures))
     for part, rows in (
@@ -64,13 +47,38 @@ def test_python_blocks_of_the_readme(tmp_path, monkeypatch, capsys):
             folder = Path(part) if part == "new-photos" else Path(part, DIGITS[labels[row]])
             folder.mkdir(parents=True, exist_ok=True)
             pictures[row].save(folder / f"{row:04d}.png")
+
+
+def test_python_blocks_of_the_pages(tmp_path, monkeypatch, capsys):
+    blocks = python_blocks(*(DOCS / f"{page}.md" for page in IN_ORDER))
+    assert len(blocks) >= 15
+    monkeypatch.chdir(tmp_path)
+    write_photos()
+    namespace = run(blocks)
+    assert re.search(r"0\.875 -> 0\.9\d\d", capsys.readouterr().out)  # before is the untouched model
+    assert (tmp_path / "adapter" / "adapter.json").is_file()
+    assert namespace["weight"].grad is not None
+
+
+def test_python_blocks_of_the_readme(tmp_path, monkeypatch, capsys):
+    """As they stand, but for the model that open_clip would download: the bundled one stands in for it."""
+    import open_clip
+
+    import residual_kernels as rk
+    from residual_kernels.demo import DIGITS
+
+    model, preprocess, tokenizer = rk.load_bundled()
+    monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: (model, None, preprocess))
+    monkeypatch.setattr(open_clip, "get_tokenizer", lambda *_: tokenizer)
+    monkeypatch.chdir(tmp_path)
+    write_photos()
     namespace = run(python_blocks(README))
     assert set(namespace["labels"]) <= set(DIGITS)
-    assert namespace["classifier"].result_.table[0].name == "base"
-    assert namespace["found"].accuracy >= namespace["found"].base_accuracy
-    assert model.visual is namespace["found"].adapter
+    result = namespace["classifier"].result_
+    assert result.table[0].name == "base"
+    assert result.accuracy >= result.base_accuracy
     assert (tmp_path / "photos-adapter" / "adapter.json").is_file()
-    namespace["found"].adapter.detach()
+    result.adapter.detach()
 
 
 PROGRAM = re.compile(
@@ -187,7 +195,7 @@ def test_paths_exist():
         text = page.read_text()
         for path in re.findall(r"`((?:residual_kernels|tests|benchmarks|examples|docs)/[\w./-]+)`", text):
             assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
-        for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text):
             assert path.startswith("http") or (page.parent / path).exists(), f"{page.name}: {path}"
 
 
@@ -279,5 +287,5 @@ def test_what_the_readme_says_of_tune_is_the_committed_figure():
         for cells in ([c.strip() for c in line.strip("|").split("|")] for line in table.splitlines())
     }
     text = " ".join(README.read_text().split())
-    assert f"reads {rows['digits'][-1]} of the same test third" in text
-    assert f"({rows['photographs'][-1]} where the model reads {rows['photographs'][5]})" in text
+    assert f"reaches {rows['digits'][-1]} on the same test images" in text
+    assert f"({rows['photographs'][-1]} where the model has {rows['photographs'][5]})" in text
