@@ -14,28 +14,28 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-OURS = "ResiDual"
-# Decades between markers; share of the accuracies' range; rounds of moving.
-APART, NEAR, STEPS = (
-    0.3,
-    0.09,
-    40,
-)
-COLOURS = {
-    "base": "#444444",
-    "linear probe": "#7f7f7f",
-    "CLIP-Adapter": "#0000a7",
-    "Tip-Adapter": "#3b8bc2",
-    "Tip-Adapter-F": "#1b4f72",
-    "LoRA": "#b3831f",
-    "fine-tuning": "#5c3a92",
-    "ResiDual coarse": "#e8a09a",
-    "ResiDual fine": "#d9534f",
-    "ResiDual full": "#a31621",
-    "ResiDual output": "#e07b39",
-    "ResiDual linear": "#7a4b3a",
-    "ResiDual stream": "#00a87a",
+from residual_kernels.figures.style import BLUE, DPI, GREEN, GREY, INK, ORANGE, PALE, SKY, defaults
+
+APART = 0.3  # decades between markers
+NEAR = 0.14  # share of the accuracies' range within which markers would touch
+STEPS = 40  # rounds of moving
+# Colours of the library's figures; blue is this library's, and shapes tell methods of one colour apart.
+MARKS = {
+    "base": (INK, "D"),
+    "linear probe": (GREY, "s"),
+    "CLIP-Adapter": (GREY, "^"),
+    "Tip-Adapter": (ORANGE, "v"),
+    "Tip-Adapter-F": (ORANGE, "^"),
+    "LoRA": (GREEN, "s"),
+    "fine-tuning": (GREEN, "P"),
+    "ResiDual coarse": (SKY, "o"),
+    "ResiDual fine": (BLUE, "o"),
+    "ResiDual full": (BLUE, "s"),
+    "ResiDual output": (SKY, "s"),
+    "ResiDual linear": (SKY, "^"),
+    "ResiDual stream": (BLUE, "^"),
 }
+OTHER = (PALE, "X")
 
 
 def apart(rows: list[dict]) -> list[float]:
@@ -58,31 +58,36 @@ def apart(rows: list[dict]) -> list[float]:
 def panel(axis: Axes, rows: list[dict]) -> None:
     """Accuracy over the numbers trained; nothing trained stands at the left edge."""
     for row, across in zip(rows, apart(rows), strict=True):
-        ours = row["method"].startswith(OURS)
+        colour, marker = MARKS.get(row["method"], OTHER)
         axis.errorbar(
             across,
             row["accuracy"],
             yerr=row["std"],
-            fmt="o" if ours else "s",
+            fmt=marker,
             markersize=7,
-            color=COLOURS.get(row["method"], "#999999"),
+            color=colour,
             capsize=2,
             elinewidth=1,
             markeredgecolor="white",
         )
     base = next((row["accuracy"] for row in rows if row["method"] == "base"), None)
     if base is not None:
-        axis.axhline(base, color=COLOURS["base"], linewidth=0.8, linestyle=":")
+        axis.axhline(base, color=MARKS["base"][0], linewidth=0.8, linestyle=":")
     axis.set_xscale("log")
     axis.set_xlim(4, 4e6)
     axis.set_xticks([12, 100, 1e3, 1e4, 1e5, 1e6], ["0", "100", "1k", "10k", "100k", "1M"])
     axis.minorticks_off()
-    axis.grid(axis="y", linewidth=0.4, alpha=0.6)
+    axis.grid(axis="y", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
 
 def draw(result: dict, to: Path) -> None:
+    with defaults():
+        _draw(result, to)
+
+
+def _draw(result: dict, to: Path) -> None:
     tasks = list(result["tasks"])
     shots = list(dict.fromkeys(row["shots"] for row in result["rows"]))
     figure, axes = plt.subplots(
@@ -95,8 +100,8 @@ def draw(result: dict, to: Path) -> None:
     for line, task in zip(axes, tasks, strict=True):
         for axis, count in zip(line, shots, strict=True):
             panel(axis, [row for row in result["rows"] if row["task"] == task and row["shots"] == count])
-            axis.set_title(f"{task}, {count or 'all'} labelled a class", fontsize=9)
-        line[0].set_ylabel("accuracy on the test part", fontsize=8)
+            axis.set_title(f"{task}, {count or 'all'} labelled per class", fontsize=9)
+        line[0].set_ylabel("test accuracy", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("learned numbers", fontsize=8)
     handles = [
@@ -104,22 +109,22 @@ def draw(result: dict, to: Path) -> None:
             [],
             [],
             linestyle="",
-            marker="o" if name.startswith(OURS) else "s",
+            marker=MARKS.get(name, OTHER)[1],
             markersize=7,
             label=name,
-            color=COLOURS.get(name, "#999999"),
+            color=MARKS.get(name, OTHER)[0],
         )
         for name in result["methods"]
     ]
     figure.legend(handles=handles, loc="lower center", ncol=5, fontsize=8, frameon=False)
     figure.suptitle(
-        "The same tower, labelled images and validation part for everyone; mean and deviation over "
-        f"{len(result['seeds'])} seeds; circles: this library; markers that would touch stand side by side",
+        "Every method has the same tower, labelled images and validation images; mean and deviation over "
+        f"{len(result['seeds'])} seeds; blue: this library; markers that would touch stand side by side",
         fontsize=9,
     )
     lines = -(-len(handles) // 5)
     figure.tight_layout(rect=(0, 0.01 + 0.2 * lines / figure.get_figheight(), 1, 1))
-    figure.savefig(to, dpi=130)
+    figure.savefig(to, dpi=DPI)
     plt.close(figure)
 
 

@@ -73,7 +73,7 @@ def test_a_word_is_shown_where_direction_and_images_agree(made):
         """A dictionary with one word at one end of component j, and its words."""
         names = (*map(str, range(60)), "planted")
         dictionary = TextDictionary(names, torch.cat([noise, sign * direction[j : j + 1]]))
-        return ends.words_for_ends(residual, cache, dictionary, [reading[j]])[j]
+        return ends.words_for_ends(residual, cache, dictionary, [reading[j]], nearest=1)[j]
 
     assert words(followed, 1)[0][0][0] == "planted"
     assert words(followed, -1)[1][0][0] == "planted"
@@ -88,3 +88,26 @@ def test_a_word_is_shown_where_direction_and_images_agree(made):
         assert all(score <= -level for _, score in low)
     strict = ends.words_for_ends(residual, cache, dictionary, [reading[followed]], agreement=1.01)
     assert strict == {followed: ((), ())}
+
+
+def test_a_word_is_among_the_nearest_to_the_images_of_its_end(made):
+    residual, cache = made
+    reading = weights.read_weights(residual, cache)
+    some = [reading[j] for j in range(12)]
+    names = tuple(map(str, range(40)))
+    dictionary = TextDictionary(names, torch.randn(40, 32, generator=torch.Generator().manual_seed(5)))
+    lenient = {"chance": 0.01, "agreement": -1.0, "count": 8}
+    every = ends.words_for_ends(residual, cache, dictionary, some, nearest=1, **lenient)
+    nearest = ends.words_for_ends(residual, cache, dictionary, some, nearest=0.3, **lenient)
+    reader = weights.ComponentReader(residual, range(12))(cache.terms(slice(None))).double()
+    unit = torch.nn.functional.normalize(cache.output.double(), dim=1)
+    left_out = 0
+    for one in some:
+        order = reader[:, one.index].argsort()
+        for side, rows in enumerate((order[-8:], order[:8])):
+            similar = dictionary.vectors @ unit[rows].mean(0)
+            allowed = {names[place] for place in similar.argsort(descending=True)[:12].tolist()}
+            expected = [word for word, _ in every[one.index][side] if word in allowed]
+            assert [word for word, _ in nearest[one.index][side]] == expected
+            left_out += len(every[one.index][side]) - len(expected)
+    assert left_out > 20

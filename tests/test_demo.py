@@ -58,6 +58,7 @@ def test_the_sum_in_the_picture_is_the_model_s_own_lead():
 def test_pictures(result):
     assert [path.name for path in result.pictures] == [
         "overview.png",
+        "overview-dark.png",
         "accuracy.png",
         "weights.png",
         "spectra.png",

@@ -135,11 +135,13 @@ def test_a_figure_is_the_same_whatever_matplotlib_is_set_to(bases, tmp_path):
 def test_images_at_the_ends_of_a_component():
     images = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(3)]
     figure = figures.component_ends(
-        "$a$", (images, (3.0, 2.0, 1.0), ("a $ring$",)), (images, (-3.0, -2.0, -1.0), ())
+        "$a$",
+        figures.End(images, (3.0, 2.0, 1.0), ("zero", "six", "zero"), ("a $ring$",)),
+        figures.End(images, (-3.0, -2.0, -1.0), (), ()),
     )
     said = [text.get_text() for text in figure.axes[0].texts]
     assert said == [
-        "high end: a $ring$",
+        "high end: 2 zero, 1 six; words: a $ring$",
         "+3.00",
         "+2.00",
         "+1.00",
@@ -156,6 +158,17 @@ def test_images_at_the_ends_of_a_component():
     assert [axes.get_xlabel() for axes in figure.axes[:3]] == ["truth: 2", "truth: 3", ""]
     colours = [to_rgb(axes.title.get_color()) for axes in figure.axes[:2]]
     assert colours == [to_rgb(style.GREEN), to_rgb(style.ORANGE)]
+
+
+def test_a_caption_names_the_commonest_classes():
+    end = figures.End((), (), ("a", "b", "b", "c", "d"), ())
+    assert end.caption("low") == "low end: 2 b, 1 a, 1 c ..."
+
+
+def luminance(colour):
+    """Relative luminance, as WCAG defines it."""
+    linear = [x / 12.92 if x <= 0.03928 else ((x + 0.055) / 1.055) ** 2.4 for x in colour]
+    return sum(share * x for share, x in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
 
 def test_the_overview_says_what_it_was_given():
@@ -183,3 +196,17 @@ def test_the_overview_says_what_it_was_given():
     assert after["two"] == style.GREEN
     assert after["six"] == style.ORANGE
     assert sum(len(axes.images) for axes in figure.axes) == 2 + 1 + 2 + 5
+    dark = figures.overview(reads, (0.5, 0.75), 1200, reads[0], sums, 96, ends, dark=True)
+    assert [text.get_text() for text in dark.texts] == said
+    assert to_rgb(dark.get_facecolor()[:3]) == to_rgb(style.ON_DARK.paper)
+    inks = {to_rgb(text.get_color()) for text in dark.texts}
+    labels = [
+        label
+        for axes in dark.axes
+        for label in (axes.title, *axes.get_xticklabels(), *axes.get_yticklabels())
+        if label.get_text()
+    ]
+    assert len(labels) == 2 + 2 * 2 + 2
+    inks |= {to_rgb(label.get_color()) for label in labels}
+    for ink in inks:  # readable on the dark page: 4.5 to 1
+        assert (luminance(ink) + 0.05) / (luminance(to_rgb(style.ON_DARK.paper)) + 0.05) > 4.5

@@ -195,7 +195,9 @@ def test_paths_exist():
         text = page.read_text()
         for path in re.findall(r"`((?:residual_kernels|tests|benchmarks|examples|docs)/[\w./-]+)`", text):
             assert "NAME" in path or (ROOT / path).exists(), f"{page.name}: {path}"
-        for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(r'src(?:set)?="([^"]+)"', text):
+        for path in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text) + re.findall(
+            r'src(?:set)?="([^"]+)"', text
+        ):
             assert path.startswith("http") or (page.parent / path).exists(), f"{page.name}: {path}"
 
 

@@ -1,8 +1,9 @@
 """Which words describe the two ends of a component, and is a word near enough to be shown at all?
 
-A dictionary always has a nearest word. It is shown only when it passes two tests: it lies nearer to the
-component than the nearest word of a random direction does, and the images confirm it: those with high
-coefficients are those that the model finds most similar to the word.
+A dictionary always has a nearest word. It is shown only if it passes three tests. It lies nearer to the
+component than the nearest word of a random direction does. Over all images, the coefficient rises together
+with the model's similarity to the word. And to the images at that end, the model finds the word nearer than
+most words of the dictionary.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from residual_kernels.analysis.weights import (
     MOST_ROWS,
     Component,
     ComponentReader,
+    component_ends,
     units_read,
 )
 from residual_kernels.analysis.words import TextDictionary, words_at_ends
@@ -25,6 +27,7 @@ from residual_kernels.units.source import rows_within
 DIRECTIONS, SEED = 1000, 0  # random directions that say what chance gives
 CHANCE = 0.99  # share of random directions whose nearest word is farther away than a word that is shown
 TRIED = 4  # times the words wanted are tried at an end
+NEAREST, IMAGES = 0.25, 8  # share of the dictionary that a word is among for the images of its end; how many
 AGREEMENT = 0.5  # least correlation over images: the word and the component share a quarter of their variance
 
 Words = tuple[tuple[str, float], ...]
@@ -103,6 +106,7 @@ def words_for_ends(
     *,
     chance: float = CHANCE,
     agreement: float = AGREEMENT,
+    nearest: float = NEAREST,
 ) -> dict[int, tuple[Words, Words]]:
     """Words for both ends of some components; an end that no word describes has none.
 
@@ -115,6 +119,8 @@ def words_for_ends(
         chance: a word must be nearer than the nearest word of this share of random directions.
         agreement: the least correlation, over the images, of a component's coefficient with the model's
             similarity to a word.
+        nearest: a word must be among this share of the dictionary, in the order of the model's similarity to
+            the images at that end (8 of them, or as many as there are); 1 leaves this test out.
 
     Returns:
         index of a component -> (words of its high end, of its low end), each ((word, score), ...), nearest
@@ -125,7 +131,11 @@ def words_for_ends(
     near = {}
     for one in components:
         low, high = words_at_ends(
-            residual.bases, dictionary, one.unit, one.place, min(TRIED * count, len(dictionary))
+            residual.bases,
+            dictionary,
+            one.unit,
+            one.place,
+            min(TRIED * count, len(dictionary), residual.bases.dim),
         )
         near[one.index] = tuple(tuple(word for word in end if abs(word[1]) >= level) for end in (high, low))
     wanted = sorted({place_of[word] for ends in near.values() for end in ends for word, _ in end})
@@ -137,9 +147,38 @@ def words_for_ends(
     column = {dictionary.words[place]: at for at, place in enumerate(wanted)}
 
     def confirmed(index: int, end: Words, sign: int) -> Words:
-        kept = [one for one in end if sign * float(agrees[row[index], column[one[0]]]) >= agreement]
-        return tuple(kept[:count])
+        return tuple(one for one in end if sign * float(agrees[row[index], column[one[0]]]) >= agreement)
 
-    return {
+    found = {
         index: (confirmed(index, high, 1), confirmed(index, low, -1)) for index, (high, low) in near.items()
     }
+    if nearest < 1:
+        found = _nearest_only(residual, cache, dictionary, found, nearest)
+    return {index: (high[:count], low[:count]) for index, (high, low) in found.items()}
+
+
+def _nearest_only(
+    residual: ResiDual,
+    cache: UnitCache,
+    dictionary: TextDictionary,
+    found: dict[int, tuple[Words, Words]],
+    share: float,
+) -> dict[int, tuple[Words, Words]]:
+    """Of the words found, those that are also among the nearest to the images at their end."""
+    named = [index for index, sides in found.items() if any(sides)]
+    if not named:
+        return found
+    ends = component_ends(residual, cache, named, IMAGES)
+    places = {word: place for place, word in enumerate(dictionary.words)}
+
+    def near(words: Words, rows: Tensor) -> Words:
+        images = cache.terms(rows, kinds=()).output.double().cpu()
+        similar = dictionary.vectors @ torch.nn.functional.normalize(images, dim=1).mean(0)
+        nearer = {word: int((similar > similar[places[word]]).sum()) for word, _ in words}
+        return tuple(one for one in words if nearer[one[0]] < share * len(dictionary))
+
+    kept = {
+        index: (near(found[index][0], ends.high[at]), near(found[index][1], ends.low[at]))
+        for at, index in enumerate(named)
+    }
+    return {**found, **kept}

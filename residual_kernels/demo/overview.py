@@ -29,14 +29,16 @@ def draw(
     test: UnitCache,
     images: Sequence[Image],
     preprocess: Callable,
-    dictionary: TextDictionary,
+    class_words: TextDictionary,
+    dark: bool = False,
 ) -> Figure:
     """The picture of a fitted anchored adapter.
 
     Args:
         adapter: with `rest="all"`, so that weights of one are the untouched model.
         test: images that nothing was fitted to or chosen by; their ids are places in `images`.
-        dictionary: words of the same model.
+        class_words: one word or phrase for each class, in the order of the classes, of the same model.
+        dark: for a dark page.
     """
     before, after = head(test.output).argmax(1), train.predict(adapter, head, test).labels
     names = head.class_names
@@ -55,7 +57,8 @@ def draw(
         reads[mended],
         _sums(adapter, test.subset(torch.tensor([row])), image, lead, float(head.logit_scale.exp())),
         len(adapter.weight),
-        _ends(adapter, test, images, dictionary),
+        _ends(adapter, test, images, class_words),
+        dark,
     )
 
 
@@ -101,22 +104,26 @@ def _sum(layout: UnitLayout, values: Tensor) -> Sum:
 
 
 def _ends(
-    adapter: ResiDual, cache: UnitCache, images: Sequence[Image], dictionary: TextDictionary
+    adapter: ResiDual, cache: UnitCache, images: Sequence[Image], class_words: TextDictionary
 ) -> ShownEnds:
-    """Of the heads' components with a word at both ends: the one whose images show the fewest classes.
+    """Of the heads' components with a class's word at both ends: the one whose images fit these words best.
 
     Among equals, the one that moves embeddings farthest.
     """
     learned = read_weights(adapter, cache)
     heads = [one for one in (learned[j] for j in range(len(learned))) if one.unit.kind == "head"]
-    words = words_for_ends(adapter, cache, dictionary, heads, 1)
+    words = words_for_ends(adapter, cache, class_words, heads, 1)
     named = [one for one in heads if all(words[one.index])]
     ends = component_ends(adapter, cache, [one.index for one in named], AT_AN_END)
 
-    def classes(place: int) -> int:
-        return sum(len(cache.truth[rows[place]].unique()) for rows in (ends.high, ends.low))
+    def of_their_class(place: int) -> int:
+        """How many images at the ends are of the class whose word stands there."""
+        found = 0
+        for rows, said in zip((ends.high, ends.low), words[named[place].index], strict=True):
+            found += int((cache.truth[rows[place]] == class_words.words.index(said[0][0])).sum())
+        return found
 
-    place = min(range(len(named)), key=lambda i: (classes(i), -abs(named[i].effect)))
+    place = max(range(len(named)), key=lambda i: (of_their_class(i), abs(named[i].effect)))
     shown = named[place]
     high, low = (
         [images[int(cache.ids[row])] for row in rows[place].tolist()] for rows in (ends.high, ends.low)

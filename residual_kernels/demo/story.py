@@ -122,10 +122,11 @@ def _component_ends(
     words = words_for_ends(fine, cache, dictionary, [component])[component.index]
     sides = (ends.high, ends.high_values, words[0]), (ends.low, ends.low_values, words[1])
     high, low = (
-        (
-            [images[int(cache.ids[row])] for row in rows[0].tolist()],
-            values[0].tolist(),
-            [word for word, _ in end],
+        figures.End(
+            images=[images[int(cache.ids[row])] for row in rows[0].tolist()],
+            values=values[0].tolist(),
+            classes=[DIGITS[label] for label in cache.truth[rows[0]].tolist()],
+            words=[word for word, _ in end],
         )
         for rows, values, end in sides
     )
@@ -185,6 +186,7 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
 
     say("drawing pictures")
     dictionary = TextDictionary.bundled(model, tokenizer)
+    class_words = TextDictionary.from_words(model, tokenizer, [TEMPLATES[0].format(name) for name in DIGITS])
     anchored = cast(ResiDual, build("anchored", tower, every))
     with _one_thread():
         train.fit(anchored, head, training, validation)
@@ -193,7 +195,8 @@ def run(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> D
     learned = read_weights(fine, test)
     heads = fine.layout.select("head")
     drawn = {
-        "overview": overview.draw(anchored, head, test, images, preprocess, dictionary),
+        "overview": overview.draw(anchored, head, test, images, preprocess, class_words),
+        "overview-dark": overview.draw(anchored, head, test, images, preprocess, class_words, dark=True),
         "accuracy": figures.accuracy_bars(rows),
         "weights": figures.unit_map(
             fine.layout,

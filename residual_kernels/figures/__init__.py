@@ -17,11 +17,12 @@ from residual_kernels.figures.heads import (
     spectra_and_counts,
     unit_map,
 )
-from residual_kernels.figures.images import component_ends, rereadings
+from residual_kernels.figures.images import End, component_ends, rereadings
 from residual_kernels.figures.overview import overview
 from residual_kernels.figures.style import save
 
 __all__ = [
+    "End",
     "accuracy_bars",
     "accuracy_table",
     "candidates",

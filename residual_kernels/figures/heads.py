@@ -122,7 +122,9 @@ def _draw_spectra(
         colour = BLUE if layer is None else _depth(bases.layout, layer)
         axes.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.6, lw=1.1)
     axes.axhline(energy, color=ORANGE, lw=1.2, ls="--")
-    axes.text(1, energy - 0.01, f"{energy:.0%} of the variance", color=ORANGE, va="top", fontsize=9)
+    axes.text(
+        1, 0.02, f"dashed: {energy:.0%} of the variance", color=ORANGE, va="bottom", fontsize=9
+    )  # below every curve
     plain_log(axes, "x")
     axes.set_ylim(0, 1.03)
     percents(axes.yaxis)
@@ -157,7 +159,7 @@ def spectra_and_counts(bases: SpectralBases, energy: float = 0.9) -> Figure:
     right.set_xlabel("layer (one dot per head)")
     right.set_ylabel("components")
     right.set_ylim(bottom=0)
-    right.set_title(f"Components that hold {energy:.0%} of the variance")
+    right.set_title(f"Components for {energy:.0%} of the variance")
     return figure
 
 

@@ -1,6 +1,8 @@
 """What do images show? Those at both ends of a component, and those that are read anew."""
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -9,20 +11,48 @@ from torch import Tensor
 
 from residual_kernels.figures.style import GREEN, GREY, ORANGE, bare, new_figure, styled
 
-End = tuple[Sequence[Image], Sequence[float], Sequence[str]]  # images, their coefficients, words
+NAMED = 3  # classes that a caption names
+
+
+class End(NamedTuple):
+    """One end of a component, as a figure shows it.
+
+    Attributes:
+        images: square ones.
+        values: their coefficients.
+        classes: the names of their classes; () where there are no labels.
+        words: that describe the end; () where none does.
+    """
+
+    images: Sequence[Image]
+    values: Sequence[float]
+    classes: Sequence[str]
+    words: Sequence[str]
+
+    def caption(self, name: str) -> str:
+        """Such as "high end: 6 four, 2 nine; words: an arrow"."""
+        counts = Counter(self.classes).most_common()
+        told = ", ".join(f"{count} {label}" for label, count in counts[:NAMED])
+        parts = [f"{name} end" + (f": {told}" if told else "") + (" ..." if len(counts) > NAMED else "")]
+        return "; ".join(parts + ([f"words: {', '.join(self.words)}"] if self.words else []))
 
 
 @styled
 def component_ends(title: str, high: End, low: End) -> Figure:
-    """Images (square) with a component's highest coefficients above and its lowest below,
-    and the words of each end."""
-    columns, tall = len(high[0]), 1.62  # of a row: caption, image, coefficient
+    """Images (square) at both ends of a component, with the classes and the words of each end.
+
+    Args:
+        title: above the figure.
+        high: the images with the highest coefficients, highest first.
+        low: those with the lowest, lowest first.
+    """
+    columns, tall = len(high.images), 1.62  # of a row: caption, image, coefficient
     figure = new_figure(0.95 * columns + 0.2, 0.95 * (2 * tall + 0.4) + 0.2)
     axes = figure.add_subplot()
-    for line, (name, (images, values, words)) in enumerate((("high", high), ("low", low))):
+    for line, (name, end) in enumerate((("high", high), ("low", low))):
         top = line * tall
-        axes.text(0, top - 0.08, f"{name} end" + (f": {', '.join(words)}" if words else ""), fontsize=9)
-        for column, (image, value) in enumerate(zip(images, values, strict=True)):
+        axes.text(0, top - 0.08, end.caption(name), fontsize=9)
+        for column, (image, value) in enumerate(zip(end.images, end.values, strict=True)):
             axes.imshow(
                 np.asarray(image),
                 extent=(column, column + 0.95, top + 0.95, top),

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -33,6 +34,31 @@ DIVERGING = LinearSegmentedColormap.from_list("diverging", ["#8f3d00", ORANGE, "
 CELLS = LinearSegmentedColormap.from_list("cells", ["#e0894a", "#f6f5f3", "#4fa3d8"])
 CELLS_FROM_ZERO = LinearSegmentedColormap.from_list("cells from zero", ["#f6f5f3", "#4fa3d8"])
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#8cc5ea", BLUE, "#0b4f7d"])  # first layer to last
+
+
+@dataclass(frozen=True)
+class Colours:
+    """The colours of a figure that is drawn for a light page and for a dark one."""
+
+    ink: str
+    grey: str
+    paper: str
+    blue: str
+    orange: str
+    green: str
+    cells: Colormap
+
+
+ON_LIGHT = Colours(INK, GREY, PAPER, BLUE, ORANGE, GREEN, CELLS)
+ON_DARK = Colours(
+    ink="#e6edf3",
+    grey="#9198a1",
+    paper="#0d1117",
+    blue=SKY,
+    orange="#f08a3c",
+    green="#2fbf91",
+    cells=LinearSegmentedColormap.from_list("cells on dark", ["#d9762f", "#1d232b", "#3f9bd8"]),
+)
 
 DPI = 130
 DEFAULTS: dict[Any, Any] = {  # names of classes may hold a dollar sign, and letters stay letters in an SVG
@@ -86,9 +112,9 @@ class Picture(Figure):
         return buffer.getvalue()
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, paper: str = PAPER) -> Figure:
     """An empty figure of a size in inches."""
-    return Picture(figsize=(width, height), layout="constrained", facecolor=PAPER)
+    return Picture(figsize=(width, height), layout="constrained", facecolor=paper)
 
 
 def save(figure: Figure, folder: Path, name: str, formats: Iterable[str] = ("png", "svg")) -> list[Path]:

@@ -91,7 +91,12 @@ def _ends(facts: Facts, component: Component, ids: list[int], pictures: Images) 
         (ends.low[place], ends.low_values[place], words[1]),
     )
     high, low = (
-        ([cropped(pictures.picture(ids[row])[0], SIDE) for row in rows.tolist()], values.tolist(), side)
+        figures.End(
+            images=[cropped(pictures.picture(ids[row])[0], SIDE) for row in rows.tolist()],
+            values=values.tolist(),
+            classes=[facts.class_names[facts.labels[row]] for row in rows.tolist()],
+            words=side,
+        )
         for rows, values, side in sides
     )
     weight = signed(component.weight).lstrip("+")
