@@ -135,6 +135,8 @@ class Rest(nn.Module):
         False where values cannot be asked for, since a graph must not depend on them."""
         if self.name != "all" or weight.is_meta or torch.compiler.is_compiling():
             return False
+        if torch._C._are_functorch_transforms_active():
+            return False
         if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         if weight.device.type == "cpu" or weight.is_inference():
@@ -359,6 +361,8 @@ class SpectralConstants(nn.Module):
         Nothing is packed for one that is not asked for.
         """
         if self.backend not in ("auto", "cpp", "triton") or c.requires_grad:
+            return False
+        if torch._C._are_functorch_transforms_active():
             return False
         if torch.compiler.is_compiling() and c.dtype not in self._packs:  # packing cannot be part of a graph
             return False

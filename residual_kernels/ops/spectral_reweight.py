@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from residual_kernels.ops import backends
+from residual_kernels.ops import backends, transforms
 from residual_kernels.ops.operands import check_call, check_index_values, check_pack, check_upstream
 from residual_kernels.ops.packing import PackedUnits, check_constants, remembered_pack, wide
 
@@ -95,44 +95,60 @@ class _Reweight(torch.autograd.Function):
         ctx.save_for_forward(*operands)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
-        z, scale, mean, weight, weight_index = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[i] for i in (3, 0, 1, 2)]
-        pack = ctx.pack() if callable(ctx.pack) else ctx.pack
-        dy = dy.resolve_neg()
-        grads = iter(
-            _backward(
-                dy, z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, wanted, pack.backend
-            )
-        )
-        dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
-        return dz, dscale, dmean, dweight, None, None
+        if torch._C._are_functorch_transforms_active():  # which see no further than a Function
+            return _gradients_of(ctx, dy, _Gradients.apply)
+        return _once_backward(ctx, dy)
 
     @staticmethod
     def jvp(ctx, z_t, scale_t, mean_t, weight_t, *_):
-        # y is linear in weight, and affine in each of z, scale and mean alone: y(tangent) - y(0) is the
-        # derivative.
-        z, scale, mean, weight, index = ctx.saved_tensors
+        tangents = (z_t, scale_t, mean_t, weight_t)
+        return transforms.derivative(_Reweight.apply, ctx.saved_tensors, tangents, ctx.pack)
 
-        def along(name: str, direction: Tensor, mean: Tensor | None = mean) -> Tensor:
-            values = {"z": z, "scale": scale, "mean": mean}
-            there = {**values, name: direction.to(values[name].dtype)}
-            here = {**values, name: torch.zeros_like(values[name])}
-            return _Reweight.apply(*there.values(), weight, index, ctx.pack) - _Reweight.apply(
-                *here.values(), weight, index, ctx.pack
-            )
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        *operands, pack = arguments
+        return transforms.reweight(_Reweight.apply, info.batch_size, in_dims[:-1], operands, pack)
 
-        terms = []
-        if weight_t is not None:
-            terms.append(_Reweight.apply(z, scale, mean, weight_t.to(weight.dtype), index, ctx.pack))
-        if z_t is not None:
-            terms.append(along("z", z_t, mean=None))
-        if scale_t is not None:
-            terms.append(along("scale", scale_t))
-        if mean_t is not None:
-            terms.append(along("mean", mean_t))
-        return sum(terms[1:], terms[0])
+
+def _gradients_of(ctx, dy: Tensor, run: Callable[..., Sequence[Tensor]]):
+    z, scale, mean, weight, weight_index = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[i] for i in (3, 0, 1, 2)]
+    grads = iter(run(dy, z, scale, mean, weight, weight_index, ctx.pack, wanted))
+    dweight, dz, dscale, dmean = (next(grads) if want else None for want in wanted)
+    return dz, dscale, dmean, dweight, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The backward pass as a function of its own, for the transforms of torch.func."""
+
+    @staticmethod
+    def forward(dy, z, scale, mean, weight, weight_index, pack, wanted) -> tuple[Tensor, ...]:
+        pack = pack() if callable(pack) else pack
+        given = dy.resolve_neg(), z, scale, mean, weight, weight_index
+        return tuple(_backward(*given, pack.tensors, pack.sizes, wanted, pack.backend))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("spectral_reweight is once differentiable: its gradients have none of their own")
+
+    jvp: Any = backward
+
+    @staticmethod
+    def vmap(info, in_dims, *arguments):
+        *operands, pack, wanted = arguments
+        return transforms.gradients(
+            _Gradients.apply, info.batch_size, in_dims[: len(operands)], operands, pack, wanted
+        )
+
+
+@once_differentiable
+def _once_backward(ctx, dy: Tensor):
+    return _gradients_of(ctx, dy, _Gradients.forward)
 
 
 class _Plainly(torch.autograd.Function):
@@ -145,7 +161,7 @@ class _Plainly(torch.autograd.Function):
         ctx.save_for_backward(z, scale, mean, weight, weight_index)
         return _Reweight.forward(z, scale, mean, weight, weight_index, pack)
 
-    backward: Any = _Reweight.backward  # with its decorator
+    backward: Any = staticmethod(_once_backward)
 
 
 @torch.library.custom_op("residual_kernels::spectral_reweight", mutates_args=())
