@@ -27,7 +27,6 @@ void write_dz(const Backward& call, const Rows<T>& rows, const int64_t* block, c
   const Reweight& x = call.common;
   const Units& units = x.units;
   const int64_t width = round_up(units.C, lanes);
-  Ahead nothing{nullptr, nullptr, 0};
   for (int64_t r = block[FIRST_UNIT]; r < block[LAST_UNIT]; ++r) {
     const int64_t low = most(units.offsets[r], block[FIRST]), high = least(units.offsets[r + 1], block[LAST]);
     if (low >= high) {
@@ -44,7 +43,7 @@ void write_dz(const Backward& call, const Rows<T>& rows, const int64_t* block, c
         p.out = sum + c;
         p.out_stride = width;
         p.add = low > units.offsets[r];
-        column_of_tiles<T, ROWS_TOGETHER>(rows.count, least(panel, width - c) / lanes, p, nothing);
+        column_of_tiles<T, ROWS_TOGETHER>(rows.count, least(panel, width - c) / lanes, p, p.a, 0);
       }
       if (high < units.offsets[r + 1]) continue;  // the next block goes on with this unit
     }

@@ -23,7 +23,6 @@ struct OnVectors {
   static void read_components(const Reweight& x, const Rows<T>& rows, const int64_t* block, T* packed_z, T* c) {
     const Units& units = x.units;
     const int64_t proj_stride = round_up(units.C, lanes);
-    Ahead nothing{nullptr, nullptr, 0};
     for (int64_t r = block[FIRST_UNIT]; r < block[LAST_UNIT]; ++r) {
       const int64_t low = most(units.offsets[r], block[FIRST]), high = least(units.offsets[r + 1], block[LAST]);
       if (low >= high) continue;
@@ -40,7 +39,9 @@ struct OnVectors {
         p.b_stride = width;
         p.out = c + (low - block[FIRST]) * rows.padded + n;
         p.out_stride = rows.padded;
-        column_of_tiles<T, COLUMNS_TOGETHER>(high - low, width / lanes, p, nothing);
+        // Other columns read proj again; after them comes the next unit's.
+        const int64_t bytes = n == 0 ? (high - low) * proj_stride * sizeof(T) : 0;
+        column_of_tiles<T, COLUMNS_TOGETHER>(high - low, width / lanes, p, p.a + (high - low) * proj_stride, bytes);
       }
     }
   }
@@ -50,7 +51,6 @@ struct OnVectors {
                                bool add) {
     const int64_t components = block[LAST] - block[FIRST], dims = round_up(units.D, lanes);
     const T* basis = static_cast<const T*>(units.basis) + block[FIRST] * dims;
-    const char* basis_end = reinterpret_cast<const char*>(static_cast<const T*>(units.basis) + units.J * dims);
     for (int64_t d = 0; d < dims; d += panel) {
       const int64_t width = least(panel, dims - d), bytes = components * width * sizeof(T);
       Product<T> p{};
@@ -63,9 +63,7 @@ struct OnVectors {
       p.out = y + rows.count * d;
       p.out_stride = width;
       p.add = add;
-      Ahead next{reinterpret_cast<const char*>(p.b) + bytes, basis_end, 0};
-      next.step = round_up(bytes / divide_up(rows.count, TILE_M), 64);
-      column_of_tiles<T, ROWS_TOGETHER>(rows.count, width / lanes, p, next);
+      column_of_tiles<T, ROWS_TOGETHER>(rows.count, width / lanes, p, p.b + components * width, bytes);
     }
   }
 
@@ -100,15 +98,14 @@ struct OnVectors {
     if (components == 0) return;
     if (units.D == 0) memset(t, 0, components * rows.padded * sizeof(T));
     const T* basis = static_cast<const T*>(units.basis) + block[FIRST] * dims;
-    const char* basis_end = reinterpret_cast<const char*>(static_cast<const T*>(units.basis) + units.J * dims);
     for (int64_t d = 0; d < units.D;) {
       // As many whole panels as DEPTH holds, or the last, narrower one.
       const int64_t whole = least(DEPTH / panel, (units.D - d) / panel);
       const int64_t panels = most(1, whole), depth = whole ? whole * panel : units.D - d;
       const int64_t width = whole ? panel : round_up(units.D - d, lanes);
       const int64_t bytes = components * panels * width * sizeof(T);
-      Ahead next{reinterpret_cast<const char*>(basis + components * d) + bytes, basis_end, 0};
-      next.step = round_up(bytes / (divide_up(components, TILE_M) * divide_up(rows.padded, panel)), 64);
+      const char* next = reinterpret_cast<const char*>(basis + components * d) + bytes;
+      const int64_t share = divide_up(bytes, divide_up(rows.padded, panel));
       for (int64_t n = 0; n < rows.padded; n += panel) {
         const int64_t across = least(panel, rows.padded - n);
         Product<T> p{};
@@ -122,7 +119,7 @@ struct OnVectors {
         p.out = t + n;
         p.out_stride = rows.padded;
         p.add = d > 0;
-        column_of_tiles<T, COLUMNS_TOGETHER>(components, across / lanes, p, next);
+        column_of_tiles<T, COLUMNS_TOGETHER>(components, across / lanes, p, next + n / panel * share, share);
       }
       d += depth;
     }

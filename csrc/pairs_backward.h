@@ -56,7 +56,6 @@ void write_dz_of_rows(const Backward& call, const Rows<float>& rows, const Block
   const Reweight& x = call.common;
   const Units& units = x.units;
   const int64_t width = round_up(units.C, lanes);
-  Ahead nothing{nullptr, nullptr, 0};
   for (int64_t r = block.fields[FIRST_UNIT]; r < block.fields[LAST_UNIT]; ++r) {
     const int64_t low = most(units.offsets[r], block.first()), high = least(units.offsets[r + 1], block.fields[LAST]);
     if (low >= high) {
@@ -73,7 +72,7 @@ void write_dz_of_rows(const Backward& call, const Rows<float>& rows, const Block
         p.out = sum + c;
         p.out_stride = width;
         p.add = low > units.offsets[r];
-        column_of_tiles<float, COLUMNS_TOGETHER>(rows.count, least(panel, width - c) / lanes, p, nothing);
+        column_of_tiles<float, COLUMNS_TOGETHER>(rows.count, least(panel, width - c) / lanes, p, p.a, 0);
       }
       if (high < units.offsets[r + 1]) continue;  // the next block goes on with this unit
     }

@@ -103,6 +103,8 @@ struct Product {
   T* out;
   int64_t out_stride;
   bool add;
+  const char* ahead;   // memory that is read after this product, asked for on the way
+  int64_t ahead_step;  // bytes for each k
 };
 
 template <class T, Side SIDE, int M, int V>
@@ -112,7 +114,8 @@ void tile(const Product<T>& p) {
   UNROLL for (int m = 0; m < M; ++m)
     UNROLL for (int v = 0; v < V; ++v) acc[m][v] = Vector<T>{};
   const T* b = p.b;
-  const int64_t a_stride = p.a_stride, b_stride = p.b_stride;
+  const char* ahead = p.ahead;
+  const int64_t a_stride = p.a_stride, b_stride = p.b_stride, ahead_step = p.ahead_step;
   for (int64_t panel = 0; panel < p.panels; ++panel) {
     const T* a = p.a + panel * p.a_panel;
     for (int64_t k = p.k; k > 0; --k) {
@@ -122,6 +125,8 @@ void tile(const Product<T>& p) {
         const T x = SIDE == ROWS_TOGETHER ? a[m] : a[m * a_stride];
         UNROLL for (int v = 0; v < V; ++v) acc[m][v] += x * row[v];
       }
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += ahead_step;
       a += SIDE == ROWS_TOGETHER ? a_stride : 1;
       b += b_stride;
     }
@@ -174,30 +179,63 @@ ALWAYS_INLINE void any_tile(int64_t height, int64_t vectors, const Product<T>& p
   }
 }
 
-// A stream of memory that will be read later, asked for a little at a time between tiles.
-struct Ahead {
-  const char* next;
-  const char* end;
-  int64_t step;  // bytes per call
-
-  ALWAYS_INLINE void fetch() {
-    const char* stop = next + step < end ? next + step : end;
-    for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
-  }
-};
-
-// One column of tiles: `height` rows of a against `vectors` vectors of b.
+// One column of tiles: `height` rows of a against `vectors` vectors of b. `ahead` points to `bytes` that are read later:
+// they are asked for a little with every k. Fetched all at once they would hold up what is read now.
 template <class T, Side SIDE>
-ALWAYS_INLINE void column_of_tiles(int64_t height, int64_t vectors, Product<T> p, Ahead& ahead) {
+ALWAYS_INLINE void column_of_tiles(int64_t height, int64_t vectors, Product<T> p, const void* ahead, int64_t bytes) {
+  const int64_t steps = p.panels * p.k;
+  p.ahead = static_cast<const char*>(ahead);
+  p.ahead_step = divide_up(bytes, most(1, divide_up(height, TILE_M) * steps));
   for (int64_t m = 0; m < height; m += TILE_M) {
-    ahead.fetch();
     any_tile<T, SIDE>(least(TILE_M, height - m), vectors, p);
+    p.ahead += p.ahead_step * steps;
     p.a += SIDE == ROWS_TOGETHER ? TILE_M : TILE_M * p.a_stride;
     p.out += TILE_M * p.out_stride;
   }
 }
 
 // --- packing: rows of the user's array become columns of ours --------------------------------------------------------
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define WITH_SHUFFLES 1
+#endif
+#endif
+
+#ifdef WITH_SHUFFLES
+// low := a0 b0 a1 b1 ... of the first halves of a and b, high: of the second ones.
+template <class V, int64_t LANES>
+ALWAYS_INLINE void interleave(V a, V b, V& low, V& high) {
+  if constexpr (LANES == 2) {
+    low = __builtin_shufflevector(a, b, 0, 2);
+    high = __builtin_shufflevector(a, b, 1, 3);
+  } else if constexpr (LANES == 4) {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  } else if constexpr (LANES == 8) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    static_assert(LANES == 16, "a vector of another length");
+    low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+// to[k][i] := from[i][k] on a square of whole vectors; rows of `from` and `to` lie so many numbers apart.
+template <class T>
+ALWAYS_INLINE void transpose_square(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  constexpr int64_t lanes = VectorOf<T>::lanes;
+  Vector<T> rows[lanes], mixed[lanes];
+  UNROLL for (int64_t i = 0; i < lanes; ++i) rows[i] = load(from + i * from_stride);
+  UNROLL for (int64_t round = 1; round < lanes; round *= 2) {
+    UNROLL for (int64_t i = 0; i < lanes / 2; ++i)
+      interleave<Vector<T>, lanes>(rows[i], rows[i + lanes / 2], mixed[2 * i], mixed[2 * i + 1]);
+    UNROLL for (int64_t i = 0; i < lanes; ++i) rows[i] = mixed[i];
+  }
+  UNROLL for (int64_t i = 0; i < lanes; ++i) store<T>(to + i * to_stride, rows[i]);
+}
+#endif
 
 // to: panels of rows, each [columns, width of the panel]; rows up to a whole vector are filled with zeros.
 template <class T, class In>
@@ -219,7 +257,14 @@ void pack_rows(const In* from, int64_t row_stride, int64_t column_stride, int64_
           for (int64_t c = 0; c < across; ++c) rows_here[i][c] = read<T>(row + c);
         }
         T* out = to + first * panel;
-        for (int64_t c = 0; c < across; ++c)
+        int64_t c = 0;
+#ifdef WITH_SHUFFLES
+        constexpr int64_t lanes = VectorOf<T>::lanes;
+        for (; c + lanes <= across; c += lanes)
+          for (int64_t i = 0; i < panel; i += lanes)
+            transpose_square<T>(rows_here[i] + c, square, out + c * panel + i, panel);
+#endif
+        for (; c < across; ++c)
           UNROLL for (int64_t i = 0; i < panel; ++i) out[c * panel + i] = rows_here[i][c];
       }
     } else {

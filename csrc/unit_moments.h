@@ -63,6 +63,7 @@ ALWAYS_INLINE void rows_of_product(const T* l, int64_t stride, int64_t rows, int
     p.out = sum + (from + low) * width + column;
     p.out_stride = width;
     p.add = add;
+    p.ahead = reinterpret_cast<const char*>(p.b);
     any_tile<T, ROWS_TOGETHER>(high - low, vectors, p);
   }
 }
