@@ -59,7 +59,7 @@ def make(root: Path) -> None:
     import residual_kernels as rk
     from residual_kernels import files
     from residual_kernels.analysis import summary
-    from residual_kernels.experiments import sweep
+    from residual_kernels.experiments import kept
     from residual_kernels.train import checkpoints
 
     tower = _tower(open_clip.transformer, torch)
@@ -103,7 +103,7 @@ def make(root: Path) -> None:
         "lr": 0.1,
     }
     files.write_json(
-        root / "fine-0.json", {"schema": files.SCHEMA, "what": sweep.WHAT, "recipe": "r", "row": row}
+        root / "fine-0.json", {"schema": files.SCHEMA, "what": kept.WHAT, "recipe": "r", "row": row}
     )
     pictures = {}
     for number in range(6):
@@ -141,7 +141,7 @@ def kinds() -> list[FileKind]:
     import residual_kernels as rk
     from residual_kernels.analysis import summary
     from residual_kernels.data.images import open_images
-    from residual_kernels.experiments import sweep, sweep_plan
+    from residual_kernels.experiments import kept, sweep_plan
     from residual_kernels.train import checkpoints
 
     @functools.cache
@@ -200,7 +200,7 @@ def kinds() -> list[FileKind]:
             "analysis", "analysis", "analysis.json", lambda f: summary.Analysis.load(f).to_dict(), bare=True
         ),
         FileKind("sweep plan", "plan.yaml", "", lambda f: repr(sweep_plan.SweepPlan.read(f)), bare=True),
-        FileKind("sweep result", "fine-0.json", "", lambda f: sweep._kept(f, "r"), bare=True),
+        FileKind("sweep result", "fine-0.json", "", lambda f: kept.kept(f, "r", None, {}), bare=True),
         FileKind("images in a zip", "images.zip", "", pictures, bare=True),
         FileKind("images in a tar", "", "shard.tar", shards, bare=True),
         FileKind("class names beside a tar", "", "classnames.txt", shards, bare=True),

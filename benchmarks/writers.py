@@ -93,7 +93,7 @@ class Once:
 
         from residual_kernels import figures
         from residual_kernels.data import models
-        from residual_kernels.report import charts
+        from residual_kernels.report import charts, page, tables
         from residual_kernels.train import fitting
 
         self.kept: dict = {}  # key -> (what its ids are of, the result)
@@ -119,6 +119,9 @@ class Once:
             (models, "load_model"),
             (torch.onnx, "export"),
             (torch.export, "export"),
+            (charts, "inline"),
+            (tables, "tables"),
+            (page, "_render"),
         ):
             setattr(holder, name, self._once(getattr(holder, name), named=holder in (models, figures)))
         vars(fitting)["time"] = types.SimpleNamespace(perf_counter=lambda: 0.0)

@@ -5,9 +5,8 @@ never memory that is not theirs.
 
 Half of the calls are valid: ragged, strided, empty and negated operands on every backend and every
 instruction set of this processor. Their values and gradients are compared with the reference in float64. The
-other half calls the registered operators with packs and sizes that were damaged in one place: an error must
-name it, or the result must have the shape it should. Under `make sanitize` a read or write out of bounds ends
-the run.
+other half calls one of the seven registered operators, forward or backward, with one thing damaged: an error
+must name it, or the result must have the shape it should. Under `make sanitize` a read or write out of bounds ends the run.
 """
 
 import argparse
@@ -130,9 +129,8 @@ def check_valid(case: Case, backend: str) -> None:
 
 
 def damaged(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
-    """A tensor that is not what it should be: shorter, longer, of another dtype, strides,
-    shape or content."""
-    how = rng.choice(("short", "long", "dtype", "strides", "flat", "content", "empty", "meta"))
+    """A tensor that is not what it should be: shorter, longer, sparse, of another dtype, shape or content."""
+    how = rng.choice(("short", "long", "dtype", "strides", "flat", "content", "empty", "meta", "sparse"))
     if how == "short" and x.ndim and len(x):
         return x[: rng.randrange(len(x))]
     if how == "long" and x.ndim:
@@ -153,42 +151,119 @@ def damaged(rng: random.Random, x: torch.Tensor) -> torch.Tensor:
         return x
     if how == "meta":
         return x.to("meta")
+    if how == "sparse" and x.ndim and not x.is_sparse:
+        return x.to_sparse()
     return x.new_empty(0)
 
 
 def check_damaged(case: Case, backend: str) -> str:
-    """Calls the registered operators with one thing damaged; says what happened."""
-    rng = case.rng
-    pack = pack_units(*case.constants.values(), case.offsets, backend=backend)
+    """Calls a registered operator with one thing damaged, each of them in turn; says what happened."""
+    checks = [check_damaged_packed, check_damaged_unpacked, check_damaged_moments]
+    if backend == "cpp":
+        checks.append(check_damaged_sum)
+    try:
+        case.rng.choice(checks)(case, backend)
+        return "computed"
+    except REFUSALS:
+        return "refused"
+
+
+def wide_operands(case: Case) -> list[torch.Tensor | None]:
+    """z, scale, mean, weight [T, J] and weight_index as the registered operators take them."""
     least = torch.promote_types(case.dtype, torch.float32)
     weight = case.weight.to(least) if case.weight.ndim == 2 else case.weight.to(least)[None]
     scale, mean = (None if x is None else x.to(least) for x in (case.scale, case.mean))
-    values = [case.z, scale, mean, weight, case.index]
+    return [case.z, scale, mean, weight, case.index]
+
+
+def harm(rng: random.Random, values: list) -> None:
+    """Damages one of the tensors in a list."""
+    place = rng.choice([i for i, x in enumerate(values) if x is not None])
+    values[place] = damaged(rng, values[place])
+
+
+def check_damaged_unpacked(case: Case, backend: str) -> None:
+    """Operands, constants or the incoming gradient; the backward pass is called by itself too."""
+    rng, values = case.rng, wide_operands(case)
+    constants = [*case.constants.values(), case.offsets]
+    dy = torch.ones(result_shape(case), dtype=case.dtype)
+    target, operators = rng.choice(("operand", "constant", "upstream")), torch.ops.residual_kernels
+    if target == "upstream":
+        dy = damaged(rng, dy)
+    else:
+        harm(rng, values if target == "operand" else constants)
+    if target != "upstream" and rng.random() < 0.5:
+        operators.spectral_reweight_unpacked(*values, constants, backend)
+    else:
+        operators.spectral_reweight_unpacked_backward(dy, *values, constants, [True] * 4, backend)
+
+
+def check_damaged_sum(case: Case, backend: str) -> None:
+    """Coefficients, weights, the pack or the incoming gradient of the sum."""
+    rng, least = case.rng, torch.promote_types(case.dtype, torch.float32)
+    constants = [x.to(least) for x in case.constants.values()]
+    pack = pack_units(*constants, case.offsets, backend=backend)
+    weight = wide_operands(case)[3]
+    values = [case.normal(case.rows, case.components).to(least), weight]
     tensors, sizes, dim = list(pack.tensors), list(pack.sizes), pack.dim
-    target = rng.choice(("operand", "tensor", "size", "dim", "count"))
+    dy = torch.ones(len(weight), case.rows, dim, dtype=least)
+    target = rng.choice(("operand", "tensor", "size", "dim", "upstream"))
     if target == "operand":
-        place = rng.choice([i for i, x in enumerate(values) if x is not None])
-        values[place] = damaged(rng, values[place])
+        harm(rng, values)
     elif target == "tensor":
-        place = rng.randrange(len(tensors))
-        tensors[place] = damaged(rng, tensors[place])
+        harm(rng, tensors)
     elif target == "size":
         sizes[rng.randrange(len(sizes))] += rng.choice((-(10**12), -1, 1, 7, 10**8, 10**15))
     elif target == "dim":
         dim += rng.choice((-1, 1, 10**9))
-    elif rng.random() < 0.5:
-        tensors.pop(rng.randrange(len(tensors)))
     else:
-        sizes.pop(rng.randrange(len(sizes)))
+        dy = damaged(rng, dy)
     operators = torch.ops.residual_kernels
-    try:
+    if target != "upstream":
+        operators.spectral_sum(*values, tensors, sizes, dim, backend)
+    operators.spectral_sum_backward(dy, *values, tensors, sizes, backend)
+
+
+def check_damaged_moments(case: Case, backend: str) -> None:
+    """z, scale, mean or the shift of the moments."""
+    values = [*wide_operands(case)[:3], torch.zeros(case.units, case.width + 2, dtype=torch.float64)]
+    harm(case.rng, values)
+    total, moment = torch.ops.residual_kernels.unit_moments(*values, backend)
+    assert (total.shape, moment.shape) == (values[3].shape, (*values[3].shape, values[3].shape[1]))
+
+
+def result_shape(case: Case) -> tuple[int, ...]:
+    """Of y, as the registered operators give it."""
+    lead = (case.rows,) if case.index is not None else (1 if case.tasks is None else case.tasks, case.rows)
+    return (*lead, case.dim)
+
+
+def check_damaged_packed(case: Case, backend: str) -> None:
+    """Operands, tensors or sizes of the pack, or the incoming gradient."""
+    rng, values = case.rng, wide_operands(case)
+    pack = pack_units(*case.constants.values(), case.offsets, backend=backend)
+    tensors, sizes, dim = list(pack.tensors), list(pack.sizes), pack.dim
+    target = rng.choice(("operand", "tensor", "size", "dim", "count", "upstream"))
+    if target == "operand":
+        harm(rng, values)
+    elif target == "tensor":
+        harm(rng, tensors)
+    elif target == "size":
+        sizes[rng.randrange(len(sizes))] += rng.choice((-(10**12), -1, 1, 7, 10**8, 10**15))
+    elif target == "dim":
+        dim += rng.choice((-1, 1, 10**9))
+    elif target == "count":
+        one = rng.choice((tensors, sizes))
+        one.pop(rng.randrange(len(one)))
+    operators = torch.ops.residual_kernels
+    if target == "upstream":
+        dy = damaged(rng, torch.ones(result_shape(case), dtype=case.dtype))
+    else:
         y = operators.spectral_reweight(*values, tensors, sizes, dim, backend)
         lead = (len(values[0]),) if values[4] is not None else (len(values[3]), len(values[0]))
         assert y.shape == (*lead, dim), f"a damaged {target} gave {tuple(y.shape)}"
-        operators.spectral_reweight_backward(torch.ones_like(y), *values, tensors, sizes, [True] * 4, backend)
-        return "computed"
-    except REFUSALS:
-        return "refused"
+        dy = torch.ones_like(y)
+    operators.spectral_reweight_backward(dy, *values, tensors, sizes, [True] * 4, backend)
 
 
 def fuzz(calls: int, seed: int, only: list[tuple[str, str | None]] | None = None) -> dict[str, int]:

@@ -453,3 +453,100 @@ def test_an_analysis_of_two_images_is_refused_before_work(run, tmp_path, monkeyp
     code, _, err = run("analyze", "--data", tmp_path / source, "--out", tmp_path / "out")
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert f"{source} has 2 images to analyse, and 3 are needed" in err
+
+
+# --- what cannot be used is said ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option", [("--class-names", "names.txt"), ("--prototypes",), ("--templates", "t.txt")]
+)
+def test_an_analysis_without_labels_takes_no_option_for_them(run, tmp_path, monkeypatch, option):
+    (tmp_path / "flat").mkdir()
+    for number in range(3):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "flat" / f"{number}.png")
+    for name in ("names.txt", "t.txt"):
+        (tmp_path / name).write_text("a\n")
+    monkeypatch.chdir(tmp_path)
+    assert run("encode", "--data", "flat", "--out", "cache")[0] == 0
+    monkeypatch.setattr(inputs, "encode", lambda *_, **__: pytest.fail("work was begun"))
+    for source in ("flat", "cache"):
+        code, _, err = run("analyze", "--data", source, "--out", "out", *option)
+        assert (code, err) == (
+            2,
+            f"error: {option[0]} is for labelled images, and {source} has no class folders; leave it out\n",
+        )
+
+
+@pytest.mark.parametrize("command", ["fit", "analyze"])
+def test_texts_are_read_before_work_and_templates_not_beside_prototypes(
+    run, photos, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(inputs, "encode", lambda *_, **__: pytest.fail("work was begun"))
+    made = (command, "--data", photos, "--out", tmp_path / "out")
+    cases = [
+        (("--templates", tmp_path / "no.txt"), "there is no file of templates at"),
+        (("--templates", photos), f"{photos} is a folder; name a text file of templates, one per line"),
+        (("--class-names", photos), f"{photos} is a folder; name a text file of class names, one per line"),
+        (("--templates", "openai", "--prototypes"), "--prototypes makes them of images; leave one out"),
+    ]
+    if command == "analyze":
+        cases += [
+            (("--words", photos), f"{photos} is a folder; name a text file of words, one per line"),
+            (("--words", tmp_path / "no.txt"), "there is no file of words at"),
+        ]
+    for options, message in cases:
+        code, _, err = run(*made, *options)
+        assert code == 2, options
+        assert message in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--data", "y" * 300), "File name too long: yyy"),
+        (("--data", "hf:"), "hf: names no data set"),
+        (("--data", "photos", "--model", "hf:"), "hf: names no model"),
+        (("--data", "photos", "--device", "meta"), "device 'meta' holds no numbers"),
+        (("--data", "photos.zip/Cats"), "there is no folder Cats in photos.zip; it holds cat, dog"),
+        (("--data", "hf:/nowhere"), "cannot be read here"),
+    ],
+)
+def test_names_that_name_nothing(run, photos, tmp_path, monkeypatch, arguments, message):
+    in_containers(photos, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("encode", *arguments, "--out", "out")
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert message in err
+    assert "[Errno" not in err
+    assert "--download" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_class_that_skipping_empties_is_said(run, photos, tmp_path):
+    (photos / "emu").mkdir()
+    (photos / "emu" / "0.png").write_bytes(b"x")
+    code, _, err = run("encode", "--data", photos, "--unreadable", "skip", "--out", tmp_path / "c")
+    assert code == 0
+    assert "no image is left of the classes emu" in err
+
+
+def test_a_report_shows_the_images_of_its_cache_alone(run, tmp_path):
+    """Others of the same number and names are refused; the same ones elsewhere are taken."""
+    photos = put_images(tmp_path / "photos", each=4, ending="bmp")
+    (photos / "cat" / "bad.bmp").write_bytes(b"x")
+    skip = ("--unreadable", "skip")
+    cache = tmp_path / "cache"
+    assert run("encode", "--data", photos, *skip, "--orientation", "stored", "--out", cache)[0] == 0
+    assert run("fit", "--data", cache, "--method", "coarse", "--epochs", 1, "--out", tmp_path / "a")[0] == 0
+    made = ("report", tmp_path / "a", "--data", cache, "--out", tmp_path / "r.html", "--images")
+    photos.rename(tmp_path / "moved")
+    code, _, err = run(*made, tmp_path / "moved")
+    assert code == 0, err
+    assert "data:image" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "moved" / "dog" / "2.bmp")
+    before = (tmp_path / "r.html").read_bytes()
+    code, _, err = run(*made, tmp_path / "moved")
+    assert code == 2
+    assert "moved does not hold the images that the cache at" in err
+    assert (tmp_path / "r.html").read_bytes() == before

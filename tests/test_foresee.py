@@ -11,7 +11,7 @@ import torch
 
 from residual_kernels import cli
 from residual_kernels.experiments import foresee
-from residual_kernels.experiments.sweep_plan import SweepPlan
+from residual_kernels.experiments.sweep_plan import SweepPlan, TowerSpec
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
 
@@ -148,3 +148,29 @@ def test_the_paper_s_layout(tmp_path):
     assert "0.90 to 0.92" in text
     published["cells"] = {"A": {"fine": {"Cars": 0.625}}}
     assert "| 0.500 [0.625] |" in module.layout(*module.rows_of(tmp_path), published)
+
+
+def test_no_code_of_a_model_s_folder_runs_for_an_estimate(tmp_path, monkeypatch):
+    """transformers asks on standard input whether it may run it, where it is not told."""
+    import io
+    import sys
+
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(
+        '{"architectures": ["CLIPModel"], "model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}'
+    )
+    (tmp_path / "evil.py").write_text(
+        f"open({str(tmp_path / 'RAN')!r}, 'w')\n"
+        "from transformers import CLIPConfig\nclass C(CLIPConfig):\n    pass\n"
+    )
+    asked = io.StringIO("y\n" * 9)
+    monkeypatch.setattr(sys, "stdin", asked)
+    assert foresee.shape_of(TowerSpec(f"hf:{tmp_path}")) is None
+    assert not (tmp_path / "RAN").exists()
+    assert asked.tell() == 0
+
+
+def test_a_data_set_that_does_not_classify_is_unknown_but_for_bases():
+    with pytest.raises(ValueError, match="its labels are attributes of faces"):
+        foresee._data("torchvision:CelebA@train")
+    assert foresee._data("torchvision:CelebA@train", labelled=False) is None

@@ -98,7 +98,9 @@ def test_grey_images_of_many_bits_keep_their_levels():
 @pytest.mark.parametrize("values", [RAMP.astype(np.float32) / 255, RAMP.astype(np.int32) * 1000])
 def test_numbers_without_a_range_are_refused_by_name(values, tmp_path):
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(UnreadableImage, match=r"x\.tif is not a readable image: its .* have no known range"):
+    with pytest.raises(
+        UnreadableImage, match=r"x\.tif is not a readable image: it holds .* whose range is not known"
+    ):
         ImageFiles(tmp_path, same, labelled=False).picture(0)
 
 
@@ -246,6 +248,26 @@ def test_links_end_and_every_folder_is_listed_once(tmp_path):
     assert found.names == ["cat/0.png", "cat/1.png", "cat/more/2.png", "dog/0.png", "dog/1.png"]
     assert set(found.account.duplicates) == {"cat/up", "dog/above", "dog/across"}
     assert found.account.found == 5
+
+
+def test_pictures_that_pillow_cannot_read_are_said_aloud(tmp_path):
+    names = [f"cat/a{ending}" for ending in (".wmf", ".emf", ".heic", ".svg", ".cr2", ".ps")]
+    images = open_images(put(tmp_path, "cat/0.png", *names, "cat/b.txt"), same)
+    (text,) = images.account.warnings()
+    assert all(f"1 {name.partition('.')[2]}" in text.replace(" .", " ") for name in names)
+    assert ".txt" not in text
+
+
+def test_an_account_reads_as_english(tmp_path):
+    put(tmp_path, "cat/0.png", "dog/1.png")
+    put(tmp_path, "cat/a.png", "cat/b.png", data=encoded(Image.effect_noise((40, 40), 90))[:300])
+    Image.fromarray(RAMP.astype(np.float32)).save(tmp_path / "dog" / "f.tif")
+    images = open_images(tmp_path, same)
+    text = without(images, find_unreadable(images)).account.summary()
+    assert text.endswith(
+        "5 images found, 2 read, 3 left out (image file is truncated: 2; "
+        "it holds float numbers whose range is not known: 1; cat/a.png, cat/b.png, dog/f.tif)"
+    )
 
 
 def test_what_systems_leave_behind_is_treated_alike_everywhere(tmp_path):
@@ -467,6 +489,29 @@ def test_an_image_whose_label_lies_behind_the_cut_is_left_out(tmp_path, labelled
     assert len(open_images(tmp_path / "bare.tar", same, labelled=None, skip=True)) == 3
 
 
+def test_a_lost_label_is_accounted_for_among_whole_shards(tmp_path):
+    """The damaged shard has one image, none of its labels is left, or it holds nothing that can be read."""
+    write_tar(tmp_path / "a.tar", [("0.png", png()), ("0.cls", b"0")])
+    whole = write_tar(tmp_path / "b.tar", [("1.png", png(1)), ("1.cls", b"1")]).read_bytes()
+    for data, left in (
+        (whole[:1024], {"b.tar/1": "its label is lost: the shard is damaged before it"}),
+        (b"", {}),
+    ):
+        (tmp_path / "b.tar").write_bytes(data)
+        for labelled in (True, None):
+            with pytest.raises(ValueError, match=r"b\.tar is "):
+                open_images(tmp_path, same, labelled=labelled)
+            found = open_images(tmp_path, same, labelled=labelled, skip=True)
+            assert (found.names, found.labels.tolist()) == (["a.tar/0"], [0])
+            assert found.account.left_out == left
+            assert (found.account.found, found.account.read) == (1 + len(left), 1)
+            assert "b.tar is " in found.account.warnings()[0]
+        unlabelled = open_images(tmp_path, same, labelled=False, skip=True)
+        assert len(unlabelled) == 1 + len(left)
+    with pytest.raises(ValueError, match=r"hold no images: .*b\.tar is empty"):
+        open_images(tmp_path / "b.tar", same, skip=True)
+
+
 def test_links_of_a_shard_to_nothing_have_one_reason(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         for number in range(4):
@@ -550,6 +595,37 @@ def test_files_of_names_from_any_editor(tmp_path):
     (tmp_path / "names.txt").write_bytes("ok\nth\xe9\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"names\.txt is not UTF-8 text: byte 0xe9 in line 2"):
         prompts.class_names(str(tmp_path / "names.txt"), ("a", "b"))
+
+
+def test_names_that_are_no_names_are_refused(tmp_path):
+    """Zeros in a text, and lines that would keep a tokenizer for hours."""
+    path = tmp_path / "names.txt"
+    path.write_bytes(b"a\nb\0c\n")
+    with pytest.raises(ValueError, match=r"names\.txt is not UTF-8 text: it holds a zero byte in line 2"):
+        prompts.class_names(str(path), ("a", "b"))
+    path.write_bytes(b"a\n" + b"x" * 100_000)
+    with pytest.raises(
+        ValueError, match=r"names\.txt: number 2 has 100,000 characters \(xxxx.*the most is 1,000"
+    ):
+        prompts.class_names(str(path), ("a", "b"))
+    with pytest.raises(ValueError, match="the classes: number 1 has 2,000 characters"):
+        prompts.class_names(None, ("x" * 2000, "b"))
+
+
+def test_large_images_make_no_noise(tmp_path, recwarn):
+    put(tmp_path, "a.png", data=encoded(Image.new("L", (10_000, 9_000))))
+    assert open_images(tmp_path, same, labelled=False).picture(0)[0].size == (10_000, 9_000)
+    assert not list(recwarn)
+
+
+def test_a_shard_that_is_a_link_to_nothing_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", [("0.png", png()), ("0.cls", b"0")])
+    os.symlink("gone.tar", tmp_path / "b.tar")
+    with pytest.raises(FileNotFoundError, match=r"there is no shard .*b\.tar"):
+        open_images(tmp_path, same)
+    found = open_images(tmp_path, same, skip=True)
+    assert len(found) == 1
+    assert "b.tar is a link to nothing" in found.account.warnings()[0]
 
 
 def test_folders_and_names_in_one_file(tmp_path):
@@ -702,6 +778,46 @@ def test_torchvision_sets_that_do_not_classify_are_refused_by_name(tmp_path):
     assert len(made(str(tmp_path), image_set="train")) == 1
     with pytest.raises(ValueError, match="torchvision:VOCSegmentation is not a classification data set"):
         open_images("torchvision:VOCSegmentation", same, root=tmp_path)
+
+
+def test_torchvision_sets_are_refused_by_name_before_anything_is_fetched(tmp_path, monkeypatch):
+    import inspect
+
+    import torchvision
+
+    def fetched(self, root, **options):
+        raise AssertionError("it was fetched")
+
+    fits = ("CIFAR10@test", "GTSRB@train", "EMNIST@letters-test", "OxfordIIITPet@trainval", "USPS@train")
+    unfit = {
+        "CelebA@test": "attributes of faces",
+        "Kitti@train": "boxes",
+        "VOCDetection@train": "boxes",
+        "WIDERFace@val": "boxes of faces",
+        "SBU": "captions",
+        "SBDataset": "boundaries",
+        "Cityscapes@train": "masks",
+        "LFWPairs@test": "pairs of images",
+        "PhotoTour@train": "patches",
+        "MovingMNIST@test": "films",
+        "Middlebury2014Stereo@train": "pairs of images",
+        "FlyingChairs@train": "pairs of images",
+        "UCF101": "films",
+        "EMNIST@letters": "say which part",
+        "VisionDataset": "no data set 'VisionDataset'",
+    }
+    for name in (*fits, *unfit):
+        made = getattr(torchvision.datasets, name.partition("@")[0])
+        original = inspect.signature(made.__init__)
+        monkeypatch.setattr(made, "__init__", fetched)
+        vars(fetched)["__signature__"] = original
+        said = unfit.get(name)
+        with pytest.raises(AssertionError if said is None else ValueError, match=said or "it was fetched"):
+            open_images(f"torchvision:{name}", same, root=tmp_path, download=True)
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match="holds films"):
+        open_images("torchvision:MovingMNIST@train", same, root=tmp_path, labelled=None)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torchvision_sets_know_their_labels_and_content(tmp_path):

@@ -1,5 +1,7 @@
 """What a model's name means."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -57,6 +59,9 @@ def test_what_a_checkpoint_lacks_is_said_whole(made, tmp_path):
     torch.save([torch.zeros(2)], tmp_path / "list.pt")
     torch.save({}, tmp_path / "nothing.pt")
     np.savez(tmp_path / "arrays.npz", a=np.zeros(2))
+    (tmp_path / "text.pt").write_text("a\n")
+    with zipfile.ZipFile(tmp_path / "other.zip", "w") as file:
+        file.writestr("cat/0.png", b"x")
     (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (tmp_path / "page.pt").write_text("<!doctype html><html></html>")
     (tmp_path / "empty.pt").write_bytes(b"")
@@ -72,7 +77,9 @@ def test_what_a_checkpoint_lacks_is_said_whole(made, tmp_path):
         ),
         ("list.pt", "it holds a list, not weights by name"),
         ("nothing.pt", "it holds no weights"),
-        ("arrays.npz", "does not hold weights of ViT-S-32-alt: "),
+        ("arrays.npz", "it is an archive of NumPy, as Big Vision's SigLIP models have them"),
+        ("text.pt", "it is no checkpoint that PyTorch or safetensors wrote"),
+        ("other.zip", "is a zip, but not one that PyTorch wrote"),
         ("pointer.pt", "is a Git LFS pointer"),
         ("page.pt", "is a web page"),
         ("empty.pt", "is empty"),

@@ -20,8 +20,7 @@ from residual_kernels.bases.principal import KindBases
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.bundled.captions import prompt
 from residual_kernels.bundled.vocabulary import ATTRIBUTES, DIGITS, LETTERS, PATTERNS, PHOTOS, SHAPES
-from residual_kernels.data.user_text import LONGEST, decoded, user_path
-from residual_kernels.schema import read_bytes
+from residual_kernels.data.user_text import check_lengths, read_text
 from residual_kernels.units.cache import UnitCache
 from residual_kernels.units.source import cache_of
 from residual_kernels.zeroshot import ZeroShotHead
@@ -103,13 +102,14 @@ class TextDictionary:
             The dictionary.
 
         Raises:
-            ValueError: the file holds no words, or is not text.
+            FileNotFoundError: there is no such file.
+            ValueError: it is a folder, holds no words, or is not text.
         """
-        text = decoded(read_bytes(user_path(path), LONGEST), str(path))
-        lines = [line.strip() for line in text.splitlines()]
+        lines = [line.strip() for line in read_text(path, "words").splitlines()]
         words = [line for line in lines if line and not line.startswith("#")]
         if not words:
             raise ValueError(f"{path} holds no words; write one word per line")
+        check_lengths(words, str(path))
         return cls.from_words(model, tokenizer, words, templates)
 
     @classmethod

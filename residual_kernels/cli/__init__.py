@@ -186,6 +186,13 @@ def _stop(number: int, main_process: int) -> None:
 _SIGNALS = (signal.SIGINT,) if "WORLD_SIZE" in os.environ else (signal.SIGINT, signal.SIGTERM)
 
 
+def _without_number(error: BaseException) -> str:
+    """The text of an error; of one of the system what it is and of which file, without its number."""
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
 def main() -> None:
     """Entry point: bad input ends with exit code 2 and one clear line, a signal with 128 and its number."""
     process = os.getpid()
@@ -195,9 +202,10 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError, ImportError) as error:
-        text = str(error)
-        # From a process that reads images: its last line says what went wrong.
-        if "Original Traceback" in text:
+        text = _without_number(error)
+        if (
+            "Original Traceback" in text
+        ):  # from a process that reads images: its last line says what went wrong
             text = text.strip().splitlines()[-1].partition(": ")[2]
         text = " ".join(text.split())
         printing.err.print(f"error: {text}", style="red", soft_wrap=True)

@@ -79,19 +79,30 @@ def analyze_command(
     source = reader.open(data, preprocess, labelled=None)
     if len(source) < FEWEST:
         raise ValueError(f"{data} has {len(source)} images to analyse, and {FEWEST} are needed")
-    cache = reader.cached(tower, source, (kind.value,), "encoding")
-    head = None
-    if cache.labels is not None and cache.class_names is not None:
-        names = cache.class_names = reader.class_names(class_names, cache.class_names, text=not prototypes)
-        if prototypes:
-            head = ZeroShotHead.from_prototypes(cache.output, cache.labels, names)
-        else:
-            head = ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
+    names = texts = None
+    if source.class_names is None:
+        given = {"--class-names": class_names, "--templates": templates, "--prototypes": prototypes or None}
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(
+                    f"{option} is for labelled images, and {data} has no class folders; leave it out"
+                )
+    else:
+        names = reader.class_names(class_names, source.class_names, text=not prototypes)
+        texts = prompts.for_head(templates, model, prototypes)
     dictionary = None
     if words_file is not None:
         dictionary = TextDictionary.from_file(clip, tokenizer, words_file)
     elif model == BUNDLED:
         dictionary = TextDictionary.bundled(clip, tokenizer)
+    cache = reader.cached(tower, source, (kind.value,), "encoding")
+    head = None
+    if names is not None and cache.labels is not None:
+        cache.class_names = names
+        if texts is None:
+            head = ZeroShotHead.from_prototypes(cache.output, cache.labels, names)
+        else:
+            head = ZeroShotHead.from_text(clip, tokenizer, names, texts)
     with status("starting") as say:
         found = analyze(
             tower,

@@ -103,7 +103,10 @@ def _each(inputs: Mapping[str, object]) -> Iterator[tuple[str, Path]]:
         for one in value if isinstance(value, list | tuple) else [value]:
             if not isinstance(one, str | Path) or isinstance(one, Enum) or not os.fspath(one):
                 continue
-            path = Path(os.fspath(one).removeprefix("hf:"))
+            named = os.fspath(one).removeprefix("hf:")
+            if not named:
+                continue
+            path = Path(named)
             try:
                 yield option, next((part for part in (path, *path.parents) if part.is_file()), path)
             except (OSError, ValueError):  # text that is no path

@@ -179,12 +179,13 @@ def fit_command(
         other = reader.open(val, preprocess)
         judges = _Judges(val, other, positions(other.class_names, folders, val, str(data)))
     names = reader.class_names(class_names, folders, text=not prototypes)
+    texts = prompts.for_head(templates, model, prototypes)
 
     def head_from(seen: Callable[[], UnitCache]) -> ZeroShotHead:
-        if prototypes:
+        if texts is None:
             cache = seen()
             return ZeroShotHead.from_prototypes(cache.output, cache.truth, names)
-        return ZeroShotHead.from_text(clip, tokenizer, names, prompts.templates(templates, model))
+        return ZeroShotHead.from_text(clip, tokenizer, names, texts)
 
     def fit_of(method: Method, shots: int | None, images: int) -> MethodFit:
         return MethodFit(

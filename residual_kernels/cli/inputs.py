@@ -32,6 +32,10 @@ def device_of(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise ValueError(
+            "device 'meta' holds no numbers, so nothing can be computed on it; choose cpu or cuda"
+        )
     return device
 
 
@@ -133,6 +137,26 @@ class Reader:
                 f"{made.found} images; encode the images again, or leave --unreadable fail out"
             )
         self._note_orientation(path, made.exif)
+
+    def images_of(self, cache: Path, path: Path, preprocess: Callable) -> Images:
+        """The images that a cache was made of, from where `path` says they are.
+
+        Raises ValueError where they are others.
+        """
+        told = read_manifest(cache)["run"]["data"]
+        made = reading_of(told)
+        if made is not None:  # read as they were then
+            self.orientation = Orientation.exif if made.exif else Orientation.stored
+            self.unreadable = OnUnreadable.skip if made.left_out else OnUnreadable.fail
+            self.identity = Identity(made.identity)
+        found = self.images(path, preprocess)
+        if made is not None and found.fingerprint() != told:
+            copied = " (a copy has other times)" if made.identity == "stat" else ""
+            raise ValueError(
+                f"{path} does not hold the images that the cache at {cache} was made of: "
+                f"{found.fingerprint()}, where the cache says {told}{copied}; name their folder, or leave --images out"
+            )
+        return found
 
     def _no_effect(self, option: str, path: Path) -> None:
         err.print(

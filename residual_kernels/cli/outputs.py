@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,3 +79,11 @@ def _check_parent(path: Path) -> None:
         raise NotADirectoryError(f"cannot write {path}: {above} is a file")
     if not os.access(above, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write {path}: {above} does not allow it")
+    if path.is_file() and Path(os.path.abspath(path)).parts[1:2] in (("proc",), ("dev",)):
+        return  # a link to what a process has open, as /dev/stdout is: it is written into
+    try:  # /proc, /sys, a full disk and others allow it by their modes, and take no file
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        reason = f"no file can be made in {above} ({error.strerror or error})"
+        raise type(error)(f"cannot write {path}: {reason}") from error

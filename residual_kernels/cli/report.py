@@ -86,7 +86,7 @@ def report(
     if images is not None:
         if pictures is not None:
             raise ValueError(f"--images is for a cache, but {data} holds its images itself")
-        pictures = reader.images(images, preprocess)
+        pictures = reader.images_of(data, images, preprocess)
     cache = reader.cached(module.tower, source, kinds, "encoding")
     cache = aligned(cache, folders, data, head.class_names)
     if pictures is not None and int(cache.ids.max()) >= len(pictures):

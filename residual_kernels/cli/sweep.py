@@ -13,7 +13,7 @@ from residual_kernels.cli import apart
 from residual_kernels.cli.image_options import reads_images
 from residual_kernels.cli.options import Device, Json, OnUnreadable, Orientation
 from residual_kernels.cli.outputs import folder_of
-from residual_kernels.cli.printing import STDOUT, out, status, write_numbers
+from residual_kernels.cli.printing import STDOUT, err, out, status, write_numbers
 
 if TYPE_CHECKING:
     from residual_kernels.cli.inputs import Reader
@@ -92,6 +92,8 @@ def sweep(
         rows = work.run()
     table = SweepTable.of(rows)
     paths = table.write(out_folder)
+    for note in work.notes:
+        err.print(note, soft_wrap=True)
     accounts = list(work.accounts.values())
     unreadable = [name for one in accounts for name in one["left_out"]]
     write_numbers(json_file, {"rows": rows, "unreadable": unreadable, "reading": accounts})

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
@@ -27,9 +28,15 @@ def unreachable() -> str | None:
     except urllib.error.HTTPError:
         return None  # an answer, whatever it says
     except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        return f"{endpoint} cannot be reached ({' '.join(str(reason).split())})"
+        return f"{endpoint} cannot be reached ({why(error)})"
     return None
+
+
+def why(error: BaseException) -> str:
+    """What a library says of a download that failed, in one line without numbers of errors."""
+    reason = getattr(error, "reason", None) or error
+    text = " ".join(str(reason).split()) or type(error).__name__
+    return re.sub(r"<urlopen error (.*?)>", r"\1", re.sub(r"\[Errno -?\d+\] ", "", text))
 
 
 @contextlib.contextmanager

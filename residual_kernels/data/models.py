@@ -164,6 +164,10 @@ def _load_transformers(source: str) -> tuple[nn.Module, Callable, Callable | Non
             "hf: models are loaded by the library `transformers`; install it with pip install "
             "'residual-kernels[hf]'"
         ) from error
+    if not source:
+        raise ValueError(
+            f"{TRANSFORMERS} names no model; write a folder or a name on the hub after the colon"
+        )
     local = user_path(source)
     if local.is_dir():
         return _from_transformers(transformers, source, str(local), True)

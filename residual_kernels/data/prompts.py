@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from residual_kernels.data.models import BUNDLED
-from residual_kernels.data.user_text import normal, read_lines, some
+from residual_kernels.data.user_text import check_lengths, normal, read_lines, some
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 BUNDLED_TEMPLATES = ("a {}",)  # what the bundled model's captions say of anything, drawn or photographed
@@ -22,6 +22,7 @@ def class_names(source: str | None, folders: tuple[str, ...]) -> tuple[str, ...]
     of lines ``folder<TAB>name`` in any order, or ``clip_benchmark:eurosat``.
     """
     if source is None:
+        check_lengths(folders, "the classes")
         return tuple(name.replace("_", " ") for name in folders)
     if source.startswith(TABLE):
         names = _from_table(source, _NAMES)
@@ -80,6 +81,17 @@ def templates(source: str | None, model: str) -> tuple:
         if source in named
         else tuple(line.strip() for line in read_lines(source, "templates"))
     )
+
+
+def for_head(source: str | None, model: str, prototypes: bool) -> tuple | None:
+    """:func:`templates`, or None for class vectors of images, which no template changes."""
+    if not prototypes:
+        return templates(source, model)
+    if source is not None:
+        raise ValueError(
+            "--templates is for class vectors of text, and --prototypes makes them of images; leave one out"
+        )
+    return None
 
 
 def table_of_names(data_set: str) -> tuple[str, ...] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from residual_kernels.schema import read_bytes
 
 LONGEST = 2**26  # bytes of a text
+LONGEST_LINE = 1000  # characters of a name or phrase; text towers read 77 tokens
 SHOWN = 5  # names in a message
 
 _MARKS = (  # longest first: UTF-32's mark begins with that of UTF-16
@@ -54,10 +55,13 @@ def normal(name: str) -> str:
 def decoded(data: bytes, name: str) -> str:
     """Text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark; ValueError for other bytes."""
     encoding = next((found for mark, found in _MARKS if data.startswith(mark)), "utf-8")
-    if encoding == "utf-8" and b"\0" in data[:64]:
+    if encoding == "utf-8" and data[:64].count(0) * 4 >= len(data[:64]) > 0:
         # a mark is missing; a text holds no zeros, so they are bytes of signs that take two or four
         wide = "utf-32" if data[:2] == b"\0\0" or data[1:4] == b"\0\0\0" else "utf-16"
         encoding = f"{wide}-be" if data[:1] == b"\0" else f"{wide}-le"
+    if encoding.startswith("utf-8") and b"\0" in data:
+        line = data[: data.index(0)].count(b"\n") + 1
+        raise ValueError(f"{name} is not UTF-8 text: it holds a zero byte in line {line}; save it as UTF-8")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -67,16 +71,38 @@ def decoded(data: bytes, name: str) -> str:
         ) from error
 
 
+def read_text(source: str | os.PathLike, what: str) -> str:
+    """The text of a file, whatever its encoding.
+
+    Raises FileNotFoundError when there is no such file, ValueError when it is a folder, a device or no text.
+    """
+    path = user_path(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a text file of {what}, one per line")
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file of {what} at {path}")
+    return decoded(read_bytes(path, LONGEST), str(path))
+
+
 def read_lines(source: str | os.PathLike, what: str) -> list[str]:
     """The lines of a file that are not blank, without spaces around them.
 
     Raises FileNotFoundError when there is no such file, ValueError when it holds no lines or no text.
     """
+    text = read_text(source, what).replace("\r\n", "\n").replace("\r", "\n")
     path = user_path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file of {what} at {path}")
-    text = decoded(read_bytes(path, LONGEST), str(path)).replace("\r\n", "\n").replace("\r", "\n")
     lines = [line.strip(" \f\v") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} is empty; it should hold one of the {what} per line")
+    check_lengths(lines, str(path))
     return lines
+
+
+def check_lengths(lines: Sequence[str], where: str) -> None:
+    """Raises ValueError for a line longer than a name or phrase: a tokenizer would take hours over it."""
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST_LINE:
+            raise ValueError(
+                f"{where}: number {number} has {len(line):,} characters ({line[:20]}...); the most is "
+                f"{LONGEST_LINE:,}"
+            )

@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import struct
+import zipfile
 from pathlib import Path
 
 _POINTER = b"version https://git-lfs"
@@ -35,8 +37,18 @@ def check_file(path: Path) -> None:
         what = "is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"
     elif head.lstrip()[:1] == b"<":
         what = "is a web page, not weights; download the file itself"
+    elif head.startswith(b"PK") and path.suffix != ".npz" and not _holds_a_checkpoint(path):
+        what = "is a zip, but not one that PyTorch wrote; name the checkpoint file itself"
     if what is not None:
         raise ValueError(f"{path} {what}")
+
+
+def _holds_a_checkpoint(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return any(name.endswith("/data.pkl") or name == "constants.pkl" for name in file.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError):
+        return True  # a damaged one: the reader says how
 
 
 def reason(error: BaseException) -> str:
@@ -52,13 +64,17 @@ def reason(error: BaseException) -> str:
         return (
             f"it holds more than tensors ({what}), and loading that could run code; save it as .safetensors"
         )
+    if "object has no attribute 'trunk'" in text:
+        return "it is an archive of NumPy, as Big Vision's SigLIP models have them, and this model is another"
     found = re.search(r"'(\w+)' object has no attribute '(?:items|keys)'", text)
     if found is not None:
         return f"it holds a {found[1]}, not weights by name"
     if isinstance(error, StopIteration):
         return "it holds no weights"
-    if isinstance(error, KeyError | IndexError):
+    if isinstance(error, KeyError):
         return f"it has no entry {text}"
+    if isinstance(error, IndexError | AssertionError):  # of a reader that met other bytes
+        return "it is no checkpoint that PyTorch or safetensors wrote"
     return " ".join(text.split())[:300] or type(error).__name__
 
 

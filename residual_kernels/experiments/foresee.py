@@ -16,7 +16,7 @@ from residual_kernels.adapters.methods import METHODS
 from residual_kernels.data import downloads, prompts
 from residual_kernels.data import models as sources
 from residual_kernels.data.images.decode import image_endings
-from residual_kernels.data.images.torchvision_sets import _part_option, _torchvision_class
+from residual_kernels.data.images.torchvision_sets import check_classes, part_option, torchvision_class
 from residual_kernels.data.user_text import user_path
 from residual_kernels.experiments.sweep_plan import SweepPlan, TowerSpec
 
@@ -76,7 +76,7 @@ def check(plan: SweepPlan) -> list[Name]:
             given = data.class_names
             found.append(_checked(f"{data.name}, class names", given, partial(_class_names, given)))
     if plan.bases is not None:
-        found.append(_checked("bases", plan.bases, partial(_data, plan.bases)))
+        found.append(_checked("bases", plan.bases, partial(_data, plan.bases, labelled=False)))
     return found
 
 
@@ -136,11 +136,14 @@ def _on_the_hub(name: str, library: str, files: list[str], kind: str = "model") 
     return "well formed; the hub alone knows whether it exists"
 
 
-def _data(source: str) -> str | None:
+def _data(source: str, labelled: bool = True) -> str | None:
     scheme, _, rest = source.partition(":")
     name, _, part = rest.partition("@")
     if scheme == "torchvision":
-        _part_option(_torchvision_class(name), part or None)
+        made = torchvision_class(name)
+        if labelled:
+            check_classes(made)
+        part_option(made, part or None)
         return None
     if scheme == "hf":
         return _on_the_hub(name, "datasets", [], "dataset")
@@ -239,7 +242,9 @@ def _shape_of_transformers(name: str) -> TowerSize | None:
     try:
         with downloads.without_network():
             config = transformers.AutoConfig.from_pretrained(
-                str(user_path(name)) if user_path(name).is_dir() else name, local_files_only=True
+                str(user_path(name)) if user_path(name).is_dir() else name,
+                local_files_only=True,
+                trust_remote_code=False,  # by default it asks on standard input
             )
     except (OSError, ValueError):
         return None

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,18 +31,19 @@ from residual_kernels.data import prompts
 from residual_kernels.data.classes import positions
 from residual_kernels.data.images import Images, find_unreadable, open_images, without
 from residual_kernels.data.images.account import Told
+from residual_kernels.experiments.kept import READING, Accounts, Identities, keep, kept
 from residual_kernels.experiments.sweep_plan import DataSpec, SweepPlan, TowerSpec
-from residual_kernels.files import SCHEMA, Head, read_json, together, write_csv, write_json, write_text
-from residual_kernels.schema import Count
+from residual_kernels.files import SCHEMA, read_json, together, write_csv, write_json, write_text
 from residual_kernels.towers import KINDS
 from residual_kernels.train.inside import StreamImages, fit_stream
-from residual_kernels.units.cache import DTYPES, HELD_OUT, UnitCache, encode
+from residual_kernels.units.cache import DTYPES, HELD_OUT, MANIFEST, UnitCache, encode
+from residual_kernels.units.cache.shards import read_manifest
 from residual_kernels.visible import visible
 from residual_kernels.zeroshot import ZeroShotHead
 
 BASE, AVERAGE = "base", "average"
+LONGEST_NAME = 160  # bytes of a label that is a folder's name as it stands; systems take 255
 COLLAPSED = 0.1  # below the model by so much: a seed that went wrong, not one that was unlucky
-WHAT, READING = "result of a sweep", "account of a sweep"
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Sweep:
     )
     opened: Callable[..., Images] | None = None  # in place of `open`, with its arguments
     accounts: dict[str, Told] = field(default_factory=dict)  # source -> what became of what it holds
+    notes: list[str] = field(default_factory=list)  # sentences that a user should read
 
     def open(self, source: str, preprocess: Callable, labelled: bool, **columns: str) -> Images:
         """The images of a data set, without those that cannot be read where the plan skips them."""
@@ -114,27 +116,60 @@ class _TowerWork:
     def tower(self) -> nn.Module:
         return sources.image_tower(self.model[0])
 
-    def images(self, source: str, labelled: bool, **columns: str) -> Images:
-        """The images of a data set as this tower sees them; each is looked through once."""
+    def found(self, source: str, labelled: bool, **columns: str) -> Images:
+        """The images of a data set, each looked through once; which they are is told without a model."""
         key = (source, labelled, tuple(columns.items()))
         if key not in self._opened:
-            self._opened[key] = (self.sweep.opened or self.sweep.open)(
-                source, self.model[1], labelled, **columns
-            )
+            self._opened[key] = (self.sweep.opened or self.sweep.open)(source, _unused, labelled, **columns)
         return self._opened[key]
 
+    def images(self, source: str, labelled: bool, **columns: str) -> Images:
+        """The images of a data set as this tower sees them."""
+        images = self.found(source, labelled, **columns)
+        images.preprocess = self.model[1]
+        return images
+
+    def identities(self, data: DataSpec) -> Identities:
+        """What tells the images of a data set, and those of the bases, from others."""
+        parts = {"train": data.train, "val": data.val, "test": data.test}
+        images = {
+            part: self.found(source, True, **data.columns)
+            for part, source in parts.items()
+            if source is not None
+        }
+        if self.plan.bases is not None and self.needs_bases:
+            images["bases"] = self.found(self.plan.bases, False)
+        return {part: one.fingerprint() for part, one in images.items()}
+
+    def place_of(self, data: DataSpec, part: str) -> Path:
+        """The folder of a cache."""
+        inside = Path("bases") if part == "bases" else Path(_file_name(data.name)) / part
+        return self.sweep.folder / "cache" / self.place / inside
+
+    def _check_cache(self, source: str, images: Images, folder: Path) -> None:
+        """Raises ValueError where a cache of this sweep is of other images than `source` holds now."""
+        if not (folder / MANIFEST).is_file():
+            return
+        there, here = read_manifest(folder)["run"]["data"], images.fingerprint()
+        if there is not None and there != here:
+            raise ValueError(
+                f"{folder} holds a cache of other data than {source} is now ({there} there, {here} here); "
+                "remove that folder to encode the images again, or name another --out"
+            )
+
     def encoded(self, source: str, folder: Path, labelled: bool, **columns: str) -> UnitCache:
-        """The cache of a data set, in `folder` of this sweep: made, resumed, or read."""
+        """The cache of a data set in `folder`: made, resumed, or read."""
         images = self.images(source, labelled, **columns)
         if labelled or source not in self.sweep.accounts:  # images for bases alone have no classes
             self.sweep.accounts[source] = images.account.to_dict()
+        self._check_cache(source, images, folder)
         batch = self.sweep.encode_batch or self.plan.batch_size
         loader = DataLoader(images, batch_size=batch, num_workers=self.sweep.workers)
         self.sweep.say(f"{self.spec.label}: encoding {source}")
         return encode(
             self.tower,
             loader,
-            self.sweep.folder / "cache" / self.place / folder,
+            folder,
             self.kinds,
             DTYPES[self.plan.dtype],
             class_names=images.class_names,
@@ -144,19 +179,21 @@ class _TowerWork:
     def general_bases(self) -> SpectralBases | None:
         if self.plan.bases is None:
             return None
-        images = self.encoded(self.plan.bases, Path("bases"), labelled=False)
+        images = self.encoded(self.plan.bases, self.place_of(self.plan.data[0], "bases"), labelled=False)
         return fit_bases(self.tower, images, self.kinds)
 
     def rows(self, data: DataSpec) -> Iterator[dict]:
         work = _DataWork(self, data)
         folder = self.sweep.folder / "results" / self.place / _file_name(data.name)
         account = folder / "reading.json"
-        kept = self._may_stay(account)
+        stays = self._may_stay(account)
+        images = self._told_apart(data, account) if stays else None
+        caches = {part: self.place_of(data, part) for part in ("train", "val", "test", "bases")}
         for method in self.plan.methods:
             for seed in range(1 if method == BASE else self.plan.seeds):
                 recipe = self._recipe(data, method, seed)
                 file = folder / f"{method}-{seed}.json"
-                row = _kept(file, recipe) if kept else None
+                row = kept(file, recipe, _read_by(method, images), caches) if stays else None
                 if row is None:
                     self.sweep.say(f"{self.spec.label}, {data.name}: {method}, seed {seed}")
                     row = work.fit(method, seed)
@@ -166,7 +203,8 @@ class _TowerWork:
                         if one in self.sweep.accounts
                     }
                     write_json(account, {"schema": SCHEMA, "what": READING, "sources": read})
-                    write_json(file, {"schema": SCHEMA, "what": WHAT, "recipe": recipe, "row": row})
+                    images = self.identities(data) if images is None else images
+                    keep(file, recipe, _read_by(method, images), row)
                 yield row
 
     def _sources(self, data: DataSpec) -> tuple[str, ...]:
@@ -186,6 +224,17 @@ class _TowerWork:
         self.sweep.accounts = {**found, **self.sweep.accounts}
         return True
 
+    def _told_apart(self, data: DataSpec, account: Path) -> Identities | None:
+        """Which images are there; None, with a note, where fits are there and their images are not."""
+        try:
+            return self.identities(data)
+        except (FileNotFoundError, ValueError, ImportError) as error:
+            if account.is_file():
+                self.sweep.notes.append(
+                    f"{data.name}: the fits that are there were not compared with their images: {error}"
+                )
+            return None  # what has to be fitted says so again
+
     def _recipe(self, data: DataSpec, method: str, seed: int) -> str:
         """A checksum of everything in the plan that this fit depends on."""
         plan, read = asdict(self.plan), asdict(data)
@@ -195,30 +244,6 @@ class _TowerWork:
                 del found[key]
         text = json.dumps([asdict(self.spec), read, method, seed, shared], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-class SweepRow(TypedDict):
-    """What is known of one fit; there may be more."""
-
-    tower: str
-    data: str
-    method: str
-    seed: int
-    accuracy: float
-    parameters: Count
-
-
-class Result(Head):
-    """The file of one fit."""
-
-    recipe: str
-    row: SweepRow
-
-
-class Accounts(Head):
-    """What the fits of one data set read: the source in the plan -> its account."""
-
-    sources: dict[str, Told]
 
 
 _NOT_OF_ONE_FIT = ("towers", "data", "methods", "seeds", "unreadable")
@@ -232,16 +257,25 @@ class _DataWork:
         self.tower, self.plan, self.data = tower, tower.plan, data
 
     @functools.cached_property
+    def texts(self) -> tuple[tuple[str, ...], tuple]:
+        """Class names and templates, which are read before the tower runs."""
+        folders = self.tower.found(self.data.train, True, **self.data.columns).class_names or ()
+        names = prompts.class_names(self.data.class_names, folders)
+        return names, prompts.templates(self.data.templates, self.tower.spec.model)
+
+    @functools.cached_property
     def splits(self) -> tuple[UnitCache, UnitCache, UnitCache]:
         """Caches of training, validation and test images."""
-        place = Path(_file_name(self.data.name))
-        columns = self.data.columns
-        train = self.tower.encoded(self.data.train, place / "train", labelled=True, **columns)
-        test = self.tower.encoded(self.data.test, place / "test", labelled=True, **columns)
+        columns, _ = self.data.columns, self.texts
+
+        def encoded(source: str, part: str) -> UnitCache:
+            return self.tower.encoded(source, self.tower.place_of(self.data, part), labelled=True, **columns)
+
+        train, test = encoded(self.data.train, "train"), encoded(self.data.test, "test")
         if self.data.val is None:
             train, val = train.split(HELD_OUT, seed=0)
         else:
-            val = self.tower.encoded(self.data.val, place / "val", labelled=True, **columns)
+            val = encoded(self.data.val, "val")
         for name, part in (("val", val), ("test", test)):
             places = positions(
                 part.class_names, train.class_names or (), f"{self.data.name}: {name}", "train"
@@ -253,7 +287,7 @@ class _DataWork:
     def head(self) -> ZeroShotHead:
         clip, _, tokenizer = self.tower.model
         folders = self.splits[0].class_names or ()
-        names = prompts.class_names(self.data.class_names, folders)
+        names, templates = self.texts
         called = dict(zip(folders, names, strict=True))
         for source in self.data.sources:
             for row in self.tower.sweep.accounts[source]["classes"]:
@@ -262,7 +296,6 @@ class _DataWork:
             part.class_names = names
         if tokenizer is None:  # a tower without a text side
             return ZeroShotHead.from_prototypes(self.splits[0].output, self.splits[0].labels, names)
-        templates = prompts.templates(self.data.templates, self.tower.spec.model)
         return ZeroShotHead.from_text(clip, tokenizer, names, templates)
 
     @functools.cached_property
@@ -357,18 +390,25 @@ def _of_best(fits: training.ManyFits) -> dict:
     }
 
 
+def _read_by(method: str, images: Identities | None) -> Any:
+    """The images that a fit of this method depends on."""
+    if images is None or BY_NAME[method].needs_bases:
+        return images
+    return {part: told for part, told in images.items() if part != "bases"}
+
+
+def _unused(picture: object) -> torch.Tensor:
+    raise AssertionError("images are read by a tower's own preprocessing")
+
+
 def _file_name(label: str) -> str:
     """A name that any file system takes, still telling labels apart."""
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in label)
-    return plain if plain == label else f"{plain}-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
-
-
-def _kept(file: Path, recipe: str) -> dict | None:
-    """The row in `file`, when it is there and was made by this recipe."""
-    if not file.is_file():
-        return None
-    found = read_json(file, WHAT, Result)
-    return found["row"] if found["recipe"] == recipe else None
+    if plain == label and not label.startswith(".") and len(label.encode()) <= LONGEST_NAME:
+        return label
+    mark = hashlib.sha256(label.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    short = plain if len(plain.encode("utf-8", "replace")) <= LONGEST_NAME else plain[: LONGEST_NAME // 4]
+    return f"{short.lstrip('.')}-{mark}"
 
 
 # --- the table ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from residual_kernels import extras
 from residual_kernels.adapters.methods import METHODS as BY_NAME
+from residual_kernels.data.user_text import decoded
 from residual_kernels.schema import NESTING, read_bytes, typed
 from residual_kernels.units.cache.shards import STORED
 
@@ -85,10 +86,11 @@ class SweepPlan:
         """The plan in a YAML file; a ValueError names what is wrong with it and what is allowed."""
         yaml = extras.need("yaml", "sweep", "reading a plan")
         try:
-            text = read_bytes(Path(path), LONGEST_PLAN).decode()
+            text = decoded(read_bytes(Path(path), LONGEST_PLAN), str(path))
             _check_size(yaml, text, path)
+            _check_keys(yaml, text, path)
             found = yaml.safe_load(text)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from error
         if not isinstance(found, dict):
             raise ValueError(
@@ -158,6 +160,31 @@ def _check_size(yaml: Any, text: str, path: str | os.PathLike) -> None:
             raise ValueError(f"{path} refers more than {MOST_ALIASES} times to parts of itself (*name)")
         if depth > NESTING:
             raise ValueError(f"{path} has more than {NESTING} lists and mappings in one another")
+
+
+def _check_keys(yaml: Any, text: str, path: str | os.PathLike) -> None:
+    """Raises ValueError for a key that a mapping has twice, of which YAML would take the last."""
+    nodes, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or id(node) in seen:  # an alias is the node that it refers to
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        if isinstance(node, yaml.MappingNode):
+            lines: dict[tuple[str, str], int] = {}
+            for key, value in node.value:
+                nodes += [key, value]
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                name, line = (key.tag, key.value), key.start_mark.line + 1
+                if name in lines:
+                    raise ValueError(
+                        f"{path} has the key {reprlib.repr(key.value)} twice, in lines {lines[name]} and "
+                        f"{line}; leave one out"
+                    )
+                lines[name] = line
 
 
 def _list(found: dict, key: str, path: str | os.PathLike) -> list:

@@ -274,6 +274,7 @@ def _unpacked_backward(
     pack = remembered_pack(constants, z.dtype, backend)
     check_call(z, scale, mean, weight, weight_index, pack.tensors[0], pack.shape)
     check_upstream(dy, _result_shape(z, weight, weight_index, pack.dim), z)
+    check_index_values(weight_index, len(weight))
     return _backward(dy, z, scale, mean, weight, weight_index, pack.tensors, pack.sizes, wanted, pack.backend)
 
 

@@ -71,7 +71,8 @@ def open_images(
         identity: what tells an image from another in the fingerprint: "auto", "stat" or "digest"; see
             :class:`Images`.
         image_column, label_column: of a Hugging Face data set, where more than one would do.
-        skip: whether a container that is damaged (a shard cut short) is read up to there instead of raising.
+        skip: whether a container that is damaged (a shard cut short) is read up to there, and a folder that
+            may not be listed is left out, instead of raising.
 
     Raises FileNotFoundError or ValueError when there is no such data set, and ImportError naming the extra to
     install.
@@ -104,4 +105,4 @@ def open_images(
     shards = shard_files(path)
     if shards is not None:
         return ShardImages(shards, preprocess, skip=skip, **shared)
-    return ImageFiles(path, preprocess, **shared)
+    return ImageFiles(path, preprocess, skip=skip, **shared)

@@ -30,6 +30,17 @@ _PICTURES = frozenset(  # endings of images that need more than Pillow: said alo
         ".rw2",
         ".raf",
         ".raw",
+        ".pef",
+        ".srw",
+        ".3fr",
+        ".x3f",
+        ".iiq",
+        ".wmf",
+        ".emf",
+        ".ps",
+        ".ai",
+        ".xcf",
+        ".kra",
     }
 )
 
@@ -112,9 +123,8 @@ class Account:
         """One line."""
         text = f"{self.source}: {self.found} images found, {self.read} read"
         if self.left_out:
-            text += (
-                f", {len(self.left_out)} left out ({_counts(self.reasons())}: {_first(list(self.left_out))})"
-            )
+            why = "; ".join(f"{reason}: {count}" for reason, count in self.reasons().most_common())
+            text += f", {len(self.left_out)} left out ({why}; {_first(list(self.left_out))})"
         if self.ignored:
             text += f"; other files ignored: {_counts(self.ignored)}"
         if self.duplicates:

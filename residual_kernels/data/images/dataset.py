@@ -120,16 +120,20 @@ class Reading(NamedTuple):
     exif: bool
     left_out: int  # images that could not be read
     found: int
+    identity: str  # "stat" or "digest"
 
 
 def reading_of(fingerprint: str | None) -> Reading | None:
     """How the data set with this :meth:`Images.fingerprint` was read; None for a text of another kind."""
-    form = r"(?:(\d+) of )?(\d+) images \(\w+\), EXIF orientation (applied|ignored), identity by .*"
+    form = (
+        r"(?:(\d+) of )?(\d+) images \(\w+\), EXIF orientation (applied|ignored), "
+        r"identity by (stat|digest)(?:, .*)?"
+    )
     told = re.fullmatch(form, fingerprint or "")
     if told is None:
         return None
     found = int(told[2])
-    return Reading(told[3] == "applied", found - int(told[1] or found), found)
+    return Reading(told[3] == "applied", found - int(told[1] or found), found, told[4])
 
 
 def _add(total: "hashlib._Hash", *values: object) -> None:

@@ -6,6 +6,7 @@ import functools
 import io
 import lzma
 import struct
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -107,6 +108,8 @@ def reading(name: str) -> Iterator[None]:
         raise UnreadableImage(f"{name}{MARK}its format is unknown") from error
     except OSError as error:
         if error.errno is not None and error.errno not in _ABOUT_ONE_FILE:
+            if error.filename is None:  # as of a read: where it happened is worth knowing
+                error.filename = name
             raise
         raise UnreadableImage(f"{name}{MARK}{_sentence(error.strerror or error)}") from error
     except RuntimeError as error:  # zipfile: an encrypted member
@@ -136,9 +139,11 @@ def decode(data: bytes, *, exif: bool = True) -> Image.Image:
     known = next((what for start, what in _NO_IMAGES if data.lstrip()[: len(start)].lower() == start), None)
     if known is not None:
         raise ValueError(known)
-    with Image.open(io.BytesIO(data), formats=formats()) as image:
-        image.load()
-        return rgb(image, exif=exif)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # of large images, of tags: none names the file
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
+            image.load()
+            return rgb(image, exif=exif)
 
 
 def rgb(image: Image.Image, *, exif: bool = True) -> Image.Image:
@@ -171,9 +176,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
             values = 255 - values
         return Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
     if deep or image.mode in ("I", "F"):
-        kind = "float" if image.mode == "F" else "integer"
+        kind = "float numbers" if image.mode == "F" else "integers"
         raise ValueError(
-            f"its {kind} numbers (mode {image.mode} in {image.format}) have no known range; save it with 8 "
-            "or 16 bits"
+            f"it holds {kind} whose range is not known (mode {image.mode} in {image.format}); "
+            "save it with 8 or 16 bits"
         )
     return image

@@ -2,6 +2,7 @@
 saved."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,8 @@ def _load(name: str, part: str | None, root: Path | None, download: bool):
         with asking:
             data = _read(datasets, kept, name, root, download)
     except (OSError, ValueError, RuntimeError) as error:
-        missing = "" if download else "; fetch it with --download"
+        on_hub = re.fullmatch(r"([\w.-]+/)?[\w.-]+", name) and not kept.exists()
+        missing = "; fetch it with --download" if on_hub and not download else ""
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"hf:{name} cannot be read here ({reason}){missing}") from error
     if isinstance(data, datasets.DatasetDict):

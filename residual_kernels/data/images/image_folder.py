@@ -13,7 +13,7 @@ from residual_kernels.data.images.archive import members, split_archive
 from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import MARK, MAX_BYTES, UnreadableImage
 from residual_kernels.data.images.listing import by_folder, images_among, is_flat, is_system, walk
-from residual_kernels.data.user_text import user_path
+from residual_kernels.data.user_text import some, user_path
 
 _HINTS = (  # endings -> what they tell
     ({".arrow", ".parquet"}, "; a data set of Hugging Face's library is named hf:{}"),
@@ -40,6 +40,7 @@ class ImageFiles(Images):
         labelled: whether labels are wanted; None for labels where images lie in folders of their own.
         exif: whether images are turned as their EXIF orientation says.
         identity: see :class:`Images`.
+        skip: whether a folder that may not be listed is left out instead of raising.
 
     Attributes:
         names: of the images, relative to the path, in sorted order.
@@ -57,12 +58,19 @@ class ImageFiles(Images):
         labelled: bool | None = True,
         exif: bool = True,
         identity: str = "auto",
+        skip: bool = False,
     ):
         self.path, self.preprocess, self.exif, self.identity = user_path(path), preprocess, exif, identity
         self.archive, self.prefix = split_archive(self.path)
         self.account = Account(str(self.path))
-        entries, folders = self._list()
+        entries, folders = self._list(skip)
         self.names, self._entries = list(entries), list(entries.values())
+        if not self.names and self.archive is not None and self.prefix and not self.account.ignored:
+            tops = {name.partition("/")[0] for name, _ in members(self.archive, "", Account(""))}
+            raise FileNotFoundError(
+                f"there is no folder {self.prefix.rstrip('/')} in {self.archive}; it holds "
+                f"{some(sorted(tops))}"
+            )
         if not self.names:
             there = ", ".join(f"{count} {ending}" for ending, count in self.account.ignored.most_common(4))
             hint = next((text for endings, text in _HINTS if endings & set(self.account.ignored)), "")
@@ -80,11 +88,11 @@ class ImageFiles(Images):
         # by process: a zip handle must not cross a fork
         self._handle: tuple[int, zipfile.ZipFile] | None = None
 
-    def _list(self) -> tuple[dict[str, zipfile.ZipInfo | None], set[str]]:
+    def _list(self, skip: bool) -> tuple[dict[str, zipfile.ZipInfo | None], set[str]]:
         """(name -> member of the zip, names of the folders directly below the path)."""
         found: list[tuple[str, bool, zipfile.ZipInfo | None]]
         if self.archive is None:
-            found = [(name, folder, None) for name, folder in walk(self.path, self.account)]
+            found = [(name, folder, None) for name, folder in walk(self.path, self.account, skip)]
         else:
             inside = members(self.archive, self.prefix, self.account)
             found = [(name.rstrip("/"), name.endswith("/"), info) for name, info in inside]

@@ -75,11 +75,12 @@ def images_among(members: Iterable[tuple[str, Where]], account: Account) -> dict
     return dict(sorted(found.items()))
 
 
-def walk(root: Path, account: Account | None = None) -> Iterator[tuple[str, bool]]:
+def walk(root: Path, account: Account | None = None, skip: bool = False) -> Iterator[tuple[str, bool]]:
     """(name relative to `root`, whether it is a folder) of everything below a folder.
 
     Links are followed, but every folder is listed once: by its own name where it lies below `root`, else by
-    the first link to it. So links that lead back up, or across, end.
+    the first link to it. So links that lead back up, or across, end. A folder that may not be listed is an
+    error; with `skip` it is left out, and stands in the account.
     """
     top = os.path.realpath(root)
     seen: dict[tuple[int, int], str] = {_identity(root): "the folder itself"}
@@ -98,8 +99,17 @@ def walk(root: Path, account: Account | None = None) -> Iterator[tuple[str, bool
                 continue
             seen[_identity(path)] = prefix.rstrip("/")
             yield prefix.rstrip("/"), True
-        with os.scandir(path) as inside:
-            entries = sorted(inside, key=lambda entry: entry.name)
+        try:
+            with os.scandir(path) as inside:
+                entries = sorted(inside, key=lambda entry: entry.name)
+        except PermissionError as error:
+            if skip and account is not None and prefix:
+                account.found += 1
+                account.left_out[prefix.rstrip("/")] = f"the folder may not be listed ({error.strerror})"
+                continue
+            raise PermissionError(
+                f"the folder {path} may not be listed, so its images are not known: {error.strerror}"
+            ) from error
         for entry in entries:
             name = prefix + entry.name
             if is_system(entry.name):

@@ -35,7 +35,7 @@ def expand(text: str) -> list[str]:
 
 def shards_in(folder: Path) -> list[Path] | None:
     """The tar files of a folder; None where it holds images besides, or no tar files."""
-    found = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and path.is_file())
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".tar" and not path.is_dir())
     if not found:
         return None
     endings = image_endings()

@@ -1,5 +1,6 @@
 """Samples of one shard, from its tar headers alone."""
 
+import os
 import posixpath
 import re
 import tarfile
@@ -41,8 +42,8 @@ class _Group:
     labels: dict[str, int] = field(default_factory=dict)  # name without its ending -> label
 
 
-def samples(shard: Path, account: Account, skip: bool, labelled: bool | None = False) -> list[Sample]:
-    """The images of a shard in its order.
+def samples(shard: Path, account: Account, skip: bool) -> tuple[list[Sample], bool]:
+    """The images of a shard in its order, and whether it is damaged behind them.
 
     An image ``0001.v2.jpg`` has the label in ``0001.v2.cls`` or ``0001.cls``. A key that comes again later is
     another sample; a label that stands apart from its image belongs to it when no other has its name.
@@ -51,10 +52,11 @@ def samples(shard: Path, account: Account, skip: bool, labelled: bool | None = F
         shard: the tar file.
         account: counts the images, and what is no image.
         skip: whether damage ends the reading, and links to nothing are left out, instead of raising.
-        labelled: whether the last image before the damage is left out where its label is lost; None for where
-            others have labels.
     """
     if not shard.is_file():
+        if skip and os.path.lexists(shard):
+            account.notes.append(f"{shard} is a link to nothing or no file; nothing of it is read")
+            return [], True
         hint = (
             "; write a range, such as {000..012}, or name their folder" if set("*?") & set(shard.name) else ""
         )
@@ -72,17 +74,10 @@ def samples(shard: Path, account: Account, skip: bool, labelled: bool | None = F
     except EOFError as error:
         damage = f"{shard} is cut short: {error}"
     if damage is not None:
-        if not (skip and groups):
+        if not skip:
             raise ValueError(damage)
-        account.notes.append(f"{damage}; what stands before is read")
-    found = _labelled(groups, account)
-    if labelled is None:
-        labelled = any(one.label is not None for one in found)
-    if damage is not None and labelled:
-        while found and found[-1].label is None:
-            name = f"{shard.name}/{found.pop().name}"
-            account.left_out[name] = "its label is lost: the shard is damaged before it"
-    return found
+        account.notes.append(f"{damage}; {'what stands before' if groups else 'nothing of it'} is read")
+    return _labelled(groups, account), damage is not None
 
 
 def _members(

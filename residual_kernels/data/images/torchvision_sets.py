@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from residual_kernels.data import prompts
+from residual_kernels.data.downloads import why
 from residual_kernels.data.images.account import Account
 from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import reading
@@ -35,13 +36,24 @@ _LABELS = {  # what the labels of other data sets are: refused before anything i
     "Flickr30k": "captions",
     "Flickr8k": "captions",
     "Kitti": "boxes",
-    "LFWPairs": "pairs of faces",
-    "PhotoTour": "pairs of patches",
     "SBDataset": "boundaries",
     "SBU": "captions",
     "VOCDetection": "boxes",
     "VOCSegmentation": "masks",
     "WIDERFace": "boxes of faces",
+}
+_NO_PICTURES = {  # what the items of others are in place of one image: refused even without labels
+    "LFWPairs": "pairs of images",
+    "PhotoTour": "patches",
+    "MovingMNIST": "films",
+    "Kinetics": "films",
+    "HMDB51": "films",
+    "UCF101": "films",
+    "FlyingChairs": "pairs of images",
+    "FlyingThings3D": "pairs of images",
+    "HD1K": "pairs of images",
+    "KittiFlow": "pairs of images",
+    "Sintel": "pairs of images",
 }
 _GIVEN = frozenset({"root", "split", "train"})
 
@@ -65,17 +77,14 @@ class TorchvisionImages(Images):
         exif: bool = True,
         identity: str = "auto",
     ):
-        made = _torchvision_class(name)
-        if labelled and made.__name__ in _LABELS:
-            raise ValueError(
-                f"torchvision:{made.__name__} is not a classification data set: its labels are "
-                f"{_LABELS[made.__name__]}; use it without labels"
-            )
+        made = torchvision_class(name)
+        if labelled:
+            check_classes(made)
         self.source = f"torchvision:{made.__name__}" + ("" if part is None else f"@{part}")
         self.preprocess, self.exif, self.identity = preprocess, exif, identity
         root = user_path(root or DEFAULT_ROOT)
-        options = _part_option(made, part)
-        if "download" in inspect.signature(made.__init__).parameters:
+        options = part_option(made, part)
+        if "download" in _parameters(made):
             options["download"] = download
             if download:
                 root.mkdir(parents=True, exist_ok=True)
@@ -84,6 +93,8 @@ class TorchvisionImages(Images):
         try:
             self._data = made(str(root), **options)
         except (RuntimeError, OSError) as error:
+            if download:
+                raise ValueError(f"{self.source} could not be fetched into {root}: {why(error)}") from error
             raise ValueError(
                 f"{self.source} is not in {root}; fetch it with --download, or say where it is with "
                 "--data-root"
@@ -194,7 +205,17 @@ def _state(item: Any) -> object:
     return None if os.path.isdir(item) else (found.st_size, found.st_mtime_ns)
 
 
-def _torchvision_class(name: str) -> Any:
+def check_classes(made: Any) -> None:
+    """Raises ValueError where the labels of a data set are no classes, before anything is fetched."""
+    if made.__name__ in _LABELS:
+        raise ValueError(
+            f"torchvision:{made.__name__} is not a classification data set: its labels are "
+            f"{_LABELS[made.__name__]}; use it without labels"
+        )
+
+
+def torchvision_class(name: str) -> Any:
+    """torchvision's class of this name; a ValueError where there is none that holds single images."""
     import torchvision
 
     if name.lower() in (folder.lower() for folder in _FOLDERS):
@@ -205,14 +226,20 @@ def _torchvision_class(name: str) -> Any:
         found: made
         for found, made in vars(torchvision.datasets).items()
         if inspect.isclass(made)
-        and found not in _FOLDERS
+        and found not in (*_FOLDERS, "VisionDataset")
         and issubclass(made, torchvision.datasets.VisionDataset)
         and "root" in inspect.signature(made.__init__).parameters
     }
     by_lower = {found.lower(): made for found, made in known.items()}
     if name.lower() not in by_lower:
-        raise ValueError(f"torchvision has no data set {name!r}; {nearest(name, sorted(known))}")
+        usable = sorted(one for one in known if one not in _NO_PICTURES and not one.endswith("Stereo"))
+        raise ValueError(f"torchvision has no data set {name!r}; {nearest(name, usable)}")
     made = by_lower[name.lower()]
+    items = "pairs of images" if made.__name__.endswith("Stereo") else _NO_PICTURES.get(made.__name__)
+    if items is not None:
+        raise ValueError(
+            f"torchvision:{made.__name__} holds {items}, not single images, so it cannot be used"
+        )
     needed = [
         parameter.name
         for parameter in inspect.signature(made).parameters.values()
@@ -228,10 +255,26 @@ def _torchvision_class(name: str) -> Any:
     return made
 
 
-def _part_option(made: Any, part: str | None) -> dict[str, Any]:
+def _parameters(made: Any) -> set[str]:
+    """Names that a class takes, those that it hands on to the class below it too."""
+    found: set[str] = set()
+    for one in inspect.getmro(made):
+        own = inspect.signature(one.__init__).parameters
+        found |= set(own)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
+            break
+    return found
+
+
+def part_option(made: Any, part: str | None) -> dict[str, Any]:
     """How this class is asked for a part (train, test ...): `split`, `train`, or not at all."""
     parameters = inspect.signature(made.__init__).parameters
     asked = f"torchvision:{made.__name__}"
+    if made.__name__ == "EMNIST":  # the only one with two kinds of parts, one of them hidden in **kwargs
+        letters, _, side = (part or "").rpartition("-")
+        if side not in ("train", "test"):
+            raise ValueError(f"say which part of {asked}: {asked}@letters-train, {asked}@balanced-test ...")
+        return {"split": letters, "train": side == "train"}
     if "split" in parameters or made.__name__ == "ImageNet":
         if part is None:
             raise ValueError(f"say which part of {asked}: {asked}@train, {asked}@test ...")
@@ -240,7 +283,8 @@ def _part_option(made: Any, part: str | None) -> dict[str, Any]:
         return {"image_set": part}
     if "train" in parameters:
         if part not in ("train", "test"):
-            raise ValueError(f"say which part of {asked}: {asked}@train or {asked}@test; got {part!r}")
+            got = "" if part is None else f"; got {part}"
+            raise ValueError(f"say which part of {asked}: {asked}@train or {asked}@test{got}")
         return {"train": part == "train"}
     if part is not None:
         raise ValueError(f"{asked} comes in one part; leave @{part} out")

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from residual_kernels.data.images.dataset import Images
 from residual_kernels.data.images.decode import UnreadableImage
+from residual_kernels.data.user_text import some
 
 
 class _Check(Dataset):
@@ -75,4 +76,8 @@ def without(images: Images, rows: dict[int, str]) -> Images:
         return images
     kept = SelectedImages(images, [row for row in range(len(images)) if row not in rows])
     kept.account.leave_out((images.names[row], reason) for row, reason in rows.items())
+    before = {folder for folder, _, count in images.account.classes if count}
+    bare = [folder for folder, _, count in kept.account.classes if not count and folder in before]
+    if bare:
+        kept.account.notes.append(f"no image is left of the classes {some(bare)}")
     return kept

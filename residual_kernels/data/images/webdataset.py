@@ -56,15 +56,22 @@ class ShardImages(Images):
         self.names: list[str] = []
         self._places: list[tuple[int, int, int]] = []  # shard, offset, size
         labels: list[int | None] = []
-        for number, shard in enumerate(self.shards):
-            found = samples(shard, self.account, skip, labelled)
+        read = [samples(shard, self.account, skip) for shard in self.shards]
+        if labelled or (
+            labelled is None and any(one.label is not None for found, _ in read for one in found)
+        ):
+            for shard, (found, damaged) in zip(self.shards, read, strict=True):
+                if damaged:
+                    self._leave_out_unlabelled(shard, found)
+        for number, (shard, (found, _)) in enumerate(zip(self.shards, read, strict=True)):
             self.names += _unique(f"{shard.name}/{one.name}" for one in found)
             self._places += [(number, one.offset, one.size) for one in found]
             labels += [one.label for one in found]
             if labelled:
                 _check_labels(shard, found)
         if not self.names:
-            raise ValueError(f"the shards {self.account.source} hold no images")
+            why = f": {self.account.notes[0]}" if self.account.notes else ""
+            raise ValueError(f"the shards {self.account.source} hold no images{why}")
         if labelled is None:
             labelled = None not in labels
             if not labelled and any(label is not None for label in labels):
@@ -76,6 +83,12 @@ class ShardImages(Images):
         # by process: a handle must not cross a fork
         self._handles: OrderedDict[int, BinaryIO] = OrderedDict()
         self._process = os.getpid()
+
+    def _leave_out_unlabelled(self, shard: Path, found: list[Sample]) -> None:
+        """Takes the last images off whose labels stood behind the damage."""
+        while found and found[-1].label is None:
+            name = f"{shard.name}/{found.pop().name}"
+            self.account.left_out[name] = "its label is lost: the shard is damaged before it"
 
     def _classes(self) -> tuple[str, ...]:
         highest = int(self.labels.max())
