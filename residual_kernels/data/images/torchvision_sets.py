@@ -259,7 +259,7 @@ def _parameters(made: Any) -> set[str]:
     """Names that a class takes, those that it hands on to the class below it too."""
     found: set[str] = set()
     for one in inspect.getmro(made):
-        own = inspect.signature(one.__init__).parameters
+        own = inspect.signature(vars(one).get("__init__", object.__init__)).parameters
         found |= set(own)
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in own.values()):
             break
