@@ -6,7 +6,8 @@ never memory that is not theirs.
 Half of the calls are valid: ragged, strided, empty and negated operands on every backend and every
 instruction set of this processor. Their values and gradients are compared with the reference in float64. The
 other half calls one of the seven registered operators, forward or backward, with one thing damaged: an error
-must name it, or the result must have the shape it should. Under `make sanitize` a read or write out of bounds ends the run.
+must name it, or the result must have the shape it should. Under `make sanitize` a read or write out of bounds
+ends the run.
 """
 
 import argparse

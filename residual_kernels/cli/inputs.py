@@ -154,7 +154,8 @@ class Reader:
             copied = " (a copy has other times)" if made.identity == "stat" else ""
             raise ValueError(
                 f"{path} does not hold the images that the cache at {cache} was made of: "
-                f"{found.fingerprint()}, where the cache says {told}{copied}; name their folder, or leave --images out"
+                f"{found.fingerprint()}, where the cache says {told}{copied}; name their folder, or leave "
+                "--images out"
             )
         return found
 
