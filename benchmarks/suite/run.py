@@ -11,7 +11,7 @@ half that is not tested), never from a task. Class vectors are the text's, or me
 where there is no text. Methods that train the tower cost a thousand times the others' time; they run at 16
 labels with one seed.
 
-Without --photographs the tasks that show photographs are left out.
+Without --photographs the tasks that show photographs are left out. --model runs the suite on another model.
 
 Every fit is a line of <out>.rows.jsonl, written whole or not at all; the same command resumes after the last
 one. seconds: processor time of one thread.
@@ -178,6 +178,9 @@ def main() -> None:
     parser.add_argument(
         "--photographs", type=Path, help="ImageFolder in a zip: train/<class>/*, test/<class>/*"
     )
+    parser.add_argument(
+        "--model", type=Path, help="folder written by examples/bundled_clip/train.py, instead of the bundled model"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", choices=tasks.RECIPES, metavar="TASK")
     parser.add_argument(
@@ -191,6 +194,9 @@ def main() -> None:
     if left_out:
         print(f"without --photographs these tasks are left out: {', '.join(left_out)}")
     conditions = {"cpu": cpu_name(), "torch": torch.__version__}
+    if arguments.model is not None:
+        tasks.choose_model(arguments.model)
+        conditions["model"] = arguments.model.name
     record = Record(arguments.out.with_suffix(".rows.jsonl"), conditions)
     whole = run(
         record,

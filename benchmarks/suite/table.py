@@ -139,7 +139,8 @@ def markdown(result: dict) -> str:
         return all((task, shots, name) in found for task in tasks)
 
     lines = [
-        f"{result['cpu']}, one thread, torch {result['torch']}. {len(tasks)} tasks, the bundled model. "
+        f"{result['cpu']}, one thread, torch {result['torch']}. {len(tasks)} tasks, "
+        f"{'the model ' + result['model'] if 'model' in result else 'the bundled model'}. "
         "Accuracy on test images, averaged over tasks; seconds are processor time of one fit with all its "
         "tuning, averaged over tasks, at the largest count run. Protocol: the head of "
         "`benchmarks/suite/run.py`." + result.get("note", ""),

@@ -1,6 +1,7 @@
 """The tasks: images encoded once by the bundled model, and the class vectors that everybody starts from."""
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,10 +187,32 @@ def names(archive: Path | None) -> list[str]:
     return [name for name, recipe in RECIPES.items() if archive is not None or not recipe.photographs]
 
 
+_folder: Path | None = None  # of a model that examples/bundled_clip/train.py wrote; None is the bundled one
+
+
+def choose_model(folder: Path) -> None:
+    """All tasks are encoded by the model in this folder from now on."""
+    global _folder
+    _folder = folder
+    for remembered in (_model, _bases, task):
+        remembered.cache_clear()
+
+
 @functools.cache
 def _model():
+    if _folder is not None:
+        return _of_example("towers").load(_folder)
     model, _, tokenizer = rk.load_bundled()
     return model, tokenizer
+
+
+def _of_example(name: str):
+    """A module of examples/bundled_clip, which makes and reads such models."""
+    path = Path(__file__).resolve().parents[2] / "examples" / "bundled_clip" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"bundled_clip_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def as_input(images: np.ndarray) -> Tensor:
@@ -229,4 +252,4 @@ def task(name: str, archive: Path | None = None) -> SuiteTask:
     return SuiteTask(name, model.visual, recipe.names, head, bases, train, test)
 
 
-__all__ = ["RECIPES", "Recipe", "Split", "SuiteTask", "as_input", "encoded", "few", "names", "task"]
+__all__ = ["RECIPES", "Recipe", "Split", "SuiteTask", "as_input", "choose_model", "encoded", "few", "names", "task"]

@@ -2,10 +2,11 @@
 
     python examples/bundled_clip/train.py --photos cifar10.zip     # weights into residual_kernels/bundled/
     python examples/bundled_clip/train.py --steps 200 --pool 5000 --out /tmp/try
+    python examples/bundled_clip/train.py --tower map --minutes 20 --out build/map --photos cifar10.zip
 
 The zip holds train/<class>/*.jpg (and test/<class>/*.jpg, read only to measure). Weights are written every
 few minutes, each time whole; the optimiser is schedule-free, so whatever was written last is usable. The
-second command is a quick look.
+second command is a quick look; the third trains an image tower of another shape (towers.py).
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import towers
 from evaluate import HELD_OUT_SEED, as_input, read_photos, zero_shot
 from open_clip import CLIP
 from safetensors.torch import save
 from schedulefree import AdamWScheduleFree
 
 from residual_kernels import bundled
-from residual_kernels.bundled import build_model, build_tokenizer
+from residual_kernels.bundled import build_tokenizer
 from residual_kernels.bundled.captions import caption
 from residual_kernels.bundled.drawings import DIGITS, LETTERS, draw
 
@@ -227,6 +229,7 @@ def main() -> None:
         "--curve", type=Path, help="folder of curve.json and curve.png (default: beside this script)"
     )
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "bundled_clip")
+    parser.add_argument("--tower", choices=towers.NAMES, default=towers.BUNDLED, help="shape of the image tower")
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop earlier, after this long")
     parser.add_argument("--batch", type=int, default=192)
@@ -238,6 +241,8 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
+    if args.tower != towers.BUNDLED and args.out == parser.get_default("out"):
+        parser.error("the package holds the bundled tower alone: give --out FOLDER for another one")
     args.out.mkdir(parents=True, exist_ok=True)
     curve = args.curve or (HERE if args.out.name == "bundled" else args.out)
 
@@ -252,12 +257,14 @@ def main() -> None:
     config = json.loads(json.dumps(CONFIG))
     tokenizer = build_tokenizer(config, vocabulary)
     config["model_cfg"]["text_cfg"]["vocab_size"] = tokenizer.vocab_size
+    if args.tower != towers.BUNDLED:
+        config["tower"] = args.tower
     _write(args.out / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     torch.manual_seed(TRAIN_SEED)
     torch.set_num_threads(1)  # the work is shared out in pieces instead: see forward_backward
     rng = np.random.default_rng(TRAIN_SEED)
-    model = build_model(config)
+    model = towers.build(config, args.tower)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = AdamWScheduleFree(

@@ -23,7 +23,8 @@ from residual_kernels.experiments.sweep_plan import SweepPlan, TowerSpec
 KNOWN, UNKNOWN, OPEN = "known", "unknown", "not known offline"
 HELD_OUT = 0.2
 
-# Images of data sets by name, as their publishers state them; a local folder is counted.
+# Images of data sets by name, as their publishers state them; a local folder is counted. tanganke/... are the numbers of
+# the hub's data set cards, and for SUN397 of its first official partition, 397 classes of 50 images in each part.
 IMAGES = {
     "torchvision:cifar10@train": 50_000,
     "torchvision:cifar10@test": 10_000,
@@ -44,6 +45,12 @@ IMAGES = {
     "torchvision:stanfordcars@test": 8_041,
     "hf:tanganke/stanford_cars@train": 8_144,
     "hf:tanganke/stanford_cars@test": 8_041,
+    "hf:tanganke/eurosat@train": 21_600,
+    "hf:tanganke/eurosat@test": 2_700,
+    "hf:tanganke/sun397@train": 19_850,
+    "hf:tanganke/sun397@test": 19_850,
+    "hf:tanganke/resisc45@train": 18_900,
+    "hf:tanganke/resisc45@test": 6_300,
 }
 
 
