@@ -2,10 +2,11 @@
 
     python -m benchmarks.bench_solvers --photos cifar10.zip --out benchmarks/results/<device>/solvers
 
-Protocol of bench_peers: the bundled model, digits and photographs, three seeds that choose the labelled images, test
-images read once. AdamW tries the six settings of bench_peers with seed 0 and keeps the best on the validation part,
-where it also stops early. The convex solver chooses its strength on the same validation part, or on five folds of the
-labelled images alone. seconds: processor time of one thread with everything that is chosen on the way, mean of seeds.
+Protocol of bench_peers: the bundled model, digits and photographs, three seeds that choose the labelled
+images, test images read once. AdamW tries the six settings of bench_peers with seed 0 and keeps the best on
+the validation part, where it also stops early. The convex solver chooses its strength on the same validation
+part, or on five folds of the labelled images alone. seconds: processor time of one thread with everything
+that is chosen on the way, mean of seeds.
 
 Every row is written as it is found, to <out>.rows.jsonl; the same command resumes.
 """
@@ -42,7 +43,12 @@ def _convex(form: str, validation: bool) -> Callable:
         start = time.process_time()
         adapter = rk.build(form, task.tower, task.bases, init="ones")
         rk.fit(
-            adapter, task.head, train.units, task.val.units if validation else None, solver="convex", seed=seed
+            adapter,
+            task.head,
+            train.units,
+            task.val.units if validation else None,
+            solver="convex",
+            seed=seed,
         )
         seconds = time.process_time() - start
         accuracy = _accuracy(adapter, task.head, task.test)
@@ -115,8 +121,8 @@ def run(record: Record, tasks: dict[str, Task], say: Callable = print) -> None:
                 }  # fmt: skip
                 record.add(key, [row])
                 say(
-                    f"{task.name:12s} {shots or 'all'!s:>3s} {method:16s} {judged_by:10s} {row['accuracy']:.3f} "
-                    f"{row['seconds']:.2f} s"
+                    f"{task.name:12s} {shots or 'all'!s:>3s} {method:16s} {judged_by:10s} "
+                    f"{row['accuracy']:.3f} {row['seconds']:.2f} s"
                 )
 
 
@@ -126,9 +132,7 @@ def about(conditions: dict, rows: list[dict], tasks: dict[str, Task]) -> dict:
         name: float((task.head(task.test.units.output).argmax(1) == task.test.labels).double().mean())
         for name, task in tasks.items()
     }
-    order = [
-        (task, shots, method, judged) for task in tasks for method, judged in FITS for shots in SHOTS
-    ]
+    order = [(task, shots, method, judged) for task in tasks for method, judged in FITS for shots in SHOTS]
     found = {(row["task"], row["shots"], row["method"], row["judged_by"]): row for row in rows}
     return {**conditions, "seeds": list(SEEDS), "base": base, "rows": [found[key] for key in order]}
 
@@ -138,7 +142,10 @@ def table(result: dict) -> str:
     cells = {(row["task"], row["shots"], row["method"], row["judged_by"]): row for row in result["rows"]}
     columns = [(task, shots) for task in result["base"] for shots in SHOTS]
     kinds = list(dict.fromkeys((method, judged) for *_, method, judged in cells))
-    best = {(task, shots): max(cells[task, shots, *kind]["accuracy"] for kind in kinds) for task, shots in columns}
+    best = {
+        (task, shots): max(cells[(task, shots, *kind)]["accuracy"] for kind in kinds)
+        for task, shots in columns
+    }
     best = {column: max(value, result["base"][column[0]]) for column, value in best.items()}
 
     def text(column, value: float) -> str:
@@ -146,8 +153,8 @@ def table(result: dict) -> str:
 
     lines = [
         f"{result['cpu']}, one thread, torch {result['torch']}. Accuracy on the test part, mean over "
-        f"{len(result['seeds'])} seeds; seconds with everything that is chosen on the way, all labels a class. "
-        "Protocol: the head of bench_solvers.py.",
+        f"{len(result['seeds'])} seeds; seconds with everything that is chosen on the way, all labels a "
+        "class. Protocol: the head of bench_solvers.py.",
         "",
         "| form and solver | chosen by | "
         + " | ".join(f"{task}, {shots or 'all'} a class" for task, shots in columns)
@@ -161,7 +168,7 @@ def table(result: dict) -> str:
         + " |",
     ]
     for method, judged in kinds:
-        own = [text(column, cells[*column, method, judged]["accuracy"]) for column in columns]
+        own = [text(column, cells[(*column, method, judged)]["accuracy"]) for column in columns]
         seconds = [f"{cells[task, None, method, judged]['seconds']:.2f}" for task in result["base"]]
         lines.append(f"| {method} | {judged} | {' | '.join(own + seconds)} |")
     return "\n".join(lines) + "\n"

@@ -12,12 +12,13 @@ from test_towers import build, images_for
 from torch.nn import functional as F
 
 import residual_kernels as rk
-from residual_kernels.train import path
+from residual_kernels.train import logistic, path
 from residual_kernels.train.choice import FACTORS, Judged, best_of, standard_error
 from residual_kernels.train.folds import folds_of
 from residual_kernels.train.lbfgs import EXACT, Pairs, minimise
 from residual_kernels.train.logistic import Objective, Readout, ResidentRows, Targets, Tasks
 from residual_kernels.train.problem import moments
+from residual_kernels.train.products import product
 
 CLASSES = "abc"
 
@@ -271,6 +272,55 @@ def test_curvature_is_carried_to_the_next_strength():
     exact = solved(objective, weaker, start=before.theta)
     warm = solved(objective, weaker, tolerance=1e-6, start=before.theta, pairs=pairs)
     assert (warm.value - exact.value <= 1e-6).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "class vectors", "smoothed and weighted", "soft labels"])
+def test_rows_of_a_fold_together_give_the_same_and_spare_products(name, monkeypatch):
+    """Five blocks of a fold each, the rows left out among them; a fit reads no row that it holds out."""
+    objective, tasks, parts = problem(n=60, block=9, **VARIANTS[name])
+    fold = parts["fold"][1:2]
+    numbered = torch.tensor([0, 1, 0, 1])
+    tasks = Tasks(numbered, 0 * numbered, torch.tensor([0, 2, -1, 1]).to(fold), tasks.alpha, fold)
+    theta = numbers(objective, tasks)
+    value, grad = objective.evaluate(theta, tasks)
+    multiplied = []
+
+    def counted(a, b):
+        multiplied.append(a.numel() * b.shape[1])
+        return a @ b
+
+    monkeypatch.setattr(logistic, "product", counted)
+    apart = objective.rows
+    together = ResidentRows(apart.coefficients, apart.output, 9, fold=fold[0])
+    objective.rows = together
+    objective._bases.clear()
+    again, grad_again = objective.evaluate(theta, tasks)
+    assert torch.allclose(again, value, rtol=1e-12)
+    assert torch.allclose(grad_again, grad, rtol=1e-10, atol=1e-11)
+    fitted = sum(int(((fold[0] >= 0) & (fold[0] != held)).sum()) for held in tasks.held.tolist())
+    assert sum(multiplied) == 2 * fitted * 4 * 12  # both ways, four classes, twelve components
+    wrong = replace(tasks, held=torch.zeros_like(tasks.held))
+    assert not torch.allclose(objective.evaluate(theta, wrong)[0], value, rtol=1e-6)
+    judged = []
+    for objective.rows in (apart, together):
+        objective._bases.clear()
+        search = path.Path(objective, [path.FitGroup(0, 0)], fold, 3, freedoms=(5.0, 50.0))
+        judged.append(search.run()[0].candidates)
+    for (_, a), (_, b) in zip(*judged, strict=True):
+        assert a.loss == pytest.approx(b.loss, abs=1e-9)
+        assert torch.equal(a.hits, b.hits)
+
+
+def test_products_are_those_of_torch(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    for m, k, n in ((1, 1, 1), (7, 33, 5), (40, 100, 17), (0, 3, 2), (3, 0, 2)):
+        a, b = torch.randn(m, k, generator=g), torch.randn(n, k, generator=g).T
+        bound = 8 * torch.finfo(torch.float32).eps * (a.abs().double() @ b.abs().double())
+        for left, right in ((a, b), (a.T.contiguous().T, b.contiguous())):
+            assert ((product(left, right).double() - a.double() @ b.double()).abs() <= bound).all()
+        assert torch.equal(product(a.double(), b.double()), a.double() @ b.double())
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert torch.equal(product(a, b), a @ b)
 
 
 @pytest.mark.parametrize("vectors", [None, 0.7])

@@ -122,7 +122,9 @@ def test_the_command(plan, tmp_path, monkeypatch, capsys, no_network):
     code, said = run(PAPER / "plan.yaml", "--plan", "--json", tmp_path / "costs.json")
     assert code == 0
     assert "hours and" in said.out
-    assert len(json.loads((tmp_path / "costs.json").read_text())["costs"]) == 77
+    costs = json.loads((tmp_path / "costs.json").read_text())["costs"]
+    assert len(costs) == 77
+    assert [one for one in costs if one["hours"] is None or one["bytes"] is None] == []
     code, said = run(plan)
     assert code == 2
     assert "--out FOLDER" in said.err

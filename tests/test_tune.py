@@ -11,7 +11,7 @@ from residual_kernels.train import contest, tuning
 from residual_kernels.train.config import ConvexConfig
 from residual_kernels.train.convex import indexed, opened
 from residual_kernels.train.problem import ConvexProblem, Form, labels_of
-from residual_kernels.train.stacked import stacked
+from residual_kernels.train.stacked import _judged, stacked
 from residual_kernels.train.unseen import _path, class_folds
 
 CLASSES = "abc"
@@ -192,6 +192,28 @@ def test_stacked_uses_what_it_fitted(tower, cache, bases, head):
     assert found.judged.loss < base.loss
     assert int(found.judged.weight.sum()) == len(cache)
     adapter.detach()
+
+
+@pytest.mark.parametrize("with_val", [True, False])
+def test_stacked_judges_components_too(tower, cache, bases, head, with_val):
+    """What is judged are the logits of the adapter with its weights, not those of the class vectors alone."""
+    train, test = parts_of(cache)
+    adapter = rk.ResiDual(tower, bases, "all")
+    source, judges = (indexed(adapter, part, True, head.class_names) for part in (train, test))
+    config = ConvexConfig()
+    labels, outside = (labels_of(one, None, [3], "labels") for one in (source, judges))
+    task = ConvexProblem.of(config, labels, head.class_names, [0], outside if with_val else None)
+    rows = opened(adapter, source, judges if with_val else None, config)
+    first = task.path(Form(adapter, with_components=False), head, *rows, class_vectors=True)
+    second = task.path(Form(adapter), head, *rows)
+    theta = torch.randn(second.objective.shape.size, generator=torch.Generator().manual_seed(1)) / 3
+    theta[-1] = 0.5
+    judged = _judged(first, [(held, second, theta) for held in second.held])
+    with torch.no_grad():
+        adapter.weight.copy_(1 + second.objective.delta(theta[None])[0])
+    expected = rk.evaluate(adapter, head, test if with_val else train).accuracy
+    assert judged.accuracy == pytest.approx(expected, abs=1e-9)
+    assert abs(expected - first.base().accuracy) > 0.05
 
 
 def test_classes_as_folds(tower):

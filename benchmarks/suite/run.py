@@ -179,7 +179,9 @@ def main() -> None:
         "--photographs", type=Path, help="ImageFolder in a zip: train/<class>/*, test/<class>/*"
     )
     parser.add_argument(
-        "--model", type=Path, help="folder written by examples/bundled_clip/train.py, instead of the bundled model"
+        "--model",
+        type=Path,
+        help="folder written by examples/bundled_clip/train.py, instead of the bundled model",
     )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", choices=tasks.RECIPES, metavar="TASK")

@@ -252,4 +252,15 @@ def task(name: str, archive: Path | None = None) -> SuiteTask:
     return SuiteTask(name, model.visual, recipe.names, head, bases, train, test)
 
 
-__all__ = ["RECIPES", "Recipe", "Split", "SuiteTask", "as_input", "choose_model", "encoded", "few", "names", "task"]
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "Split",
+    "SuiteTask",
+    "as_input",
+    "choose_model",
+    "encoded",
+    "few",
+    "names",
+    "task",
+]

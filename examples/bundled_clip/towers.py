@@ -1,7 +1,7 @@
 """Which image towers can be trained here? The bundled one, and others of its size but of another shape.
 
-Each takes the same pictures, and the text tower and the training are the same. They show that nothing in this library
-hangs on one shape of tower; none of them is shipped.
+Each takes the same pictures, and the text tower and the training are the same. They show that nothing in
+this library hangs on one shape of tower; none of them is shipped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAMES = (BUNDLED, *TIMM)
 
 
 def build(config: dict, name: str) -> torch.nn.Module:
-    """An untrained model of `config` whose image tower has the shape `name`; the text tower is always the same."""
+    """An untrained model of `config` whose image tower has the shape `name`; the text tower is the same."""
     from open_clip.model import set_model_preprocess_cfg
     from timm.models.vision_transformer import VisionTransformer
 

@@ -229,7 +229,9 @@ def main() -> None:
         "--curve", type=Path, help="folder of curve.json and curve.png (default: beside this script)"
     )
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "bundled_clip")
-    parser.add_argument("--tower", choices=towers.NAMES, default=towers.BUNDLED, help="shape of the image tower")
+    parser.add_argument(
+        "--tower", choices=towers.NAMES, default=towers.BUNDLED, help="shape of the image tower"
+    )
     parser.add_argument("--steps", type=int, default=12_000)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop earlier, after this long")
     parser.add_argument("--batch", type=int, default=192)

@@ -23,8 +23,9 @@ from residual_kernels.experiments.sweep_plan import SweepPlan, TowerSpec
 KNOWN, UNKNOWN, OPEN = "known", "unknown", "not known offline"
 HELD_OUT = 0.2
 
-# Images of data sets by name, as their publishers state them; a local folder is counted. tanganke/... are the numbers of
-# the hub's data set cards, and for SUN397 of its first official partition, 397 classes of 50 images in each part.
+# Images of data sets by name, as their publishers state them; a local folder is counted. tanganke/... are
+# the numbers of the hub's data set cards, and for SUN397 of its first official partition, 397 classes of 50
+# images in each part.
 IMAGES = {
     "torchvision:cifar10@train": 50_000,
     "torchvision:cifar10@test": 10_000,

@@ -58,7 +58,7 @@ class Judge:
         self.hits = torch.zeros(columns, count, dtype=torch.bool, device=like.device)
         self.weight = like.new_zeros(columns, count)
 
-    def add(self, column: int, logits: Tensor, weight: Tensor, which: int, place: slice) -> None:
+    def add(self, column: int, logits: Tensor, weight: Tensor, which: int, place: slice | Tensor) -> None:
         """Logits [n, K] of a candidate on the rows at `place`, which count as `weight` [n],
         under a label set."""
         most = max(1, ELEMENTS // max(1, logits.numel()))
@@ -67,7 +67,7 @@ class Judge:
             log_p = (logits[:, None] * factors[:, None]).log_softmax(-1)  # [n, factors, K]
             number = torch.full((len(factors),), which, device=logits.device)
             found = self.targets.losses(log_p, number, place)
-            self.losses[column, start : start + most, place] = found.T
+            self.losses[column][start : start + most, place] = found.T
         self.hits[column, place] = self.targets.hits(logits.argmax(-1), which, place)
         self.weight[column, place] = weight
 

@@ -56,7 +56,6 @@ def minimise(
     limit: int = 300,
     rounding: float = EXACT,
     pairs: Pairs | None = None,
-    trust: float | None = None,
 ) -> Minimum:
     """Minimises T functions from `start` [T, P] until the gap of each is at most its tolerance.
 
@@ -70,9 +69,6 @@ def minimise(
         limit: most evaluations a task may take.
         rounding: share of a value by which rounding may raise it.
         pairs: of a minimum nearby, to start with its curvature.
-        trust: stop as well where this many times what the quadratic model still promises is within the tolerance. The
-            gap is a bound for any curvature, and loose where there is little; the model has seen it. None goes by the
-            gap alone.
 
     A task that is done drops out of the evaluations, and its numbers do not depend on its neighbours but by
     rounding.
@@ -84,9 +80,9 @@ def minimise(
     used = torch.ones(len(theta), dtype=torch.int64, device=theta.device)
     inverse = _Inverse(1 / curvature, pairs)
     done = Minimum(theta, value, grad, left, used, Pairs(*inverse.all()))
+    going = left > tolerance
     x, fx, gx, count, halved = theta, value, grad, used, torch.zeros_like(used)
     direction, slope, step = _ahead(inverse, x, gx, longest)
-    going = left > tolerance
     while True:
         alive = going.tolist()
         if not all(alive):
@@ -120,8 +116,6 @@ def minimise(
         direction = torch.where(taken, ahead, direction)
         slope, step = torch.where(good, new_slope, slope), torch.where(good, new_step, step / 2)
         going = (left > tolerance) & (halved < HALVINGS) & (count < limit)
-        if trust is not None:
-            going &= ~good | (trust * -slope / 2 > tolerance)
 
 
 def _ahead(inverse: "_Inverse", x: Tensor, grad: Tensor, longest) -> tuple[Tensor, Tensor, Tensor]:

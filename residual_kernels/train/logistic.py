@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from residual_kernels import distributed
+from residual_kernels.train.products import product
 
 BLOCK_BYTES = 32 * 2**20  # of logits, and of reweighted class scores, that one product may make
 VECTOR_PENALTY = 10.0
@@ -44,13 +45,15 @@ KAPPA = (
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows: their place among this process's rows, coefficients [n, J_i] (one tensor for each kind of
-    units), and the tower's output [n, D]; `narrow` are all coefficients [n, J] in bfloat16, or None."""
+    """Some rows: their place among this process's rows (a run, or numbers [n]), coefficients [n, J_i] (one
+    tensor for each kind of units), and the tower's output [n, D]; `narrow` are all coefficients [n, J] in
+    bfloat16, or None. `fold` is the one that all of these rows are in, None where they are in several."""
 
-    place: slice
+    place: slice | Tensor
     coefficients: tuple[Tensor, ...]
     output: Tensor
     narrow: Tensor | None = None
+    fold: int | None = None
 
     def pick(self, index: Tensor) -> "Rows":
         """Some of the rows; their place is not known any more, and `narrow` stays away."""
@@ -67,13 +70,31 @@ class RowSource(Protocol):
 
 
 class ResidentRows:
-    """Rows in memory, given to the products `size` at a time;
-    `narrow` keeps a bfloat16 copy of the coefficients."""
+    """Rows in memory, given to the products `size` at a time.
+
+    `narrow` keeps a bfloat16 copy of the coefficients. With `fold` [N] a copy of all rows is kept, those of a
+    fold together: then a fit is spared the products with the rows that it holds out.
+    """
 
     def __init__(
-        self, coefficients: Sequence[Tensor], output: Tensor, size: int = 4096, *, narrow: bool = False
+        self,
+        coefficients: Sequence[Tensor],
+        output: Tensor,
+        size: int = 4096,
+        *,
+        narrow: bool = False,
+        fold: Tensor | None = None,
     ):
         self.coefficients, self.output, self.size = tuple(coefficients), output, size
+        self.order: Tensor | None = None
+        self.runs: list[tuple[int, int, int | None]] = [(0, len(output), None)]  # first, last + 1, fold
+        if fold is not None:
+            self.order = fold.argsort(stable=True)
+            self.coefficients = tuple(c.index_select(0, self.order) for c in self.coefficients)
+            self.output = output.index_select(0, self.order)
+            numbers, counts = fold.unique(return_counts=True)
+            ends = counts.cumsum(0).tolist()
+            self.runs = list(zip([0, *ends], ends, numbers.tolist(), strict=False))
         self.narrow = None
         if narrow and self.coefficients:
             self.narrow = torch.cat([one.bfloat16() for one in self.coefficients], 1)
@@ -82,10 +103,12 @@ class ResidentRows:
         return len(self.output)
 
     def blocks(self) -> Iterator[Rows]:
-        for start in range(0, len(self), self.size):
-            place = slice(start, min(start + self.size, len(self)))
-            narrow = None if self.narrow is None else self.narrow[place]
-            yield Rows(place, tuple(c[place] for c in self.coefficients), self.output[place], narrow)
+        for first, stop, fold in self.runs:
+            for start in range(first, stop, self.size):
+                run = slice(start, min(start + self.size, stop))
+                place = run if self.order is None else self.order[run]
+                narrow = None if self.narrow is None else self.narrow[run]
+                yield Rows(place, tuple(c[run] for c in self.coefficients), self.output[run], narrow, fold)
 
 
 @dataclass(frozen=True)
@@ -108,6 +131,11 @@ class Readout:
         return r[:, None] * (output @ self.vectors), r
 
 
+def _of_tasks(table: Tensor, number: Tensor, place: slice | Tensor) -> Tensor:
+    """Lines `number` [T] of a table [L, N, ...] at some places, [T, n, ...]."""
+    return table[number, place] if isinstance(place, slice) else table[number[:, None], place]
+
+
 @dataclass(frozen=True)
 class Targets:
     """What each row should be: labels [L, N] int64, or shares of every class [L, N, K],
@@ -124,27 +152,27 @@ class Targets:
     def shares(self) -> bool:
         return self.values.ndim == 3
 
-    def losses(self, log_p: Tensor, which: Tensor, place: slice) -> Tensor:
+    def losses(self, log_p: Tensor, which: Tensor, place: slice | Tensor) -> Tensor:
         """Cross-entropies [n, T] of log-probabilities [n, T, K]; task t has label set which[t]."""
         if self.shares:
-            loss = -(self.values[:, place][which].transpose(0, 1) * log_p).sum(-1)
+            loss = -(_of_tasks(self.values, which, place).transpose(0, 1) * log_p).sum(-1)
         else:
-            loss = -log_p.gather(-1, self.values[:, place][which].T[..., None])[..., 0]
+            loss = -log_p.gather(-1, _of_tasks(self.values, which, place).T[..., None])[..., 0]
         return loss if not self.smoothing else (1 - self.smoothing) * loss - self.smoothing * log_p.mean(-1)
 
-    def hits(self, chosen: Tensor, which: int, place: slice) -> Tensor:
+    def hits(self, chosen: Tensor, which: int, place: slice | Tensor) -> Tensor:
         """Whether a chosen class [n] is one that a row has a share in."""
         if self.shares:
             return self.values[which, place].gather(-1, chosen[:, None])[:, 0] > 0
         return chosen == self.values[which, place]
 
-    def subtract(self, p: Tensor, which: Tensor, place: slice) -> None:
+    def subtract(self, p: Tensor, which: Tensor, place: slice | Tensor) -> None:
         """p [n, T, K] less the targets, in place."""
         keep = 1 - self.smoothing
         if self.shares:
-            p -= keep * self.values[which, place].transpose(0, 1)
+            p -= keep * _of_tasks(self.values, which, place).transpose(0, 1)
         else:
-            index = self.values[which, place].T[..., None]
+            index = _of_tasks(self.values, which, place).T[..., None]
             p.scatter_add_(-1, index, p.new_full((), -keep).expand(index.shape))
         if self.smoothing:
             p -= self.smoothing / p.shape[-1]
@@ -167,19 +195,16 @@ class Tasks:
     def __len__(self) -> int:
         return len(self.which)
 
-    def pick(self, index: Tensor) -> "Tasks":
+    def pick(self, index: Tensor | slice) -> "Tasks":
         return Tasks(self.which[index], self.split[index], self.held[index], self.alpha[index], self.fold)
 
-    def part(self, part: slice) -> "Tasks":
-        return Tasks(self.which[part], self.split[part], self.held[part], self.alpha[part], self.fold)
-
-    def counted(self, targets: Targets, place: slice) -> Tensor:
+    def counted(self, targets: Targets, place: slice | Tensor) -> Tensor:
         """Weights [n, T] of rows in each task's loss."""
-        fold = self.fold[self.split, place]
+        fold = _of_tasks(self.fold, self.split, place)
         mask = ((fold >= 0) & (fold != self.held[:, None])).T
         if targets.weight is None:
             return mask.to(self.alpha.dtype)
-        return mask * targets.weight[self.which, place].T
+        return mask * _of_tasks(targets.weight, self.which, place).T
 
 
 @dataclass(frozen=True)
@@ -276,16 +301,16 @@ class Objective:
         most = max(1, BLOCK_BYTES // max(1, one))
         return [slice(start, min(start + most, tasks)) for start in range(0, tasks, most)]
 
-    def _base(self, block: Rows) -> tuple[Tensor, Tensor]:
+    def _base(self, block: Rows, number: int) -> tuple[Tensor, Tensor]:
         """(base [K, n], r) of a block of the rows that are fitted,
         computed once where they stay in memory."""
         if not isinstance(self.rows, ResidentRows):
             base, r = self.readout.base(block.output)
             return base.T, r
-        if block.place.start not in self._bases:
+        if number not in self._bases:
             base, r = self.readout.base(block.output)
-            self._bases[block.place.start] = base.T.contiguous(), r
-        return self._bases[block.place.start]
+            self._bases[number] = base.T.contiguous(), r
+        return self._bases[number]
 
     def _right(self, theta: Tensor) -> Tensor:
         """[T*M, J]: class scores of components, times what is learned of them."""
@@ -304,11 +329,11 @@ class Objective:
     ) -> Tensor:
         """Logits [T, K, n] of a block."""
         if narrow and block.narrow is not None:
-            found = (right.bfloat16() @ block.narrow.T).to(right.dtype)
+            found = (right @ block.narrow.T).to(theta.dtype)
         else:
             found, start = right.new_zeros(len(right), len(r)), 0
             for c in block.coefficients:
-                found.addmm_(right[:, start : start + c.shape[1]], c.to(right.dtype).T)
+                found += product(right[:, start : start + c.shape[1]], c.to(right.dtype).T)
                 start += c.shape[1]
         found = found.view(len(theta), len(self.right), len(r))
         if self.inner is not None:
@@ -344,7 +369,7 @@ class Objective:
             y, start = scale[t] * block.output, 0
             for c in block.coefficients:
                 stop = start + c.shape[1]
-                y = y + c.to(y.dtype) @ (delta[start:stop, None] * self.readout.basis[start:stop])
+                y = y + product(c.to(y.dtype), delta[start:stop, None] * self.readout.basis[start:stop])
                 start = stop
             found[:, t] = r[:, None] * (y @ vectors)
         return found
@@ -353,11 +378,30 @@ class Objective:
         """F [T] float64 and its gradient [T, P], summed over processes; `rough` reads the bfloat16 copy."""
         value = torch.zeros(len(theta), dtype=torch.float64, device=theta.device)
         grad = torch.zeros_like(theta)
+        narrow = rough and self.is_narrow
         runs = self._blocks(len(theta), min(len(self.rows), 4096))
-        ready = [(run, self._right(theta[run])) for run in runs] if len(runs) == 1 else None
-        for block in self.rows.blocks():
-            for run, right in ready or ((run, self._right(theta[run])) for run in runs):
-                self._add(block, theta[run], right, tasks, run, value, grad, rough)
+        held: list[int] = []
+
+        def readied() -> Iterator[tuple[slice, Tensor]]:
+            for run in runs:
+                right = self._right(theta[run])
+                yield run, right.bfloat16() if narrow else right
+
+        ready = list(readied()) if len(runs) == 1 else None
+        for number, block in enumerate(self.rows.blocks()):
+            for run, right in ready or readied():
+                some: slice | Tensor = run
+                if block.fold is not None:  # the fits that hold these rows out need no products with them
+                    held = held or tasks.held.tolist()
+                    own = held[run]
+                    fits = [t for t, fold in enumerate(own) if fold != block.fold and block.fold >= 0]
+                    if not fits:
+                        continue
+                    if len(fits) < len(own):
+                        among = torch.tensor(fits, device=theta.device)
+                        right = right.view(len(own), -1, right.shape[1])[among].flatten(0, 1)
+                        some = among + run.start
+                self._add(block, number, theta[some], right, tasks, some, value, grad, narrow)
         if distributed.world() > 1:
             value, grad = distributed.total(value), distributed.add_up(grad)
         value += tasks.alpha.double() / 2 * self.penalised(theta).double().square().sum(1)
@@ -378,11 +422,10 @@ class Objective:
         """The part of theta that alpha asks of."""
         return theta[..., :-1] if self.shape.scale else theta
 
-    def _add(self, block, theta, right, tasks, part, value, grad, rough) -> None:
-        sub = tasks if part == slice(0, len(tasks)) else tasks.part(part)
+    def _add(self, block, number, theta, right, tasks, part, value, grad, narrow) -> None:
+        sub = tasks.pick(part)
         moved = self._moved(theta) if self.shape.class_vectors else None
-        base, r = self._base(block)
-        narrow = rough and block.narrow is not None
+        base, r = self._base(block, number)
         found = self._forward(block, theta, right, moved, base, r, narrow)
         weight = sub.counted(self.targets, block.place)
         log_p = found.log_softmax(1)
@@ -408,7 +451,7 @@ class Objective:
         start = 0
         for c in coefficients:
             stop = start + c.shape[1]
-            back = (p @ c).view(len(theta), len(self.right), c.shape[1])
+            back = product(p, c).view(len(theta), len(self.right), c.shape[1])
             grad[part, start:stop] += (back * self.right[:, start:stop]).sum(1)
             start = stop
 

@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 FREEDOMS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1e3, 3e3, 1e4, 3e4)
 PATIENCE = 2  # strengths without a better loss before a path ends
 ROUGH, FINE = 3e-3, 1e-5  # nats an image that a fold's fit, and the last one, may be from their optimum
-TRUST = 2.0  # times what the quadratic model promises: a fold's fit that can gain no more than ROUGH by it is done
 ROUNDING = 1e-3  # of a value from bfloat16 coefficients: what rounding may add to it
 
 
@@ -134,7 +133,6 @@ class Path:
             limit=limit,
             rounding=ROUNDING if rough and objective.is_narrow else EXACT,
             pairs=self._pairs(rows, tasks),
-            trust=TRUST if rough else None,
         )
         if not self.side_by_side:
             for place, (group, held, _) in enumerate(rows):
@@ -257,8 +255,14 @@ class Path:
                 theta = torch.stack(
                     [thetas[number, held, freedom] for number, freedom in (columns[c] for c in own)]
                 )
-                where = (self.fold[split, block.place] == held).nonzero().flatten()
-                every = self.objective.used(block if held < 0 else block.pick(where), theta)
+                where: Tensor | slice = slice(None)
+                some = block
+                if block.fold is None:
+                    where = (self.fold[split, block.place] == held).nonzero().flatten()
+                    some = block if held < 0 else block.pick(where)
+                elif held not in (-1, block.fold):
+                    continue
+                every = self.objective.used(some, theta)
                 for place, column in enumerate(own):
                     if held < 0:
                         said[column][:] = every[:, place]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 FLOOR = 1e-3  # of the mean variance: components that never move are not blown up
+SORTED = 256  # rows of a fold from which on it pays to keep them together
 CONSTANT = 1e-4  # of the mean square of their means: nor are they where none moves
 
 
@@ -144,13 +145,13 @@ class Form:
             output = self.adapter.from_features(features, [self.ones])[0]
         return tuple(features[f"{kind}.c"].to(self.basis) for kind in self.kinds), output.to(self.basis)
 
-    def source(self, rows: AdapterRows, narrow: bool = False) -> RowSource:
+    def source(self, rows: AdapterRows, narrow: bool = False, fold: Tensor | None = None) -> RowSource:
+        """The rows for the products; where they are in memory, `narrow` and `fold` as in ResidentRows."""
         if rows.resident is None:
             return _Streamed(self, rows)
         mine = rows.part(rows.count)
-        return ResidentRows(
-            *self.rows({name: value[mine] for name, value in rows.resident.items()}), narrow=narrow
-        )
+        features = {name: value[mine] for name, value in rows.resident.items()}
+        return ResidentRows(*self.rows(features), narrow=narrow, fold=fold)
 
 
 def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
@@ -182,6 +183,15 @@ def moments(rows: RowSource, readout: Readout) -> tuple[Tensor, float]:
         floor = max(FLOOR * float(own.mean()), CONSTANT * float(power.mean()))
         own = own.clamp_min(max(floor, torch.finfo(readout.basis.dtype).tiny))
     return own.to(readout.basis), float(variance[components:].mean())
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """Rows for the products, with what :func:`moments` says of them."""
+
+    source: RowSource
+    variance: Tensor
+    of_outputs: float
 
 
 def _joined(n: int, mean: Tensor, squares: Tensor, m: int, other: Tensor, more: Tensor) -> tuple:
@@ -245,6 +255,21 @@ class ConvexProblem:
                 outside_weight = by_class.gather(1, outside.numbers)
         return cls(config, labels, groups, torch.stack(fold), folds, weight, outside, outside_weight)
 
+    def measured(self, form: "Form", head: ZeroShotHead, rows: AdapterRows) -> "MeasuredRows":
+        """Rows as the products read them, and their variances: the same for any class vectors."""
+        readout = form.readout(head)
+        spare = room(rows.device, self.config.memory) - rows.bytes
+        wide = readout.basis.dtype == torch.float32 and multiplies_bfloat16(rows.device)
+        narrow = wide and 2 * spare >= rows.bytes  # the copy is half as large again
+        fold = None
+        if len(self.fold) == 1 and rows.resident is not None:
+            mine = self.fold[0, rows.part(rows.count)]
+            copies = (3 if narrow else 2) * rows.bytes
+            if len(mine) >= SORTED * (self.folds + 1) and 2 * spare >= copies:
+                fold = mine.to(readout.basis.device)
+        source = form.source(rows, narrow, fold)
+        return MeasuredRows(source, *moments(source, readout))
+
     def path(
         self,
         form: "Form",
@@ -253,23 +278,25 @@ class ConvexProblem:
         outside_rows: AdapterRows | None,
         *,
         class_vectors: bool = False,
+        measured: "MeasuredRows | None" = None,
     ) -> Path:
-        """The path of every group for one choice of what is learned."""
+        """The path of every group for one choice of what is learned; `measured` where it is known already."""
         readout = form.readout(head)
         like = readout.basis
         mine = rows.part(rows.count)
-        # The copy is half as large again.
-        narrow = 3 * rows.bytes <= 2 * room(rows.device, self.config.memory)
-        source = form.source(
-            rows, narrow and like.dtype == torch.float32 and multiplies_bfloat16(rows.device)
-        )
+        if measured is None:
+            measured = self.measured(form, head, rows)
+        source = measured.source
         fold = self.fold[:, mine].to(like.device)
         weight = None if self.row_weight is None else self.row_weight[:, mine].to(like)
         own = self.labels.at(mine, like.device, like.dtype)
         targets = Targets(own.values, self.config.label_smoothing, weight)
-        variance, of_outputs = moments(source, readout)
         objective = Objective(
-            source, readout, targets, variance.sqrt(), vector_variance=of_outputs if class_vectors else None
+            source,
+            readout,
+            targets,
+            measured.variance.sqrt(),
+            vector_variance=measured.of_outputs if class_vectors else None,
         )
         outside = None
         if outside_rows is not None and self.outside is not None:

@@ -53,6 +53,7 @@ def stacked(
         freedoms: the strengths tried, each for both steps.
     """
     first = problem.path(Form(form.adapter, with_components=False), head, rows, outside, class_vectors=True)
+    measured = problem.measured(form, head, rows)
     vectors = {held: first.like.new_zeros(first.objective.shape.size) for held in (*first.held, -1)}
     components: dict[int, Tensor] = {}
     base = first.base()
@@ -64,9 +65,10 @@ def stacked(
         vectors.update(zip(first.held, moved, strict=True))
         fitted = []
         for held, theta in zip(first.held, moved, strict=True):
-            second = problem.path(form, _moved(head, first.objective, theta), rows, outside)
+            own = _moved(head, first.objective, theta)
+            second = problem.path(form, own, rows, outside, measured=measured)
             before = components.get(held, second.like.new_zeros(second.objective.shape.size))
-            components[held] = second._fit([(0, held, freedom)], before[None], ROUGH).theta[0]
+            components[held] = second._fit([(0, held, freedom)], before[None], ROUGH, rough=True).theta[0]
             fitted.append((held, second, components[held]))
         judged = _judged(first, fitted)
         waiting = 0 if all(judged.loss < other.loss for _, other in tried) else waiting + 1
@@ -79,7 +81,7 @@ def stacked(
     freedom, judged = tried[chosen]
     theta = first._fit([(0, -1, freedom)], vectors[-1][None], FINE, 600).theta[0]
     final = _moved(head, first.objective, theta)
-    second = problem.path(form, final, rows, outside)
+    second = problem.path(form, final, rows, outside, measured=measured)
     zero = second.like.new_zeros(1, second.objective.shape.size)
     return Stacked(
         freedom,
@@ -100,17 +102,20 @@ def _moved(head: ZeroShotHead, objective: Objective, theta: Tensor) -> ZeroShotH
 
 def _judged(first: Path, fitted: Sequence[tuple[int, Path, Tensor]]) -> Judged:
     """What the fits say of the images that they held out, or of the validation images."""
-    outside = first.outside
-    rows = first.objective.rows if outside is None else outside.rows
+    reader = fitted[0][1]  # its rows have components, which `first` leaves out
+    outside = reader.outside
+    rows = reader.objective.rows if outside is None else outside.rows
     targets = first.objective.targets if outside is None else outside.targets
     judge = Judge(1, len(rows), targets, first.like)
     group = first.groups[0]
     for block in rows.blocks():
         logits = first.like.new_zeros(len(block.output), first.objective.shape.classes)
         for held, path, theta in fitted:
-            every = path.objective.used(block, theta[None])[:, 0]
-            mine = slice(None) if outside is not None else first.fold[group.split, block.place] == held
-            logits[mine] = every[mine]
+            if outside is not None or block.fold == held:
+                logits = path.objective.used(block, theta[None])[:, 0]
+            elif block.fold is None:
+                mine = (first.fold[group.split, block.place] == held).nonzero().flatten()
+                logits[mine] = path.objective.used(block.pick(mine), theta[None])[:, 0]
         if outside is not None:
             weight = outside.weight[group.which, block.place]
         else:
