@@ -73,15 +73,17 @@ def _write(module: nn.Module, path: Path, images: Tensor, expected: Tensor, veri
         shapes = ({0: torch.export.Dim("batch")},)
         if path.suffix == ".onnx":
             _need("onnxscript")
-            program = torch.onnx.export(
-                module,
-                (images,),
-                dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=["images"],
-                output_names=["embedding"],
-                verbose=False,
-            )
+            with _without_fast_attention():
+                exported = torch.export.export(module, (images,), dynamic_shapes=shapes)
+                # Given what is exported already, torch takes no other way, such as one that fixes the batch.
+                program = torch.onnx.export(
+                    exported,
+                    dynamo=True,
+                    dynamic_shapes=shapes,
+                    input_names=["images"],
+                    output_names=["embedding"],
+                    verbose=False,
+                )
             # the data file of a large model has this name and ".data": not that of another model's data
             file = part.path / f"{path.stem}-{digest(module.state_dict(), {})[:16]}.onnx"
             assert program is not None  # None comes of the old exporter alone
@@ -159,6 +161,17 @@ def _compared(got: Tensor, expected: Tensor, path: Path) -> float:
             f"{allowed:.0e} is allowed), so it was not kept"
         )
     return error
+
+
+@contextlib.contextmanager
+def _without_fast_attention() -> Iterator[None]:
+    """nn.MultiheadAttention by its plain operators: ONNX has no word for the one that frozen weights take."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
