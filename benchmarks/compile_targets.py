@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from residual_kernels.ops.triton import backend as triton_backend
+from residual_kernels.ops.triton import fit_step
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -88,7 +89,7 @@ class RecordedLaunch:
         """bf16, fp16, tf32, fp32: what the matrix products of this launch compute in."""
         if self.constant("PRECISION") == "bf16":
             return "bf16"
-        for name in ("proj_ptr", "z_ptr", "basis_ptr"):
+        for name in ("proj_ptr", "z_ptr", "basis_ptr", "vectors_ptr"):
             if name in dict(self.signature):
                 item = self.type_of(name).removeprefix("*")
                 return "tf32" if item == "fp32" and self.constant("PRECISION") == "tf32" else item
@@ -147,6 +148,8 @@ def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> Reco
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             aligned.append(position)
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and special:
@@ -290,6 +293,9 @@ def _call(case: KernelCase) -> None:
     if case.operator == "spectral_sum":
         _sum(case, empty)
         return
+    if case.operator == "fit_step":
+        fit_step_of(case.rows, case.units * case.size, case.dim, case.width, case.tasks)()
+        return
     if case.operator == "unit_moments":
         triton_backend.unit_moments(z, scale, mean, empty(case.units, case.width + 2, dtype=torch.float64))
         return
@@ -320,6 +326,40 @@ def _sum(case: KernelCase, empty: Callable[..., Tensor]) -> None:
     triton_backend.spectral_sum_backward(y, c, weight, tensors, sizes)
 
 
+def fit_step_of(rows: int, components: int, dim: int, classes: int, tasks: int = 1) -> fit_step.FitStep:
+    """A step of a fit on meta tensors: an epoch of one batch; with several tasks, classes weigh."""
+
+    def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    def numbers(*size: int) -> Tensor:
+        return empty(*size, dtype=torch.int64)
+
+    padded = -(-components // 8) * 8
+    operands = fit_step.Operands(
+        c=empty(rows, padded),
+        basis=empty(padded, -(-dim // 8) * 8),
+        rest=empty(rows, dim) if tasks > 1 else None,
+        shift=1.0,
+        vectors=empty(1, dim, -(-classes // 8) * 8),
+        scale=empty(1),
+        classes=numbers(1),
+        labels=numbers(1, rows),
+        class_weight=empty(1, classes) if tasks > 1 else None,
+        weight=empty(tasks, components),
+        z=empty(tasks, components),
+        square=empty(tasks, components),
+        head=numbers(tasks),
+        which=numbers(tasks),
+        order_of=numbers(tasks),
+        order=numbers(1, rows),
+        rates=empty(1, tasks, fit_step.RATES),
+        losses=empty(tasks, rows),
+        place=numbers(3),
+    )
+    return fit_step.FitStep(operands, rows, 0.999, 1e-8, 0.0)
+
+
 # Routes for units of one tile, and those among them whose rows may choose their weights: from the backend's
 # tables.
 NARROW_ROUTES = tuple(route.name for route in triton_backend.FORWARD if route.name != "matmul")
@@ -348,6 +388,8 @@ def cases(widths: tuple[int, ...], kinds: tuple, constants: tuple[bool, ...]) ->
                 )
         if dtype == torch.float32 and given and size == SIZES[0] and width == widths[0]:
             found.append(KernelCase("spectral_sum", "", width, size, rows, dtype, tf32))
+            tasks = 1 if rows < ROWS[-1] else 3
+            found.append(KernelCase("fit_step", "", width, size, rows, dtype, tf32, tasks=tasks))
         if rows == ROWS[-1]:
             found.append(KernelCase("forward", "folded", width, size, rows, dtype, tf32, given))
             found.append(KernelCase("backward", "folded", width, size, rows, dtype, tf32, given))

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.compile_targets import RecordedLaunch, recorded
+from benchmarks.compile_targets import RecordedLaunch, fit_step_of, recorded
 from benchmarks.counts import BANDWIDTH, RATE, STREAM, cheapest, moments, reweight, stream
 from benchmarks.machine_code import code_of, trips
 from residual_kernels.experiments.shapes import SHAPES, Shape
@@ -230,6 +231,18 @@ def sum_cost(shape: Shape, kind: str, rows: int, target: str) -> Cost:
     return cost
 
 
+def fit_cost(shape: Shape, kind: str, rows: int, precision: str, target: str, classes: int = 100) -> Cost:
+    """A fused step of a fit on cached coefficients, optimizer included; `precision` is torch's switch."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with costed(target) as cost:
+            fit_step_of(rows, sum(shape.components(kind)), shape.dim, classes)()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return cost
+
+
 def moments_cost(shape: Shape, rows: int, target: str) -> Cost:
     z = _meta(rows, shape.units, shape.coordinates, dtype=torch.bfloat16)
     shift = _meta(shape.units, shape.coordinates + 2, dtype=torch.float64)
@@ -300,6 +313,21 @@ def rows_of(target: str, names: list[str]) -> list[dict]:
                 "mode": "step",
             }
             add(fields, sum_cost(shape, "ragged", rows, target), roof, None)
+    for name, (kind, precision) in product(names, (("fp32", "highest"), ("tf32", "high"))):
+        for rows in (64, 256):
+            shape = SHAPES[name]
+            total = sum(shape.components("ragged"))
+            moved = 4.0 * (2 * rows * total + 2 * total * shape.dim + 6 * total + 200 * shape.dim)
+            flop = 4.0 * rows * (total + 100) * shape.dim
+            roof = max(moved / BANDWIDTH, flop / VENDOR_RATE[kind])
+            fields = {
+                "operator": f"fit step, {kind}",
+                "shape": name,
+                "K": "ragged",
+                "N": rows,
+                "mode": "step",
+            }
+            add(fields, fit_cost(shape, "ragged", rows, precision, target), roof, None)
     for name in names:
         roof = moments(SHAPES[name], 4096, 2).roof(BANDWIDTH, RATE)
         fields = {"operator": "unit_moments", "shape": name, "K": "-", "N": 4096, "mode": "fwd"}

@@ -126,7 +126,7 @@ def fit(bench: Bench) -> None:
         names = list(map(str, range(CLASSES)))
         head = rk.ZeroShotHead(torch.randn(dim, CLASSES, generator=generator), names).to(bench.device)
         components = len(rk.ResiDual(tower, bases).weight)
-        for step in ("eager",) if bench.tiny else ("eager", "compiled", "graph"):
+        for step in ("eager",) if bench.tiny else ("eager", "compiled", "graph", "fused"):
             if bench.late():
                 print(f"fit {step}: time ran out", flush=True)
                 break

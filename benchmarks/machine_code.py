@@ -198,6 +198,17 @@ def trips(launch: RecordedLaunch, chunks: int) -> list[float]:
     if name == "spectral_sum_bwd":
         tiles = launch.grid[1] * launch.grid[2] * ceil(a["N"] / a["BLOCK_N"])
         return [programs, tiles, tiles * ceil(a["D"] / a["BLOCK_D"])]
+    if name == "fit_forward":
+        return [programs, launch.grid[0] * launch.grid[1] * ceil(a["P"] / a["BLOCK_K"])]
+    if name == "fit_output":
+        return [programs, programs * ceil(a["splits"] / a["BLOCK_S"])]
+    if name == "fit_logits":
+        return [programs, programs * ceil(a["D"] / a["BLOCK_D"])]
+    if name == "fit_loss":
+        return [programs, programs * ceil(a["K"] / a["BLOCK_K"])]  # of both loops over the classes
+    if name == "fit_update":
+        tiles = programs * ceil(a["batch"] / a["BLOCK_N"])
+        return [programs, tiles, tiles * ceil(a["D"] / a["BLOCK_D"])]
     if name == "scaled":
         return [programs, programs * ceil(a["rows_per_split"] / a["BLOCK_N"])]
     if name == "affine":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import torch
-from fake_device import CUDA, DEVICE, Device, Graph, Mode, OnDevice, held, on_device
+from fake_device import DEVICE, Device, Graph, Mode, OnDevice, held, on_device
 from torch import Tensor
 
 
@@ -27,7 +27,7 @@ class _Event:
 
 class _Stream:
     def __init__(self, *_, **__) -> None:
-        self.device = CUDA
+        self.device = DEVICE.place
 
     def synchronize(self) -> None:
         DEVICE.wait("stream")
@@ -43,11 +43,21 @@ class _Stream:
 @contextlib.contextmanager
 def _capture(graph: Graph, *_, **__) -> Iterator[None]:
     assert DEVICE.graph is None
+    assert DEVICE.current == DEVICE.place.index, "a graph of another device would be captured"
     DEVICE.graph = graph
     try:
         yield
     finally:
         DEVICE.graph = None
+
+
+@contextlib.contextmanager
+def _current(device: object) -> Iterator[None]:
+    was, DEVICE.current = DEVICE.current, torch.device(device).index or 0
+    try:
+        yield
+    finally:
+        DEVICE.current = was
 
 
 def _quiet(*_, **__) -> contextlib.AbstractContextManager:
@@ -57,8 +67,8 @@ def _quiet(*_, **__) -> contextlib.AbstractContextManager:
 _CUDA_MODULE = {
     "_lazy_init": lambda: None,
     "is_available": lambda: True,
-    "current_device": lambda: 0,
-    "device_count": lambda: 1,
+    "current_device": lambda: DEVICE.current,
+    "device_count": lambda: 2,
     "get_device_properties": lambda *_: SimpleNamespace(total_memory=80 << 30, name="fake", major=9, minor=0),
     "get_device_name": lambda *_: "fake",
     "get_device_capability": lambda *_: (9, 0),
@@ -67,7 +77,7 @@ _CUDA_MODULE = {
     "Stream": _Stream,
     "current_stream": lambda *_: _Stream(),
     "stream": _quiet,
-    "device": _quiet,
+    "device": _current,
     "CUDAGraph": Graph,
     "graph": _capture,
     "is_current_stream_capturing": lambda: DEVICE.graph is not None,
@@ -99,7 +109,9 @@ def _tensor_methods() -> dict[str, Callable]:
     def getitem(self, index, _was=Tensor.__getitem__):
         if isinstance(self, OnDevice):  # torch makes a tensor of a list, and sends it
             parts = index if isinstance(index, tuple) else (index,)
-            sent = tuple(torch.tensor(part).to(CUDA) if isinstance(part, list) else part for part in parts)
+            sent = tuple(
+                torch.tensor(part).to(DEVICE.place) if isinstance(part, list) else part for part in parts
+            )
             return _was(self, sent if isinstance(index, tuple) else sent[0])
         return _was(self, index)
 
@@ -119,7 +131,7 @@ def _made(was: Callable) -> Callable:
         if device is None or not on_device(device):
             found = data if isinstance(data, OnDevice) and not (args or kwargs) else None
             return was(data, *args, device=device, **kwargs) if found is None else found
-        return was(data, *args, **kwargs).to(CUDA)
+        return was(data, *args, **kwargs).to(DEVICE.place)
 
     return make
 
@@ -131,6 +143,10 @@ def _kernel_run(was: Callable) -> Callable:
         bare, bare_kwargs = [held(x) for x in args], {key: held(x) for key, x in kwargs.items()}
         if not any(isinstance(x, OnDevice) for x in (*args, *kwargs.values())):
             return was(self, *args, **kwargs)
+        if DEVICE.current != DEVICE.place.index:
+            raise RuntimeError(
+                f"illegal memory access: tensors of {DEVICE.place}, launched on cuda:{DEVICE.current}"
+            )
         with _outside():
             result = was(self, *bare, **bare_kwargs)
 
@@ -163,8 +179,12 @@ def _threads(was: Callable) -> Callable:
 
 
 @contextlib.contextmanager
-def installed(kernels: bool = False) -> Iterator[Device]:
-    """The device exists inside. With `kernels` the Triton backend takes it too, in Triton's interpreter."""
+def installed(kernels: bool = False, index: int = 0) -> Iterator[Device]:
+    """The device exists inside, as number `index`.
+
+    With `kernels` the Triton backend takes it too, in Triton's interpreter, and a launch while another device
+    is the current one is an error.
+    """
     with contextlib.ExitStack() as stack:
 
         def put(where: object, name: str, value: object) -> None:
@@ -172,6 +192,7 @@ def installed(kernels: bool = False) -> Iterator[Device]:
             setattr(where, name, value)
             stack.callback(setattr, where, name, was)
 
+        put(DEVICE, "place", torch.device("cuda", index))
         for name, value in _CUDA_MODULE.items():
             put(torch.cuda, name, value)
         for name, value in _tensor_methods().items():

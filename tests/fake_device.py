@@ -92,7 +92,7 @@ class OnDevice(Tensor):
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    device = property(lambda self: CUDA)
+    device = property(lambda self: DEVICE.place)
     is_cuda = property(lambda self: True)
     is_cpu = property(lambda self: False)
     is_meta = property(lambda self: False)
@@ -102,6 +102,14 @@ class OnDevice(Tensor):
 
     def data_ptr(self) -> int:
         return self.held.data_ptr()
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: "OnDevice") -> None:
+        self.held = value.held  # else values would stay where they were
 
     def __deepcopy__(self, memo: dict) -> "OnDevice":
         if id(self) not in memo:
@@ -137,6 +145,8 @@ class Device:
 
     def __init__(self) -> None:
         self.seen = Seen()
+        self.place = CUDA  # where its tensors say they are
+        self.current = 0  # the number of the device that streams, graphs and Triton's launches go to
         self.coming: list[tuple[Tensor, Tensor]] = []  # (where on the host, values) of copies on their way
         self.graph: Graph | None = None
 
@@ -179,7 +189,7 @@ class Device:
         if not ours and not on_device(target):
             return func(*args, **kwargs)
         if func is torch.ops.prim.device.default:
-            return CUDA
+            return self.place
         if name == "_to_copy":
             return self.moved(func, args[0], kwargs)
         if name == "copy_" and isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice):
@@ -198,7 +208,7 @@ class Device:
             kwargs.get("device"),
             {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking")},
         )
-        to = x.device if target is None else CUDA if on_device(target) else torch.device(target)
+        to = x.device if target is None else self.place if on_device(target) else torch.device(target)
         quiet = bool(kwargs.get("non_blocking"))
         if isinstance(x, OnDevice) and to.type != "cpu":
             return self.compute(func, "_to_copy", (x,), rest, [x])

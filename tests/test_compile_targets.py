@@ -41,6 +41,11 @@ KERNELS = {
     "dweight",
     "stream_bwd",
     "unit_moments",
+    "fit_forward",
+    "fit_output",
+    "fit_logits",
+    "fit_loss",
+    "fit_update",
 }
 
 

@@ -9,7 +9,12 @@ from torch import Tensor, nn
 from residual_kernels.adapters.fold import Fold, MergedOutput
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.adapters.unit_adapter import check_arguments, initial_weight, kept_start
-from residual_kernels.adapters.unit_sum import SpectralConstants, at_least_float32, tower_itself
+from residual_kernels.adapters.unit_sum import (
+    SpectralConstants,
+    SpectralForm,
+    at_least_float32,
+    tower_itself,
+)
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
 from residual_kernels.ops.packing import wide
 from residual_kernels.towers import Terms
@@ -77,6 +82,9 @@ class OutputSpectral(TowerAdapter):
 
     def from_features(self, features: dict[str, Tensor], weights: Sequence[Tensor]) -> Tensor:
         return self.spectral.from_features(features, weights[0])
+
+    def spectral_form(self) -> SpectralForm:
+        return SpectralForm(("c",), (self.spectral.basis,), None, 0.0, self.spectral.backend)
 
     def merge(self) -> nn.Module:
         fold = Fold(self.dim, self.weight.device)

@@ -17,7 +17,7 @@ from residual_kernels.adapters.output import OutputIdentity, OutputLinear, Outpu
 from residual_kernels.adapters.stream import StreamResiDual
 from residual_kernels.adapters.tower_adapter import TowerAdapter
 from residual_kernels.adapters.unit_adapter import RESTS, Spread, UnitAdapter, check_arguments
-from residual_kernels.adapters.unit_sum import SpectralConstants
+from residual_kernels.adapters.unit_sum import SpectralConstants, SpectralForm
 from residual_kernels.bases.spectral_bases import SpectralBases, check_placement
 
 __all__ = [
@@ -142,6 +142,15 @@ class ResiDual(UnitAdapter):
     def _shared(self, bases: SpectralBases) -> Spread | None:
         """Which components share a number; here each has its own."""
         return None
+
+    def spectral_form(self) -> SpectralForm | None:
+        if self._shared(self.bases) is not None:
+            return None
+        rest = "rest" if self.rest.varies else self.rest.mean if self.rest.name == "mean" else None
+        names = tuple(f"{kind}.c" for kind in self.adapted)
+        bases = tuple(self.units[kind].basis for kind in self.adapted)
+        backend = self.units[self.adapted[0]].backend
+        return SpectralForm(names, bases, rest, float(self.rest.name == "all"), backend)
 
     def _centred(self) -> list[Tensor]:
         if self.rest.name == "all":  # the tower's own mean stays

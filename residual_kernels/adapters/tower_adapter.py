@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from residual_kernels import towers
 from residual_kernels.adapters import description
 from residual_kernels.adapters.frozen import FrozenTower
-from residual_kernels.adapters.unit_sum import at_least_float32
+from residual_kernels.adapters.unit_sum import SpectralForm, at_least_float32
 from residual_kernels.bases.spectral_bases import SpectralBases
 from residual_kernels.towers import Terms, agreement
 
@@ -461,6 +461,10 @@ class TowerAdapter(AroundTower, abc.ABC):
         Returns:
             y [..., N, D], at least float32.
         """
+
+    def spectral_form(self) -> SpectralForm | None:
+        """How :meth:`from_features` is a sum over components with a weight each; None where it is none."""
+        return None
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The embeddings of images; called like the tower.

@@ -7,7 +7,7 @@ better.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,6 +235,25 @@ def reweighted_sum(
         unit(terms.z[kind], terms.scale, terms.mean, part, weight_index)
         for (kind, unit), part in zip(units.items(), weight.split(list(sizes), dim=-1), strict=True)
     )
+
+
+@dataclass(frozen=True)
+class SpectralForm:
+    """y[n] = rest[n] + sum_j (weight_j - shift) c[n,j] basis[j]: all that a fit needs to make y by itself.
+
+    Attributes:
+        coefficients: names of the features [N, J_k] that make c side by side, in the order of the weights.
+        bases: their basis vectors, [J_k, D] each.
+        rest: the name of the feature [N, D], one vector [D] for all rows, or None for nothing.
+        shift: what is taken off every weight.
+        backend: who computes, as the adapter was told.
+    """
+
+    coefficients: tuple[str, ...]
+    bases: tuple[Tensor, ...]
+    rest: str | Tensor | None
+    shift: float
+    backend: str
 
 
 class SpectralConstants(nn.Module):

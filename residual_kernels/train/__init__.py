@@ -5,7 +5,8 @@ By a convex problem where logits are linear in them, by schedule-free AdamW else
 `config.py` is what a fit may be told, `batches.py` how rows reach it, `labels.py` what a row is labelled and
 how much it counts, `evaluation.py` how good the outcome is, `results.py` what is reported. AdamW: `plan.py`
 is what is about to be done, `fitting.py` the loop, `progress.py` where a task stands, `steps.py` one step,
-`checkpoints.py` how a fit resumes. The convex fit: see `convex.py`. `logs.py` is where records of a fit go.
+`fused.py` the steps of an epoch on a GPU, `checkpoints.py` how a fit resumes. The convex fit: see
+`convex.py`. `logs.py` is where records of a fit go.
 """
 
 import logging
@@ -126,7 +127,8 @@ def fit(
             (the same bits, on a CPU). Needs caches.
         every: AdamW. The state is written every so many epochs.
         step: AdamW. "eager", "compiled" (torch.compile of features, head and loss), "graph" (one CUDA graph),
-            or "auto": a graph for a cache in a GPU's memory, eager otherwise.
+            "fused" (five Triton kernels do a step, optimizer included, and a graph holds several steps), or
+            "auto": fused for a cache in a GPU's memory, a graph where "fused" cannot serve, eager elsewhere.
         memory: bytes for what is read of a cache besides the weights; by default 2 GiB on a CPU and half of a
             GPU's memory. Beyond that, another thread reads batches from the cache.
         alone: do not share the work in a process group.

@@ -106,6 +106,9 @@ class AdapterRows:
 
     `part` says which of every batch's rows are this process's, :func:`distributed.share` or :func:`whole`. A
     source that is not indexed keeps its own order and batches.
+
+    `joined` [N, J, and zeros up to a multiple of 8] holds the coefficients of all kinds side by side, where
+    they are kept on a CUDA device and the adapter is a sum over components; `resident` has views of it.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class AdapterRows:
         self.count = source.count or 0
         self.labels = None if source.labels is None else source.labels.to(self.device)
         self.resident: dict[str, Tensor] | None = None
+        self.joined: Tensor | None = None
         self.row_bytes = 0
         if self.count:
             one = self.features(next(source.along([slice(0, 1)])))
@@ -138,11 +142,24 @@ class AdapterRows:
     def _keep(self) -> None:
         kept: dict[str, Tensor] = {}
         for batch in self.source.batches():
-            for name, value in self.features(batch).items():
+            found = self.features(batch)
+            if not kept:
+                kept = self._beside(found)
+            for name, value in found.items():
                 if name not in kept:
                     kept[name] = value.new_empty(self.count, *value.shape[1:])
                 kept[name][batch.rows[0] : batch.rows[-1] + 1] = value
         self.resident = kept
+
+    def _beside(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Room for the coefficients of all kinds side by side on a CUDA device, by the kinds' names."""
+        form = self.adapter.spectral_form()
+        if form is None or self.device.type != "cuda":
+            return {}
+        widths = [found[name].shape[1] for name in form.coefficients]
+        total = sum(widths)
+        self.joined = found[form.coefficients[0]].new_zeros(self.count, -(-total // 8) * 8)
+        return dict(zip(form.coefficients, self.joined[:, :total].split(widths, 1), strict=True))
 
     def gathered(self, rows: Tensor) -> dict[str, Tensor]:
         """Features of rows [S, n] from those that are kept: [n, ...] for one order,

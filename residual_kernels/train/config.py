@@ -11,7 +11,7 @@ from residual_kernels.train.folds import FOLDS
 from residual_kernels.train.path import FREEDOMS
 
 SOLVERS = ("auto", "convex", "adamw")
-STEPS = ("auto", "eager", "compiled", "graph")
+STEPS = ("auto", "eager", "compiled", "graph", "fused")
 
 
 def _check_shared(shots: int | None, memory: int | None) -> None:

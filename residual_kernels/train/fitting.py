@@ -12,6 +12,7 @@ from residual_kernels import distributed
 from residual_kernels.train import checkpoints
 from residual_kernels.train.batches import widest
 from residual_kernels.train.evaluation import measure, tower_accuracy
+from residual_kernels.train.fused import fused_fit
 from residual_kernels.train.plan import FitPlan
 from residual_kernels.train.progress import Progress
 from residual_kernels.train.results import Epoch, FitResult, ManyFits
@@ -34,6 +35,7 @@ class Loop:
             self.config.step,
             plan.parallel,
         )
+        self.fused = fused_fit(plan)
 
     def run(self) -> ManyFits:
         plan, count = self.plan, len(self.plan.tasks)
@@ -84,7 +86,11 @@ class Loop:
             order = [self.used.index(self.plan.order_of[task]) for task in self.active]
             which = [self.plan.tasks[task].labels for task in self.active]
             self.which = torch.tensor(which, device=self.plan.device)
-            self.step.tasks(self.weights, self.which, torch.tensor(order, device=self.plan.device))
+            order_of = torch.tensor(order, device=self.plan.device)
+            if self.fused is None:
+                self.step.tasks(self.weights, self.which, order_of)
+            else:
+                self.fused.tasks(self.weights, self.which, order_of)
 
     def _train(self, epoch: int) -> list[float]:
         """One epoch of all active tasks; their mean losses."""
@@ -96,6 +102,10 @@ class Loop:
                 shuffled.append(order[torch.randperm(len(order), generator=self.generators[name])])
             orders = torch.stack(shuffled)
         self.weights.optimizer.train()
+        if self.fused is not None and orders is not None:
+            losses = self.fused.epoch(orders)
+            self.weights.optimizer.eval()
+            return losses.tolist()
         total = torch.zeros(len(self.active), dtype=widest(self.plan.device), device=self.plan.device)
         count = 0
         for batch in self.plan.rows.shuffled(orders, self.config.batch_size, places_only=self.step.captures):

@@ -66,6 +66,38 @@ class TaskWeights:
                 parameter.data = stack[task]
         self.rows, self.lrs = kept, [self.lrs[task] for task in tasks]
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """z and mean squares of gradients of the one parameter, [T, J] each, in the optimizer's memory."""
+        stack, rows = self.stacks[0], [row[0] for row in self.rows]
+        found = []
+        for name, first in (("z", stack.clone()), ("exp_avg_sq", torch.zeros_like(stack))):
+            for task, row in enumerate(rows):
+                if name in self.optimizer.state[row]:
+                    first[task] = self.optimizer.state[row][name]
+                self.optimizer.state[row][name] = first[task]
+            found.append(first)
+        return found[0], found[1]
+
+    def advance(self, steps: int) -> Tensor:
+        """The numbers of the next steps [steps, T, 4], which count as done from here on.
+
+        They are the weight of z in the average, lr, the bias correction, and the average's share of a step.
+        """
+        numbers = []
+        for _ in range(steps):
+            of_rate = {}
+            for group in self.optimizer.param_groups:
+                lr, k, (beta1, beta2) = group["lr"], group["k"], group["betas"]
+                group["scheduled_lr"], group["lr_max"] = lr, max(lr, group["lr_max"])
+                weight = (k + 1) ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
+                group["weight_sum"] += weight
+                group["k"] = k + 1
+                average = weight / group["weight_sum"]
+                towards = lr * (beta1 * (1 - average) - 1)
+                of_rate[lr] = (average, lr, 1 - beta2 ** (k + 1), towards)
+            numbers.append([of_rate[lr] for lr in self.lrs])
+        return torch.tensor(numbers, dtype=torch.float32)
+
     def state(self) -> tuple[dict[str, Tensor], list[dict]]:
         """Tensors [T, ...] by name, and the optimizer's numbers for every learning rate; between epochs."""
         tensors = {}
@@ -132,7 +164,8 @@ class Step:
         if self.captures and places is not None and places.rows.shape[1]:
             sizes = tuple(places.rows.shape) + tuple(places.everyone.shape)
             if sizes not in self._graphs:
-                self._graphs[sizes] = _Captured(self, places)
+                with torch.cuda.device(self.source.device):
+                    self._graphs[sizes] = _Captured(self, places)
             loss, grads = self._graphs[sizes](places)
         else:
             loss, grads = self.compute(batch)

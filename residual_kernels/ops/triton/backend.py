@@ -5,7 +5,6 @@ No function here waits for the device, except `pack`, which reads the unit offse
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import cast
 
@@ -26,7 +25,7 @@ from residual_kernels.ops.triton import (
 )
 from residual_kernels.ops.triton import unit_moments as moments
 from residual_kernels.ops.triton.kernel_layout import Call, Constants
-from residual_kernels.ops.triton.launch import kept
+from residual_kernels.ops.triton.launch import kept, on
 from residual_kernels.ops.triton.routes import NARROW, Explanation, Problem
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
@@ -213,16 +212,6 @@ def _detour(*tensors: Tensor) -> list[Tensor]:
     return [x.to(torch.float32) if x.dtype == torch.bfloat16 else x for x in tensors]
 
 
-def _on(device: torch.device):
-    """Launches go to the current device: made that of the tensors where there are several."""
-    if device.type != "cuda" or INTERPRETED or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)
-
-
-_HERE = nullcontext()
-
-
 def _named(table: tuple[routes.Route, ...], name: str) -> routes.Route:
     return next(route for route in table if route.name == name)
 
@@ -250,7 +239,7 @@ def spectral_reweight_forward(
     chosen = kept(
         ("forward", call.key, route), lambda: _named(FORWARD, route or plan_forward(call.problem).route)
     )
-    with _on(z.device):
+    with on(z.device):
         y = chosen.run(call)
     return y if y.dtype == dtype else y.to(dtype)
 
@@ -286,7 +275,7 @@ def spectral_reweight_backward(
         lambda: _named(BACKWARD, route or plan_backward(call.problem).route),
     )
     upstream = dy if weight_index is None else dy.unsqueeze(0)
-    with _on(z.device):
+    with on(z.device):
         grads = chosen.run(call, upstream, wanted)
     if wanted[1]:
         at = int(wanted[0])
@@ -304,7 +293,7 @@ def spectral_sum_forward(
     c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
     """c [N, J] and weight [T, J], float32 -> y [T, N, D]."""
-    with _on(c.device):
+    with on(c.device):
         return spectral_sum.forward(c, weight, kernel_layout.constants_of(tensors, sizes))
 
 
@@ -312,7 +301,7 @@ def spectral_sum_backward(
     dy: Tensor, c: Tensor, weight: Tensor, tensors: Sequence[Tensor], sizes: Sequence[int]
 ) -> Tensor:
     """dy [T, N, D] -> dweight [T, J]."""
-    with _on(c.device):
+    with on(c.device):
         return spectral_sum.backward(dy, c, kernel_layout.constants_of(tensors, sizes))
 
 
@@ -323,5 +312,5 @@ def unit_moments(
     _refuse_float64(z.dtype)
     if not 16 <= z.shape[2] <= NARROW or z.numel() == 0:
         return torch_backend.unit_moments(z, scale, mean, shift)
-    with _on(z.device):
+    with on(z.device):
         return moments.unit_moments(z, scale, mean, shift, _precision(z.dtype))

@@ -20,6 +20,8 @@ from residual_kernels.ops.triton.tiles import (
     load_unit,
     load_vector,
     project_exactly,
+    rows_from,
+    run_of_split,
 )
 
 
@@ -76,12 +78,9 @@ def _dweight_kernel(
     slope = load_vector(slope_ptr, first, mask_k, BLOCK_K)
     offset = load_vector(offset_ptr, first, mask_k, BLOCK_K)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    begin = split * rows_per_split
-    end = tl.minimum(begin + rows_per_split, N)
+    begin, end = run_of_split(split, rows_per_split, N)
     for start in range(begin, end, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        mask_n = row < end
-        row = row.to(tl.int64)
+        row, mask_n = rows_from(start, end, BLOCK_N)
         z_rows_ptr = z_unit_ptr + tl.multiple_of(row * stride_zn, ALIGN_Z)
         tilt = bias  # where the product starts from
         if HAS_MEAN:

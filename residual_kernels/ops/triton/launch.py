@@ -6,8 +6,10 @@ and the compiled kernel is called by itself.
 """
 
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
+import torch
 import triton
 from torch import Tensor
 
@@ -29,6 +31,16 @@ def kept(key: Hashable, make: Callable[[], Made]) -> Made:
 def forget() -> None:
     """Plans and launches are made anew: after something they depend on has changed."""
     _kept.clear()
+
+
+_HERE = nullcontext()
+
+
+def on(device: torch.device) -> AbstractContextManager:
+    """Launches go to the current device: made that of the tensors where there are several."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
 
 
 class Launch:

@@ -12,6 +12,7 @@ from torch import Tensor, float32, stack
 from residual_kernels.ops.triton import routes
 from residual_kernels.ops.triton.forward import sum_partials
 from residual_kernels.ops.triton.launch import Launch, kept
+from residual_kernels.ops.triton.tiles import rows_from, run_of_split
 
 BLOCK_N, BLOCK_D = 32, 128
 
@@ -41,12 +42,9 @@ def _scaled_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     tilted = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
     plain = tl.zeros([BLOCK_N, BLOCK_D], dtype=tl.float32)
-    begin = split * rows_per_split
-    end = tl.minimum(begin + rows_per_split, N)
+    begin, end = run_of_split(split, rows_per_split, N)
     for start in range(begin, end, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        mask_n = row < end
-        row = row.to(tl.int64)
+        row, mask_n = rows_from(start, end, BLOCK_N)
         mask = mask_n[:, None] & mask_d[None, :]
         offs = (row * stride_dyn)[:, None] + offs_d.to(tl.int64)[None, :] * stride_dyd
         dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_N, BLOCK_D]

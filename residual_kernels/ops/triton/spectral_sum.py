@@ -17,7 +17,13 @@ from residual_kernels.ops.triton.forward import sum_partials
 from residual_kernels.ops.triton.kernel_layout import Constants
 from residual_kernels.ops.triton.launch import Launch, kept
 from residual_kernels.ops.triton.routes import Tiles
-from residual_kernels.ops.triton.tiles import INTERPRETED, contiguous_rows, weight_stride
+from residual_kernels.ops.triton.tiles import (
+    INTERPRETED,
+    contiguous_rows,
+    rows_from,
+    run_of_split,
+    weight_stride,
+)
 
 
 @triton.jit(do_not_specialize=["N", "J", "steps", "row_tiles"])
@@ -96,12 +102,9 @@ def _spectral_sum_bwd_kernel(
     slot = tl.load(slot_ptr + j, mask=mask_k, other=0)
     b_rows_ptr = basis_ptr + tl.multiple_of(slot * stride_bj, 8)
     acc = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    begin = split * rows_per_split
-    end = tl.minimum(begin + rows_per_split, N)
+    begin, end = run_of_split(split, rows_per_split, N)
     for start in range(begin, end, BLOCK_N):
-        row = start + tl.arange(0, BLOCK_N)
-        mask_n = row < end
-        row = row.to(tl.int64)
+        row, mask_n = rows_from(start, end, BLOCK_N)
         dy_rows_ptr = dy_ptr + task * stride_dyt + row * stride_dyn
         t = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
         for d in range(0, D, BLOCK_D):

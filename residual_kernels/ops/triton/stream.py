@@ -21,7 +21,7 @@ from residual_kernels.ops.triton.kernel_layout import Call
 from residual_kernels.ops.triton.launch import Launch, kept
 from residual_kernels.ops.triton.products import product
 from residual_kernels.ops.triton.routes import Problem, Tiles
-from residual_kernels.ops.triton.tiles import contiguous_rows, load_unit
+from residual_kernels.ops.triton.tiles import contiguous_rows, load_unit, rows_from, run_of_split
 
 WIDEST = 128  # components of a unit that one tile holds
 
@@ -70,12 +70,9 @@ def _stream_bwd_kernel(
     if WANT_WEIGHT:
         gram = tl.zeros([BLOCK_K, BLOCK_C], dtype=tl.float32)
         total = tl.zeros([BLOCK_N, BLOCK_K], dtype=tl.float32)
-    start = split * rows_per_split
-    stop = tl.minimum(start + rows_per_split, N)
+    start, stop = run_of_split(split, rows_per_split, N)
     for at in range(start, stop, BLOCK_N):
-        row = at + tl.arange(0, BLOCK_N)
-        mask_n = row < stop
-        row = row.to(tl.int64)
+        row, mask_n = rows_from(at, stop, BLOCK_N)
         t_rows_ptr = t_ptr + tl.multiple_of(row * stride_tn, 8)
         t_tile_ptr = t_rows_ptr[:, None] + begin + offs_k[None, :]
         t = tl.load(t_tile_ptr, mask=mask_n[:, None] & mask_k[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]

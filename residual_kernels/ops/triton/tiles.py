@@ -10,6 +10,20 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)  # what the kernels were made
 
 
 @triton.jit
+def run_of_split(split, rows_per_split, N):
+    """First row of a split of N rows, and the row behind its last one."""
+    begin = split * rows_per_split
+    return begin, tl.minimum(begin + rows_per_split, N)
+
+
+@triton.jit
+def rows_from(start, end, BLOCK_N: tl.constexpr):
+    """The BLOCK_N rows from `start` on, int64, and which of them are before `end`."""
+    row = start + tl.arange(0, BLOCK_N)
+    return row.to(tl.int64), row < end
+
+
+@triton.jit
 def decode(code, BLOCK_K: tl.constexpr):
     """(unit, first padded component, components, first in the caller's order, mask of the padded run) of a
     chunk."""
