@@ -301,6 +301,8 @@ def test_sentences_say_what_happened(made):
     assert "stays at" in said[0]
     assert "(0.0 points)" in said[0]
     assert said[1:] == ["No class has changed."]
+    kept = sentences.findings(replace(same, learned=0))
+    assert kept[0].startswith("The fit kept the untouched model: accuracy on these 120 images is ")
     worse = replace(facts, before=outcome(torch.eye(10) * 12), after=outcome(torch.full((10, 10), 3)))
     assert "falls from 100.0% to 10.0% (−90.0 points)" in sentences.findings(worse)[0]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from residual_kernels import extras
-from residual_kernels.analysis.ends import AGREEMENT, CHANCE
+from residual_kernels.analysis.ends import AGREEMENT, CHANCE, NEAREST
 from residual_kernels.analysis.weights import Component
 from residual_kernels.data.images import Images
 from residual_kernels.files import together, write_text
@@ -167,8 +167,8 @@ def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
     return [
         ("images", f"{facts.images:,}", f"of {classes:,} class{'' if classes == 1 else 'es'}"),
         ("learned numbers", f"{facts.learned:,}", learned),
-        ("mended", f"{facts.mended:,}", "misread before, right after"),
-        ("broken", f"{facts.broken:,}", "right before, misread after"),
+        ("newly right", f"{facts.mended:,}", "misread before, right after"),
+        ("newly wrong", f"{facts.broken:,}", "right before, misread after"),
     ]
 
 
@@ -369,8 +369,8 @@ def _terms(facts: Facts) -> list[tuple[str, str]]:
             ),
             (
                 "between classes",
-                "of the variance of a component's coefficient, the share that lies between the means "
-                "of the classes (eta squared): 100% would tell them apart perfectly, 0% not at all",
+                "the share of a coefficient's variance that lies between the means of the classes (eta "
+                "squared): 100% separates the classes perfectly, 0% not at all",
             ),
             ("σ", "how many standard deviations a class's mean lies from the mean of all images"),
             ("worth", "accuracy lost when the weights of one unit return to 1 and all others stay"),
@@ -379,10 +379,11 @@ def _terms(facts: Facts) -> list[tuple[str, str]]:
         said.append(
             (
                 "words",
-                "phrases of a dictionary, nearest first. A phrase is shown only where its text embedding "
-                f"is nearer to the component than the nearest phrase of {CHANCE:.0%} of random directions, "
-                "and where, over these images, the component's coefficient and the model's similarity to "
-                f"the phrase correlate by {AGREEMENT} or more",
+                "phrases of a dictionary, nearest first. A phrase is shown only if it passes three tests: "
+                f"its text embedding is nearer to the component than the nearest phrase of {CHANCE:.0%} of "
+                "random directions; over these images, the component's coefficient and the model's "
+                f"similarity to the phrase correlate by {AGREEMENT} or more; and the phrase is among the "
+                f"nearest {NEAREST:.0%} of the dictionary to the images at that end",
             )
         )
     said += [

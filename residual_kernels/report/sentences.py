@@ -55,8 +55,8 @@ def advice(facts: Facts) -> list[str]:
         said += [
             f"To label new images: residual-kernels predict {run} --data FOLDER --out labels.csv, with the "
             "--model and --pretrained of the fit.",
-            f"To deploy the adapted tower: residual-kernels merge {run} --out tower.onnx writes it without "
-            "this library.",
+            f"To deploy the adapted tower: residual-kernels merge {run} --out tower.onnx writes a file that "
+            "does not need this library.",
         ]
     said.append(
         "To see whether the adapter holds elsewhere, write this report on images from another source: "
@@ -71,6 +71,9 @@ def _images(count: int) -> str:
 
 def _gain(facts: Facts) -> str:
     before, after = facts.before.accuracy, facts.after.accuracy
+    if not facts.learned and before == after:
+        told = _images(facts.images)
+        return f"The fit kept the untouched model: accuracy on these {told} is {percent(after)}."
     change = "stays at" if before == after else "rises from" if after > before else "falls from"
     where = percent(after) if before == after else f"{percent(before)} to {percent(after)}"
     return (
@@ -122,7 +125,7 @@ def _where(facts: Facts) -> str:
 
 def _apart(facts: Facts, component: Component) -> str:
     pair = separated(facts, component.index)
-    return "" if pair is None else f", and it tells “{pair[0]}” from “{pair[1]}”"
+    return "" if pair is None else f", and it separates “{pair[0]}” from “{pair[1]}”"
 
 
 def separated(facts: Facts, index: int) -> tuple[str, str] | None:
@@ -153,8 +156,8 @@ def captions(facts: Facts) -> dict[str, str]:
     first = [float(facts.bases.explained_variance_ratio(unit)[:1].sum()) for unit in facts.heads]
     said = {
         "spectra": (
-            f"A head here can use {width} dimensions of the output's {facts.bases.dim}; half of the heads "
-            f"put {ENERGY:.0%} of their variance on {median} or fewer, and the median head "
+            f"A head here can use {width} of the output's {facts.bases.dim} dimensions. Half of the heads "
+            f"have {ENERGY:.0%} of their variance on {median} components or fewer. The median head has "
             f"{percent(_median(first), 0)} on its first component alone."
         ),
         "dimension": _depth(facts),
@@ -175,17 +178,21 @@ def _depth(facts: Facts) -> str:
     linear = facts.linear.double().view(layers, -1).median(1).values
     peak = int(linear.argmax())
     said = (
-        f"Going up, the median head needs {linear[0]:.0f} components in layer 0, {linear[peak]:.0f} at most "
-        f"(layer {peak}) and {linear[-1]:.0f} in the last."
+        f"The median head needs {linear[0]:.0f} components in layer 0, {linear[peak]:.0f} in layer {peak} "
+        f"(the most) and {linear[-1]:.0f} in the last layer."
     )
     if grid.isnan().any():  # too few images, or too alike
         return said
     said += (
-        f" TwoNN, which follows curved surfaces, counts {grid[0]:.1f} in layer 0 and {grid[-1]:.1f} in the "
-        "last"
+        f" TwoNN, which estimates the dimension of curved surfaces, gives {grid[0]:.1f} in layer 0 and "
+        f"{grid[-1]:.1f} in the last"
     )
     fewer = bool((grid < linear).all())
-    return said + (": fewer, so heads lie on curved surfaces inside their linear span." if fewer else ".")
+    return said + (
+        ". These numbers are smaller, so heads lie on curved surfaces inside their linear span."
+        if fewer
+        else "."
+    )
 
 
 def _alike(facts: Facts) -> str:
