@@ -269,7 +269,7 @@ class Contest:
             elif one is base:
                 note = ""
             elif one.freedom == 0:
-                note = "not better than where it starts by one standard error"
+                note = "not better than its start by one standard error"
             elif one.name == PROBE and not self.probe_competes:
                 note = "reported, not chosen: it knows these classes alone"
             elif one.judged.loss < winner.judged.loss:
