@@ -9,6 +9,7 @@ import torch
 from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from test_towers import build, images_for
+from three_classes import cache_of, head_of, parts_of
 from torch.nn import functional as F
 
 import residual_kernels as rk
@@ -407,10 +408,7 @@ def tower():
 
 @pytest.fixture(scope="module")
 def cache(tower):
-    """120 images of 3 classes, 60, 36 and 24 of them, that differ in brightness."""
-    labels = torch.tensor([0] * 60 + [1] * 36 + [2] * 24)
-    images = images_for(tower, 120) * 0.5 + (labels - 1.0)[:, None, None, None]
-    return rk.encode(tower, [(images, labels)], kinds=("head", "mlp"), class_names=CLASSES)
+    return cache_of(tower, (60, 36, 24), CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -420,13 +418,7 @@ def bases(tower, cache):
 
 @pytest.fixture
 def head():
-    vectors = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
-    return rk.ZeroShotHead(vectors, CLASSES, math.log(10.0))
-
-
-def parts_of(cache, count=80):
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))
-    return cache.subset(order[:count]), cache.subset(order[count:])
+    return head_of(CLASSES)
 
 
 def alike(a, b):

@@ -1,7 +1,6 @@
 """Display in Python: reprs, small HTML, rows and figures of what the library returns."""
 
 import ast
-import math
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,6 +9,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from test_towers import build, images_for
+from three_classes import cache_of, head_of
 
 import residual_kernels as rk
 from residual_kernels import display
@@ -26,9 +26,7 @@ def tower():
 
 @pytest.fixture(scope="module")
 def cache(tower):
-    labels = torch.tensor([0] * 30 + [1] * 18 + [2] * 12)
-    images = images_for(tower, 60) * 0.5 + (labels - 1.0)[:, None, None, None]
-    return rk.encode(tower, [(images, labels)], kinds=("head", "mlp"), class_names=NASTY)
+    return cache_of(tower, (30, 18, 12), NASTY)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +36,7 @@ def bases(tower, cache):
 
 @pytest.fixture
 def head():
-    vectors = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
-    return rk.ZeroShotHead(vectors, NASTY, math.log(10.0))
+    return head_of(NASTY)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from test_towers import build, images_for
+from three_classes import cache_of, head_of, parts_of
 
 import residual_kernels as rk
 from residual_kernels.train import labels as labelling
@@ -20,10 +21,7 @@ def tower():
 
 @pytest.fixture(scope="module")
 def cache(tower):
-    """90 images of 3 classes, 50, 25 and 15 of them, that differ in brightness."""
-    labels = torch.tensor([0] * 50 + [1] * 25 + [2] * 15)
-    images = images_for(tower, 90, torch.float64) * 0.5 + (labels - 1.0)[:, None, None, None]
-    return rk.encode(tower, [(images, labels)], kinds=("head", "mlp"), class_names=CLASSES)
+    return cache_of(tower, (50, 25, 15), CLASSES, torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +30,12 @@ def bases(tower, cache):
 
 
 def new_head(classes=CLASSES, seed=2):
-    vectors = torch.randn(
-        32, len(classes), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    return rk.ZeroShotHead(vectors, classes, math.log(10.0))
+    return head_of(classes, seed, torch.float64)
 
 
 @pytest.fixture
 def head():
     return new_head()
-
-
-def parts(cache):
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))
-    return cache.subset(order[:60]), cache.subset(order[60:])
 
 
 ADAPTERS = {
@@ -93,7 +83,7 @@ def assert_same(many, index, adapter, result, tolerance):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_many_fits_are_the_fits(tower, cache, bases, head, name):
     """Learning rates and seeds at once, some stopping before others: each as if it were alone."""
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     lrs, seeds = (0.5, 0.01), (0, 7)
     options = {"epochs": 6, "patience": 2, "batch_size": 16}
     many = rk.fit_many(ADAPTERS[name](tower, bases), head, train, val, lrs=lrs, seeds=seeds, **options)
@@ -132,7 +122,7 @@ def test_many_fits_in_float32():
 def test_label_sets_at_once(tower, cache, bases, head):
     """Two tasks on the same images, of 3 and of 2 classes, each with a head of its own,
     from starts of their own."""
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     heads = [head, new_head("de", 5)]
     sets = [train.labels, train.ids % 2], [val.labels, val.ids % 2]
     residual = ADAPTERS["fine"](tower, bases)
@@ -163,7 +153,7 @@ def test_label_sets_at_once(tower, cache, bases, head):
 
 
 def test_a_fit_that_diverges_leaves_the_others_alone(tower, cache, bases, head):
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     steep = rk.ZeroShotHead(head.class_vectors, CLASSES, 1000.0)
     residual = ADAPTERS["fine"](tower, bases)
     sets = {"labels": [train.labels] * 2, "val_labels": [val.labels] * 2, "epochs": 2}
@@ -178,7 +168,7 @@ def test_a_fit_that_diverges_leaves_the_others_alone(tower, cache, bases, head):
 
 def test_tasks_in_blocks_and_compiled(tower, cache, bases, head, monkeypatch):
     """However the tasks are grouped, and whoever compiles the step, the fits are the same."""
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     residual = ADAPTERS["fine"](tower, bases)
     options = {"lrs": (0.3, 0.1, 0.05), "seeds": (0, 1), "epochs": 2, "batch_size": 25}
     expected = rk.fit_many(residual, head, train, val, **options)
@@ -194,7 +184,7 @@ def test_tasks_in_blocks_and_compiled(tower, cache, bases, head, monkeypatch):
 
 @pytest.mark.parametrize("name", ["fine", "full", "linear"])
 def test_a_cache_too_large_for_memory_is_read_ahead(tower, cache, bases, head, name):
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     runs = []
     for memory in (None, 0):
         many = rk.fit_many(
@@ -227,7 +217,7 @@ def killed_after(epoch):
 
 @pytest.mark.parametrize("name, every", [("fine", 1), ("fine", 2), ("linear", 1)])
 def test_a_resumed_fit_is_the_fit_bit_for_bit(tower, cache, bases, head, tmp_path, name, every):
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     options = {"epochs": 6, "batch_size": 16, "patience": 3, "shrink": 0.01 if name == "fine" else 0.0}
     whole = ADAPTERS[name](tower, bases)
     expected = rk.fit(whole, head, train, val, **options)
@@ -263,7 +253,7 @@ def test_a_resumed_fit_is_the_fit_bit_for_bit(tower, cache, bases, head, tmp_pat
 
 
 def test_many_resumed_fits(tower, cache, bases, head, tmp_path):
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     options = {"lrs": (0.5, 0.01), "seeds": (0, 7), "epochs": 6, "patience": 2, "batch_size": 16}
     residual = ADAPTERS["fine"](tower, bases)
     expected = rk.fit_many(residual, head, train, val, **options)
@@ -276,7 +266,7 @@ def test_many_resumed_fits(tower, cache, bases, head, tmp_path):
 
 
 def test_checkpoints_of_other_fits_are_refused_by_name(tower, cache, bases, head, tmp_path):
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     path = tmp_path / "fit.safetensors"
     residual = ADAPTERS["fine"](tower, bases)
     rk.fit(residual, head, train, val, epochs=1, checkpoint=path)
@@ -415,7 +405,7 @@ def test_one_graph_a_step_on_a_gpu(tower, cache, bases, head, name):
 
     Tasks stop at different epochs, and the last batch is smaller.
     """
-    train, val = parts(cache)
+    train, val = parts_of(cache, 60)
     options = {"lrs": (0.5, 0.01), "seeds": (0, 7), "epochs": 6, "patience": 2, "batch_size": 16}
     expected = rk.fit_many(ADAPTERS[name](tower, bases), head, train, val, **options)
     there = ADAPTERS[name](build().double().cuda(), bases)

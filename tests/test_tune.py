@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from test_towers import build, images_for
+from three_classes import head_of, images_of, parts_of
 
 import residual_kernels as rk
 from residual_kernels.train import contest, tuning
@@ -24,8 +25,7 @@ def tower():
 
 @pytest.fixture(scope="module")
 def images(tower):
-    labels = torch.tensor([0] * 60 + [1] * 36 + [2] * 24)
-    return images_for(tower, 120) * 0.5 + (labels - 1.0)[:, None, None, None], labels
+    return images_of(tower, (60, 36, 24))
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,7 @@ def bases(tower, cache):
 
 @pytest.fixture
 def head():
-    vectors = torch.randn(32, 3, generator=torch.Generator().manual_seed(2))
-    return rk.ZeroShotHead(vectors, CLASSES, math.log(10.0))
-
-
-def parts_of(cache, count=80):
-    order = torch.randperm(len(cache), generator=torch.Generator().manual_seed(0))
-    return cache.subset(order[:count]), cache.subset(order[count:])
+    return head_of(CLASSES)
 
 
 @pytest.mark.parametrize("with_val", [True, False])

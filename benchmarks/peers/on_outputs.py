@@ -17,9 +17,7 @@ def base(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> F
 
 def linear_probe(task: PeerTask, train: Split, settings: dict[str, Any], seed: int) -> Fitted:
     """Logistic regression on the outputs by L-BFGS, its strength chosen on validation (Radford et al.
-
-    2021).
-    """
+    2021)."""
     from sklearn.linear_model import LogisticRegression
 
     model = LogisticRegression(C=settings["C"], max_iter=5000, random_state=seed)
@@ -30,7 +28,7 @@ def linear_probe(task: PeerTask, train: Split, settings: dict[str, Any], seed: i
     )
 
 
-def _train(
+def train_adamw(
     parameters: list[Tensor],
     loss: Callable[[Tensor], Tensor],
     count: int,
@@ -69,7 +67,7 @@ def clip_adapter(task: PeerTask, train: Split, settings: dict[str, Any], seed: i
     def loss(rows: Tensor) -> Tensor:
         return F.cross_entropy(task.head(embed(train.units.output[rows])), train.labels[rows])
 
-    _train(
+    train_adamw(
         list(bottleneck.parameters()), loss, len(train.labels), seed, lr=settings["lr"], epochs=100, batch=32
     )
     return Fitted(
@@ -79,9 +77,7 @@ def clip_adapter(task: PeerTask, train: Split, settings: dict[str, Any], seed: i
 
 class _KeyValueCache:
     """Tip-Adapter's logits: the text's, plus alpha * exp(-beta (1 - f . keys)) one_hot (Zhang et al.
-
-    2022).
-    """
+    2022)."""
 
     def __init__(self, task: PeerTask, train: Split):
         self.head = task.head
@@ -130,7 +126,7 @@ def tip_adapter_f(task: PeerTask, train: Split, settings: dict[str, Any], seed: 
     def loss(rows: Tensor) -> Tensor:
         return F.cross_entropy(cache.logits(train.units.output[rows]), train.labels[rows])
 
-    _train(
+    train_adamw(
         [cache.keys], loss, len(train.labels), seed, lr=settings["lr"], epochs=settings["epochs"], batch=256
     )
     cache.keys.requires_grad_(False)

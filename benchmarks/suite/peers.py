@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import residual_kernels as rk
+from benchmarks.peers.on_outputs import train_adamw
 from benchmarks.peers.tasks import Fitted, Split
 from benchmarks.suite.rates import RATES
 from benchmarks.suite.tasks import SuiteTask
@@ -146,7 +147,7 @@ def tip_adapter_f(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: in
     values = F.one_hot(train.labels, len(head.class_names)).float()
     alpha, beta = _searched(head, train, keys.detach(), values, folds(train, seed))
     features, text = _features(train), head(train.units.output).detach()
-    _adamw(
+    train_adamw(
         [keys],
         lambda rows: F.cross_entropy(
             text[rows] + alpha * _reads(features[rows], keys, values, beta, None), train.labels[rows]
@@ -161,23 +162,9 @@ def tip_adapter_f(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: in
     return _by_output(head, trained.numel(), lambda f: alpha * _reads(f, trained, values, beta, None))
 
 
-def _adamw(parameters, loss: Callable[[Tensor], Tensor], count: int, seed: int, *, lr, epochs, batch) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, eps=1e-4, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-count // batch))
-    for _ in range(epochs):
-        for rows in torch.randperm(count, generator=generator).split(batch):
-            optimizer.zero_grad()
-            loss(rows).backward()
-            optimizer.step()
-            schedule.step()
-
-
 def clip_adapter(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
     """A bottleneck of D/4 on the output, mixed back in by a ratio (Gao et al.
-
-    2021): 0.2 or 0.6 by folds, else 0.2.
-    """
+    2021): 0.2 or 0.6 by folds, else 0.2."""
     features, labels = _features(train), train.labels
     fold = folds(train, seed)
     ratio = 0.2
@@ -214,7 +201,7 @@ def _bottleneck(features: Tensor, labels: Tensor, head, seed: int, ratio: float,
     def embed(f: Tensor) -> Tensor:
         return ratio * layers(f) + (1 - ratio) * f
 
-    _adamw(
+    train_adamw(
         list(layers.parameters()),
         lambda rows: F.cross_entropy(head(embed(features[rows])), labels[rows]),
         len(labels),
@@ -245,9 +232,7 @@ def _discriminant(features: Tensor, labels: Tensor, classes: int) -> tuple[Tenso
 
 def gda(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
     """The text's logits plus alpha times Gaussian discriminants (Wang et al.
-
-    2024), alpha in 1e-4 ... 1e4 by folds.
-    """
+    2024), alpha in 1e-4 ... 1e4 by folds."""
     features, labels, classes = _features(train), train.labels, len(head.class_names)
     fold, found = folds(train, seed), _discriminant(features, labels, classes)
     if fold is None or found is None:  # one image a class has no covariance

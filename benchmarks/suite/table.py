@@ -9,7 +9,7 @@ test sample leaves uncertain, and what the seeds do.
 import argparse
 import json
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,6 +129,11 @@ def by_task(result: dict, names: tuple[str, ...]) -> list[str]:
     ]
 
 
+def by_methods(title: str, tasks: Sequence[str]) -> list[str]:
+    """The head of a table with a row for each method and a column for each task."""
+    return ["", f"**{title}**", "", "| method | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+
+
 def markdown(result: dict) -> str:
     tasks = list(result["tasks"])
     found = cells(result["rows"])
@@ -189,13 +194,7 @@ def markdown(result: dict) -> str:
         )
     for n in counts:
         compared = [name for name in names if whole(name, n)]
-        lines += [
-            "",
-            f"**{n or 'All'} labelled a class**",
-            "",
-            "| method | " + " | ".join(tasks) + " |",
-            "|---" * (len(tasks) + 1) + "|",
-        ]
+        lines += by_methods(f"{n or 'All'} labelled a class", tasks)
         top = {task: max(found[task, n, name].accuracy for name in compared) for task in tasks}
         for name in compared:
             row = []

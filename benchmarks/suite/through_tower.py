@@ -103,9 +103,7 @@ def lora(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fit
 
 def clip_svd(task: SuiteTask, train: Split, head: rk.ZeroShotHead, seed: int) -> Fitted:
     """The singular values of every attention and MLP matrix (Koleilat et al.
-
-    2025): queries, keys, values apart.
-    """
+    2025): queries, keys, values apart."""
     fixed: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
     endings = ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     for name, weight in _weights(task, endings).items():

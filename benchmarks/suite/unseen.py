@@ -128,7 +128,7 @@ def run(
 
 def markdown(result: dict) -> str:
     """A table of averages, and one of novel classes by task."""
-    from benchmarks.suite.table import Cell
+    from benchmarks.suite.table import Cell, by_methods
 
     names, chosen = list(result["methods"]), result["tasks"]
     cells = {
@@ -167,13 +167,7 @@ def markdown(result: dict) -> str:
         lines.append(f"| {name} | {base:.3f} | {novel:.3f} | {harmonic:.3f} | {fall} | {seeds} |")
     for part in ("base", "novel"):
         title = "Labelled" if part == "base" else "Novel"
-        lines += [
-            "",
-            f"**{title} classes**",
-            "",
-            "| method | " + " | ".join(chosen) + " |",
-            "|---" * (len(chosen) + 1) + "|",
-        ]
+        lines += by_methods(f"{title} classes", chosen)
         for name in names:
             own = [cells[task, name, part] for task in chosen]
             row = [f"{one.accuracy:.3f}" + (" ↓" if name != "base" and one.below else "") for one in own]
