@@ -13,7 +13,7 @@ from pathlib import Path
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-SOURCES = ["bindings", "cpu_features", "threads", "portable"]
+SOURCES = ["bindings", "cpu_features", "threads", "ranks", "matching", "portable"]
 AVX512 = [
     "-mavx512f",
     "-mavx512bw",

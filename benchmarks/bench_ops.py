@@ -1,6 +1,7 @@
 """How fast the operators are on this machine's CPU, beside every way of writing them in PyTorch.
 
     python -m benchmarks.bench_ops                    # the table on record: interleaved rounds, medians
+    python -m benchmarks.bench_ops --plan bf16        # a step in bfloat16, beside our own float32
     pytest benchmarks/bench_ops.py --benchmark-only   # one provider at a time, by pytest-benchmark
 
 Within a group (operator, shape, components, rows, dtype, mode) the providers take turns, round after round,
@@ -235,7 +236,9 @@ def bench_reweight(
     for mode in modes:
         runs = {}
         for name in providers:
-            runs[name] = runner(name, PROVIDERS[name](p), p, mode)
+            given = problem(shape, rows, components, torch.float32) if name == BESIDE else p
+            provider = PROVIDERS["cpp" if name == BESIDE else name]
+            runs[name] = runner(name, provider(given), given, mode)
             runs[name]()  # warm: compiles, packs, touches memory
         memory = {name: extra_memory(run) for name, run in runs.items()}
         times, roof = measured(runs, dtype, rounds)
@@ -365,11 +368,25 @@ def markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(rounds: int, budget: float) -> list[dict]:
-    """The groups on record, the most telling first.
+BESIDE = "cpp, float32"  # the compiled backend on the same numbers in float32, beside providers in bfloat16
 
-    What does not fit into `budget` seconds is left out by name.
-    """
+
+def bf16_plan(rounds: int) -> list[tuple[str, Callable[[], list[dict]]]]:
+    """A step in bfloat16 of every shape, the smallest first, beside the compiled backend in float32."""
+    providers = ("lowrank", "lowrank compiled", "folded", "folded compiled", "cpp", BESIDE)
+    plan: list[tuple[str, Callable[[], list[dict]]]] = []
+    for rows in (64, 256, 1024):
+        for name in ("B/16", "L/14", "H/14"):
+
+            def run(shape=SHAPES[name], rows=rows) -> list[dict]:
+                return bench_reweight(shape, "full", rows, torch.bfloat16, providers, rounds, ("step",))
+
+            plan.append((f"{name} K full N {rows} bfloat16 step", run))
+    return plan
+
+
+def main_plan(rounds: int) -> list[tuple[str, Callable[[], list[dict]]]]:
+    """The groups on record, the most telling first."""
     fp32, bf16 = torch.float32, torch.bfloat16
     b16, l14, h14 = SHAPES["B/16"], SHAPES["L/14"], SHAPES["H/14"]
     step = ("step",)
@@ -399,6 +416,11 @@ def measure(rounds: int, budget: float) -> list[dict]:
     )
     add(h14, "full", 1024, times=3, modes=step)
 
+    return plan
+
+
+def measure(plan: list[tuple[str, Callable[[], list[dict]]]], budget: float) -> list[dict]:
+    """The groups of a plan; what does not fit into `budget` seconds is left out by name."""
     start, table = time.perf_counter(), []
     for title, run in plan:
         spent = time.perf_counter() - start
@@ -417,11 +439,15 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for ops.json and ops.md; default: results/<processor and set>"
     )
+    parser.add_argument(
+        "--plan", choices=("main", "bf16"), default="main", help="bf16 writes ops_bf16.json and ops_bf16.md"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--budget", type=float, default=540.0, help="seconds after which no further group is started"
     )
     arguments = parser.parse_args()
+    plan, name = (main_plan, "ops") if arguments.plan == "main" else (bf16_plan, "ops_bf16")
     record = {
         "machine": {
             "cpu": cpu_name(),
@@ -431,13 +457,13 @@ def main() -> None:
             "instruction_set": backends.load("cpp").instruction_set()[0],
             "command": " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]]),
         },
-        "rows": measure(arguments.rounds, arguments.budget),
+        "rows": measure(plan(arguments.rounds), arguments.budget),
     }
     out = arguments.out or Path(__file__).parent / "results" / machine_name()
     out.mkdir(parents=True, exist_ok=True)
-    (out / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(record)
-    (out / "ops.md").write_text(text)
+    (out / f"{name}.md").write_text(text)
     print(text)
 
 

@@ -6,7 +6,8 @@
 #include "spectral_reweight.h"
 #include "on_vectors.h"
 #include "unit_moments.h"
+#include "neighbours.h"
 #include "peak.h"
 
-const residual_kernels::Kernels residual_kernels::avx512_kernels{VECTOR_BYTES, TILE_V, forward, backward, moments,
+const residual_kernels::Kernels residual_kernels::avx512_kernels{VECTOR_BYTES, TILE_V, forward, backward, moments, nearest,
                                                                vector_peak};

@@ -5,6 +5,7 @@
 #include "tile.h"
 #include "spectral_reweight.h"
 #include "unit_moments.h"
+#include "neighbours.h"
 #ifndef EMULATE
 #include <immintrin.h>
 #endif
@@ -89,4 +90,4 @@ double pair_peak(int64_t steps) {
 #include "pairs_backward.h"
 
 const residual_kernels::Kernels residual_kernels::avx512bf16_kernels{VECTOR_BYTES, TILE_V, forward_on_pairs,
-                                                                     backward_on_pairs, moments, pair_peak};
+                                                                     backward_on_pairs, moments, nearest, pair_peak};

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "tables.h"
 #include "threads.h"
 
 namespace py = pybind11;
@@ -179,6 +180,32 @@ void moments(int set, int dtype, int threads, const Strides& sizes, uintptr_t z,
   if (!chosen.moments(call)) throw std::bad_alloc();
 }
 
+void nearest(int set, int threads, const std::array<int64_t, 2>& sizes, uintptr_t queries, uintptr_t points,
+             uintptr_t exact, uintptr_t squares, uintptr_t outside) {
+  const Kernels& chosen = kernels_of(set);
+  check(sizes[0] >= 0 && sizes[1] >= 0, "a size is negative");
+  const Nearest call{sizes[0], sizes[1], at<const float>(queries), at<const float>(points), at<const double>(exact),
+                     at<double>(squares), at<double>(outside), threads};
+  py::gil_scoped_release unlocked;
+  if (!chosen.nearest(call)) throw std::bad_alloc();
+}
+
+void sum_ranks(int threads, const std::array<int64_t, 2>& sizes, uintptr_t values, uintptr_t target, uintptr_t shared,
+               uintptr_t square) {
+  check(sizes[0] >= 0 && sizes[1] >= 0, "a size is negative");
+  const RankSums call{sizes[0], sizes[1], at<const float>(values), at<const double>(target), at<double>(shared),
+                      at<double>(square), threads};
+  py::gil_scoped_release unlocked;
+  if (!rank_sums(call)) throw std::bad_alloc();
+}
+
+void match_greedily(int threads, const Strides& sizes, uintptr_t entries, uintptr_t total) {
+  check(sizes[0] >= 0 && sizes[1] >= 0 && sizes[2] >= 0, "a size is negative");
+  const Matching call{sizes[0], sizes[1], sizes[2], at<const double>(entries), at<double>(total), threads};
+  py::gil_scoped_release unlocked;
+  if (!greedy_matching(call)) throw std::bad_alloc();
+}
+
 // FLOP done by `threads` threads together, each `steps` rounds of the register loop of a set.
 double peak(int set, int threads, int64_t steps) {
   const Kernels& chosen = kernels_of(set);
@@ -205,6 +232,9 @@ PYBIND11_MODULE(_cpp, module) {
   module.def("sum_forward", &sum_forward);
   module.def("sum_backward", &sum_backward);
   module.def("moments", &moments);
+  module.def("nearest", &nearest);
+  module.def("rank_sums", &sum_ranks);
+  module.def("greedy_matching", &match_greedily);
   module.def("peak", &peak);
   module.def("layout", [](int set) {
     const Kernels& chosen = kernels_of(set);

@@ -75,6 +75,16 @@ struct Moments {
   int threads;
 };
 
+struct Nearest {
+  int64_t N, r;
+  const float* queries;  // [N, r + 1]: -2 q and a 1, for points q about their mean with norms of at most one
+  const float* points;   // [N, r + 1]: q and |q|^2 less what rounding may add to a product
+  const double* exact;   // [N, r]: the points themselves
+  double* squares;       // [N, 2]: the two smallest squared distances among the candidates, which may be infinite
+  double* outside;       // [N]: the smallest product of what is no candidate
+  int threads;
+};
+
 // The functions of one instruction set. They return false when memory ran out.
 struct Kernels {
   int64_t vector_bytes;      // C of proj and D of basis are padded to this
@@ -82,6 +92,7 @@ struct Kernels {
   bool (*forward)(const Forward&);
   bool (*backward)(const Backward&);
   bool (*moments)(const Moments&);
+  bool (*nearest)(const Nearest&);
   double (*peak)(int64_t steps);  // FLOP done in `steps` rounds of the set's own product, in registers; see peak.h
 };
 

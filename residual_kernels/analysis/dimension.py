@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.analysis import compiled
 from residual_kernels.analysis.reading import coordinates
 from residual_kernels.bases.principal import KindBases
 from residual_kernels.bases.spectral_bases import SpectralBases
@@ -147,17 +148,29 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) 
     `unit` holds the points centred, with norms of at most one, in the dtype of the products; their squared
     distances times `scale` are true ones, to within `blur`.
     """
-    count, size = unit.shape
     # |computed - true| <= slack * (|q|^2 + |y|^2): r+3 roundings of a sum whose terms are at most (|q| +
     # |y|)^2, and those of its inputs. Taken off |y|^2 here and |q|^2 below, it makes every product a lower
     # bound.
-    slack = 2 * (size + 8) * torch.finfo(unit.dtype).eps
-    norms = unit.double().square().sum(1)
+    slack = 2 * (unit.shape[1] + 8) * torch.finfo(unit.dtype).eps
+    bounds = unit.double().square().sum(1) * (1 - slack)
+    if unit.dtype == torch.float32 and len(rows) == len(unit) and compiled.runs(unit):
+        found, outside = compiled.nearest(exact, unit, bounds)
+    else:
+        found, outside = _nearest_candidates(exact, unit, bounds, rows)
+    proven = (outside + bounds[rows] - blur) * scale
+    # A distance of zero cannot be undercut; the last factor pays for the roundings of this very line.
+    done = (found[:, 1] <= proven * (1 - 1e-12)) | (found[:, 1] == 0)
+    return found, done
+
+
+def _nearest_candidates(exact: Tensor, unit: Tensor, bounds: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`compiled.nearest` of some rows, by products of torch."""
+    count, size = unit.shape
     # Columns j, j + runs, j + 2 runs ... are one group: minima go along whole vectors.
     runs = -(-count // GROUPED)
     columns = torch.zeros(size + 1, runs * GROUPED, dtype=unit.dtype, device=unit.device)
     columns[:size, :count] = unit.T * -2
-    columns[size, :count] = norms * (1 - slack)
+    columns[size, :count] = bounds
     columns[size, count:] = FAR
     queries = torch.cat([unit, unit.new_ones(count, 1)], dim=1)
     budget = TILE_BYTES.get(unit.device.type, TILE_BYTES["cuda"])
@@ -166,7 +179,7 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) 
     spread = torch.arange(GROUPED, device=unit.device) * runs
     keep = min(CANDIDATES, best_groups * GROUPED)
     tile = unit.new_empty(min(block, len(rows)), columns.shape[1])
-    picked, bounds = [], []
+    picked, beyond = [], []
     for part in rows.split(block):
         bound = torch.mm(queries[part], columns, out=tile[: len(part)])
         bound[torch.arange(len(part), device=part.device), part] = FAR
@@ -180,8 +193,8 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) 
         outside = value[:, keep] if value.shape[1] > keep else value.new_full((len(part),), FAR)
         if low.shape[1] > best_groups:
             outside = torch.minimum(outside, low[:, best_groups])
-        bounds.append(outside)
-    candidates, outside = torch.cat(picked), torch.cat(bounds).double()
+        beyond.append(outside)
+    candidates, outside = torch.cat(picked), torch.cat(beyond).double()
     squares = exact.new_empty(len(rows), keep)
     size_block = max(1, budget // (keep * exact.shape[1] * 8))
     for start in range(0, len(rows), size_block):
@@ -191,11 +204,7 @@ def _look(exact: Tensor, unit: Tensor, rows: Tensor, scale: float, blur: float) 
         square = (other - exact[rows[part], None]).square().sum(2)
         square[(index >= count) | (index == rows[part, None])] = float("inf")
         squares[part] = square
-    found = squares.topk(2, largest=False, sorted=True).values
-    proven = (outside + norms[rows] * (1 - slack) - blur) * scale
-    # a distance of zero cannot be undercut; the last factor pays for the roundings of this very line
-    done = (found[:, 1] <= proven * (1 - 1e-12)) | (found[:, 1] == 0)
-    return found, done
+    return squares.topk(2, largest=False, sorted=True).values, outside
 
 
 def two_nn(points: Tensor, fraction: float = 0.9) -> float:

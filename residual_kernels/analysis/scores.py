@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels import ops, towers
+from residual_kernels.analysis import compiled
 from residual_kernels.analysis.reading import (
     BasisReader,
     Coordinates,
@@ -198,29 +199,34 @@ def rank_correlations(
     out = (out if basis is None else out @ basis).to(cache.output.dtype).T.contiguous()  # [k, N]
     target = _centred_ranks(out)
     found: list[Tensor] = []
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # NumPy sorts on one core, without the GIL
+    fast = target.dtype == torch.float64 and cache.output.dtype == torch.float32 and compiled.runs(target)
+    # NumPy sorts on one core, without the GIL; the compiled loops share the cores themselves
+    with ThreadPoolExecutor(1 if fast else torch.get_num_threads()) as pool:
         for group in coordinates(tower, cache, kind, units):
 
             def score(position: int, group: Coordinates = group) -> Tensor:
                 frame = group.frame_of(position).cpu()
                 axes = (frame if basis is None else frame @ basis).to(group.points.dtype)  # [r, k]
-                return _spearman(group.points[position], axes, target)
+                return _spearman(group.points[position], axes, target, fast)
 
             found += pool.map(score, range(len(group.units)))
     return torch.stack(found)
 
 
-def _spearman(points: Tensor, axes: Tensor, target: Tensor) -> Tensor:
+def _spearman(points: Tensor, axes: Tensor, target: Tensor, fast: bool) -> Tensor:
     """Mean over k coordinates of the rank correlation of points @ axes with ranks `target` [k, N],
     centred."""
     size = max(1, RANK_BYTES // (8 * len(points)))
     total: Tensor | float = 0.0
     for start in range(0, len(target), size):
         part = slice(start, start + size)
-        ranks = _centred_ranks(axes[:, part].T @ points.T)
-        other = target[part]
-        scale = (ranks.square().sum(1) * other.square().sum(1)).sqrt()
-        shared = (ranks * other).sum(1)
+        values, other = axes[:, part].T @ points.T, target[part]
+        if fast:
+            shared, square = compiled.rank_sums(values, other)
+        else:
+            ranks = _centred_ranks(values)
+            shared, square = (ranks * other).sum(1), ranks.square().sum(1)
+        scale = (square * other.square().sum(1)).sqrt()
         total = total + torch.where(scale > 0, shared / scale.clamp_min(1.0), 0.0).sum()
     return cast(Tensor, total) / len(target)  # of one coordinate at least
 

@@ -3,9 +3,12 @@
 The normalised spectral cosine: between heads, between data sets, between towers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from residual_kernels.analysis import compiled
 from residual_kernels.bases.principal import KindBases
 from residual_kernels.bases.spectral_bases import SpectralBases
 
@@ -41,6 +44,8 @@ def _greedy(cosines: Tensor) -> Tensor:
 
     Each step takes the largest entry left and strikes its row and column.
     """
+    if cosines.dtype == torch.float64 and compiled.runs(cosines):
+        return compiled.greedy_squares(cosines).sqrt()
     pairs, rows, columns = cosines.shape
     every = torch.arange(pairs, device=cosines.device)
     best, place = cosines.max(2)  # of every row; looked up again only where the column it lay in is struck
@@ -57,11 +62,10 @@ def _greedy(cosines: Tensor) -> Tensor:
 
 
 def _normalised(cosines: Tensor, weights_a: Tensor, weights_b: Tensor) -> Tensor:
-    """The measure [P] for cosines [P, a, b] (overwritten) and weights [P, a], [P, b];
-    0 where a unit is constant."""
+    """The measure [P] for cosines [P, a, b] and weights [P, a], [P, b]; 0 where a unit is constant."""
     shared = min(weights_a.shape[1], weights_b.shape[1])
     best = (weights_a[:, :shared] * weights_b[:, :shared]).square().sum(1).sqrt()
-    matched = _greedy(cosines.abs_().mul_(weights_a[:, :, None]).mul_(weights_b[:, None, :]))
+    matched = _greedy(cosines.abs().mul_(weights_a[:, :, None]).mul_(weights_b[:, None, :]))
     return torch.where(best > 0, matched / best.clamp_min(torch.finfo(best.dtype).tiny), 0.0)
 
 
@@ -133,6 +137,19 @@ def similarity_matrix(
     Raises:
         ValueError: as :func:`spectral_cosine`.
     """
+    found = similarity_matrices(bases_a, bases_b, kind=kind, weights=(weights,), components=components)
+    return found[weights]
+
+
+def similarity_matrices(
+    bases_a: SpectralBases,
+    bases_b: SpectralBases | None = None,
+    *,
+    kind: str = "head",
+    weights: Sequence[str] = WEIGHTS,
+    components: int | None = None,
+) -> dict[str, Tensor]:
+    """:func:`similarity_matrix` for several weightings, from the same cosines: weighting -> [R_a, R_b]."""
     other = bases_a if bases_b is None else bases_b
     _same_space(bases_a, other)
     compared = []
@@ -145,15 +162,18 @@ def similarity_matrix(
         torch.stack([_components(part, unit, size) for unit in range(len(part.mean))])
         for part, size in zip(compared, sizes, strict=True)
     ]
-    scales = [
-        torch.stack([_weights(part, unit, weights, size) for unit in range(len(part.mean))])
-        for part, size in zip(compared, sizes, strict=True)
-    ]
-    result = torch.zeros(len(phis[0]), len(phis[1]), dtype=torch.float64)
+    scales = {
+        name: [
+            torch.stack([_weights(part, unit, name, size) for unit in range(len(part.mean))])
+            for part, size in zip(compared, sizes, strict=True)
+        ]
+        for name in weights
+    }
+    results = {name: torch.zeros(len(phis[0]), len(phis[1]), dtype=torch.float64) for name in weights}
     block = max(1, PAIR_BYTES // (8 * sizes[0] * sizes[1]))
     # A symmetric matrix needs its upper half.
-    first = [a if bases_b is None else 0 for a in range(len(result))]
-    pairs = [(a, b) for a in range(len(result)) for b in range(first[a], len(phis[1]))]
+    first = [a if bases_b is None else 0 for a in range(len(phis[0]))]
+    pairs = [(a, b) for a in range(len(phis[0])) for b in range(first[a], len(phis[1]))]
     for start in range(0, len(pairs), block):
         rows, columns = map(torch.tensor, zip(*pairs[start : start + block], strict=True))
         cosines = []  # of the components of b with those of a
@@ -161,10 +181,12 @@ def similarity_matrix(
             run = columns[rows == a]
             stack = phis[1][int(run[0]) : int(run[-1]) + 1]
             cosines.append((stack.flatten(0, 1) @ phis[0][a].T).view(len(run), sizes[1], sizes[0]))
-        result[rows, columns] = _normalised(torch.cat(cosines), scales[1][columns], scales[0][rows])
+        whole = torch.cat(cosines)
+        for name, (of_a, of_b) in scales.items():
+            results[name][rows, columns] = _normalised(whole, of_b[columns], of_a[rows])
     if bases_b is None:
-        result = result.triu() + result.triu(1).T
-    return result
+        return {name: result.triu() + result.triu(1).T for name, result in results.items()}
+    return results
 
 
 def _same_space(a: SpectralBases, b: SpectralBases) -> None:

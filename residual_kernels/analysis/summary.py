@@ -27,7 +27,7 @@ from residual_kernels.analysis.scores import (
     variance_between_classes,
 )
 from residual_kernels.analysis.selection import FRACTIONS, RESTS, selection_curves
-from residual_kernels.analysis.similarity import similarity_matrix
+from residual_kernels.analysis.similarity import similarity_matrices
 from residual_kernels.analysis.words import Description, TextDictionary, component_words, words_of_units
 from residual_kernels.bases.pca import fit_bases
 from residual_kernels.bases.spectral_bases import OUTPUT, SpectralBases
@@ -128,7 +128,7 @@ def analyze(
     matrices = {}
     if "similarity" in wanted:
         with step("similarity"):
-            matrices = {name: similarity_matrix(bases, kind=kind, weights=name) for name in similarities}
+            matrices = similarity_matrices(bases, kind=kind, weights=similarities)
     scores: dict[str, Tensor] = {}
     along = apart = None
     if "correlation" in wanted:

@@ -1,15 +1,12 @@
 """What are the principal components of units whose moments are known?"""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from residual_kernels.bases.moments import Moments
-
-if TYPE_CHECKING:
-    pass
 
 # A unit whose variance is below this share of what its map and coordinates could give is constant up to
 # rounding.
@@ -64,7 +61,8 @@ def principal(moments: Moments) -> KindBases:
     covariance = moments.scatter / (moments.count - 1)
     group = max(1, GROUP_BYTES // (8 * size * dim))
     shared = torch.linalg.qr(moments.rows.transpose(1, 2)) if len(moments.rows) == 1 else None
-    for start in range(0, units, group):
+
+    def factorise(start: int) -> None:
         part = slice(start, start + group)
         Q, T = shared or torch.linalg.qr(moments.rows[part].transpose(1, 2))
         short = T @ covariance[part] @ T.transpose(1, 2)
@@ -73,6 +71,11 @@ def principal(moments: Moments) -> KindBases:
         falling = vectors.flip(-1).transpose(1, 2)
         torch.bmm(falling, Q.transpose(1, 2).expand(len(falling), -1, -1), out=components[part])
         _fix_signs(components[part])
+
+    # One matrix is too small for several cores, so each core takes groups of its own. Groups are cut by
+    # shape, so what is found does not depend on who does it.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(factorise, range(0, units, group)))
     coordinates = covariance.diagonal(dim1=1, dim2=2).sum(1) + moments.mean.square().sum(1)
     total = variance.sum(1)
     constant = total <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates

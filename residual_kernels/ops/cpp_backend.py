@@ -82,7 +82,7 @@ def peak(threads: int, dtype: torch.dtype = torch.float32, steps: int = 500_000,
     bfloat16 is counted with the processor's own products where the set in use has them, else with float32's.
     The best of `runs` counts, each of `steps` rounds of a register loop (about a millisecond).
     """
-    at = _number()
+    at = set_number()
     if dtype != torch.bfloat16 and INSTRUCTION_SETS[at] in ON_PAIRS:
         at = INSTRUCTION_SETS.index("avx512")
     best = 0.0
@@ -93,7 +93,7 @@ def peak(threads: int, dtype: torch.dtype = torch.float32, steps: int = 500_000,
     return best
 
 
-def _number() -> int:
+def set_number() -> int:
     """The instruction set in use, as the extension numbers it."""
     return INSTRUCTION_SETS.index(instruction_set()[0])
 
@@ -102,7 +102,7 @@ def pack(
     proj: Tensor, bias: Tensor, slope: Tensor, offset: Tensor, basis: Tensor, unit_offsets: Tensor
 ) -> tuple[list[Tensor], list[int]]:
     """Tensors as in :class:`Pack` and sizes as in :class:`Sizes`."""
-    number = _number()
+    number = set_number()
     paired = INSTRUCTION_SETS[number] in ON_PAIRS and proj.dtype == torch.bfloat16
     if INSTRUCTION_SETS[number] in ON_PAIRS and not paired:
         number = INSTRUCTION_SETS.index("avx512")  # sets on pairs multiply bfloat16 alone
@@ -359,7 +359,7 @@ def unit_moments(
     total = torch.empty(units, width + 2, dtype=torch.float64)
     moment = torch.empty(units, width + 2, width + 2, dtype=torch.float64)
     _cpp.moments(
-        _number(),
+        set_number(),
         _DTYPES[z.dtype],
         torch.get_num_threads(),
         z.shape,
