@@ -364,6 +364,23 @@ def test_thumbnails_stop_at_their_limit(world):
     assert held[0].startswith("data:image/jpeg;base64,")
 
 
+def test_where_class_vectors_moved_the_analysis_is_of_the_model(world):
+    """Selection learns nothing, so it reads heads as the model does; moved vectors count as learned."""
+    few = world.cache.subset(torch.arange(0, 120, 6))
+    moved = rk.ZeroShotHead(
+        world.head.class_vectors.flip(1), world.head.class_names, float(world.head.logit_scale)
+    )
+    own, after, plain = (
+        gather(rk.CoarseHeads(world.tower), head, few, world.source, base_head=base)
+        for head, base in ((world.head, None), (moved, world.head), (moved, moved))
+    )
+    assert after.curves == own.curves
+    assert plain.curves != own.curves
+    assert after.before.accuracy == own.before.accuracy
+    assert after.learned == own.learned + moved.class_vectors.numel()
+    assert plain.learned == own.learned
+
+
 @pytest.mark.parametrize("method", ["coarse", "output", "linear"])
 def test_adapters_without_components(world, method):
     bases = rk.fit_bases(world.tower, world.cache, ())

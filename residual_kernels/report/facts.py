@@ -179,6 +179,12 @@ def _named(end: Words) -> tuple[str, ...]:
     return tuple(word for word, _ in end)
 
 
+def _moved(head: ZeroShotHead, base_head: ZeroShotHead | None) -> int:
+    """How many numbers of class vectors were learned too."""
+    same = base_head is None or torch.equal(head.class_vectors, base_head.class_vectors)
+    return 0 if same else head.class_vectors.numel()
+
+
 def gather(
     adapter: TowerAdapter,
     head: ZeroShotHead,
@@ -243,7 +249,7 @@ def gather(
     analysis = analyze(
         tower,
         cache,
-        head,
+        base_head or head,  # it looks at the model's own heads, before anything was learned
         bases,
         energies=(ENERGY,),
         similarities=("explained_variance",),
@@ -257,7 +263,7 @@ def gather(
         adapter=type(adapter).__name__,
         adapted=adapted,
         rest=adapter.rest_name,
-        learned=sum(p.numel() for p in adapter.trainable()),
+        learned=sum(p.numel() for p in adapter.trainable()) + _moved(head, base_head),
         class_names=tuple(map(visible, head.class_names)),
         labels=tuple(cache.labels.tolist()),
         before=change.before,
