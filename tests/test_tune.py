@@ -88,6 +88,17 @@ def test_nothing_to_learn_gives_the_model(tower, cache, bases, head):
     assert torch.equal(found.head.class_vectors, head.class_vectors)
 
 
+def test_images_of_one_class_leave_the_model(tower, cache, bases, head):
+    """Whoever always says that class would be right on all of them."""
+    train, test = parts_of(cache)
+    train.labels = torch.full_like(train.labels, 1)
+    for val in (None, test):
+        found = rk.tune(tower, bases, head, train, val)
+        assert found.winner == "base"
+        assert torch.equal(found.head.class_vectors, head.class_vectors)
+        found.adapter.detach()
+
+
 def test_one_image_leaves_the_model(tower, cache, bases, head):
     found = rk.tune(tower, bases, head, cache.subset(torch.tensor([3])))
     assert found.winner == "base"

@@ -162,7 +162,11 @@ def _context(facts: Facts) -> dict[str, Any]:
 
 
 def _tiles(facts: Facts) -> list[tuple[str, str, str]]:
-    learned = "one per component" if facts.reading is not None else "weights of the adapter"
+    learned = "weights of the adapter"
+    if facts.reading is not None:
+        learned = "one per component"
+        if facts.learned > len(facts.reading.weight):
+            learned += ", and class vectors"
     classes = int((facts.counts > 0).sum())
     return [
         ("images", f"{facts.images:,}", f"of {classes:,} class{'' if classes == 1 else 'es'}"),

@@ -53,6 +53,8 @@ def stacked(
         freedoms: the strengths tried, each for both steps.
     """
     first = problem.path(Form(form.adapter, with_components=False), head, rows, outside, class_vectors=True)
+    if first.groups[0].idle:
+        return None
     measured = problem.measured(form, head, rows)
     vectors = {held: first.like.new_zeros(first.objective.shape.size) for held in (*first.held, -1)}
     components: dict[int, Tensor] = {}
