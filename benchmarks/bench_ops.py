@@ -135,6 +135,7 @@ PROVIDERS: dict[str, Callable[[Operands], Forward]] = {
     **{name: of_backend(name) for name in backends.BACKENDS},
 }
 SMALL_SET = ("lowrank", "lowrank compiled", "folded", "folded compiled", "torch", "cpp")
+OWN_FLOAT32 = "cpp in float32"
 EVERYTHING = tuple(name for name in PROVIDERS if name != "triton")
 
 
@@ -240,6 +241,10 @@ def bench_reweight(
             provider = PROVIDERS["cpp" if name == BESIDE else name]
             runs[name] = runner(name, provider(given), given, mode)
             runs[name]()  # warm: compiles, packs, touches memory
+        if dtype == torch.bfloat16:  # the same work in float32, in the same rounds
+            wider = problem(shape, rows, components)
+            runs[OWN_FLOAT32] = runner("cpp", PROVIDERS["cpp"](wider), wider, mode)
+            runs[OWN_FLOAT32]()
         memory = {name: extra_memory(run) for name, run in runs.items()}
         times, roof = measured(runs, dtype, rounds)
         for name, values in times.items():
@@ -390,26 +395,46 @@ def main_plan(rounds: int) -> list[tuple[str, Callable[[], list[dict]]]]:
     fp32, bf16 = torch.float32, torch.bfloat16
     b16, l14, h14 = SHAPES["B/16"], SHAPES["L/14"], SHAPES["H/14"]
     step = ("step",)
-    bf16_providers = ("lowrank", "lowrank compiled", "folded", "torch", "cpp")
+    bf16_providers = ("lowrank", "lowrank compiled", "folded", "folded compiled", "cpp")
+    few_rows = ("lowrank", "lowrank compiled", "cpp")  # folding pays with many rows only
     plan: list[tuple[str, Callable[[], list[dict]]]] = []
 
     def add(shape, kind, rows, dtype=fp32, providers=SMALL_SET, times=rounds, modes=("step", "fwd")):
         title = f"{shape.name} K {kind} N {rows} {dtype} {'+'.join(modes)}"
         plan.append((title, lambda: bench_reweight(shape, kind, rows, dtype, providers, times, modes)))
 
+    def add_bf16(shape, kind, rows):
+        folding = rows == 1024 or (rows == 256 and shape is b16)
+        add(shape, kind, rows, bf16, bf16_providers if folding else few_rows, modes=step)
+
     add(l14, "full", 256)
-    add(b16, "ragged", 256, times=rounds + 4)
+    for rows in (64, 256):
+        add_bf16(b16, "full", rows)
     add(b16, "full", 256, times=rounds + 2)
     plan.append(("moments B/16 N 1024", lambda: bench_moments(b16, 1024, rounds + 4)))
-    for rows in (1024, 64):
-        add(l14, "full", rows, times=rounds if rows < 1024 else max(3, rounds - 2), modes=step)
-        add(b16, "ragged", rows, times=rounds + 4, modes=step)
-        add(b16, "full", rows, times=rounds + 2, modes=step)
-    for rows in (64, 256):
-        add(b16, "full", rows, bf16, bf16_providers, times=2, modes=step)
+    add(b16, "full", 64, times=rounds + 2, modes=step)
+    add_bf16(l14, "full", 64)
+    add_bf16(l14, "full", 256)
+    add(b16, "ragged", 256, times=rounds + 4)
+    add(b16, "full", 1024, times=rounds + 2, modes=step)
+    add_bf16(b16, "full", 1024)
+    add_bf16(b16, "ragged", 64)
+    add_bf16(h14, "full", 256)
+    add(l14, "full", 64, modes=step)
+    add(b16, "ragged", 64, times=rounds + 4, modes=step)
+    add(b16, "ragged", 1024, times=rounds + 4, modes=step)
+    add(l14, "full", 1024, times=max(3, rounds - 2), modes=step)
+    for rows in (256, 1024):
+        add_bf16(b16, "ragged", rows)
+    add_bf16(h14, "full", 64)
+    add_bf16(l14, "full", 1024)
     add(h14, "full", 256, times=max(3, rounds - 2), modes=step)
-    add(b16, "full", 256, providers=EVERYTHING, times=3, modes=step)
     plan.append(("moments L/14 N 1024", lambda: bench_moments(l14, 1024, rounds)))
+    add_bf16(h14, "full", 1024)
+    for shape in (l14, h14):
+        for rows in (64, 256, 1024):
+            add_bf16(shape, "ragged", rows)
+    add(b16, "full", 256, providers=EVERYTHING, times=3, modes=step)
     add(h14, "full", 64, modes=step)
     add(
         l14, "full", 256, providers=("textbook", "encodings", "lowrank", "folded", "cpp"), times=3, modes=step
