@@ -5,6 +5,7 @@
 namespace {
 
 constexpr int64_t FORWARD_TASKS = 16;  // few rows are spread over this many groups of components
+constexpr int64_t SUM_PIECES = 4;  // a block of rows is summed up over the groups in so many pieces
 constexpr int64_t TASKS_AT_ONCE = 4;  // weight vectors applied to one reading of the coefficients
 
 struct ForwardPlan {
@@ -89,22 +90,36 @@ void forward_task(const void* context, int64_t index) {
   if (plan.partial) return;
   for (int64_t t = 0; t < tasks; ++t) {
     Data* to = static_cast<Data*>(plan.call->y) + ((first_task + t) * x.N + first_row) * units.D;
-    P::template write_rows<Data>(y + t * plan.y_size, 1, 0, count, units.D, to);
+    P::template write_rows<Data>(y + t * plan.y_size, 1, 0, count, 0, count, units.D, to);
   }
 }
+
+// A piece of the rows of a block, for one weight vector: where its partial sums lie and which rows they are.
+struct SumPiece {
+  int64_t task, first_row, count;  // of the block
+  int64_t low, high;               // of its rows
+  int64_t partial;                 // numbers before its first partial sum
+
+  SumPiece(const ForwardPlan& plan, int64_t index) {
+    const int64_t piece = index % SUM_PIECES, row_block = index / SUM_PIECES / plan.tasks();
+    task = index / SUM_PIECES % plan.tasks();
+    first_row = row_block * plan.cut.rows_in_block;
+    count = least(plan.cut.rows_in_block, plan.call->common.N - first_row);
+    low = count * piece / SUM_PIECES;
+    high = count * (piece + 1) / SUM_PIECES;
+    partial = (row_block * plan.task_steps + task / TASKS_AT_ONCE) * plan.groups * plan.partial_size() +
+              task % TASKS_AT_ONCE * plan.y_size;
+  }
+};
 
 template <class T, class Data, class P>
 void forward_sum(const void* context, int64_t index) {
   const ForwardPlan& plan = *static_cast<const ForwardPlan*>(context);
   const Reweight& x = plan.call->common;
-  const int64_t task = index % plan.tasks(), row_block = index / plan.tasks();
-  const int64_t step = task / TASKS_AT_ONCE, t = task % TASKS_AT_ONCE;
-  const int64_t first_row = row_block * plan.cut.rows_in_block, count = least(plan.cut.rows_in_block, x.N - first_row);
-  const T* from = static_cast<const T*>(plan.partial) +
-                  (row_block * plan.task_steps + step) * plan.groups * plan.partial_size() +
-                  t * plan.y_size;
-  Data* to = static_cast<Data*>(plan.call->y) + (task * x.N + first_row) * x.units.D;
-  P::template write_rows<Data>(from, plan.groups, plan.partial_size(), count, x.units.D, to);
+  const SumPiece piece(plan, index);
+  Data* to = static_cast<Data*>(plan.call->y) + (piece.task * x.N + piece.first_row) * x.units.D;
+  P::template write_rows<Data>(static_cast<const T*>(plan.partial) + piece.partial, plan.groups, plan.partial_size(),
+                               piece.count, piece.low, piece.high, x.units.D, to);
 }
 
 // Cuts the work and runs it: `task` for each group of components of some rows, then `sum` where there are several groups.
@@ -125,7 +140,7 @@ bool run_forward(const Forward& call, const Cut& cut, int64_t y_size, int64_t nu
     plan.partial = memory;
   }
   parallel_for(jobs * plan.groups, x.threads, task, &plan);
-  if (plan.groups > 1 && !out_of_memory) parallel_for(plan.cut.row_blocks * plan.tasks(), x.threads, sum, &plan);
+  if (plan.groups > 1 && !out_of_memory) parallel_for(plan.cut.row_blocks * plan.tasks() * SUM_PIECES, x.threads, sum, &plan);
   __builtin_free(memory);
   return !out_of_memory;
 }

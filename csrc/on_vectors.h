@@ -67,12 +67,13 @@ struct OnVectors {
     }
   }
 
-  // Writes y [rows, D] from panels [rows, width of the panel], summed over `groups` of them in order.
+  // Writes rows `low` to `high` of y [rows, D] from panels [rows, width of the panel], summed over `groups` of them in order.
   template <class Out>
-  static void write_rows(const T* from, int64_t groups, int64_t group_stride, int64_t rows, int64_t dims, Out* y) {
+  static void write_rows(const T* from, int64_t groups, int64_t group_stride, int64_t rows, int64_t low, int64_t high,
+                         int64_t dims, Out* y) {
     const int64_t padded = round_up(dims, lanes);
     T line[VectorOf<T>::panel];
-    for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t n = low; n < high; ++n) {
       for (int64_t d = 0; d < dims; d += panel) {
         const int64_t width = least(panel, padded - d);
         const T* source = from + rows * d + n * width;

@@ -48,13 +48,10 @@ void sum_of_groups(const float* from, int64_t groups, int64_t group_stride, int6
 void forward_sum_on_pairs(const void* context, int64_t index) {
   const ForwardPlan& plan = *static_cast<const ForwardPlan*>(context);
   const Reweight& x = plan.call->common;
-  const int64_t task = index % plan.tasks(), row_block = index / plan.tasks();
-  const int64_t step = task / TASKS_AT_ONCE, t = task % TASKS_AT_ONCE;
-  const int64_t first_row = row_block * plan.cut.rows_in_block, count = least(plan.cut.rows_in_block, x.N - first_row);
-  const float* from = static_cast<const float*>(plan.partial) +
-                      (row_block * plan.task_steps + step) * plan.groups * plan.partial_size() + t * plan.y_size;
-  sum_of_groups(from, plan.groups, plan.partial_size(), count, x.units.D,
-                static_cast<Bfloat16*>(plan.call->y) + (task * x.N + first_row) * x.units.D);
+  const SumPiece piece(plan, index);
+  sum_of_groups(static_cast<const float*>(plan.partial) + piece.partial + piece.low * round_up(x.units.D, DEPTH), plan.groups,
+                plan.partial_size(), piece.high - piece.low, x.units.D,
+                static_cast<Bfloat16*>(plan.call->y) + (piece.task * x.N + piece.first_row + piece.low) * x.units.D);
 }
 
 void forward_task_on_pairs(const void* context, int64_t index) {
