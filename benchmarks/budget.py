@@ -30,6 +30,8 @@ CASES = (
     ("L/14", "full", 8192, "step"),
     ("L/14", "-", 4096, "moments"),
     ("L/14", "ragged", 64, "sum"),
+    ("L/14", "ragged", 64, "fit fp32"),
+    ("L/14", "ragged", 64, "fit tf32"),
 )
 
 
@@ -39,6 +41,9 @@ def measure() -> dict[str, dict]:
     for name, kind, rows, mode in CASES:
         if mode == "sum":
             cost = floors.sum_cost(SHAPES[name], kind, rows, "sm_90")
+        elif mode.startswith("fit"):
+            switch = "highest" if mode.endswith("fp32") else "high"
+            cost = floors.fit_cost(SHAPES[name], kind, rows, switch, "sm_90")
         elif mode == "moments":
             cost = floors.moments_cost(SHAPES[name], rows, "sm_90")
         else:

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from residual_kernels.ops.triton import backend as triton_backend
-from residual_kernels.ops.triton import fit_step
+from residual_kernels.ops.triton import fit_step, unit_moments
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -119,19 +119,21 @@ class Resources:
 
 @contextmanager
 def recorded(target: str) -> Iterator[list[RecordedLaunch]]:
-    """Launches made inside are recorded, not run, as if on `target`'s vendor."""
+    """Launches made inside are recorded, not run, as if on `target`."""
     launches: list[RecordedLaunch] = []
-    run, hip = JITFunction.run, torch.version.hip
+    run, hip, capability = JITFunction.run, torch.version.hip, unit_moments.capability
 
     def record(self, *args, grid, warmup, **kwargs):
         launches.append(_launch(self, args, kwargs, grid))
 
     JITFunction.run = record
     torch.version.hip = "compile only" if TARGETS[target].backend == "hip" else None
+    arch = TARGETS[target].arch
+    unit_moments.capability = lambda device: arch // 10 if isinstance(arch, int) else None
     try:
         yield launches
     finally:
-        JITFunction.run, torch.version.hip = run, hip
+        JITFunction.run, torch.version.hip, unit_moments.capability = run, hip, capability
 
 
 def _launch(kernel: JITFunction, args: tuple, kwargs: dict, grid: tuple) -> RecordedLaunch:

@@ -198,6 +198,8 @@ def trips(launch: RecordedLaunch, chunks: int) -> list[float]:
     if name == "spectral_sum_bwd":
         tiles = launch.grid[1] * launch.grid[2] * ceil(a["N"] / a["BLOCK_N"])
         return [programs, tiles, tiles * ceil(a["D"] / a["BLOCK_D"])]
+    if name == "merge_moments":
+        return [programs, programs * a["COUNT"]]
     if name == "fit_forward":
         return [programs, launch.grid[0] * launch.grid[1] * ceil(a["P"] / a["BLOCK_K"])]
     if name == "fit_output":

@@ -41,6 +41,7 @@ KERNELS = {
     "dweight",
     "stream_bwd",
     "unit_moments",
+    "merge_moments",
     "fit_forward",
     "fit_output",
     "fit_logits",

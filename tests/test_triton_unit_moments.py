@@ -184,6 +184,13 @@ def test_columns_are_covered_by_two_tiles(width):
     assert tail == 0 or (tail >= 16 and tail & (tail - 1) == 0)
 
 
+def test_wide_units_take_few_rows_where_more_would_spill():
+    tiles = triton_unit_moments.tiles_of
+    assert [tiles(128, True, chip)[0] for chip in (8, 9, None)] == [16, 32, 32]
+    assert [tiles(columns, True, 8)[0] for columns in (64, 80, 96)] == [64, 64, 32]
+    assert tiles(128, False, 8) == (32, 8, 2)
+
+
 def test_old_compilers_do_not_prefetch_on_new_chips():
     cases = [("3.6.0", 9), ("3.6.0", 10), ("3.8.0", 10), ("3.10.1+git", 12)]
     assert [triton_unit_moments.pipelines(*case) for case in cases] == [True, False, True, True]

@@ -165,7 +165,7 @@ def block_k(kind: str) -> int:
 
 def update_k(kind: str) -> int:
     """Components of a program of the update."""
-    return 32
+    return 32 if kind == "ieee" else 64
 
 
 def tiles_of(kind: str, batch: int) -> tuple[Tiles, Tiles, Tiles, Tiles]:
@@ -174,9 +174,9 @@ def tiles_of(kind: str, batch: int) -> tuple[Tiles, Tiles, Tiles, Tiles]:
     rows = 16 if batch <= 16 else 32 if batch <= 32 else 64
     if kind == "ieee":
         return (
-            Tiles(min(rows, 32), 64, 4, 2),
+            Tiles(rows, 64, 4, 2),
             Tiles(16, 32, 4, 2),
             Tiles(16, 32, 4, 2),
-            Tiles(min(rows, 32), 32, 4, 2),
+            Tiles(rows, 16, 4, 2),
         )
-    return Tiles(rows, 64, 4, deep), Tiles(16, 64, 4, deep), Tiles(16, 64, 4, deep), Tiles(rows, 64, 4, deep)
+    return Tiles(rows, 64, 4, deep), Tiles(16, 64, 4, deep), Tiles(16, 64, 4, deep), Tiles(rows, 32, 4, deep)

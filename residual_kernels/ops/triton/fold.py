@@ -155,10 +155,15 @@ def _affine_kernel(
 def groups(constants: Constants) -> list[tuple[int, int]]:
     """Runs of units (first, last) whose share of F stays inside the workspace; never less than one unit."""
     unit_bytes = constants.coordinates * constants.dim * constants.proj.element_size()
-    count = max(1, WORKSPACE // max(unit_bytes, 1))
-    if unit_bytes * constants.units <= 2 * WORKSPACE:  # one product is worth a workspace a little larger
-        count = constants.units
+    count = units_of_a_group(unit_bytes, constants.units, routes.allowed_workspace())
     return [(first, min(first + count, constants.units)) for first in range(0, constants.units, count)]
+
+
+def units_of_a_group(unit_bytes: int, units: int, allowed: int | None) -> int:
+    """Units whose shares of F, `unit_bytes` each, take what the caller allows, or the usual workspace."""
+    if allowed is None and unit_bytes * units <= 2 * WORKSPACE:
+        return max(units, 1)  # one product is worth a workspace a little larger
+    return max(1, (WORKSPACE if allowed is None else allowed) // max(unit_bytes, 1))
 
 
 def shares_of(constants: Constants) -> int:
@@ -296,7 +301,8 @@ def estimate(p: Problem, *, backward: bool) -> float:
     affine = 0.0 if p.plain else routes.launch((5 if backward else 4) * output, 0.0, 1.0)
     if not backward:
         return p.tasks * (small + large + affine)
-    count = -(-int(matrix) // WORKSPACE) if matrix > 2 * WORKSPACE else 1  # see groups
+    of_unit = max(1, int(matrix) // max(p.units, 1))
+    count = -(-p.units // units_of_a_group(of_unit, p.units, p.workspace))
     return p.tasks * (count * small + large + affine + 2 * count * routes.LAUNCH)
 
 

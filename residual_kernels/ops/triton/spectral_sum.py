@@ -130,8 +130,13 @@ def precision() -> str:
 
 
 def tiles_of(kind: str) -> Tiles:
-    """[rows, columns of y] of the forward pass; backward, columns are the step along D."""
+    """[rows, columns of y] of the forward pass."""
     return Tiles(32, 64, 4, 2) if kind == "ieee" else Tiles(64, 64, 4, 2 if torch.version.hip else 3)
+
+
+def gradient_tiles(kind: str) -> Tiles:
+    """[rows, step along D] of the backward pass: 64 along D would spill on compute capability 8."""
+    return tiles_of(kind) if kind == "ieee" else Tiles(64, 32, 4, 2 if torch.version.hip else 3)
 
 
 def block_k(kind: str) -> int:
@@ -228,7 +233,7 @@ def backward(dy: Tensor, c: Tensor, constants: Constants) -> Tensor:
     )
 
     def make() -> tuple[Launch, int]:
-        tiles, step = tiles_of(kind), block_k(kind)
+        tiles, step = gradient_tiles(kind), block_k(kind)
         blocks = -(-components // step)
         splits = max(1, min(4 * routes.PROCESSORS // (blocks * tasks), -(-rows // (4 * tiles.block_n))))
         per_split = -(-rows // (splits * tiles.block_n)) * tiles.block_n

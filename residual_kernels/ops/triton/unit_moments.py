@@ -108,8 +108,11 @@ def _unit_moments_kernel(
     L: tl.constexpr = C + 2
     offs_m = tl.arange(0, C_MAIN)
     shift_row_ptr = shift_ptr + unit.to(tl.int64) * L
-    shift_main = tl.load(shift_row_ptr + offs_m)
-    shift_s, shift_sm = tl.load(shift_row_ptr + C), tl.load(shift_row_ptr + C + 1)
+    shift_main = tl.load(shift_row_ptr + offs_m).to(tl.float32)
+    shift_s, shift_sm = (
+        tl.load(shift_row_ptr + C).to(tl.float32),
+        tl.load(shift_row_ptr + C + 1).to(tl.float32),
+    )
     z_unit_ptr = z_ptr + tl.multiple_of(unit.to(tl.int64) * stride_zr, ALIGN_Z)
     high_high = tl.zeros([C_MAIN, C_MAIN], dtype=tl.float32)
     rest = tl.zeros([C_MAIN, C_MAIN], dtype=tl.float32)
@@ -118,7 +121,7 @@ def _unit_moments_kernel(
     with_sm = tl.zeros([BLOCK_N, C_MAIN], dtype=tl.float32)
     if C_TAIL > 0:
         offs_t = C_MAIN + tl.arange(0, C_TAIL)
-        shift_tail = tl.load(shift_row_ptr + offs_t, mask=offs_t < C, other=0.0)
+        shift_tail = tl.load(shift_row_ptr + offs_t, mask=offs_t < C, other=0.0).to(tl.float32)
         cross = tl.zeros([C_MAIN, C_TAIL], dtype=tl.float32)
         tail_high = tl.zeros([C_TAIL, C_TAIL], dtype=tl.float32)
         tail_rest = tl.zeros([C_TAIL, C_TAIL], dtype=tl.float32)
@@ -207,10 +210,68 @@ def _unit_moments_kernel(
     tl.store(moment_row_ptr + (C + 1) * L + C + 1, 0.5 * tl.sum(sm_sm, axis=0))
 
 
+@triton.jit(do_not_specialize=["COUNT", "R"])
+def _merge_moments_kernel(
+    total_ptr,
+    moment_ptr,
+    total_out_ptr,
+    moment_out_ptr,
+    COUNT,
+    R,
+    MORE: tl.constexpr,
+    L: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """Sums of COUNT partial sums in float64, moments with their transposes; MORE adds to what is there."""
+    unit, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    offs_i, offs_j = part * BLOCK_I + tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_L)
+    mask = (offs_i < L)[:, None] & (offs_j < L)[None, :]
+    here, there = offs_i[:, None] * L + offs_j[None, :], offs_j[None, :] * L + offs_i[:, None]
+    moment_out_ptr += unit * L * L
+    total_out_ptr += unit * L
+    acc = tl.zeros([BLOCK_I, BLOCK_L], dtype=tl.float64)
+    total = tl.zeros([BLOCK_L], dtype=tl.float64)
+    if MORE:
+        acc += tl.load(moment_out_ptr + here, mask=mask, other=0.0)
+        total += tl.load(total_out_ptr + offs_j, mask=offs_j < L, other=0.0)
+    for split in range(0, COUNT):
+        row = tl.cast(split, tl.int64) * R + unit
+        one = tl.load(moment_ptr + row * (L * L) + here, mask=mask, other=0.0).to(tl.float64)
+        other = tl.load(moment_ptr + row * (L * L) + there, mask=mask, other=0.0).to(tl.float64)
+        acc += one + other  # one sum for both triangles: the result is symmetric to the bit
+        total += tl.load(total_ptr + row * L + offs_j, mask=offs_j < L, other=0.0).to(tl.float64)
+    tl.store(moment_out_ptr + here, acc, mask=mask)
+    if part == 0:
+        tl.store(total_out_ptr + offs_j, total, mask=offs_j < L)
+
+
 def pipelines(version: str, capability: int) -> bool:
     """Whether Triton can prefetch for these products:
     before 3.8 its compiler fails to on compute capability 10."""
     return capability < 10 or tuple(int(part) for part in version.split(".")[:2]) >= (3, 8)
+
+
+def capability(device: torch.device) -> int | None:
+    """The CUDA device's compute capability, its first number; None for other devices."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def tiles_of(columns: int, split_precision: bool, capability: int | None) -> tuple[int, int, int]:
+    """Rows of a step, warps, depth of the load pipeline."""
+    if not split_precision:
+        rows, stages = 32, 2
+    elif 64 <= columns <= 80:  # wider units would spill, and narrow ones have no use for a tile that high
+        rows, stages = 64, 3
+    else:
+        rows, stages = 32 if capability != 8 or columns <= 96 else 16, 3
+    if torch.version.hip is not None:
+        stages = min(stages, 2)
+    elif capability is not None and not pipelines(triton.__version__, capability):
+        stages = 1
+    return rows, 8, stages
 
 
 def column_tiles(width: int) -> tuple[int, int]:
@@ -231,17 +292,12 @@ def unit_moments(
     split_precision = z.dtype.itemsize == 2
     if INTERPRETED and split_precision:  # the interpreter computes bfloat16 on its bits
         z, split_precision, precision = z.to(torch.float32), False, "ieee"
-    # Wider units would spill at 64 rows, and narrow ones have no use for a tile that high.
-    block_n, warps, stages = (64 if 64 <= main + tail <= 80 else 32, 8, 3) if split_precision else (32, 8, 2)
-    if torch.version.hip is not None:
-        stages = min(stages, 2)
-    elif z.is_cuda and not pipelines(triton.__version__, torch.cuda.get_device_capability(z.device)[0]):
-        stages = 1
+    block_n, warps, stages = tiles_of(main + tail, split_precision, capability(z.device))
     splits = max(1, min(-(-PROGRAMS // units), -(-rows // (4 * block_n))))
     per_split = -(-min(-(-rows // splits), ROWS_PER_SPLIT) // block_n) * block_n
-    shift = shift.to(torch.float32).contiguous()
-    total: Tensor | None = None
-    moment: Tensor | None = None
+    shift = shift.contiguous()
+    total = torch.empty(units, size, dtype=torch.float64, device=z.device)
+    moment = torch.empty(units, size, size, dtype=torch.float64, device=z.device)
     for first in range(0, rows, splits * per_split):
         part = slice(first, first + splits * per_split)
         tile = z[part]
@@ -275,10 +331,18 @@ def unit_moments(
             num_warps=warps,
             num_stages=stages,
         )
-        total_part = totals.sum(0, dtype=torch.float64)
-        moment_part = moments.sum(0, dtype=torch.float64)
-        total = total_part if total is None else total.add_(total_part)
-        moment = moment_part if moment is None else moment.add_(moment_part)
-    assert total is not None  # a call without rows never comes here
-    assert moment is not None
-    return total, moment + moment.transpose(1, 2)
+        _merge_moments_kernel[(units, -(-size // 16))](
+            totals,
+            moments,
+            total,
+            moment,
+            count,
+            units,
+            MORE=first > 0,
+            L=size,
+            BLOCK_L=triton.next_power_of_2(size),
+            BLOCK_I=16,
+            num_warps=4,
+            num_stages=1,
+        )
+    return total, moment
