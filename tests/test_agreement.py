@@ -148,8 +148,45 @@ def test_a_block_that_is_not_run_is_named():
         return transformer.resblocks[2](transformer.resblocks[0](x))
 
     transformer.forward = skipping
-    with pytest.raises(rk.UnsupportedTowerError, match="does not run block 1"):
+    with pytest.raises(rk.UnsupportedTowerError, match="does not run block 1.*forward of transformer was"):
         rk.decompose(tower, images)
+
+
+def test_blocks_that_run_twice_or_in_another_order_are_named():
+    tower = build(layers=3)
+    images = images_for(tower)
+    blocks, transformer = tower.transformer.resblocks, tower.transformer
+
+    def twice(x, attn_mask=None):
+        return blocks[2](blocks[1](blocks[1](blocks[0](x))))
+
+    def backwards(x, attn_mask=None):
+        return blocks[0](blocks[1](blocks[2](x)))
+
+    replaced = ".*forward of transformer was replaced by"
+    transformer.forward = twice
+    with pytest.raises(
+        rk.UnsupportedTowerError, match=r"runs block 1 \(Residual\w*\) 2 times for an image" + replaced
+    ):
+        rk.decompose(tower, images)
+    transformer.forward = backwards
+    with pytest.raises(rk.UnsupportedTowerError, match="runs its blocks in another order" + replaced):
+        rk.decompose(tower, images)
+    del transformer.forward
+    whole = tower.forward
+    tower.forward = lambda x: (whole(x) + whole(x.flip(-1))) / 2
+    with pytest.raises(
+        rk.UnsupportedTowerError, match="runs block 0 .* 2 times .*forward of the module itself"
+    ):
+        rk.decompose(tower, images)
+
+
+def test_a_block_in_several_places_is_told_apart_by_the_order_of_calls(monkeypatch):
+    """Where rounding asks for a second look, each of its calls is compared with its own."""
+    monkeypatch.setattr(agreement, "ROUNDINGS", 0)
+    tower = build(layers=3)
+    tower.transformer.resblocks[1] = tower.transformer.resblocks[2] = tower.transformer.resblocks[0]
+    rk.decompose(tower, images_for(tower))
 
 
 def test_a_change_that_is_zero_at_first_is_seen_once_it_has_trained():

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from test_hugging_face import clip, pooled
 from test_hugging_face import images_for as pictures_for
@@ -16,6 +17,7 @@ from test_towers import build, images_for, relative
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import residual_kernels as rk
@@ -213,7 +215,7 @@ def test_other_doors_to_features_tell_the_truth():
     )
     tower = build()
     stream = rk.ResiDual(tower, rk.fit_bases(tower, [images], placement="stream"), placement="stream")
-    with pytest.raises(ValueError, match="tokens inside it is changed by this StreamResiDual"):
+    with pytest.raises(ValueError, match="StreamResiDual changes the tokens inside it"):
         stream.forward_intermediates(images, indices=1)
     timm = small(VisionTransformer).float()
     pictures = torch.randn(4, 3, 32, 48)
@@ -330,3 +332,68 @@ def test_blocks_that_change_places_are_noticed():
         residual(images)
     blocks[0], blocks[1] = blocks[1], blocks[0]
     assert torch.equal(residual(images), before)
+
+
+def test_another_tensor_put_into_data_is_noticed():
+    """No version counter rises, but the address is another: what torch.nn.utils.prune.remove does."""
+    residual, images = made()
+    before = residual(images)
+    layer = residual.tower.transformer.resblocks[0].attn.out_proj
+    own = layer.weight.data
+    layer.weight.data = own.clone()
+    assert torch.equal(residual(images), before)  # the same numbers
+    layer.weight.data = own * (own.abs() > own.abs().median())
+    with pytest.raises(
+        ValueError, match=r"have changed since it was made \(transformer.resblocks.0.attn.out_proj"
+    ):
+        residual(images)
+    layer.weight.data = own
+    assert torch.equal(residual(images), before)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_adapter_that_was_compiled_looks_when_its_mode_is_set(grad):
+    residual, images = made()
+    torch._dynamo.reset()
+    compiled = torch.compile(residual, backend="eager")
+    with torch.set_grad_enabled(grad):
+        expected = compiled(images)
+        compiled.eval()
+        kept = residual.tower.proj.detach().clone()
+        with torch.no_grad():
+            residual.tower.proj.mul_(2)
+        compiled(images)  # looks at nothing
+        for change in (compiled.eval, compiled.train, residual.eval):
+            with pytest.raises(ValueError, match=r"have changed since it was made \(proj"):
+                change()
+        with torch.no_grad():
+            residual.tower.proj.copy_(kept)
+        compiled.eval()
+        assert torch.equal(compiled(images), expected)
+    never = made()[0]
+    with torch.no_grad():
+        never.tower.proj.mul_(2)
+    never.eval()  # its next forward says so
+
+
+def inside_fsdp1(rank, store):
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=1)
+    tower = build()
+    images = images_for(tower, 8)
+    bases = rk.fit_bases(tower, [images])
+    device = torch.device("cpu")
+    with pytest.raises(rk.UnsupportedTowerError, match=r"\(FSDP1\) flattens its module's weights"):
+        rk.decompose(FullyShardedDataParallel(build(), device_id=device, use_orig_params=True), images)
+    for wrap in (lambda residual: residual, nn.Sequential):
+        residual = rk.ResiDual(build(), bases, rest="sum")
+        sharded = FullyShardedDataParallel(wrap(residual), device_id=device, use_orig_params=True)
+        with pytest.raises(
+            ValueError, match=r"inside FSDP1 .*use fully_shard \(FSDP2\) or DistributedDataParallel"
+        ):
+            sharded(images)
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp1_around_an_adapter_is_refused_by_name(tmp_path):
+    torch.multiprocessing.spawn(inside_fsdp1, (str(tmp_path / "store"),), nprocs=1)

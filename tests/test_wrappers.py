@@ -13,8 +13,10 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+from accelerate.big_modeling import attach_layerwise_casting_hooks
 from open_clip.model import convert_weights_to_lp
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
+from test_agreement import lora
 from test_frozen import TinyClip
 from test_hugging_face import clip, pooled
 from test_hugging_face import images_for as pictures_for
@@ -25,7 +27,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, parametrize, weight_norm
 from torch.optim.swa_utils import AveragedModel
 
 import residual_kernels as rk
@@ -106,6 +108,39 @@ def shard_like_fsdp1(tower):
     tower.transformer.resblocks[0] = FullyShardedDataParallel(tower.transformer.resblocks[0])
 
 
+class Packed(torch.Tensor):
+    """A weight as torchao keeps it: integers and a scale, with the operations of a linear layer alone."""
+
+    @staticmethod
+    def __new__(cls, whole, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=scale.dtype)
+
+    def __init__(self, whole, scale):
+        self.whole, self.scale = whole, scale
+
+    def __tensor_flatten__(self):
+        return ["whole", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, kinds, arguments=(), keywords=None):
+        if function is torch.ops.aten.detach.default:
+            return Packed(arguments[0].whole, arguments[0].scale)
+        if function not in (
+            torch.ops.aten.t.default,
+            torch.ops.aten.linear.default,
+            torch.ops.aten.addmm.default,
+        ):
+            raise NotImplementedError(f"{function} of a packed weight")
+        plain = [a.whole * a.scale if isinstance(a, Packed) else a for a in arguments]
+        return function(*plain, **(keywords or {}))
+
+
+def packed(linear):
+    scale = linear.weight.detach().abs().max() / 127
+    whole = (linear.weight.detach() / scale).round().to(torch.int8)
+    linear.weight = nn.Parameter(Packed(whole, scale), requires_grad=False)
+
+
 class Linear8bit(nn.Linear):
     """A layer that rounds its weight in its call,
     as those of quantising libraries do that subclass nn.Linear."""
@@ -129,6 +164,24 @@ def tie_weights(tower):
         first.ln_1,
         tower.ln_pre.weight,
     )
+
+
+def made_in_inference_mode():
+    with torch.inference_mode():
+        return build()
+
+
+def one_in_training_mode(tower, name):
+    tower.get_submodule(name).train()
+    return tower
+
+
+def backbone():
+    import transformers
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.Dinov2Config(image_size=24, patch_size=8, **sizes)
+    return transformers.Dinov2Backbone(config).eval()
 
 
 def siglip2():
@@ -164,9 +217,73 @@ EXACT = {
     "tied blocks": changed(tie),
     "tied weights": changed(tie_weights),
     "MLPs in 8 bits": changed(lambda tower: in_8_bits(tower, "c_fc", "c_proj")),
+    "MLPs with packed weights": changed(
+        lambda tower: [
+            packed(layer) for b in tower.transformer.resblocks for layer in (b.mlp.c_fc, b.mlp.c_proj)
+        ]
+    ),
+    "parametrised attention": changed(
+        lambda tower: [
+            parametrize.register_parametrization(b.attn, "in_proj_weight", nn.Identity())
+            for b in tower.transformer.resblocks
+        ]
+    ),
+    "an MLP of torch.jit": changed(
+        lambda tower: setattr(
+            tower.transformer.resblocks[0],
+            "mlp",
+            torch.jit.trace(tower.transformer.resblocks[0].mlp, torch.randn(1, 7, 48)),
+        )
+    ),
+    "made in inference mode": made_in_inference_mode,
+    "LoRA and a trained copy of the patches": lambda: get_peft_model(
+        build(), LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["conv1", "ln_1"])
+    ).eval(),
     "quantised MLPs": changed(lambda tower: [quantise(b.mlp.c_fc) for b in tower.transformer.resblocks]),
 }
 REFUSED = {
+    "packed": (each_out_proj(packed), r"out_proj of block 0 is quantised \(its weight is a Packed\)"),
+    "a trained copy of the final norm": (
+        lambda: get_peft_model(
+            build(), LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["ln_post"])
+        ),
+        r"final norm ln_post is wrapped by a tuner \(peft.utils.other\); call merge_and_unload\(\)",
+    ),
+    "a trained copy of an output projection": (
+        lambda: get_peft_model(
+            build(), LoraConfig(r=2, target_modules=["c_fc"], modules_to_save=["out_proj"])
+        ),
+        r"out_proj of block 0 is wrapped by a tuner \(peft.utils.other\); call merge_and_unload\(\)",
+    ),
+    "LayerNorm tuning": (
+        lambda: get_peft_model(build(), LNTuningConfig(target_modules=["ln_post"])),
+        r"final norm ln_post is wrapped by a tuner \(peft.tuners.ln_tuning.layer\)",
+    ),
+    "torch.jit": (
+        lambda: torch.jit.trace(build(), images_for(build())),
+        r"a compiled program of torch.jit \(VisionTransformer\)",
+    ),
+    "torch.fx": (
+        lambda: torch.export.export(build(), (images_for(build()),)).module(),
+        "a graph of torch.fx or torch.export",
+    ),
+    "one dropout in training mode": (
+        lambda: one_in_training_mode(build(patch_dropout=0.5), "patch_dropout"),
+        "^patch_dropout is in training mode and drops at random while the tower is in eval mode",
+    ),
+    "a forward that gives a dict": (
+        changed(lambda tower: setattr(tower, "forward", lambda x: {"image": x})),
+        r"the forward of VisionTransformer gives dict instead of an embedding",
+    ),
+    "a forward that takes more": (
+        changed(lambda tower: setattr(tower, "forward", lambda x, mask: x)),
+        r"takes other arguments than images \(missing a required argument: 'mask'\)",
+    ),
+    "weights of 8 bits between calls": (
+        changed(lambda tower: attach_layerwise_casting_hooks(tower, torch.float8_e4m3fn, torch.float32)),
+        "first layer is kept in torch.float8_e4m3fn between calls",
+    ),
+    "a backbone (transformers)": (backbone, "Dinov2Backbone gives BackboneOutput instead of an embedding"),
     "one block compiled": (
         changed(compile_block),
         r"block 0 is wrapped by torch.compile .*module.compile\(\)",
@@ -205,7 +322,7 @@ def test_exact(name):
         assert relative(rk.decompose(tower, images).units().sum(1), expected) < 1e-5
     residual = rk.ResiDual(tower, rk.fit_bases(tower, [images_for(build(), 12)]).truncate(energy=0.9))
     residual(images)
-    assert not any("_orig_mod" in key or "module" in key for key in residual.state_dict())
+    assert not any({"_orig_mod", "module"} & set(key.split(".")) for key in residual.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -214,6 +331,72 @@ def test_refused_by_name(name):
     make, reason = REFUSED[name]
     with pytest.raises(rk.UnsupportedTowerError, match=reason):
         rk.decompose(make(), images_for(build()))
+
+
+def test_a_quantised_weight_is_part_of_the_checksum():
+    tower = build()
+    packed(tower.transformer.resblocks[0].mlp.c_fc)
+    images = images_for(tower, 12)
+    bases = rk.fit_bases(tower, [images]).truncate(energy=0.9)
+    residual = rk.ResiDual(tower, bases)
+    assert residual.tower_checksum() == bases.checksum == towers.checksum(tower, afresh=True)
+    tower.transformer.resblocks[0].mlp.c_fc.weight.whole[3, 5] += 1
+    assert towers.checksum(tower) != bases.checksum
+    assert residual.tower_checksum() != bases.checksum  # no rounding
+    with pytest.raises(ValueError, match="other weights"):
+        rk.ResiDual(tower, bases)
+
+
+def test_what_is_made_in_inference_mode_never_merges():
+    tower, images = made_in_inference_mode(), images_for(build(), 12)
+    bases = rk.fit_bases(tower, [images], placement="stream")
+    residual = rk.ResiDual(tower, bases, placement="stream", init="normal")
+    with pytest.raises(ValueError, match="made in torch.inference_mode, so it can never"):
+        residual.merge()
+    residual.detach()
+    assert relative(rk.decompose(tower, images).units().sum(1), plain(tower, images)) < 1e-5
+
+
+def test_attention_in_training_mode_is_named():
+    model = one_in_training_mode(clip(attention_dropout=0.5), "vision_model.encoder.layers.1")
+    with pytest.raises(rk.UnsupportedTowerError, match=r"^layers.1.self_attn is in training mode and drops"):
+        rk.decompose(model, pictures_for(model))
+
+
+@pytest.mark.parametrize("wrap", ["LoRA", "compile"])
+def test_a_wrapper_around_the_vision_model_alone(wrap):
+    model = clip()
+    images = pictures_for(model, 8)
+    if wrap == "LoRA":
+        model.vision_model = lora(model.vision_model, "q_proj", "fc1")
+    else:
+        model.vision_model = torch.compile(model.vision_model, backend="eager")
+    with torch.no_grad():
+        expected = pooled(model.get_image_features(images))
+        assert relative(rk.decompose(model, images).units().sum(1), expected) < 1e-5
+        keys = list(model.state_dict())
+        with rk.attach(model, rk.fit_bases(model, [images]), rest="all", init="normal") as handle:
+            inside = pooled(model.get_image_features(images))
+            assert torch.equal(inside, handle.residual(images)[0])
+            assert relative(inside, expected) > 1e-2
+        assert torch.equal(pooled(model.get_image_features(images)), expected)
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("meant", ["tower", "one block"])
+def test_offloaded_weights_are_named_before_anything_is_read(meant):
+    tower = build()
+    part = tower if meant == "tower" else tower.transformer.resblocks[1]
+    accelerate.cpu_offload(part, execution_device="cpu")
+    images = images_for(build())
+    for use in (
+        lambda: rk.decompose(tower, images),
+        lambda: rk.encode(tower, [images]),
+        lambda: rk.fit_bases(tower, [images]),
+        lambda: rk.fit_bases(tower, [images], placement="stream", check=False),
+    ):
+        with pytest.raises(rk.UnsupportedTowerError, match="meta .*offloaded by accelerate"):
+            use()
 
 
 def test_a_wrapped_tower_and_the_tower_are_one():

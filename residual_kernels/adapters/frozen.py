@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from residual_kernels.towers import Tower
-from residual_kernels.towers.checksum import on_cpu
+from residual_kernels.towers.checksum import on_cpu, plain_tensors
 from residual_kernels.towers.watch import counter
 
 _SAMPLE = 256  # values of a parameter that are kept
@@ -22,6 +22,7 @@ _RUN = 2**16  # values summed at a time
 # What is called rounding: an average of equal weights (d a + (1 - d) a) is off by this much after a few
 # steps.
 _ROUNDINGS, _AT_MOST = 32, 0.01
+_SHARDED = "_is_fsdp_managed_module"  # an attribute that both of torch's FSDPs set
 _CASTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -85,6 +86,20 @@ class _Place:
     def replaced(self) -> bool:
         return self.siblings.get(self.name) is not self.module
 
+    def mark(self, p: Tensor) -> tuple[int | None, int]:
+        """What changes when `p` is written: its version counter, or its address (another ``.data``).
+
+        FSDP2 gathers its parameters anew at every forward.
+        """
+        stays = type(p) is nn.Parameter and not hasattr(self.module, _SHARDED)
+        return counter(p), p.data_ptr() if stays else 0
+
+    def flattened(self) -> bool:
+        """Whether FSDP1 holds the parameter, and has put a part of its one flat parameter here or nothing."""
+        return hasattr(self.module, _SHARDED) and not isinstance(
+            self.parameters.get(self.leaf, None), nn.Parameter
+        )
+
 
 class FrozenTower:
     """Watches the weights of a tower that an adapter stands on; called before each run of the tower.
@@ -101,6 +116,7 @@ class FrozenTower:
         self._places: list[_Place] | None = None
         self._ids: list[int] | None = None
         self._counts: list[tuple[nn.Module, str, int | None, Tensor]] = []
+        self.compiled = False  # whether torch.compile has traced it: its code looks at nothing while it runs
         self.accept()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,8 +127,7 @@ class FrozenTower:
         numbers = self._numbers(self._view.module.named_parameters())
         seen = _Seen.of(p for _, p in numbers)
         self._seen = {name: found for (name, _), found in zip(numbers, seen, strict=True)}
-        current = list(self._current().values())
-        self._versions, self._ids = [counter(p) for p in current], [id(p) for p in current]
+        self._remember(self._current())
         self._pending = False
         self._counts = [self._count(module, name) for module, name, *_ in self._counts]
 
@@ -150,11 +165,12 @@ class FrozenTower:
         """The same at the next call: the constants and the tower are being loaded together."""
         self._pending = True
 
-    def _numbers(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, nn.Parameter]]:
+    def _numbers(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
         return [
-            (name, p)
+            (part, tensor)
             for name, p in parameters
             if not p.is_meta and not hasattr(p, "full_tensor") and p.numel()
+            for part, tensor in plain_tensors(name, p)
         ]
 
     def _where(self) -> "list[_Place]":
@@ -167,6 +183,12 @@ class FrozenTower:
         """The folded parameters as they are registered now; ValueError where one is gone."""
         self._places = None  # modules may have been replaced
         try:
+            if any(place.flattened() for place in self._where()):
+                raise ValueError(
+                    "this adapter is inside FSDP1 (FullyShardedDataParallel), which flattens the tower's "
+                    "weights and the adapter's into one; use fully_shard (FSDP2) or "
+                    "DistributedDataParallel around it instead"
+                )
             return {
                 name: place.parameters[place.leaf]
                 for name, place in zip(self._folded, self._where(), strict=True)
@@ -190,11 +212,11 @@ class FrozenTower:
                 break
         if self._ids is None or self._places is None:
             return self._look()
-        for place, version, known in zip(self._places, self._versions, self._ids, strict=True):
+        for place, mark, known in zip(self._places, self._marks, self._ids, strict=True):
             p = place.parameters.get(place.leaf)
             if p is None or id(p) != known or place.replaced():
                 return self._look()
-            if counter(p) != version or (thawed and p.requires_grad):
+            if place.mark(p) != mark or (thawed and p.requires_grad):
                 return self._look()
 
     def would_train(self) -> str | None:
@@ -202,6 +224,7 @@ class FrozenTower:
 
         Asked when torch.compile traces, which it does again when they are thawed, so it costs the compiled
         code nothing."""
+        self.compiled = self.compiled or torch.compiler.is_compiling()
         training = [name for name, p in self._current().items() if p.requires_grad]
         if not training:
             return None
@@ -238,7 +261,11 @@ class FrozenTower:
                 "and make a new adapter. A weight average (EMA) should leave frozen parameters out: "
                 "averaging adds rounding to them"
             )
-        self._versions, self._ids = [counter(p) for p in current.values()], list(map(id, current.values()))
+        self._remember(current)
+
+    def _remember(self, current: dict[str, nn.Parameter]) -> None:
+        self._marks = [place.mark(p) for place, p in zip(self._where(), current.values(), strict=True)]
+        self._ids = list(map(id, current.values()))
 
     def _moved(self, parameters: dict[str, nn.Parameter]) -> dict[str, float]:
         """Of those that changed by more than rounding, how far."""
@@ -246,7 +273,8 @@ class FrozenTower:
         numbers = [(name, p) for name, p in self._numbers(parameters.items()) if name in self._seen]
         for (name, p), now in zip(numbers, _Seen.of(p for _, p in numbers), strict=True):
             far = self._seen[name].moved(now)
-            if far > min(_ROUNDINGS * torch.finfo(p.dtype).eps, _AT_MOST):
+            eps = torch.finfo(p.dtype).eps if p.is_floating_point() else 0.0  # integers of a quantised weight
+            if far > min(_ROUNDINGS * eps, _AT_MOST):
                 found[name] = far
         return found
 

@@ -249,6 +249,11 @@ def fold_into_tower(view: Tower, heads: StreamHeads, weight: Tensor) -> list[tup
                 f"the output projection of layer {layer} has no bias to fold the means into; export the "
                 "attached module instead (torch.export)"
             )
+        if any(p.is_inference() for p in (out.weight, out.bias)):
+            raise ValueError(
+                f"the output projection of layer {layer} was made in torch.inference_mode, so it can never "
+                "be written again; load the tower outside of inference_mode to merge"
+            )
         if not all(isinstance(p, nn.Parameter) for p in (out.weight, out.bias)):
             raise ValueError(
                 f"the output projection of layer {layer} is parametrised, so its weight cannot be written; "

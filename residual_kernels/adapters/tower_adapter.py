@@ -144,6 +144,17 @@ class TowerAdapter(AroundTower, abc.ABC):
         if self._guard is not None:
             self._guard.accept()
 
+    def train(self, mode: bool = True):
+        """Sets the mode of this module and its tower; `eval` does the same with mode=False.
+
+        Compiled code looks at nothing while it runs. So an adapter that torch.compile has traced looks here
+        whether its folded weights are still the same, and raises ValueError where they are not.
+        """
+        super().train(mode)
+        if self._guard is not None and self._guard.compiled:
+            self._guard()
+        return self
+
     def still(self) -> None:
         """Raises ValueError where the tower is no longer made as it was: blocks, pooling, folded weights.
 
@@ -380,7 +391,8 @@ class TowerAdapter(AroundTower, abc.ABC):
         adapters.discard(self)
         if self._flags is not None and not adapters:
             for name, p in self.tower.named_parameters():
-                p.requires_grad_(self._flags.get(name, p.requires_grad))
+                if not p.is_inference():  # it cannot train, and torch sets no flag of it
+                    p.requires_grad_(self._flags.get(name, p.requires_grad))
             _frozen.pop(self.tower, None)
         return self.tower
 

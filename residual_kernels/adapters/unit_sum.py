@@ -209,6 +209,7 @@ def tower_itself(
     """
     view.check_images(images)
     images = view.here(images)
+    view.look(images)
     output = view.module(images)
     y, *tokens = output if isinstance(output, tuple) else (output,)
     lacking = view.returns_tokens and not tokens

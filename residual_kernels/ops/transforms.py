@@ -73,13 +73,9 @@ def reweight(
         y = apply(*flat, weight, chosen, pack)
         return (y.unflatten(1, (batch, count)), 1) if index is None else (y.unflatten(0, (batch, count)), 0)
     own = torch.arange(batch, device=z.device).repeat_interleave(count) * tasks  # where a row's weights begin
-    one = (
-        [apply(*flat, weight.flatten(0, 1), own + task, pack) for task in range(tasks)]
-        if index is None
-        else []
-    )
-    if index is None:
-        return torch.stack([y.unflatten(0, (batch, count)) for y in one], dim=1), 0
+    if chosen is None:
+        each = [apply(*flat, weight.flatten(0, 1), own + task, pack) for task in range(tasks)]
+        return torch.stack([y.unflatten(0, (batch, count)) for y in each], dim=1), 0
     return apply(*flat, weight.flatten(0, 1), own + chosen, pack).unflatten(0, (batch, count)), 0
 
 

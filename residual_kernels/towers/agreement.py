@@ -17,6 +17,7 @@ and does not run in code that is compiled, exported, traced, transformed or capt
 """
 
 import contextlib
+import inspect
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,8 +158,13 @@ def check(view: Runnable, image: Tensor) -> None:
 def compare(view: Runnable, image: Tensor) -> Agreement:
     """Runs one image [1, 3, H, W] through the model's own forward and through the view."""
     check_here(view)
+    if not view.module.training and (dropping := suspects.dropping(view.module)):
+        raise UnsupportedTowerError(
+            f"{dropping} while the tower is in eval mode, so its output is not repeatable; call .eval() on "
+            "the tower"
+        )
     with _one_dtype(view, image) as image:
-        own, terms = view.own(image), view.run(image, view.layout.kinds)
+        own, terms = _embedding(view, image), view.run(image, view.layout.kinds)
         total, size = _sum_of_units(view, terms)
         allowed = min(ROUNDINGS * _eps(own), AT_MOST)
         apart = _relative(terms.output, own) if terms.output.shape == own.shape else float("inf")
@@ -171,13 +177,38 @@ def compare(view: Runnable, image: Tensor) -> Agreement:
     return Agreement(apart, short, place)
 
 
-def check_here(view: Runnable) -> None:
-    """Raises UnsupportedTowerError where weights are elsewhere between calls: offloaded,
-    or on several devices."""
+def _embedding(view: Runnable, image: Tensor) -> Tensor:
+    """The model's own embedding; UnsupportedTowerError where its forward takes or gives something else."""
+    name = type(view.module).__name__
+    try:
+        inspect.signature(view.module.forward).bind(image)
+    except TypeError as error:
+        raise UnsupportedTowerError(
+            f"the forward of {name} takes other arguments than images ({error}), so there is no output to "
+            "compare units with; check=False uses units of the tower as its parts say"
+        ) from error
+    except ValueError:
+        pass  # it has no signature to read
+    own = view.own(image)
+    if not isinstance(own, Tensor) or not own.is_floating_point():
+        raise UnsupportedTowerError(
+            f"the forward of {name} gives {type(own).__name__} instead of an embedding [N, D]; let it return "
+            "the embedding, or use check=False for units of the tower as its parts say"
+        )
+    return own
+
+
+def check_here(view: Runnable, structure: bool = False) -> None:
+    """Raises UnsupportedTowerError where weights are offloaded between calls, or on several devices.
+
+    Of a tower whose `structure` alone is asked for, all may be on meta.
+    """
     devices = {p.device for p in view.module.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         found = ", ".join(sorted(str(device) for device in devices))
         hooked = any("_hf_hook" in vars(part) for part in view.module.modules())
+        if structure and len(devices) == 1 and not hooked:
+            return  # a tower without values yet
         raise UnsupportedTowerError(
             f"this tower's weights are on {found}{' (offloaded by accelerate)' if hooked else ''}, and "
             "units are made of all of them at once: load it whole on one device (accelerate: "
@@ -261,17 +292,15 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
     entered, left = _own_streams(view, image)
     blocks = list(view.blocks)
     x, context = view.embed(image)
-    silent = [index for index in range(len(blocks)) if index not in left]
-    if silent:
-        return f"its own forward does not run block {silent[0]} ({suspects.kind(blocks[silent[0]])})"
+    where = suspects.outside(view.module, blocks, view.beside())
+    if (order := _other_order(blocks, [block for block, _ in left])) is not None:
+        return f"its own forward {order}{where}"
     if _part(x, entered, x):
-        return (
-            f"the streams part before the first block{suspects.outside(view.module, blocks, view.beside())}"
-        )
+        return f"the streams part before the first block{where}"
     x = entered.reshape(x.shape)
     for index, block in enumerate(blocks):
         ours, _, _ = view.block(index, x, context, False, None)
-        theirs = left[index]
+        theirs = left[index][1]
         if theirs.numel() != x.numel() or _part(ours, theirs, theirs.reshape(x.shape) - x):
             return f"the streams part at block {index}{suspects.inside(block, blocks)}"
         if index == len(blocks) - 1 and view.shortens:  # where the first token alone is computed
@@ -281,38 +310,49 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
                     f"block {index} gives its first token other numbers when that is computed alone"
                     f"{suspects.inside(block, blocks)}"
                 )
-        x = left[index].reshape(x.shape)
+        x = left[index][1].reshape(x.shape)
     ours = view.finish(x)[0]
     if _part(ours, own, own):
-        return f"the streams part behind the last block{suspects.outside(view.module, blocks, view.beside())}"
+        return f"the streams part behind the last block{where}"
     return None
 
 
-def _own_streams(view: Runnable, image: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-    """What enters the first block in the model's own forward, and what leaves each block.
+def _own_streams(view: Runnable, image: Tensor) -> tuple[Tensor, list[tuple[nn.Module, Tensor]]]:
+    """What enters the first block in the model's own forward, and what leaves each, in the order of calls.
 
     The hooks do not stay.
     """
     entered: list[Tensor] = []
-    left: dict[int, Tensor] = {}
+    left: list[tuple[nn.Module, Tensor]] = []
 
     def before(_, args: tuple, kwargs: dict) -> None:
         entered.append(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
 
-    def behind(index: int):
-        def keep(_, __, output: Any) -> None:
-            left[index] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+    def behind(block: nn.Module, _, output: Any) -> None:
+        left.append((block, output[0] if isinstance(output, tuple) else output))
 
     with contextlib.ExitStack() as hooks:
-        for index, block in enumerate(view.blocks):
+        for index, block in enumerate(dict.fromkeys(view.blocks)):  # one may stand in several places
             if index == 0:
                 handle = block.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
                 hooks.callback(handle.remove)
-            hooks.callback(block.register_forward_hook(behind(index)).remove)
+            hooks.callback(block.register_forward_hook(behind).remove)
         view.own(image)
     return entered[0] if entered else image, left
+
+
+def _other_order(blocks: Sequence[nn.Module], ran: Sequence[nn.Module]) -> str | None:
+    """How the model's own order of blocks differs from theirs, in words; None where it does not."""
+    if list(ran) == list(blocks):
+        return None
+    for index, block in enumerate(blocks):
+        expected, found = list(blocks).count(block), list(ran).count(block)
+        if not found:
+            return f"does not run block {index} ({suspects.kind(block)})"
+        if found != expected:
+            times = f"{found} times" if found > 1 else "once"
+            return f"runs block {index} ({suspects.kind(block)}) {times} for an image"
+    return "runs its blocks in another order"
 
 
 def _where_sums_part(view: Runnable, image: Tensor, terms: Terms, total: Tensor, size: Tensor) -> str | None:

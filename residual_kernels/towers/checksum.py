@@ -3,10 +3,12 @@
 import hashlib
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.towers.view import UnsupportedTowerError
 from residual_kernels.towers.wrappers import inner
 
 
@@ -18,7 +20,14 @@ def checksum(tower: nn.Module, afresh: bool = False) -> str:
     `afresh` reads all values, for writes through ``.data``, which raise no counter.
     """
     tower = inner(tower)  # a wrapper may give every name a prefix
-    state = sorted(tower.state_dict().items())
+    state = [
+        each for name, value in sorted(tower.state_dict().items()) for each in plain_tensors(name, value)
+    ]
+    if any(tensor.is_meta for _, tensor in state):
+        raise UnsupportedTowerError(
+            "some of this tower's weights are on meta, without values: load them, or let accelerate load the "
+            "tower whole on one device"
+        )
     samples, known = _samples(state), _checksums.get(tower)
     arriving: Iterator[Tensor] | None = None
     if known is None or afresh:  # the samples travel with the values
@@ -34,6 +43,27 @@ def checksum(tower: nn.Module, afresh: bool = False) -> str:
         digest.update(value.numpy().data)
     _checksums[tower] = stamp, digest.hexdigest()
     return digest.hexdigest()
+
+
+def plain_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """What an entry of a state_dict consists of, as (name, plain tensor).
+
+    A quantised tensor gives its integers and scales one by one. What is no tensor (a dtype) becomes a name.
+    """
+    if isinstance(value, list | tuple):
+        for place, each in enumerate(value):
+            yield from plain_tensors(f"{name}.{place}", each)
+    elif not isinstance(value, Tensor):
+        yield f"{name}={value}", torch.empty(0)
+    elif value.is_quantized:
+        yield name, value.dequantize()
+    elif hasattr(value, "__tensor_flatten__") and not hasattr(value, "full_tensor"):  # FSDP2's are numbers
+        for inside in value.__tensor_flatten__()[0]:
+            yield from plain_tensors(f"{name}.{inside}", getattr(value, inside))
+    elif value.is_floating_point() and value.dtype.itemsize == 1:
+        yield name, value.view(torch.uint8)
+    else:
+        yield name, value
 
 
 def _rounded(tensor: Tensor) -> Tensor:

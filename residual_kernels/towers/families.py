@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from residual_kernels.forks import compute_alone_after_a_fork
-from residual_kernels.towers import open_clip, timm
+from residual_kernels.towers import agreement, open_clip, timm
 from residual_kernels.towers.hugging_face import tower as hugging_face
 from residual_kernels.towers.transformer import TransformerTower
 from residual_kernels.towers.view import UnsupportedTowerError
@@ -32,6 +33,7 @@ def view_inside(tower: nn.Module, check: bool = True) -> TransformerTower:
     """
     outer = inner(tower)
     found = view(unwrap(outer))
+    agreement.check_here(found, structure=True)
     found.check = check and (not _is_adapter(outer) or bool(outer.checks_tower))
     return found
 
@@ -50,6 +52,16 @@ def view(tower: nn.Module) -> TransformerTower:
     if isinstance(getattr(tower, "visual", None), nn.Module):
         raise UnsupportedTowerError(
             f"{kind} is a whole CLIP model; pass its image tower, model.visual, or use attach(model, ...)"
+        )
+    if isinstance(tower, torch.jit.ScriptModule):
+        raise UnsupportedTowerError(
+            f"this tower is a compiled program of torch.jit ({getattr(tower, 'original_name', kind)}), whose "
+            "parts cannot be run one by one; give the module that it was made of"
+        )
+    if isinstance(tower, torch.fx.GraphModule):
+        raise UnsupportedTowerError(
+            f"this tower is a graph of torch.fx or torch.export ({kind}), which has no blocks to read; give "
+            "the module that it was made of"
         )
     families: dict[Any, Callable[[nn.Module], TransformerTower]] = {
         open_clip: open_clip.OpenClipTower,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from residual_kernels.towers.foreign import Foreign, Submodule
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
-from residual_kernels.towers.plain_linear import not_numbers, objection
+from residual_kernels.towers.plain_linear import COMPUTED, no_norm, not_numbers, objection
 from residual_kernels.towers.pooling import AttentionPooler, multihead_pooler
 from residual_kernels.towers.transformer import (
     ATTENTION,
@@ -73,7 +73,7 @@ def _check_structure(tower: Foreign) -> None:
     if tower.proj is not None and (why := not_numbers(tower.proj)) is not None:
         raise _refuse(f"proj {why}")
     if not isinstance(tower.ln_post, nn.LayerNorm):
-        raise _refuse(f"the final norm ln_post is {type(tower.ln_post).__name__}, not LayerNorm")
+        raise _refuse(f"the final norm ln_post {no_norm(tower.ln_post, 'not LayerNorm')}")
     for index, block in enumerate(tower.transformer.resblocks):
         _check_block(index, block)
 
@@ -82,7 +82,7 @@ def _check_block(index: int, block: Foreign) -> None:
     attn: Foreign = getattr(block, "attn", block)
     if (wrapped := around(block) or around(attn)) is not None:
         raise _refuse(f"block {index} is wrapped by {wrapped}")
-    extra = {name for name, _ in block.named_children()} - _BLOCK_PARTS
+    extra = {name for name, _ in block.named_children()} - _BLOCK_PARTS - COMPUTED
     lacking = {"ln_1", "attn", "ln_2", "mlp"} - {name for name, _ in block.named_children()}
     if extra or lacking:
         found = ", ".join(sorted(extra or lacking))
@@ -90,7 +90,7 @@ def _check_block(index: int, block: Foreign) -> None:
     if not isinstance(getattr(block, "ln_attn", nn.Identity()), nn.Identity):
         raise _refuse(f"block {index} normalises after attention (ln_attn), so it is not pre-norm")
     attn = block.attn
-    extra = {name for name, _ in attn.named_children()} - _ATTENTION_PARTS
+    extra = {name for name, _ in attn.named_children()} - _ATTENTION_PARTS - COMPUTED
     if extra:
         raise _refuse(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
     out = attn.out_proj

@@ -9,6 +9,8 @@ from residual_kernels.towers.wrappers import around
 _NUMBERS = {"DTensor", "FakeTensor", "FunctionalTensor"}
 # Hooks that make a weight of other parameters just before the call, so that it is stale in between.
 _MAKERS = {"WeightNorm", "SpectralNorm"}
+# Where torch.nn.utils.parametrize keeps what computes a module's parameters; reading them computes them.
+COMPUTED = {"parametrizations"}
 
 
 def objection(module: nn.Module) -> str | None:
@@ -38,6 +40,13 @@ def objection(module: nn.Module) -> str | None:
             "torch.nn.utils.parametrizations instead, or remove the norm"
         )
     return None
+
+
+def no_norm(module: nn.Module, expected: str) -> str:
+    """How a module that should be a norm is none, as in "is Identity, not LayerNorm"."""
+    if (wrapped := around(module)) is not None:
+        return f"is wrapped by {wrapped}"
+    return f"is {type(module).__name__}, {expected}"
 
 
 def not_numbers(weight: Tensor) -> str | None:

@@ -9,8 +9,11 @@ from types import FunctionType
 from typing import Any, cast
 
 from torch import nn
+from torch.nn import functional
 from torch.nn.modules import module as everywhere
 from torch.nn.utils import parametrize
+
+from residual_kernels.towers.watch import FUNCTIONS, registered_attentions
 
 _HOMES = ("torch", "open_clip", "timm", "transformers", "residual_kernels")
 # Whose functions are no patches.
@@ -30,6 +33,26 @@ def kind(module: nn.Module) -> str:
     found = type(module)
     home = found.__module__.partition(".")[0]
     return found.__name__ if home in _HOMES else f"{found.__name__} of {found.__module__}"
+
+
+# Where modules keep the probability with which they drop something while they train.
+_RATES = ("p", "drop_prob", "prob", "dropout", "attention_dropout", "dropout_prob")
+
+
+def dropping(tower: nn.Module) -> str | None:
+    """Which parts are in training mode and drop something at random, in words; None where none is."""
+    found = [
+        name
+        for name, part in tower.named_modules()
+        if part.training
+        and any(isinstance(rate := getattr(part, key, None), float) and rate > 0 for key in _RATES)
+    ]
+    if not found:
+        return None
+    more = f" and {len(found) - _MOST} more" if len(found) > _MOST else ""
+    verb = "is" if len(found) == 1 else "are"
+    drop = "drops" if len(found) == 1 else "drop"
+    return f"{', '.join(found[:_MOST])}{more} {verb} in training mode and {drop} at random"
 
 
 def inside(block: nn.Module, blocks: Sequence[nn.Module]) -> str:
@@ -57,6 +80,18 @@ def _sentence(found: list[str], known: str) -> str:
     for_all = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
     found += [
         f"a hook stands on all modules ({_function(hook)})" for hooks in for_all for hook in hooks.values()
+    ]
+    replaced = {name: vars(functional)[name] for name in FUNCTIONS}
+    found += [
+        f"torch.nn.functional.{name} was replaced by {_function(value)}"
+        for name, value in replaced.items()
+        if (getattr(value, "__module__", None) or "torch").partition(".")[0] != "torch"
+    ]
+    found += [
+        f"attention function {name!r} of transformers is {_function(value)}"
+        for table in registered_attentions()
+        for name, value in table.items()
+        if (getattr(value, "__module__", None) or "torch").partition(".")[0] not in _LIBRARIES
     ]
     found = list(dict.fromkeys(found))
     if not found:

@@ -4,7 +4,7 @@ from torch import nn
 
 from residual_kernels.towers.foreign import Foreign
 from residual_kernels.towers.norm import norm_of
-from residual_kernels.towers.plain_linear import objection
+from residual_kernels.towers.plain_linear import COMPUTED, no_norm, objection
 from residual_kernels.towers.view import UnsupportedTowerError
 from residual_kernels.towers.wrappers import around
 
@@ -67,7 +67,7 @@ def _refuse(reason: str) -> UnsupportedTowerError:
 def _parts(module: nn.Module) -> set[str]:
     """Names of a module's own children and parameters that are there and do something."""
     children = {name for name, child in module.named_children() if not isinstance(child, nn.Identity)}
-    return children | {name for name, _ in module.named_parameters(recurse=False)}
+    return children - COMPUTED | {name for name, _ in module.named_parameters(recurse=False)}
 
 
 def check_trunk(trunk: Foreign) -> None:
@@ -145,9 +145,7 @@ def check_pooling(trunk: Foreign) -> None:
     norms = {name: getattr(trunk, name, nn.Identity()) for name in ("norm", "fc_norm")}
     for name, norm in norms.items():
         if norm_of(norm) is None:
-            raise _refuse(
-                f"the final norm {name} is {type(norm).__name__}, neither LayerNorm nor an RMS norm"
-            )
+            raise _refuse(f"the final norm {name} {no_norm(norm, 'neither LayerNorm nor an RMS norm')}")
     if pooler is None and all(not isinstance(norm, nn.Identity) for norm in norms.values()):
         raise _refuse("it normalises twice, before and after pooling")
 

@@ -225,9 +225,14 @@ class TransformerTower(abc.ABC):
                 "since these images ran; decompose them again"
             )
 
-    def _look(self, images: Tensor) -> None:
-        """Before a run in plain code: the tower is still what it was,
-        and computes what this view computes."""
+    def look(self, images: Tensor) -> bool:
+        """Looks, before a run, whether the tower is what it was and computes what this view computes.
+
+        Returns False where this is no plain code, so that nothing was looked at. Raises ValueError where
+        something has changed.
+        """
+        if torch.compiler.is_compiling() or not agreement.eager(images):
+            return False
         if self._watch is None or not self._watch.unchanged():
             if self._watch is not None or self.guard is not None:  # else it was made a moment ago
                 self.still()
@@ -241,6 +246,7 @@ class TransformerTower(abc.ABC):
             )
         if self.guard is not None:
             self.guard()
+        return True
 
     # What is made of them.
 
@@ -316,6 +322,11 @@ class TransformerTower(abc.ABC):
             raise ValueError(
                 f"images have dtype {images.dtype}; use the preprocess of the model (floating point)"
             )
+        if weight.dtype.itemsize == 1:
+            raise UnsupportedTowerError(
+                f"this tower's first layer is kept in {weight.dtype} between calls, and units need weights "
+                "of 16 bits or more; decompose the tower before that"
+            )
         if images.dtype != weight.dtype and not torch.is_autocast_enabled(weight.device.type):
             raise ValueError(
                 f"images are {images.dtype} but the tower is {weight.dtype}; cast them with "
@@ -346,10 +357,9 @@ class TransformerTower(abc.ABC):
                 f"this tower is in training mode and has {', '.join(found)}, so its output is not a sum of "
                 "units; call .eval() on it"
             )
-        if not torch.compiler.is_compiling() and agreement.eager(images):
-            self._look(images)
-        elif self.guard is not None and torch.is_grad_enabled() and not _exporting():
-            if (why := self.guard.would_train()) is not None:
+        if not self.look(images) and self.guard is not None and not _exporting():
+            why = self.guard.would_train()
+            if why is not None and torch.is_grad_enabled():
                 raise ValueError(why)
         if not self._keeps_tokens or _exporting():  # a graph for any batch size takes the batch whole
             return self.run(images, kinds, edit, every_token)

@@ -48,6 +48,6 @@ def around(module: nn.Module) -> str | None:
         return "torch.compile (give the whole tower to it, or use module.compile(), which wraps nothing)"
     if "_fsdp_wrapped_module" in modules:
         return "FSDP1 (use fully_shard, FSDP2, or decompose the tower before it is wrapped)"
-    if hasattr(module, "base_layer"):
+    if hasattr(module, "base_layer") or "modules_to_save" in modules:  # peft's, the second a trained copy
         return f"a tuner ({type(module).__module__}); call merge_and_unload() on the model first"
     return None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from residual_kernels.towers.foreign import Foreign
-from residual_kernels.towers.plain_linear import objection
+from residual_kernels.towers.plain_linear import COMPUTED, no_norm, objection
 from residual_kernels.towers.view import UnsupportedTowerError
 from residual_kernels.towers.wrappers import around
 from residual_kernels.towers.wrappers import inner as inside
@@ -197,7 +197,8 @@ def _in_place(model: Foreign, source: nn.Module) -> bool:
     standing = (
         getattr(model, name, None) for name in ("vision_model", getattr(model, "base_model_prefix", "") or "")
     )
-    return model is source or any(part is source for part in standing)
+    parts = [inside(part) for part in standing if isinstance(part, nn.Module)]
+    return model is source or any(part is source for part in parts)
 
 
 def vision_model(model: Foreign) -> Foreign:
@@ -212,6 +213,7 @@ def vision_model(model: Foreign) -> Foreign:
         inner, allowed = getattr(model, prefix, None), {prefix, "classifier"}
     if inner is None:
         return model
+    inner = inside(inner)  # a LoRA, or torch.compile, may stand around it alone
     extra = _children(model) - allowed
     if extra:
         raise refusal(
@@ -254,7 +256,7 @@ def check_parts(kind: str, found: dict[str, Foreign]) -> None:
     if found["projection"] is not None and (why := objection(found["projection"])) is not None:
         raise refusal(f"the projection of {kind} {why}")
     if not isinstance(found["norm"], nn.LayerNorm):
-        raise refusal(f"the final norm of {kind} is {type(found['norm']).__name__}, not LayerNorm")
+        raise refusal(f"the final norm of {kind} {no_norm(found['norm'], 'not LayerNorm')}")
     if found["pooler"] is not None:
         if not hasattr(found["pooler"], "probe") or _children(found["pooler"]) != _POOLER_PARTS:
             raise refusal(f"{kind} pools in a way that is not known here (head)")
@@ -289,7 +291,7 @@ def _check_embeddings(kind: str, embeddings: Foreign) -> None:
 def _check_layer(index: int, layer: Foreign) -> None:
     if (wrapped := around(layer)) is not None:
         raise refusal(f"block {index} is wrapped by {wrapped}")
-    extra = _children(layer) - _BLOCK_PARTS
+    extra = _children(layer) - _BLOCK_PARTS - COMPUTED
     extra |= {name for name, _ in layer.named_parameters(recurse=False)}
     if extra:
         raise refusal(f"block {index} has unknown parts {', '.join(sorted(extra))}")
@@ -303,7 +305,7 @@ def _check_layer(index: int, layer: Foreign) -> None:
         for part in (attn, first_of(attn, ("attention",)), first_of(attn, ("output",)))
         if part is not None
     ]
-    extra = set().union(*(_children(part) for part in inside)) - _ATTENTION_PARTS
+    extra = set().union(*(_children(part) for part in inside)) - _ATTENTION_PARTS - COMPUTED
     if extra:
         raise refusal(f"attention of block {index} has unknown parts {', '.join(sorted(extra))}")
     out = first_of(attn, OUT)

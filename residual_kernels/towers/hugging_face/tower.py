@@ -200,6 +200,8 @@ class HuggingFaceTower(TransformerTower):
             features = model.get_image_features(pixel_values=images)
             return getattr(features, "pooler_output", features)
         output = source(pixel_values=images)
+        if not hasattr(output, "last_hidden_state"):
+            raise refusal(f"{type(source).__name__} gives {type(output).__name__} instead of an embedding")
         # Then its tokens are, and the first is the embedding.
         normed = tower.pre_norm is None and tower.pooler is None
         pooled = output.last_hidden_state[:, 0] if normed else output.pooler_output
