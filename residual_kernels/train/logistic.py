@@ -399,7 +399,7 @@ class Objective:
                         continue
                     if len(fits) < len(own):
                         among = torch.tensor(fits, device=theta.device)
-                        right = right.view(len(own), -1, right.shape[1])[among].flatten(0, 1)
+                        right = right.unflatten(0, (len(own), len(self.right)))[among].flatten(0, 1)
                         some = among + run.start
                 self._add(block, number, theta[some], right, tasks, some, value, grad, narrow)
         if distributed.world() > 1:
