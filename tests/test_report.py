@@ -487,7 +487,7 @@ def test_on_the_command_line(world, run, tmp_path):
     (tmp_path / "few" / "one").mkdir(parents=True)
     world.pictures.pictures[0].save(tmp_path / "few" / "one" / "0.png")
     for arguments, message in (
-        ((adapter, "--data", cache, "--images", tmp_path / "few"), "holds 1 images"),
+        ((adapter, "--data", cache, "--images", tmp_path / "few"), "does not hold the images"),
         ((adapter, "--data", data, "--images", data), "is for a cache"),
         ((tmp_path / "nowhere", "--data", data), "no adapter"),
         ((adapter, "--data", data, "--out", tmp_path / "page"), "an .html file"),
