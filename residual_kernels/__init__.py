@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from residual_kernels import _moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _moved.register()
 
 if TYPE_CHECKING:

@@ -1,6 +1,7 @@
 """What the distributions hold: the sdist all sources,
 the wheel the package and its extension and nothing else."""
 
+import re
 import subprocess
 import sys
 import tarfile
@@ -36,6 +37,40 @@ def distributions(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel, done.stdout + done.stderr
+
+
+def table_of(text, heading):
+    """The lines of a YAML list, by the key that it belongs to."""
+    return re.findall(
+        r"^ +- (.+)$", re.search(rf"^ *{heading}:\n((?: +- .+\n)+)", text, flags=re.M)[1], flags=re.M
+    )
+
+
+def test_the_conda_recipe_has_the_requirements_of_the_package():
+    project = (ROOT / "pyproject.toml").read_text()
+    wanted = re.search(r"^dependencies = \[\n(.*?)^\]", project, flags=re.M | re.S)[1]
+    wanted = {line.strip().strip('",') for line in wanted.splitlines()}
+    python = re.search(r'^requires-python = "(.+)"', project, flags=re.M)[1]
+    conda = {"pytorch": "torch", "open-clip-torch": "open_clip_torch"}
+    recipe = (ROOT / "packaging" / "conda" / "recipe.yaml").read_text()
+    run = {
+        conda.get(name, name) + bound
+        for name, _, bound in (x.partition(" ") for x in table_of(recipe, "run"))
+    }
+    assert run == wanted | {f"python{python}"}
+
+
+def test_one_version_everywhere():
+    from residual_kernels import __version__
+
+    dated = re.findall(
+        r"^## \[?(\d[\w.]*)\]? - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M
+    )
+    citation = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), flags=re.M)[1]
+    recipe = re.search(
+        r'^  version: "(.+)"$', (ROOT / "packaging/conda/recipe.yaml").read_text(), flags=re.M
+    )[1]
+    assert {dated[0], citation, recipe} == {__version__}
 
 
 def test_sdist_holds_every_source(distributions):

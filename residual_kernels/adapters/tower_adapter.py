@@ -147,8 +147,17 @@ class TowerAdapter(AroundTower, abc.ABC):
     def train(self, mode: bool = True):
         """Sets the mode of this module and its tower; `eval` does the same with mode=False.
 
-        Compiled code looks at nothing while it runs. So an adapter that torch.compile has traced looks here
-        whether its folded weights are still the same, and raises ValueError where they are not.
+        Compiled code checks nothing while it runs. So an adapter that torch.compile has traced checks here
+        that its folded weights are still the same.
+
+        Args:
+            mode: True for training, False for evaluation.
+
+        Returns:
+            This module.
+
+        Raises:
+            ValueError: folded weights have changed since torch.compile traced the adapter.
         """
         super().train(mode)
         if self._guard is not None and self._guard.compiled:
