@@ -13,6 +13,7 @@ from pathlib import Path
 from benchmarks.gpu_clock import BUDGET
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTED = ("spectral_reweight", "unit_moments", "spectral_sum", "fit_step")  # tests/test_triton_*.py
 TESTS_BUDGET = 400.0  # seconds of the tests, which leaves the rest of a part to compute-sanitizer
 
 
@@ -21,7 +22,7 @@ def tests(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     # The tests poison memory by torch's deterministic mode.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    files = [str(ROOT / "tests" / f"test_triton_{name}.py") for name in ("spectral_reweight", "unit_moments")]
+    files = [str(ROOT / "tests" / f"test_triton_{name}.py") for name in TESTED]
     begun = time.monotonic()
     pytest = importlib.import_module("pytest")
     arguments = ["-q", "-m", "gpu", f"--junitxml={folder / 'tests.xml'}", "--rootdir", str(ROOT), *files]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu_tests import TESTED
+
 triton = pytest.importorskip("triton", reason="the package triton is not installed")
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +147,13 @@ def run_plain(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+
+
+def test_a_gpu_runs_every_test_of_the_kernels():
+    files = {
+        path.stem.removeprefix("test_triton_") for path in Path(__file__).parent.glob("test_triton_*.py")
+    }
+    assert files == set(TESTED)
 
 
 def test_no_kernel_needs_more_than_its_budget():

@@ -1,12 +1,14 @@
 """The kernels of a fit's step against float64: plain autograd and schedulefree's own optimizer."""
 
 import pytest
-import schedulefree
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="the package triton is not installed")
+pytest.importorskip("schedulefree", reason="the package schedulefree is not installed")
+import schedulefree
+
 from residual_kernels.ops.triton import fit_step
 from residual_kernels.ops.triton.tiles import INTERPRETED
 
