@@ -22,7 +22,7 @@ import torch
 import residual_kernels as rk
 from benchmarks import bench_peers
 from benchmarks.cpu_clock import cpu_name
-from benchmarks.peers import METHODS, Split, Task, few
+from benchmarks.peers import METHODS, PeerTask, Split, few
 from benchmarks.peers.tasks import BATCH
 from benchmarks.suite.run import Record
 from residual_kernels.files import write_json, write_text
@@ -39,7 +39,7 @@ def _accuracy(adapter, head, split: Split) -> float:
 
 
 def _convex(form: str, validation: bool) -> Callable:
-    def fit(task: Task, train: Split, seed: int) -> tuple[float, float]:
+    def fit(task: PeerTask, train: Split, seed: int) -> tuple[float, float]:
         start = time.process_time()
         adapter = rk.build(form, task.tower, task.bases, init="ones")
         rk.fit(
@@ -58,7 +58,7 @@ def _convex(form: str, validation: bool) -> Callable:
     return fit
 
 
-def _auto(task: Task, train: Split, seed: int) -> tuple[float, float]:
+def _auto(task: PeerTask, train: Split, seed: int) -> tuple[float, float]:
     start = time.process_time()
     found = rk.tune(task.tower, task.bases, task.head, train.units, seed=seed)
     seconds = time.process_time() - start
@@ -72,7 +72,7 @@ def _adamw(form: str) -> Callable:
     chosen: dict[tuple, tuple[dict, float]] = {}
     method = METHODS[f"ResiDual {form}"]
 
-    def fit(task: Task, train: Split, seed: int) -> tuple[float, float]:
+    def fit(task: PeerTask, train: Split, seed: int) -> tuple[float, float]:
         key = task.name, len(train.labels)
         if key not in chosen:
             start = time.process_time()
@@ -104,7 +104,7 @@ FITS: dict[tuple[str, str], Callable] = {  # (form and solver, what chooses)
 }
 
 
-def run(record: Record, tasks: dict[str, Task], say: Callable = print) -> None:
+def run(record: Record, tasks: dict[str, PeerTask], say: Callable = print) -> None:
     """All rows that are not recorded yet. All seeds of a row are found together, so that AdamW tunes once."""
     for task in tasks.values():
         for shots in SHOTS:
@@ -115,10 +115,15 @@ def run(record: Record, tasks: dict[str, Task], say: Callable = print) -> None:
                 found = [fit(task, few(task.train, shots, seed), seed) for seed in SEEDS]
                 accuracies, seconds = zip(*found, strict=True)
                 row = {
-                    "task": task.name, "shots": shots, "method": method, "judged_by": judged_by,
-                    "accuracies": list(accuracies), "accuracy": statistics.mean(accuracies),
-                    "std": statistics.stdev(accuracies), "seconds": statistics.mean(seconds),
-                }  # fmt: skip
+                    "task": task.name,
+                    "shots": shots,
+                    "method": method,
+                    "judged_by": judged_by,
+                    "accuracies": list(accuracies),
+                    "accuracy": statistics.mean(accuracies),
+                    "std": statistics.stdev(accuracies),
+                    "seconds": statistics.mean(seconds),
+                }
                 record.add(key, [row])
                 say(
                     f"{task.name:12s} {shots or 'all'!s:>3s} {method:16s} {judged_by:10s} "
@@ -126,7 +131,7 @@ def run(record: Record, tasks: dict[str, Task], say: Callable = print) -> None:
                 )
 
 
-def about(conditions: dict, rows: list[dict], tasks: dict[str, Task]) -> dict:
+def about(conditions: dict, rows: list[dict], tasks: dict[str, PeerTask]) -> dict:
     """What is written: conditions, the untouched model, and all rows in the order of the table."""
     base = {
         name: float((task.head(task.test.units.output).argmax(1) == task.test.labels).double().mean())
@@ -142,10 +147,7 @@ def table(result: dict) -> str:
     cells = {(row["task"], row["shots"], row["method"], row["judged_by"]): row for row in result["rows"]}
     columns = [(task, shots) for task in result["base"] for shots in SHOTS]
     kinds = list(dict.fromkeys((method, judged) for *_, method, judged in cells))
-    best = {
-        (task, shots): max(cells[(task, shots, *kind)]["accuracy"] for kind in kinds)
-        for task, shots in columns
-    }
+    best = {column: max(cells[column + kind]["accuracy"] for kind in kinds) for column in columns}
     best = {column: max(value, result["base"][column[0]]) for column, value in best.items()}
 
     def text(column, value: float) -> str:
@@ -168,7 +170,7 @@ def table(result: dict) -> str:
         + " |",
     ]
     for method, judged in kinds:
-        own = [text(column, cells[(*column, method, judged)]["accuracy"]) for column in columns]
+        own = [text(column, cells[column + (method, judged)]["accuracy"]) for column in columns]
         seconds = [f"{cells[task, None, method, judged]['seconds']:.2f}" for task in result["base"]]
         lines.append(f"| {method} | {judged} | {' | '.join(own + seconds)} |")
     return "\n".join(lines) + "\n"

@@ -338,7 +338,7 @@ def fit_step_of(rows: int, components: int, dim: int, classes: int, tasks: int =
         return empty(*size, dtype=torch.int64)
 
     padded = -(-components // 8) * 8
-    operands = fit_step.Operands(
+    operands = fit_step.StepOperands(
         c=empty(rows, padded),
         basis=empty(padded, -(-dim // 8) * 8),
         rest=empty(rows, dim) if tasks > 1 else None,

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 
-from residual_kernels.ops import backends
-
 
 def cpu_name() -> str:
     """The processor's own name, where the system tells it."""
@@ -30,7 +28,9 @@ def machine_name() -> str:
     family = next(iter(re.findall(r"^cpu family\s*: (\d+)", text, re.MULTILINE)), "")
     cores = {"23": "amd-zen2", "25": "amd-zen4" if "avx512f" in text else "amd-zen3", "26": "amd-zen5"}
     name = cores.get(family) if "AuthenticAMD" in text else None
-    return f"{name or slug(cpu_name())}-{backends.load('cpp').instruction_set()[0]}"
+    from residual_kernels.ops import cpp_backend  # the extension is optional elsewhere
+
+    return f"{name or slug(cpu_name())}-{cpp_backend.instruction_set()[0]}"
 
 
 def slug(name: str) -> str:

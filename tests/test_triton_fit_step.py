@@ -116,7 +116,7 @@ def operands(x, order, steps, device):
         for key, value in found.items()
     }
     weight, one_head = here["weight"], len(here["vectors"]) == 1
-    return fit_step.Operands(
+    return fit_step.StepOperands(
         **here,
         z=weight.clone(),
         square=torch.zeros_like(weight),

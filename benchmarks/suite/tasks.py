@@ -210,6 +210,8 @@ def _of_example(name: str):
     """A module of examples/bundled_clip, which makes and reads such models."""
     path = Path(__file__).resolve().parents[2] / "examples" / "bundled_clip" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"bundled_clip_{name}", path)
+    assert spec is not None  # of a path that ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -34,7 +35,8 @@ def build(config: dict, name: str) -> torch.nn.Module:
     if name == BUNDLED:
         return model
     preprocess = model.visual.preprocess_cfg
-    model.visual = VisionTransformer(**SIZES, num_classes=config["model_cfg"]["embed_dim"], **TIMM[name])
+    options: dict[str, Any] = {**SIZES, **TIMM[name]}
+    model.visual = VisionTransformer(num_classes=config["model_cfg"]["embed_dim"], **options)
     set_model_preprocess_cfg(model, preprocess)
     return model
 

@@ -23,6 +23,7 @@ import tempfile
 import time
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -306,7 +307,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, math.log(100))
+            cast(torch.Tensor, model.logit_scale).clamp_(0, math.log(100))
         losses.append(loss)
 
         seconds = time.time() - begin

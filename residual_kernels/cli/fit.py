@@ -131,7 +131,7 @@ def fit_command(
     from residual_kernels import distributed
     from residual_kernels.adapters.folder import CONFIG
     from residual_kernels.adapters.methods import METHODS, Method
-    from residual_kernels.cli.fit_auto import AUTO, Contest, check_options, kinds_of, run_contest
+    from residual_kernels.cli.fit_auto import AUTO, AutoFit, check_options, kinds_of, run_contest
     from residual_kernels.cli.fit_method import MethodFit, check_runs
     from residual_kernels.cli.inputs import prepare
     from residual_kernels.data import models as sources
@@ -242,7 +242,7 @@ def fit_command(
         training = training.subset(shots_of(training.truth, few, seed, names))
     head = head_from(lambda: training)
     if method is None:  # without validation images, folds judge
-        contest = Contest(
+        contest = AutoFit(
             method_name.value, bases_file, shots, seed, balanced, folders, out_folder, json_file, reader
         )
         run_contest(contest, tower, head, training, validation)

@@ -23,7 +23,7 @@ KINDS = ("head", "mlp")
 
 
 @dataclass(frozen=True)
-class Contest:
+class AutoFit:
     """What the command says of a contest; see :func:`residual_kernels.tune`."""
 
     method: str
@@ -56,7 +56,7 @@ def kinds_of(source: object) -> tuple[str, ...]:
 
 
 def run_contest(
-    contest: Contest, tower: nn.Module, head: ZeroShotHead, training: UnitCache, validation: UnitCache | None
+    contest: AutoFit, tower: nn.Module, head: ZeroShotHead, training: UnitCache, validation: UnitCache | None
 ) -> None:
     """Tunes, keeps the winner and says why."""
     if contest.bases is None:
@@ -86,7 +86,7 @@ def run_contest(
         _report(contest, found)
 
 
-def _report(contest: Contest, found: train.TuneResult) -> None:
+def _report(contest: AutoFit, found: train.TuneResult) -> None:
     how = "validation images" if found.judged_by == "validation" else "held-out training images"
     numbers = next(one.numbers for one in found.table if one.name == found.winner)
     write_numbers(

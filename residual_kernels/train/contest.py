@@ -51,7 +51,7 @@ class Candidate:
 
 
 @dataclass
-class Entry:
+class Competitor:
     """One candidate while it is decided: what was judged of it, and how it is made.
 
     `theta` [P] is what the objective learned; None where the candidate stays as it starts, or has no
@@ -104,7 +104,7 @@ class Contest:
         self.problem = ConvexProblem.of(config, own, head.class_names, [seed], self.outside)
         self.rows = opened(first, self.train, self.val, config)  # of the anchored forms, which share them
         of_tower = self.problem.path(Form(first, with_components=False), head, *self.rows).base()
-        self.entries = [Entry(BASE, 0, of_tower, 0.0, 0.0, base)]
+        self.entries = [Competitor(BASE, 0, of_tower, 0.0, 0.0, base)]
         self.images = int((self.problem.fold[0] >= 0).sum()) if self.outside is None else self.outside.count
 
     def add(self, name: str) -> None:
@@ -131,7 +131,7 @@ class Contest:
             freedom, judged = found.candidates[found.chosen]
         theta = None if found.solution is None else found.solution.theta
         numbers = objective.shape.components + objective.shape.vectors
-        entry = Entry(name, numbers, judged, freedom, 0.0, adapter, objective, theta)
+        entry = Competitor(name, numbers, judged, freedom, 0.0, adapter, objective, theta)
         if name == VECTORS and self._outdone(judged):
             self._stack(entry, adapter, rows)
         entry.seconds = time.perf_counter() - start
@@ -148,7 +148,7 @@ class Contest:
         base, tried = judged_by_classes(form, self.head, self.rows[0], labels, fold, self.config.freedoms)
         self.entries[0].judged = base
         chosen = best_of(base, [judged for _, judged in tried])
-        entry = Entry("anchored", adapter.weight.numel(), base, 0.0, 0.0, adapter)
+        entry = Competitor("anchored", adapter.weight.numel(), base, 0.0, 0.0, adapter)
         if chosen is not None:
             entry.freedom, entry.judged = tried[chosen]
             path = self.problem.path(form, self.head, *self.rows)
@@ -164,7 +164,9 @@ class Contest:
         alone = [one.judged.loss for one in self.entries if one.name in ("anchored", PROBE)]
         return joint.loss >= min(alone, default=-math.inf)
 
-    def _stack(self, entry: Entry, adapter: ResiDual, rows: tuple[AdapterRows, AdapterRows | None]) -> None:
+    def _stack(
+        self, entry: Competitor, adapter: ResiDual, rows: tuple[AdapterRows, AdapterRows | None]
+    ) -> None:
         """Class vectors first, then components, where the folds say that this is better than both
         together."""
         found = stacked(self.problem, Form(adapter), self.head, *rows, self.config.freedoms)
@@ -190,9 +192,11 @@ class Contest:
         judge = Judge(1, len(logits), targets, logits)
         judge.add(0, logits, logits.new_ones(len(logits)), 0, slice(0, len(logits)))
         seconds = time.perf_counter() - start
-        self.entries.append(Entry(STREAM, adapter.weight.numel(), judge.judged(0), 1.0, seconds, adapter))
+        self.entries.append(
+            Competitor(STREAM, adapter.weight.numel(), judge.judged(0), 1.0, seconds, adapter)
+        )
 
-    def winner(self) -> tuple[Entry, str]:
+    def winner(self) -> tuple[Competitor, str]:
         """The simplest candidate within one standard error of the best, and why."""
         base, *others = self.entries
         rivals = [
@@ -226,7 +230,7 @@ class Contest:
             f"{chosen.name} is the simplest within one standard error of the best, {best.name}: {gain}.",
         )
 
-    def about_probe(self, winner: Entry) -> str | None:
+    def about_probe(self, winner: Competitor) -> str | None:
         probe = next((one for one in self.entries if one.name == PROBE), None)
         if probe is None or probe is winner or probe.freedom == 0:
             return None
@@ -240,7 +244,7 @@ class Contest:
             'have it, ask for the method "probe".'
         )
 
-    def made(self, winner: Entry) -> tuple[TowerAdapter, ZeroShotHead]:
+    def made(self, winner: Competitor) -> tuple[TowerAdapter, ZeroShotHead]:
         """The winner as an adapter with its weights, and its head."""
         objective = winner.objective
         if objective is None or winner.theta is None:
@@ -260,7 +264,7 @@ class Contest:
             adapter.fitted = True
         return adapter, head
 
-    def table(self, winner: Entry) -> list[Candidate]:
+    def table(self, winner: Competitor) -> list[Candidate]:
         base = self.entries[0]
         rows = []
         for one in self.entries:

@@ -95,7 +95,7 @@ class FusedFit:
         z, square = weights.moments()
         group = weights.optimizer.param_groups[0]
         one_head = len(self.vectors) == 1
-        self.operands = fit_step.Operands(
+        self.operands = fit_step.StepOperands(
             c=self.c,
             basis=self.basis,
             rest=self.rest,

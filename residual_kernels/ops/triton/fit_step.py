@@ -27,11 +27,11 @@ from residual_kernels.ops.triton.launch import Launch, on
 from residual_kernels.ops.triton.routes import Tiles
 from residual_kernels.ops.triton.spectral_sum import precision
 
-RATES = 4  # numbers of a step and task, see Operands.rates
+RATES = 4  # numbers of a step and task, see StepOperands.rates
 
 
 @dataclass
-class Operands:
+class StepOperands:
     """What a step reads and writes, float32 and int64, contiguous.
 
     There are N rows of data, T tasks and S orders of M rows each.
@@ -67,7 +67,7 @@ class Operands:
 class FitStep:
     """The five launches of a step, with buffers of their own. `beta2`, `eps` and `decay` are AdamW's."""
 
-    def __init__(self, x: Operands, batch: int, beta2: float, eps: float, decay: float):
+    def __init__(self, x: StepOperands, batch: int, beta2: float, eps: float, decay: float):
         (tasks, components), padded, dim = x.weight.shape, x.c.shape[1], x.vectors.shape[1]
         kind, classes = precision(), x.vectors.shape[2]
         forward, logits, loss, update = tiles_of(kind, batch)
