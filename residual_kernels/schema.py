@@ -53,7 +53,9 @@ def read(path: Path, where: str) -> Any:
 def read_bytes(path: Path, limit: int) -> bytes:
     """The bytes of a regular file; a ValueError when it is a device or a pipe, or has more than `limit`."""
     if not path.is_file():
-        if path.exists() and not path.is_dir():
+        if path.is_dir():
+            raise FileNotFoundError(f"{path} is a folder, not a file")
+        if path.exists():
             raise ValueError(f"{path} is a device or a pipe, not a file")
         raise FileNotFoundError(f"there is no file {path}")
     with path.open("rb") as file:
@@ -149,9 +151,8 @@ def _inside(at: str, key: str) -> str:
 
 
 def _fault(value: Any, form: Any, where: str, at: str) -> ValueError:
-    seen = (
-        repr(value) if isinstance(value, Plain) else f"a {'list' if isinstance(value, list) else 'mapping'}"
-    )
+    names = {list: "list", dict: "mapping"}
+    seen = repr(value) if isinstance(value, Plain) else f"a {names.get(type(value), type(value).__name__)}"
     return ValueError(f"{where}: {at or 'the whole'} must be {_said(form)}, not {seen[:60]}; make it again")
 
 

@@ -849,6 +849,12 @@ def test_lab_is_refused_by_name(tmp_path):
         open_images(tmp_path, lambda picture: picture)[0]
 
 
+@pytest.mark.parametrize("path", ["a\0b", "\ud800", "x/\udfff/y"])
+def test_text_that_no_file_is_called_is_named(path):
+    with pytest.raises(ValueError, match=r"holds (signs that no|a zero byte, which no) file name has"):
+        open_images(path, same)
+
+
 @pytest.mark.parametrize("path", ["$NOT_SET_ANYWHERE/o", "${NOT_SET_ANYWHERE}", "~nobody_of_this_name/o"])
 def test_a_path_with_an_unknown_name_is_no_folder_to_make(path):
     with pytest.raises(ValueError, match="which is not set here"):

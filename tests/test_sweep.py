@@ -1,6 +1,7 @@
 """Sweeps: plans that are wrong are named, work is done once, and the table says what the rows say."""
 
 import csv
+import datetime
 import json
 import statistics
 import sys
@@ -294,6 +295,12 @@ def test_a_sweep_accounts_for_all_it_read(written, data, tmp_path, capsys, monke
         ({"seeds": 0}, "seeds must be a whole number above 0; got 0"),
         ({"epochs": "many"}, "epochs must be a whole number above 0; got 'many'"),
         ({"rates": [0.1, -1]}, "rates must be numbers above 0"),
+        ({"seeds": True}, "seeds must be a whole number above 0; got True"),
+        ({"seeds": 10**20}, "seeds must be a whole number above 0; got 1000"),
+        ({"rates": [True]}, "rates must be numbers above 0"),
+        ({"rates": [float("inf")]}, "rates must be numbers above 0"),
+        ({"bases": ["a"]}, r"bases must name images; got \['a'\]"),
+        ({"data": [{"name": datetime.date(2020, 1, 1), "train": "y", "test": "z"}]}, "a text, not a date"),
         ({"energy": 2}, r"energy must lie in \(0, 1\]; got 2"),
         ({"dtype": "int8"}, "dtype must be one of .*bfloat16.*; got 'int8'"),
     ],

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import warnings
 
 import pytest
 import yaml
@@ -10,7 +11,7 @@ from PIL import Image
 
 from residual_kernels import cli
 from residual_kernels.experiments import sweep
-from residual_kernels.experiments.sweep import Sweep, SweepPlan
+from residual_kernels.experiments.sweep import Sweep, SweepPlan, SweepTable
 
 
 @pytest.fixture
@@ -117,7 +118,22 @@ def test_names_and_templates_are_read_before_the_tower_runs(plan, tmp_path, monk
         wrong = {**plan, "data": [{**plan["data"][0], key: str(tmp_path / "nowhere.txt")}]}
         with pytest.raises(FileNotFoundError, match=r"there is no file of .* at .*nowhere\.txt"):
             Sweep(read(wrong, tmp_path), tmp_path / "out").run()
+    for key in ("test", "val"):
+        wrong = {**plan, "data": [{**plan["data"][0], key: str(tmp_path / "nowhere")}]}
+        with pytest.raises(FileNotFoundError, match="there is no folder or zip at"):
+            Sweep(read(wrong, tmp_path), tmp_path / "out").run()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_no_font_has_is_drawn_escaped(plan, tmp_path):
+    plan["data"][0]["name"] = "a\x00\x1b\ud800$|b"
+    plan["methods"] = ["base"]
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))  # JSON is YAML too, and has half characters
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a sign that is missing from the font
+        rows = Sweep(SweepPlan.read(tmp_path / "plan.yaml"), tmp_path / "out").run()
+        SweepTable.of(rows).write(tmp_path / "out")
+    assert r"a\x00\x1b\ud800$\|b" in (tmp_path / "out" / "table.md").read_text()
 
 
 # --- the plan's file ----------------------------------------------------------------------------------------

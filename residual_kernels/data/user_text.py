@@ -26,6 +26,7 @@ def user_path(text: str | os.PathLike) -> Path:
     """A path with ``~`` and environment variables expanded; one that exists as it is written is taken so."""
     if not os.fspath(text):  # Path would make it the working folder
         raise ValueError("an empty path names nothing; write `.` for the working folder")
+    check_path(os.fspath(text))
     path = Path(text)
     if "~" not in str(path) and "$" not in str(path):
         return path
@@ -36,6 +37,16 @@ def user_path(text: str | os.PathLike) -> Path:
     if unknown is not None:  # a typing error, not the name of a folder to make
         raise ValueError(f"{path} names {unknown[0]}, which is not set here; write the path out")
     return Path(expanded)
+
+
+def check_path(text: str) -> None:
+    """Raises ValueError for text that no file can be called."""
+    try:
+        held = os.fsencode(text)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!a} holds signs that no file name has") from error
+    if b"\0" in held:
+        raise ValueError(f"{text!a} holds a zero byte, which no file name has")
 
 
 def some(names: Sequence[str]) -> str:

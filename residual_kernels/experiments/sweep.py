@@ -196,6 +196,7 @@ class _TowerWork:
                 row = kept(file, recipe, _read_by(method, images), caches) if stays else None
                 if row is None:
                     self.sweep.say(f"{self.spec.label}, {data.name}: {method}, seed {seed}")
+                    images = self.identities(data) if images is None else images
                     row = work.fit(method, seed)
                     read = {
                         one: self.sweep.accounts[one]
@@ -203,7 +204,6 @@ class _TowerWork:
                         if one in self.sweep.accounts
                     }
                     write_json(account, {"schema": SCHEMA, "what": READING, "sources": read})
-                    images = self.identities(data) if images is None else images
                     keep(file, recipe, _read_by(method, images), row)
                 yield row
 

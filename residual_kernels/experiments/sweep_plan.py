@@ -1,5 +1,6 @@
 """What does a sweep run? The plan in a YAML file: towers, data sets, methods, and how images are read."""
 
+import math
 import os
 import reprlib
 import typing
@@ -118,13 +119,15 @@ class SweepPlan:
     def _checked(self, path: str | os.PathLike) -> "SweepPlan":
         for name in ("seeds", "epochs", "batch_size", "shots"):
             value = getattr(self, name)
-            if not (isinstance(value, int) and value > 0) and not (name == "shots" and value is None):
+            if not (type(value) is int and 0 < value < 2**31) and not (name == "shots" and value is None):
                 raise ValueError(f"{path}: {name} must be a whole number above 0; got {reprlib.repr(value)}")
         rates = self.rates if isinstance(self.rates, list | tuple) else ()
-        if not rates or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+        if not rates or not all(type(rate) in (int, float) and 0 < rate < math.inf for rate in rates):
             raise ValueError(f"{path}: rates must be numbers above 0; got {reprlib.repr(self.rates)}")
-        if not (isinstance(self.energy, int | float) and 0 < self.energy <= 1):
+        if not (type(self.energy) in (int, float) and 0 < self.energy <= 1):
             raise ValueError(f"{path}: energy must lie in (0, 1]; got {reprlib.repr(self.energy)}")
+        if not isinstance(self.bases, str | None):
+            raise ValueError(f"{path}: bases must name images; got {reprlib.repr(self.bases)}")
         if self.dtype not in STORED:
             raise ValueError(
                 f"{path}: dtype must be one of {', '.join(STORED)}; got {reprlib.repr(self.dtype)}"

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from residual_kernels.files import atomic_path
+from residual_kernels.visible import visible
 
 BLUE, ORANGE, GREEN, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#6b7280"
 INK, LINE, STRONG_LINE, PAPER, PALE = "#1b1e23", "#e5e2dc", "#cfccc5", "#ffffff", "#b8bec8"
@@ -91,13 +92,25 @@ def defaults() -> Iterator[None]:
         yield
 
 
+def _drawable(value: Any) -> Any:
+    """The value with every text in it as fonts and SVG have it: names of classes may hold any sign."""
+    if type(value) is str:
+        return visible(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(_drawable, value))
+    if type(value) is dict:
+        return {_drawable(key): _drawable(one) for key, one in value.items()}
+    return value
+
+
 def styled(draw: Callable[Arguments, Figure]) -> Callable[Arguments, Figure]:
     """A function that draws a figure, with the defaults of this style whatever matplotlib's own are."""
 
     @functools.wraps(draw)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Figure:
         with defaults():
-            return draw(*args, **kwargs)
+            shown: Any = draw
+            return shown(*map(_drawable, args), **{name: _drawable(one) for name, one in kwargs.items()})
 
     return call
 
