@@ -276,6 +276,21 @@ def write_safetensors(
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
+@contextlib.contextmanager
+def utf8_name(path: Path) -> Iterator[Path]:
+    """A name of this file in UTF-8, which safetensors wants; the file may have another."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # bytes that are no text
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            yield Path(f"/proc/self/fd/{handle}")
+        finally:
+            os.close(handle)
+    else:
+        yield path
+
+
 def map_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple[dict[str, Tensor], Any]:
     """Tensors and header of a file written by :func:`save_tensors`, mapped:
     bytes are read where they are touched.
@@ -287,7 +302,7 @@ def map_tensors(path: str | os.PathLike, what: str, form: type = Head) -> tuple[
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf8_name(path) as named, safe_open(named, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:

@@ -523,6 +523,26 @@ def test_names_that_name_nothing(run, photos, tmp_path, monkeypatch, arguments, 
     assert not (tmp_path / "out").exists()
 
 
+def test_outputs_may_have_names_that_are_no_text(run, photos, tmp_path):
+    """Written and read back: caches, adapters, bases and pages."""
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    cache, adapter = place / os.fsdecode(b"\xff"), place / "a"
+    for command in (
+        ("encode", "--data", photos, "--out", cache, "--json", place / "e.json"),
+        ("bases", "--data", cache, "--out", place / os.fsdecode(b"\xfe.safetensors")),
+        ("fit", "--data", cache, "--method", "coarse", "--epochs", 1, "--out", adapter),
+        ("eval", adapter, "--data", cache, "--confusion", place / os.fsdecode(b"\xfd.csv")),
+        ("report", adapter, "--data", cache, "--out", place / os.fsdecode(b"\xfc.html")),
+        ("encode", "--data", photos, "--out", cache),
+    ):
+        code, out, err = run(*command)
+        assert code == 0, (command, err)
+    assert "nothing new: 6 images" in out
+    code, _, err = run("merge", adapter, "--out", place / "m.onnx")
+    assert code == 2
+    assert "PyTorch and ONNX take names in UTF-8 alone" in err
+
+
 def test_a_class_that_skipping_empties_is_said(run, photos, tmp_path):
     (photos / "emu").mkdir()
     (photos / "emu" / "0.png").write_bytes(b"x")

@@ -141,6 +141,12 @@ def run(path: str | os.PathLike, images: Tensor) -> Tensor:
 def check_ending(path: Path) -> None:
     if path.suffix not in ENDINGS:
         raise ValueError(f"an exported model ends with {' or '.join(ENDINGS)}; got {path.name}")
+    try:
+        os.fspath(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"cannot write {path}: PyTorch and ONNX take names in UTF-8 alone; name a file elsewhere"
+        ) from error
 
 
 def _need(name: str):

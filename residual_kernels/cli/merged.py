@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from residual_kernels.adapters import export
 from residual_kernels.data import models as sources
-from residual_kernels.files import atomic_path, write_safetensors
+from residual_kernels.files import atomic_path, utf8_name, write_safetensors
 
 
 def embedding(output: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -24,7 +24,8 @@ def write_weights(
     """
     with atomic_path(path) as temporary:
         write_safetensors(temporary, clip.state_dict())
-        untouched.load_state_dict(load_file(temporary))
+        with utf8_name(temporary) as named:
+            untouched.load_state_dict(load_file(named))
         with torch.no_grad():
             found = embedding(sources.image_tower(untouched)(images))
         error = float((found.double() - expected.double()).norm() / expected.double().norm())
