@@ -1,6 +1,6 @@
 """Damaged and hostile files of every kind that is read: each ends in one clear sentence, or changes nothing.
 
-    python -m benchmarks.damaged --each 120 --results benchmarks/results/faults
+    python -m benchmarks.damaged --each 120 --seed 0 --results benchmarks/results/faults
 
 A good file of each kind is made once; a copy of it is damaged (damage.py) and read. What may come out is a
 ValueError or FileNotFoundError of one line, or exactly what the good file gives. A read that takes more than
@@ -276,7 +276,7 @@ def tried(kind: FileKind, each: int, seed: int, root: Path, place: Path) -> dict
                 faults.append(f"{kind.name}, {number} ({how}): accepted, and other numbers came out")
         finally:
             signal.alarm(0)
-    return {"kind": kind.name, "tried": each, **counts, "faults": faults}
+    return {"kind": kind.name, "seed": seed, "tried": each, **counts, "faults": faults}
 
 
 def run(each: int, seed: int, names: list[str] | None = None) -> list[dict]:
@@ -306,6 +306,19 @@ def run(each: int, seed: int, names: list[str] | None = None) -> list[dict]:
     return rows
 
 
+def keep(results: Path, rows: list[dict]) -> None:
+    """Writes rows into damaged.json, over those of the same kinds and seeds, and what all sum up to."""
+    results.mkdir(parents=True, exist_ok=True)
+    file = results / "damaged.json"
+    held = json.loads(file.read_text())["rows"] if file.is_file() else []
+    both = list({(row["kind"], row["seed"]): row for row in (*held, *rows)}.values())
+    counted = ("tried", "refused", "no effect", "another right file")
+    total: dict[str, object] = {key: sum(row[key] for row in both) for key in counted}
+    total["kinds"] = len({row["kind"] for row in both})
+    faults = [text for row in both for text in row["faults"]]
+    file.write_text(json.dumps({**total, "rows": both, "faults": faults}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -313,22 +326,14 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=120, help="damaged files of each kind")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", help="names of some; all by default")
-    parser.add_argument("--results", type=Path, help="folder for damaged.json")
+    parser.add_argument(
+        "--results", type=Path, help="folder for damaged.json; rows of other kinds and seeds in it stay"
+    )
     options = parser.parse_args()
     rows = run(options.each, options.seed, options.kinds)
-    total = {
-        key: sum(row[key] for row in rows) for key in ("tried", "refused", "no effect", "another right file")
-    }
-    found = {
-        "seed": options.seed,
-        **total,
-        "rows": rows,
-        "faults": [text for row in rows for text in row["faults"]],
-    }
     if options.results is not None:
-        options.results.mkdir(parents=True, exist_ok=True)
-        (options.results / "damaged.json").write_text(json.dumps(found, indent=1) + "\n")
-    sys.exit(bool(found["faults"]))
+        keep(options.results, rows)
+    sys.exit(any(row["faults"] for row in rows))
 
 
 if __name__ == "__main__":

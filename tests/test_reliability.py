@@ -35,7 +35,7 @@ def interrupted():
 def damaged():
     found = held("damaged")
     assert not found["faults"]
-    yield f"{len(found['rows'])} kinds of files, {found['tried']:,} damaged copies"
+    yield f"{found['kinds']} kinds of files, {found['tried']:,} damaged copies"
     yield f"{found['refused']:,} were refused"
     yield f"{found['no effect']:,} gave what the good file gives"
     yield f"{found['another right file']:,} were other right files"
@@ -49,6 +49,11 @@ def load():
     yield f"{one['calls']} calls"
     yield f"{several['switches']:,} switches"
     yield f"{switched['switches']} times"
+    tower, adapter = switched["tower"], switched["adapter"]
+    assert switched["overlapped"] == switched["switches"]
+    yield f"{tower + adapter} outputs: {tower} of the tower, {adapter} of the adapter"
+    first, second, third = several["outputs"]
+    yield f"its three possible outputs {first}, {second} and {third} times"
     for name in ("many_attachments", "many_calls", "many_fits"):
         yield f"{found[name]['times']:,} times: {found[name]['growth_mib']:+.1f} MiB"
     for name in dict.fromkeys(row["step"] for row in found["scaling"]):
@@ -62,7 +67,18 @@ def checks():
         yield f"{row['forward_checks_us']:.2f} us ({row['backend']})"
 
 
-@pytest.mark.parametrize("figures", [stops, interrupted, damaged, load, checks])
+def fuzzed():
+    for name, more in (("fuzz", ""), ("fuzz_emulated", " with every set")):
+        found = json.loads((RESULTS.parent / "amd-zen5-avx512bf16" / f"{name}.json").read_text())
+        counts = {key: value for key, value in found.items() if ": " in key}
+        assert sum(counts.values()) == found["calls"]
+        right = sum(count for key, count in counts.items() if key.endswith(": right"))
+        assert right == found["calls"] / 2
+        yield f"{found['calls']:,} calls{more}"
+        yield f"`{name}.json`" if more else f"{right:,} right against float64 and {right:,} with one damaged"
+
+
+@pytest.mark.parametrize("figures", [stops, interrupted, damaged, load, checks, fuzzed])
 def test_figures_on_the_page_are_the_measured_ones(figures):
     missing = [text for text in figures() if text not in PAGE]
     assert not missing, "\n".join(missing)
