@@ -254,7 +254,7 @@ bool moments_as(const Moments& call) {
   plan.row_groups = most(1, least(divide_up(MOMENT_TASKS, jobs), divide_up(call.N, SUM_ROWS)));
   const int64_t width = round_up(call.C, VectorOf<T>::lanes);
   const int64_t bytes = ((width + EXTRAS) * width + LINE_ROWS * width) * sizeof(T);
-  const int64_t units = most(1, least(TASK_BYTES / bytes, jobs * plan.row_groups / (4 * most(1, call.threads))));
+  const int64_t units = most(1, least(TASK_BYTES / most(1, bytes), jobs * plan.row_groups / (4 * most(1, call.threads))));
   plan.unit_groups = divide_up(call.R, units);
   if (plan.row_groups > 1) {
     plan.partial =

@@ -151,7 +151,7 @@ def _inside(at: str, key: str) -> str:
 
 
 def _fault(value: Any, form: Any, where: str, at: str) -> ValueError:
-    names = {list: "list", dict: "mapping"}
+    names: dict[type, str] = {list: "list", dict: "mapping"}
     seen = repr(value) if isinstance(value, Plain) else f"a {names.get(type(value), type(value).__name__)}"
     return ValueError(f"{where}: {at or 'the whole'} must be {_said(form)}, not {seen[:60]}; make it again")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_spectral_reweight import problem, run
 from torch.autograd import forward_ad
-from torch.func import jvp
+from torch.func import grad, hessian, jvp, vmap
 from torch.utils._pytree import tree_map
 
 from residual_kernels.ops import (
@@ -122,9 +122,9 @@ def test_nothing_gives_nothing_or_zeros(backend, empty):
     right = run(reference.spectral_reweight, inputs, constants, weight, offsets)
     assert y.shape == right.shape
     assert torch.allclose(y, right, rtol=1e-4, atol=1e-4)
-    for leaf, grad in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
-        assert grad.shape == leaf.shape
-        assert grad.isfinite().all()
+    for leaf, gradient in zip(leaves, torch.autograd.grad(y.sum(), leaves), strict=True):
+        assert gradient.shape == leaf.shape
+        assert gradient.isfinite().all()
     if empty == "components":
         assert not y.any()
         assert not any(
@@ -160,6 +160,83 @@ def test_forward_derivatives_of_every_operand(backend, indexed):
         y = of(spectral_reweight, backend=backend)(*inputs, dual)
         slope = forward_ad.unpack_dual(y).tangent
     assert torch.allclose(slope, of(reference.spectral_reweight)(*inputs, directions[3]))
+
+
+@pytest.mark.parametrize("backend", CPU)
+def test_a_registered_operator_refuses_a_tangent_that_it_would_drop(backend):
+    inputs, constants, weight, offsets = problem(tasks=2)
+    pack = pack_units(*constants.values(), offsets, backend=backend)
+    arguments = list(pack.tensors), list(pack.sizes)
+    unpacked = [*constants.values(), offsets]
+    dy = torch.ones(2, 7, pack.dim, dtype=weight.dtype)
+    shift = torch.zeros(4, 18, dtype=torch.float64)
+    calls = {
+        "reweight": lambda w: OPS.spectral_reweight(*inputs, w, None, *arguments, pack.dim, backend),
+        "reweight backward": lambda w: OPS.spectral_reweight_backward(
+            dy, *inputs, w, None, *arguments, [True] * 4, backend
+        )[1],
+        "unpacked": lambda w: OPS.spectral_reweight_unpacked(*inputs, w, None, unpacked, backend),
+        "unpacked backward": lambda w: OPS.spectral_reweight_unpacked_backward(
+            dy, *inputs, w, None, unpacked, [True] * 4, backend
+        )[1],
+        "moments": lambda w: OPS.unit_moments(w.sum() * inputs[0], None, None, shift, backend)[0],
+        "moments' function": lambda w: unit_moments(w.sum() * inputs[0], None, None, backend=backend)[0],
+    }
+    if backend == "cpp":
+        c = torch.randn(7, 27, dtype=torch.float64)
+        calls["sum"] = lambda w: OPS.spectral_sum(c, w, *arguments, pack.dim, "cpp")
+        calls["sum backward"] = lambda w: OPS.spectral_sum_backward(dy, c, w, *arguments, "cpp")
+    for call in calls.values():
+        call(weight)
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="in forward mode"):
+            call(forward_ad.make_dual(weight, torch.ones_like(weight)))
+
+
+@pytest.mark.skipif("cpp" not in CPU, reason="the extension is not built")
+def test_transforms_of_the_sum():
+    """Forward mode, vmap over tasks and over coefficients, gradients below a vmap."""
+    _, constants, weight, offsets = problem(tasks=2)
+    pack = pack_units(*constants.values(), offsets, backend="cpp")
+    c, direction = torch.randn(7, 27, dtype=torch.float64), torch.randn_like(weight)
+    basis = constants["basis"]
+
+    def close(got, right):
+        assert torch.allclose(got, right, rtol=1e-12, atol=1e-12)
+
+    y, slope = jvp(lambda w: spectral_sum(c, w, pack), (weight,), (direction,))
+    close(y, (c * weight[:, None]) @ basis)
+    close(slope, (c * direction[:, None]) @ basis)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(spectral_sum(c, forward_ad.make_dual(weight, direction), pack))
+        close(dual.tangent, slope)
+    close(vmap(lambda w: spectral_sum(c, w, pack))(weight), y)
+    many = torch.stack([c, 2 * c], 1)
+    close(
+        vmap(lambda one: spectral_sum(one, weight[0], pack), in_dims=1)(many), torch.stack([y[0], 2 * y[0]])
+    )
+    grads = vmap(grad(lambda w: spectral_sum(c, w, pack).square().sum()))(weight)
+    close(grads, 2 * torch.einsum("nj,tnd,jd->tj", c, y, basis))
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        hessian(lambda w: spectral_sum(c, w, pack).square().sum())(weight[0])
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("operand", ["weight", "z"])
+def test_a_penalty_on_a_gradient_is_an_error_and_not_zero(backend, operand):
+    """Also where the incoming gradient has none of its own, and the penalty is one term of several."""
+    (z, scale, mean), constants, weight, offsets = problem()
+    leaf = (weight if operand == "weight" else z).requires_grad_()
+    for function in (
+        lambda: run(spectral_reweight, (z, scale, mean), constants, weight, offsets, backend=backend),
+        lambda: spectral_reweight_packed(
+            z, scale, mean, weight, pack_units(*constants.values(), offsets, backend=backend)
+        ),
+    ):
+        y = function()
+        (slope,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+        assert slope.requires_grad
+        with pytest.raises(RuntimeError, match="once differentiable"):
+            (y.sum() + slope.square().sum()).backward()
 
 
 def test_a_negative_view_is_read_with_its_sign():

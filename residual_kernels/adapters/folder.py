@@ -9,6 +9,7 @@ it. Loading checks that tower and bases are the ones the adapter was fitted on b
 import hashlib
 import inspect
 import os
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -446,15 +447,19 @@ def _config(path: Path) -> Config:
         config |= {"class": StreamResiDual.__name__, "options": options}
     cls = _CLASSES.get(config["class"])
     if cls is None:
-        raise ValueError(f"{index} names the class {config['class']!r}; known are {', '.join(_CLASSES)}")
+        raise ValueError(
+            f"{index} names the class {reprlib.repr(config['class'])}; known are {', '.join(_CLASSES)}"
+        )
     if (method := config.get("method")) is not None and (
         method not in METHODS or METHODS[method].adapter is not cls
     ):
         theirs = ", ".join(name for name, known in METHODS.items() if known.adapter is cls)
-        raise ValueError(f"{index} names the method {method!r}; those of class {cls.__name__} are {theirs}")
+        raise ValueError(
+            f"{index} names the method {reprlib.repr(method)}; those of class {cls.__name__} are {theirs}"
+        )
     options, arguments = config["options"], _arguments(cls)
     if set(options) - (set(arguments) - {"tower", "bases"}):
-        raise ValueError(f"{index} has unknown options {options!r}; save the adapter again")
+        raise ValueError(f"{index} has unknown options {reprlib.repr(options)}; save the adapter again")
     if config.get("bases_reference") is not None and config["bases_sha256"] is not None:
         raise ValueError(f"{index} has both bases and a reference to bases; save the adapter again")
     return config

@@ -10,7 +10,7 @@ from typing import Any
 
 from residual_kernels import extras
 from residual_kernels.adapters.methods import METHODS as BY_NAME
-from residual_kernels.data.user_text import decoded
+from residual_kernels.data.user_text import decoded, some
 from residual_kernels.schema import NESTING, read_bytes, typed
 from residual_kernels.units.cache.shards import STORED
 
@@ -102,11 +102,14 @@ class SweepPlan:
         data = tuple(_made(DataSpec, row, f"{path}: a data set") for row in _list(found, "data", path))
         names = [spec.name for spec in data]
         if len(set(names)) < len(names):
-            raise ValueError(f"{path}: data sets must have different names; got {', '.join(names)}")
+            shown = [name if len(name) < SHOWN_NAME else f"{name[:SHOWN_NAME]}..." for name in names]
+            raise ValueError(f"{path}: data sets must have different names; got {some(shown)}")
         methods = tuple(_list(found, "methods", path))
         unknown = [str(method) for method in methods if method not in METHODS]
         if unknown:
-            raise ValueError(f"{path}: unknown method {unknown[0]!r}; choose from {', '.join(METHODS)}")
+            raise ValueError(
+                f"{path}: unknown method {reprlib.repr(unknown[0])}; choose from {', '.join(METHODS)}"
+            )
         rest = {key: value for key, value in found.items() if key not in ("towers", "data", "methods")}
         for where, rows in (("", [rest]), ("a data set: ", found["data"])):
             empty = [key for row in rows for key, value in row.items() if value == ""]
@@ -148,6 +151,7 @@ class SweepPlan:
 
 
 LONGEST_PLAN = 2**17  # bytes
+SHOWN_NAME = 60  # characters in a message
 MOST_ALIASES = 32  # a few more could stand for more than fits into memory
 
 
@@ -201,7 +205,9 @@ def _only_known(found: dict, made: Any, where: str) -> None:
     known = made.__dataclass_fields__
     unknown = [str(key) for key in found if key not in known]
     if unknown:
-        raise ValueError(f"{where} has an unknown key {unknown[0]!r}; known are {', '.join(known)}")
+        raise ValueError(
+            f"{where} has an unknown key {reprlib.repr(unknown[0])}; known are {', '.join(known)}"
+        )
 
 
 def _made(made: Any, row: Any, where: str) -> Any:

@@ -9,6 +9,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from residual_kernels.ops import backends
 
@@ -88,6 +89,23 @@ def check_call(
         raise ValueError(
             f"z is on {device}, weight on {weight.device} and the packed constants on {constant.device}; "
             "move them to one device"
+        )
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether one of them carries a derivative in forward mode."""
+    # Outside of a dual level no tensor has a tangent.
+    return forward_ad._current_level >= 0 and any(
+        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
+    )
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """RuntimeError for a derivative in forward mode, which PyTorch drops at a registered operator."""
+    if has_tangent(*tensors):
+        raise RuntimeError(
+            "the registered operators have no derivatives in forward mode; call the functions of "
+            "residual_kernels.ops, or use reverse mode"
         )
 
 

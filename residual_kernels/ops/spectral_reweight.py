@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from residual_kernels.ops import backends, transforms
-from residual_kernels.ops.operands import check_call, check_index_values, check_pack, check_upstream
+from residual_kernels.ops.operands import (
+    check_call,
+    check_index_values,
+    check_pack,
+    check_upstream,
+    has_tangent,
+    refuse_tangents,
+)
 from residual_kernels.ops.packing import PackedUnits, check_constants, remembered_pack, wide
 
 
@@ -96,8 +101,6 @@ class _Reweight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        if torch._C._are_functorch_transforms_active():  # which see no further than a Function
-            return _gradients_of(ctx, dy, _Gradients.apply)
         return _once_backward(ctx, dy)
 
     @staticmethod
@@ -146,8 +149,13 @@ class _Gradients(torch.autograd.Function):
         )
 
 
-@once_differentiable
 def _once_backward(ctx, dy: Tensor):
+    """The gradients; where somebody may differentiate them again, with an error in place of their gradients.
+
+    PyTorch's own `once_differentiable` says so only where `dy` has gradients too; else they would be zero.
+    """
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        return _gradients_of(ctx, dy, _Gradients.apply)
     return _gradients_of(ctx, dy, _Gradients.forward)
 
 
@@ -176,6 +184,7 @@ def _spectral_reweight(
     dim: int,
     backend: str,
 ) -> Tensor:
+    refuse_tangents(z, scale, mean, weight)
     shape = check_pack(tensors, sizes, backend)
     check_call(z, scale, mean, weight, weight_index, tensors[0], shape)
     if dim != shape[3]:
@@ -203,6 +212,7 @@ def _spectral_reweight_backward(
     wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    refuse_tangents(dy, z, scale, mean, weight)
     shape = check_pack(tensors, sizes, backend)
     check_call(z, scale, mean, weight, weight_index, tensors[0], shape)
     check_upstream(dy, _result_shape(z, weight, weight_index, shape[3]), z)
@@ -248,6 +258,7 @@ def _unpacked(
     constants: list[Tensor],
     backend: str,
 ) -> Tensor:
+    refuse_tangents(z, scale, mean, weight)
     pack = remembered_pack(constants, z.dtype, backend)
     check_call(z, scale, mean, weight, weight_index, pack.tensors[0], pack.shape)
     check_index_values(weight_index, len(weight))
@@ -271,6 +282,7 @@ def _unpacked_backward(
     wanted: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    refuse_tangents(dy, z, scale, mean, weight)
     pack = remembered_pack(constants, z.dtype, backend)
     check_call(z, scale, mean, weight, weight_index, pack.tensors[0], pack.shape)
     check_upstream(dy, _result_shape(z, weight, weight_index, pack.dim), z)
@@ -362,10 +374,7 @@ def _transformed(operands: tuple[Tensor | None, ...]) -> bool:
     """Whether a transform of torch.func is active, or an operand carries a forward-mode tangent."""
     if torch._C._are_functorch_transforms_active():
         return True
-    # Outside of a dual level no tensor has a tangent.
-    return forward_ad._current_level >= 0 and any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in operands
-    )
+    return has_tangent(*operands)
 
 
 def _autocast(z: Tensor) -> Tensor:

@@ -7,11 +7,14 @@ does so in registers, where that is estimated to be faster than the vendor's pro
 weight) @ basis.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from residual_kernels.ops import backends
-from residual_kernels.ops.operands import check_pack, check_upstream
+from residual_kernels.ops.operands import check_pack, check_upstream, has_tangent, refuse_tangents
 from residual_kernels.ops.packing import PackedUnits, wide
 
 BACKENDS_WITH_SUMS = {"triton": 4, "cpp": 2}  # and which of their packed tensors has the dtype of the sums
@@ -21,6 +24,7 @@ BACKENDS_WITH_SUMS = {"triton": 4, "cpp": 2}  # and which of their packed tensor
 def _spectral_sum(
     c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int], dim: int, backend: str
 ) -> Tensor:
+    refuse_tangents(c, weight)
     shape = check_pack(tensors, sizes, backend)
     _check(c, weight, tensors, shape, backend)
     if dim != shape[3]:
@@ -60,6 +64,7 @@ def _(c, weight, tensors, sizes, dim, backend):
 def _spectral_sum_backward(
     dy: Tensor, c: Tensor, weight: Tensor, tensors: list[Tensor], sizes: list[int], backend: str
 ) -> Tensor:
+    refuse_tangents(dy, c, weight)
     shape = check_pack(tensors, sizes, backend)
     _check(c, weight, tensors, shape, backend)
     check_upstream(dy, (len(weight), len(c), shape[3]), c)
@@ -86,6 +91,81 @@ def _backward(ctx, dy: Tensor):
 
 
 _spectral_sum.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _registered(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
+    return torch.ops.residual_kernels.spectral_sum(
+        c, weight, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend
+    )
+
+
+class _Sum(torch.autograd.Function):
+    """The operator for forward mode and the transforms of torch.func."""
+
+    @staticmethod
+    def forward(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
+        return _registered(c, weight, pack)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        c, weight, ctx.pack = inputs
+        ctx.save_for_backward(c, weight)
+        ctx.save_for_forward(c, weight)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        c, weight = ctx.saved_tensors
+        return None, _SumGradient.apply(dy, c, weight, ctx.pack), None
+
+    @staticmethod
+    def jvp(ctx, c_t: Tensor | None, weight_t: Tensor | None, _):
+        c, weight = ctx.saved_tensors
+        terms = []
+        if weight_t is not None:
+            terms.append(_Sum.apply(c, weight_t, ctx.pack))
+        if c_t is not None:
+            terms.append(_Sum.apply(c_t, weight, ctx.pack))
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
+    @staticmethod
+    def vmap(info, in_dims, c, weight, pack):
+        calls = _each(info.batch_size, in_dims[:2], (c, weight))
+        return torch.stack([_Sum.apply(*one, pack) for one in calls]), 0
+
+
+class _SumGradient(torch.autograd.Function):
+    """The gradient of the weight, as a function of its own."""
+
+    @staticmethod
+    def forward(dy: Tensor, c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
+        return torch.ops.residual_kernels.spectral_sum_backward(
+            dy, c, weight, list(pack.tensors), list(pack.sizes), pack.backend
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("spectral_sum is once differentiable: its gradient has none of its own")
+
+    jvp: Any = backward
+
+    @staticmethod
+    def vmap(info, in_dims, dy, c, weight, pack):
+        calls = _each(info.batch_size, in_dims[:3], (dy, c, weight))
+        return torch.stack([_SumGradient.apply(*one, pack) for one in calls]), 0
+
+
+def _each(
+    count: int, in_dims: Sequence[int | None], tensors: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of every call that a vmap stands for."""
+    for number in range(count):
+        yield tuple(
+            x if dim is None else x.select(dim, number) for x, dim in zip(tensors, in_dims, strict=True)
+        )
 
 
 def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
@@ -128,7 +208,6 @@ def spectral_sum(c: Tensor, weight: Tensor, pack: PackedUnits) -> Tensor:
                 "them"
             )
     tasks = weight.to(c.dtype) if weight.ndim == 2 else weight.to(c.dtype).unsqueeze(0)
-    y = torch.ops.residual_kernels.spectral_sum(
-        c, tasks, list(pack.tensors), list(pack.sizes), pack.dim, pack.backend
-    )
+    transformed = torch._C._are_functorch_transforms_active() or has_tangent(c, tasks)
+    y = _Sum.apply(c, tasks, pack) if transformed else _registered(c, tasks, pack)
     return y if weight.ndim == 2 else y.squeeze(0)

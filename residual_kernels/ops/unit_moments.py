@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from residual_kernels.ops import backends
+from residual_kernels.ops.operands import has_tangent, refuse_tangents
 from residual_kernels.ops.packing import FLOATING
 
 
@@ -15,6 +16,7 @@ from residual_kernels.ops.packing import FLOATING
 def _unit_moments(
     z: Tensor, scale: Tensor | None, mean: Tensor | None, shift: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
+    refuse_tangents(z, scale, mean)
     units, size = _sizes(z, shift)
     for name, tensor in (("scale", scale), ("mean", mean)):
         if tensor is not None and (tensor.shape != z.shape[:1] or tensor.device != z.device):
@@ -91,6 +93,8 @@ def unit_moments(
     for name, tensor in (("scale", scale), ("mean", mean), ("shift", shift)):
         if tensor is not None and tensor.device != z.device:
             raise ValueError(f"{name} is on {tensor.device} but z is on {z.device}; move one of them")
+    if has_tangent(z, scale, mean):
+        raise RuntimeError("unit_moments is not differentiable, in forward mode neither")
     with torch.no_grad():
         return torch.ops.residual_kernels.unit_moments(
             z.detach(),
