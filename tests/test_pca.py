@@ -230,3 +230,11 @@ def test_the_tower_is_left_bitwise_as_it_was(images):
     assert all(torch.equal(before[name], value) for name, value in tower.state_dict().items())
     assert flags == [p.requires_grad for p in tower.parameters()]
     assert not tower.training
+
+
+def test_in_inference_mode_several_cores_find_the_same(tower, images, bases):
+    """Modes belong to a thread: those that factorise take over their caller's."""
+    with torch.inference_mode():
+        found = rk.fit_bases(tower, images.split(11), kinds=("emb", "head", "mlp"))
+    for kind, part in bases.parts.items():
+        assert torch.equal(found.parts[kind].components, part.components)

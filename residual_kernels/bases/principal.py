@@ -62,6 +62,9 @@ def principal(moments: Moments) -> KindBases:
     group = max(1, GROUP_BYTES // (8 * size * dim))
     shared = torch.linalg.qr(moments.rows.transpose(1, 2)) if len(moments.rows) == 1 else None
 
+    inference = torch.is_inference_mode_enabled()  # a mode of the calling thread alone
+
+    @torch.inference_mode(inference)
     def factorise(start: int) -> None:
         part = slice(start, start + group)
         Q, T = shared or torch.linalg.qr(moments.rows[part].transpose(1, 2))
