@@ -228,6 +228,19 @@ def test_the_base_of_every_page_is_one_of_the_measured():
         assert found <= allowed, (page.name, found - allowed)
 
 
+def test_what_the_check_costs_is_measured():
+    text = " ".join((DOCS / "TOWERS_IN_USE.md").read_text().split())
+    small, large = result("amd-zen5-avx512bf16/agreement.json")
+    assert (small["model"], large["model"]) == ("bundled", "ViT-B-32")
+    assert f"{large['check_s']:.1f} s for ViT-B-32, {100 * large['share']:.2f} % of an encode" in text
+    assert f"{1000 * small['check_s']:.0f} ms for the bundled model, {100 * small['share']:.2f} %" in text
+    assert f"takes {small['unchanged_us']:.0f} µs a forward of the bundled model" in text
+    assert f"and {large['unchanged_us']:.0f} µs of ViT-B-32" in text
+    one_image = large["encode_1000_s"] / 1000
+    assert f"{100 * large['unchanged_us'] * 1e-6 / one_image:.2f} % of one image" in text
+    assert max(small["share"], large["share"]) < 0.02
+
+
 def test_the_tables_of_scale_are_what_its_benchmark_computes():
     text = (DOCS / "SCALE.md").read_text()
     made = text
