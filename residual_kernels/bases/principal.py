@@ -75,13 +75,17 @@ def principal(moments: Moments) -> KindBases:
         torch.bmm(falling, Q.transpose(1, 2).expand(len(falling), -1, -1), out=components[part])
         _fix_signs(components[part])
 
-    # One matrix is too small for several cores, so each core takes groups of its own. Groups are cut by
-    # shape, so what is found does not depend on who does it.
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        list(threads.map(factorise, range(0, units, group)))
+    # One matrix is too small for several cores, so each core takes groups of its own, with one thread of
+    # torch for each. Groups are cut by shape, so what is found does not depend on who does it.
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(cores, initializer=torch.set_num_threads, initargs=(1,)) as workers:
+            list(workers.map(factorise, range(0, units, group)))
+    finally:
+        torch.set_num_threads(cores)  # threads that begin after the last worker take over its number
     coordinates = covariance.diagonal(dim1=1, dim2=2).sum(1) + moments.mean.square().sum(1)
     total = variance.sum(1)
-    constant = total <= CONSTANT * moments.rows.square().sum((1, 2)) * coordinates
+    constant = total <= CONSTANT * torch.linalg.vector_norm(moments.rows, dim=(1, 2)).square() * coordinates
     variance[constant], total[constant] = 0.0, 0.0
     return KindBases(
         mean=(moments.mean[:, None, :] @ moments.rows).squeeze(1) + moments.constant,
