@@ -8,159 +8,52 @@ from pathlib import Path
 import pytest
 from test_readme import DOCS, ROOT, rows_of
 
+from benchmarks import measured
 from benchmarks import scale as scale_tables
 
 RESULTS = ROOT / "benchmarks" / "results"
-LOWRANK = ("lowrank", "lowrank compiled", "folded", "folded compiled")
 
 
 def result(name):
     return json.loads((RESULTS / name).read_text())
 
 
-def operators():
-    """The groups of ops.json: (operator, shape, components, N, dtype, mode) and {provider: row},
-    in the order run."""
-    groups = []
-    for row in result("amd-epyc/ops.json")["rows"]:
-        key = tuple(row[name] for name in ("operator", "shape", "components", "N", "dtype", "mode"))
-        if not groups or groups[-1][0] != key or row["provider"] in groups[-1][1]:
-            groups.append((key, {}))
-        groups[-1][1][row["provider"]] = row
-    return [one for one in groups if "cpp" in one[1]]
-
-
-def ratios(providers, *, operator="spectral_reweight", dtype="float32", mode="step", also=lambda key: True):
-    """How many times cpp's time the best of some providers takes, in every group that has one of them."""
-    found = []
-    for key, rows in operators():
-        if (key[0], key[4], key[5]) == (operator, dtype, mode) and also(key):
-            times = [rows[name]["median_s"] for name in providers if name in rows]
-            if times:
-                found.append(min(times) / rows["cpp"]["median_s"])
-    return found
-
-
-def shares(also):
-    return [
-        100 * rows["cpp"]["share_of_sgemm"]
-        for key, rows in operators()
-        if (key[0], key[4], key[5]) == ("spectral_reweight", "float32", "step") and also(key)
-    ]
-
-
-def small_b16(key):
-    return key[1] == "B/16" and key[3] == 64
-
-
-def main_job():
-    found = result("amd-epyc/main_job.json")
-    rows = found["towers"][0]["rows"]
-    yield f"{rows['decomposed']['times_plain']:.2f} / {rows['attached, rest zero']['times_plain']:.2f}"
-    yield f"{found['bases']['ratio']:.0f} times faster"
-
-
-def fit():
-    found = result("amd-epyc/fit.json")
-    rows = found["steps"]["rows"]
-    cached, tower, ready = (
-        rows[name]["seconds_a_step"]
-        for name in ("cached", "tower in the loop, textbook", "ready units, textbook")
-    )
-    yield f"{tower / cached:.0f} times faster ({1e3 * cached:.0f} ms / {tower:.1f} s)"
-    yield f"{ready / cached:.1f} times faster ({1e3 * cached:.0f} ms / {1e3 * ready:.0f} ms)"
-    yield f"{found['fit']['seconds']:.0f} s"
-
-
-def analysis():
-    found = result("amd-epyc/analysis.json")
-    rows, large = found["two_nn"]["rows"], found["two_nn_large"]
-    times = [
-        rows[name]["times_ours"]
-        for name in ("cdist + topk, D outputs, float64", "scikit-learn, D outputs", "cdist + topk, D outputs")
-    ]
-    yield f"{found['whole']['seconds']:.0f} s"
-    yield " / ".join(f"{one:.1f}" for one in times) + " times faster"
-    yield (
-        f"{large['seconds']:.1f} s, {large['peak_bytes'] / 1e6:.0f} MB "
-        f"(all distances: {large['textbook_bytes'] / 1e9:.0f} GB)"
-    )
-
-
-def scale():
-    found = result("amd-epyc/scale.json")
-    rows = found["reading"]["rows"]
-    yield " / ".join(
-        f"{one['rows']['encode, heads, bfloat16']['times_plain']:.2f}" for one in found["encoding"]
-    )
-    yield " / ".join(
-        f"{rows[f'read {how}, cold']['gigabytes_per_second']:.2f}" for how in ("in order", "shuffled")
-    )
-    yield (
-        f"{rows['read in order, warm']['gigabytes_per_second']:.1f} / "
-        f"{rows['read shuffled, warm']['gigabytes_per_second']:.2f}"
-    )
-
-
-def counted():
-    added = [
-        one["apart_flop"] / one["tower_flop"] - 1
-        for one in result("counted/attention_pooling.json")["models"]
-    ]
-    yield f"{100 * min(added):.0f}–{100 * max(added):.0f} %"
-
-
-def kernels():
-    most, few = shares(lambda key: not small_b16(key)), shares(small_b16)
-    yield f"{min(most):.0f}–{max(most):.0f} %; B/16 at N = 64: {few[0]:.0f} and {few[1]:.0f} %"
-
-    def folded(key):
-        return key[1:4] == ("B/16", "full", 1024)
-
-    rest = ratios(LOWRANK, also=lambda key: not folded(key))
-    (least,) = ratios(LOWRANK, also=folded)
-    yield f"{min(rest):.1f}–{max(rest):.1f} times faster (B/16, K = 66, N = 1,024: {least:.2f})"
-    theirs = []
-    for name in ("textbook", "encodings"):
-        all_of_them = [
-            rows[one]["median_s"] / rows["cpp"]["median_s"]
-            for _, rows in operators()
-            for one in (name, f"{name} compiled")
-            if one in rows
-        ]
-        theirs.append(f"{min(all_of_them):.1f}–{max(all_of_them):.1f}")
-    yield f"{theirs[0]} / {theirs[1]} times faster"
-    (low,) = ratios(LOWRANK, dtype="bfloat16", also=lambda key: key[3] == 256)
-    yield f"{low:.0f} times faster"
-    one, two = (
-        ratios(
-            ("einsum compiled",), operator="unit_moments", mode="fwd", also=lambda key, s=shape: key[1] == s
-        )[0]
-        for shape in ("B/16", "L/14")
-    )
-    yield f"{one:.1f} / {two:.1f} times faster"
-
-
-ROWS = [
-    *main_job(),
-    *fit(),
-    *analysis(),
-    *scale(),
-    *counted(),
-    *kernels(),
-]
+ROWS = [list(row[:3]) + [f"`{row[3]}`"] for row in measured.rows()]
 
 
 @pytest.mark.parametrize("place", range(len(ROWS)))
 def test_a_measured_figure_is_the_committed_one(place):
     shown = rows_of(DOCS / "MEASURED.md", "# Measured")
     assert len(shown) == len(ROWS)
-    assert shown[place][1] == ROWS[place], shown[place][0]
+    assert shown[place] == ROWS[place], "python -m benchmarks.measured --write"
+
+
+def test_the_newest_machine_that_has_a_figure_gives_it(tmp_path, monkeypatch):
+    for folder, found in (("new", {"a": 1}), ("old", {"a": 2, "b": 3})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.json").write_text(json.dumps(found))
+    monkeypatch.setattr(measured, "RESULTS", tmp_path)
+    monkeypatch.setattr(measured, "MACHINES", {"new": "New", "old": "Old"})
+    assert measured.newest("x.json") == ({"a": 1}, "New")
+    assert measured.newest("x.json", lambda found: "b" in found) == ({"a": 2, "b": 3}, "Old")
+    with pytest.raises(SystemExit, match="no machine has these results of y.json"):
+        measured.newest("y.json")
+
+
+def test_a_page_gets_the_rows_and_keeps_its_sentences():
+    made = [("speed", "2 times faster", "New", "python -m x"), ("size", "3 MB", "Old", "python -m y")]
+    before = "# Measured\n\nWords.\n\n| what | figure |\n|---|---|\n| old | row |\n\nMore words.\n"
+    after = measured.page(before, made)
+    assert measured.table(made) in after
+    assert "old" not in after
+    assert after.startswith("# Measured\n\nWords.\n\n|")
+    assert after.endswith("|\n\nMore words.\n")
+    assert measured.page(after, made) == after
 
 
 def test_numbers_in_sentences_are_those_of_the_table():
     text = " ".join((DOCS / "MEASURED.md").read_text().split())
-    _, _, cached, ready, *_ = ROWS
+    cached, ready = (row[1] for row in measured.fit() if "step" in row[0])
     assert f'"{cached.split(" (")[0]}"' in text
     assert f"the gain is {ready.split(' faster')[0]}" in text
 
