@@ -1,7 +1,6 @@
 """How fast the operators are on this machine's CPU, beside every way of writing them in PyTorch.
 
     python -m benchmarks.bench_ops                    # the table on record: interleaved rounds, medians
-    python -m benchmarks.bench_ops --plan bf16        # a step in bfloat16, beside our own float32
     pytest benchmarks/bench_ops.py --benchmark-only   # one provider at a time, by pytest-benchmark
 
 Within a group (operator, shape, components, rows, dtype, mode) the providers take turns, round after round,
@@ -244,9 +243,7 @@ def bench_reweight(
     for mode in modes:
         runs = {}
         for name in providers:
-            given = problem(shape, rows, components, torch.float32) if name == BESIDE else p
-            provider = PROVIDERS["cpp" if name == BESIDE else name]
-            runs[name] = runner(name, provider(given), given, mode)
+            runs[name] = runner(name, PROVIDERS[name](p), p, mode)
             runs[name]()  # warm: compiles, packs, touches memory
         if dtype == torch.bfloat16:  # the same work in float32, in the same rounds
             wider = problem(shape, rows, components)
@@ -380,23 +377,6 @@ def markdown(record: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-BESIDE = "cpp, float32"  # the compiled backend on the same numbers in float32, beside providers in bfloat16
-
-
-def bf16_plan(rounds: int) -> list[tuple[str, Callable[[], list[dict]]]]:
-    """A step in bfloat16 of every shape, the smallest first, beside the compiled backend in float32."""
-    providers = ("lowrank", "lowrank compiled", "folded", "folded compiled", "cpp", BESIDE)
-    plan: list[tuple[str, Callable[[], list[dict]]]] = []
-    for rows in (64, 256, 1024):
-        for name in ("B/16", "L/14", "H/14"):
-
-            def run(shape=SHAPES[name], rows=rows) -> list[dict]:
-                return bench_reweight(shape, "full", rows, torch.bfloat16, providers, rounds, ("step",))
-
-            plan.append((f"{name} K full N {rows} bfloat16 step", run))
-    return plan
-
-
 def main_plan(rounds: int) -> list[tuple[str, Callable[[], list[dict]]]]:
     """The groups on record, the most telling first."""
     fp32, bf16 = torch.float32, torch.bfloat16
@@ -471,15 +451,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder for ops.json and ops.md; default: results/<processor and set>"
     )
-    parser.add_argument(
-        "--plan", choices=("main", "bf16"), default="main", help="bf16 writes ops_bf16.json and ops_bf16.md"
-    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--budget", type=float, default=540.0, help="seconds after which no further group is started"
     )
     arguments = parser.parse_args()
-    plan, name = (main_plan, "ops") if arguments.plan == "main" else (bf16_plan, "ops_bf16")
     record = {
         "machine": {
             "cpu": cpu_name(),
@@ -489,13 +465,13 @@ def main() -> None:
             "instruction_set": cpp_backend().instruction_set()[0],
             "command": " ".join(["python -m benchmarks.bench_ops", *sys.argv[1:]]),
         },
-        "rows": measure(plan(arguments.rounds), arguments.budget),
+        "rows": measure(main_plan(arguments.rounds), arguments.budget),
     }
     out = arguments.out or Path(__file__).parent / "results" / machine_name()
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / "ops.json").write_text(json.dumps(record, indent=1) + "\n")
     text = markdown(record)
-    (out / f"{name}.md").write_text(text)
+    (out / "ops.md").write_text(text)
     print(text)
 
 

@@ -3,6 +3,7 @@ on every instruction set this machine has."""
 
 import os
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from tolerance import absolute, assert_within, enough_to_notice
 
 from residual_kernels import ops
+from residual_kernels.cli import doctor
 from residual_kernels.ops import backends, reference
 
 _cpp = pytest.importorskip("residual_kernels._cpp", reason="the extension was not built (no C++ compiler)")
@@ -484,3 +486,15 @@ def test_the_peak_counts_what_its_loop_does(name):
     assert [_cpp.peak(at, 1, 20), _cpp.peak(at, 2, 10)] == [2 * one, 2 * one]
     with pytest.raises(ValueError, match="at least 1"):
         _cpp.peak(at, 0, 10)
+
+
+def test_doctor_says_what_was_timed_on_the_set_in_use(instruction_set):
+    """A set that is said to have been timed has results; one that has not, has none."""
+    assert tuple(cpp_backend.MEASURED) == cpp_backend.INSTRUCTION_SETS
+    said = doctor.facts()["devices"][0]["backends"]["cpp"]
+    assert f"instruction set {instruction_set}, {cpp_backend.MEASURED[instruction_set]}" in said
+    results = Path(__file__).parent.parent / "benchmarks" / "results"
+    machines = {"avx2": "amd-epyc", "avx512": "amd-zen5-avx512bf16"}
+    folder = results / machines.get(instruction_set, f"amd-zen5-{instruction_set}")
+    timed = cpp_backend.MEASURED[instruction_set].startswith("timed")
+    assert (folder / "ops.json").is_file() == timed

@@ -7,6 +7,7 @@ import torch
 from test_towers import build, images_for
 
 import residual_kernels as rk
+from residual_kernels.bases import principal
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,31 @@ def test_float32_keeps_the_small_eigenvalues_far_from_the_origin(tower, images, 
         a, b = low.explained_variance(row), high.explained_variance(row)
         assert (a - b).abs().max() < 2e-4 * b[0]
         assert abs(float(a[8] / b[8]) - 1) < 0.02
+
+
+def test_cores_share_the_factorisations_and_change_nothing(tower, images, monkeypatch):
+    """The same bits from one core and from three, one thread of torch each; the number is given back."""
+    monkeypatch.setattr(principal, "GROUP_BYTES", 1)  # a unit to a group
+    threads = []
+    fix_signs = principal._fix_signs
+    monkeypatch.setattr(
+        principal, "_fix_signs", lambda c: threads.append(torch.get_num_threads()) or fix_signs(c)
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for cores in (1, 3):
+            torch.set_num_threads(1)
+            moments = rk.fit_bases(tower, [images]).moments["head"]
+            threads.clear()
+            torch.set_num_threads(cores)
+            found.append(principal.principal(moments))
+            assert torch.get_num_threads() == cores
+            assert set(threads) == {1}
+    finally:
+        torch.set_num_threads(before)
+    one, three = found
+    assert torch.equal(one.components, three.components)
+    assert torch.equal(one.variance, three.variance)
 
 
 def test_batching_does_not_matter(tower, images, bases):

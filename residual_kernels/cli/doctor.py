@@ -76,5 +76,5 @@ def _device(device: torch.device) -> dict:
 
                 used, slower = cpp_backend.instruction_set()
                 why = "".join(f"; not {faster}: {cause}" for faster, cause in slower.items())
-                states[name] += f"; instruction set {used}{why}"
+                states[name] += f"; instruction set {used}, {cpp_backend.MEASURED[used]}{why}"
     return {"device": str(device), "detail": detail, "auto": auto, "backends": states}

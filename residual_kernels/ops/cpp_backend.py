@@ -40,6 +40,14 @@ INSTRUCTION_SETS = (
     "avx512bf16",
     "amx",
 )
+# What has been timed on each set, for doctor; the figures are in docs/MEASURED.md.
+MEASURED = {
+    "portable": "compared with float64, not timed",
+    "avx2": "timed on an AMD EPYC",
+    "avx512": "timed in float32 on an AMD of the Zen 5 class",
+    "avx512bf16": "timed on an AMD of the Zen 5 class",
+    "amx": "compared with float64 in emulation, not timed",
+}
 ON_PAIRS = ("avx512bf16", "amx")  # they take bfloat16 alone; csrc/pairs.h
 _BY_NAME = ("amx",)  # taken only when asked for
 FOLDED_PAYS = 0.75  # the folded route is taken below this share of the direct route's FLOP
