@@ -9,14 +9,17 @@ product: in float32 wrong near duplicates) or without ("exact"), the whole N x N
 one run.
 
 Whole analysis: ViT-B-32 with random weights (144 heads) on images of random coordinates as its heads give
-them, ten classes, the bundled phrases as many random vectors.
+them, ten classes, the bundled phrases as many random vectors. Report: the page and pictures of an adapter of
+ViT-L-14 (384 heads) on such a cache.
 """
 
 import argparse
 import resource
 import statistics
 import sys
+import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import open_clip
@@ -28,6 +31,8 @@ from residual_kernels import towers
 from residual_kernels.analysis import TextDictionary, analyze, nearest_two
 from residual_kernels.analysis.words import bundled_phrases
 from residual_kernels.files import write_json
+from residual_kernels.report import gather, write_report
+from residual_kernels.report.facts import Source
 
 D, SIZE = 512, 66
 
@@ -130,6 +135,29 @@ def whole(count: int, classes: int, name: str = "ViT-B-32") -> dict:
     return {"model": name, "images": count, "classes": classes, "seconds": seconds, "steps": done.seconds}
 
 
+def report_times(count: int, name: str = "ViT-L-14", classes: int = 10) -> dict:
+    """Seconds of every step of a report of an adapter of `name`, random weights, with its pictures."""
+    torch.manual_seed(0)
+    tower = open_clip.create_model(name).eval().visual
+    cache = random_cache(tower, count, classes)
+    bases = rk.fit_bases(tower, cache).truncate(energy=0.90)
+    adapter = rk.ResiDual(tower, bases, rest="all", init="normal")
+    begun: list[tuple[str, float]] = []
+
+    def say(step: str) -> None:
+        begun.append((step, time.perf_counter()))
+
+    facts = gather(
+        adapter, rk.ZeroShotHead.from_prototypes(cache), cache, Source(name, "random", ""), say=say
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        say("writing the page and its pictures")
+        write_report(facts, Path(folder) / "report.html", cache)
+        say("end")
+    steps = {name: later - start for (name, start), (_, later) in pairwise(begun)}
+    return {"model": name, "images": count, "seconds": begun[-1][1] - begun[0][1], "steps": steps}
+
+
 def markdown(results: dict) -> str:
     lines = [
         f"# Analyses on {results['device']}, {results['threads']} threads, torch {results['torch']}",
@@ -156,6 +184,15 @@ def markdown(results: dict) -> str:
         "|---|---|",
     ]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in results["whole"]["steps"].items()]
+    report = results["report"]
+    lines += [
+        "",
+        f"## A report: {report['model']}, {report['images']:,} images: {report['seconds']:.1f} s",
+        "",
+        "| step | seconds |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {seconds:.2f} |" for name, seconds in report["steps"].items()]
     return "\n".join(lines) + "\n"
 
 
@@ -166,6 +203,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=5000)
     parser.add_argument("--large", type=int, default=50_000)
     parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--report", type=int, default=1000, help="images of the report")
     parser.add_argument("--classes", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="path without ending; .json and .md are written")
@@ -178,6 +216,7 @@ def main() -> None:
         "two_nn_large": two_nn_large(arguments.large),  # first, so that the peak is its own
         "two_nn": two_nn_times(arguments.points, arguments.rounds),
         "whole": whole(arguments.images, arguments.classes),
+        "report": report_times(arguments.report),
     }
     text = markdown(results)
     print(text)

@@ -117,6 +117,21 @@ def analysis() -> Iterator[Row]:
     )
 
 
+def report() -> Iterator[Row]:
+    for folder, machine in MACHINES.items():
+        path = RESULTS / folder / "analysis.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if "report" in found:
+            one = found["report"]
+            yield (
+                f"`report` of an adapter of {one['model']}, {one['images']:,} cached images, with pictures",
+                f"{one['seconds']:.0f} s",
+                machine,
+                found["command"].split(" --out")[0] + " --out build/analysis",
+            )
+            return
+
+
 def scale() -> Iterator[Row]:
     command = "python -m benchmarks.bench_scale --rounds 3 --folder build/cache --out build/scale"
     found, machine = newest("scale.json", lambda found: found.get("encoding"))
@@ -222,7 +237,7 @@ def operators() -> Iterator[Row]:
 
 
 def rows() -> list[Row]:
-    return [*main_job(), *fit(), *analysis(), *scale(), *counted(), *operators()]
+    return [*main_job(), *fit(), *analysis(), *report(), *scale(), *counted(), *operators()]
 
 
 def table(made: list[Row]) -> str:
