@@ -1,5 +1,5 @@
 """ResiDual and its peers on the same work: accuracy from 4, 16 and all labelled images a class,
-numbers trained, time.
+learned numbers, time.
 
     python -m benchmarks.bench_peers --photos cifar10.zip --out benchmarks/results/<device>/peers
 
@@ -209,14 +209,14 @@ def table(result: dict) -> str:
     for task, about in result["tasks"].items():
         rows = [row for row in result["rows"] if row["task"] == task]
         shots = list(dict.fromkeys(row["shots"] for row in rows))
-        heads = [f"{count or 'all'} a class" for count in shots]
+        heads = [f"{count} labels per class" if count else "all labels" for count in shots]
         lines += [
             "",
             f"**{task}**: {about['train']} labelled images in all, {about['val']} for validation, "
             f"{about['test']} for the test. Encoding train and validation took "
             f"{about['encoding_seconds']:.1f} s.",
             "",
-            "| method | " + " | ".join(heads) + " | numbers trained | seconds | memory, MiB |",
+            "| method | " + " | ".join(heads) + " | learned numbers | seconds | memory, MiB |",
             "|---" * (len(shots) + 4) + "|",
         ]
         best = {count: max(row["accuracy"] for row in rows if row["shots"] == count) for count in shots}
@@ -236,7 +236,7 @@ def table(result: dict) -> str:
     sources = "; ".join(f"{name}: {source}" for name, source in result["methods"].items())
     lines += [
         "",
-        "Numbers trained, seconds and memory are those of the last accuracy column.",
+        "Learned numbers, seconds and memory are those of the last accuracy column.",
         "",
         f"Sources. {sources}.",
     ]

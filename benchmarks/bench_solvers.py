@@ -1,4 +1,4 @@
-"""The convex solver beside AdamW on the same forms: accuracy from 4, 16 and all labels a class, and seconds.
+"""The convex solver beside AdamW on the same forms: accuracy and seconds at 4, 16 and all labels per class.
 
     python -m benchmarks.bench_solvers --photos cifar10.zip --out benchmarks/results/<device>/solvers
 

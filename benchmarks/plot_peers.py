@@ -39,7 +39,7 @@ OTHER = (PALE, "X")
 
 
 def apart(rows: list[dict]) -> list[float]:
-    """Where markers stand on the axis of numbers trained:
+    """Where markers stand on the axis of learned numbers:
     those that would touch are moved a little to either side.
 
     Markers touch when their numbers lie within a third of a decade, and their accuracies within `NEAR`.
@@ -56,7 +56,7 @@ def apart(rows: list[dict]) -> list[float]:
 
 
 def panel(axis: Axes, rows: list[dict]) -> None:
-    """Accuracy over the numbers trained; nothing trained stands at the left edge."""
+    """Accuracy over the learned numbers; a method that learns none stands at the left edge."""
     for row, across in zip(rows, apart(rows), strict=True):
         colour, marker = MARKS.get(row["method"], OTHER)
         axis.errorbar(

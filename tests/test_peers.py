@@ -103,7 +103,7 @@ def test_a_row_holds_what_the_table_and_the_picture_need(small, tmp_path):
     assert len(fine["accuracies"]) == 2
     assert fine["memory_mib"] is None or fine["memory_mib"] >= 0
     text = bench_peers.table(json.loads(json.dumps(result)))
-    assert "| method | 2 a class | all a class | numbers trained | seconds | memory, MiB |" in text
+    assert "| method | 2 labels per class | all labels | learned numbers | seconds | memory, MiB |" in text
     assert f"{fine['accuracy']:.3f} ± {fine['std']:.3f}" in text
     for column in (0, 1):
         top = max(row["accuracy"] for row in rows[3 * column : 3 * column + 3])

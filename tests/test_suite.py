@@ -222,8 +222,8 @@ def test_table_and_picture_of_what_was_recorded():
     assert "**0.600**" in text
     figure = plot.draw(result)
     assert [panel.get_title(loc="left") for panel in figure.axes] == [
-        "4 labelled a class",
-        "all labelled a class",
+        "4 labels per class",
+        "all labels",
     ]
 
 
@@ -235,7 +235,8 @@ def test_committed_tables_are_those_of_the_committed_rows():
     made = {"suite": table.markdown(suite), "unseen": unseen.markdown(novel)}
     for name, text in made.items():
         assert (results / f"{name}.md").read_text() == text
-    pages = {"COMPARISON": ("suite", "| method | 1 a class"), "GUIDE": ("suite", "| task | the model |")}
+    pages = {"COMPARISON": ("suite", "| method | 1 label per class")}
+    pages["GUIDE"] = ("suite", "| task | the model |")
     pages["FEW_LABELS"] = ("unseen", "| method | labelled classes |")
     for page, (name, start) in pages.items():
         lines = (root / "docs" / f"{page}.md").read_text().splitlines()

@@ -2,7 +2,7 @@
 after their papers.
 
 Nobody has validation images. What a paper searches on them is chosen here by folds of the user's own labels,
-the same folds for everybody; with one label a class there are no folds to speak of, and the paper's fixed
+the same folds for everybody; with one label per class there are no folds to speak of, and the paper's fixed
 values stand, or the model where there are none. Learning rates that a paper fixes for towers hundreds of
 times this size are those of :data:`benchmarks.suite.rates.RATES`, found on tasks outside the suite.
 """

@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.figure import Figure
 
-from benchmarks.suite.table import AUTO, BASE, ORDER, cells
+from benchmarks.suite.table import AUTO, BASE, ORDER, cells, labels_per_class
 from residual_kernels.figures.style import BLUE, DPI, GREY, INK, ORANGE, PALE, SKY, styled
 
 OURS = (AUTO, "anchored", "anchored + class vectors")
@@ -39,7 +39,7 @@ def draw(result: dict) -> Figure:
             below = [100 * cell.gain for cell in own if cell.below]
             panel.scatter(below, [height] * len(below), marker="|", color=ORANGE, s=40, zorder=2)
             panel.scatter(statistics.fmean(gains), height, color=colour, s=42, zorder=3)
-        panel.set_title(f"{n or 'all'} labelled a class")
+        panel.set_title(labels_per_class(n))
         panel.set_xlabel("points above the model")
         panel.grid(axis="x")
         panel.grid(visible=False, axis="y")

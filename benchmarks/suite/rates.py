@@ -1,7 +1,7 @@
 """Learning rates of the peers that train by AdamW, found on two tasks outside the suite.
 
 Their papers fix rates for towers hundreds of times this size. Here each method's rate is the one of best
-accuracy, averaged over letters as edge drawings and grey photographs, 16 labels a class:
+accuracy, averaged over letters as edge drawings and grey photographs, 16 labels per class:
 
     python -m benchmarks.suite.rates --photographs cifar10.zip
 """

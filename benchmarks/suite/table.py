@@ -109,7 +109,7 @@ def ranks(found: dict, tasks: list[str], shots, methods: list[str]) -> dict[str,
 
 
 def by_task(result: dict, names: tuple[str, ...]) -> list[str]:
-    """A line for each task: the model, and accuracies of some methods at 1, 4, 16 and all labels a class."""
+    """A line for each task: accuracies of the model and of some methods at each count of labels."""
     found = cells(result["rows"])
     counts = sorted({shots for _, shots, name in found if name == AUTO}, key=lambda n: (n is None, n))
 
@@ -127,6 +127,11 @@ def by_task(result: dict, names: tuple[str, ...]) -> list[str]:
         "| " + " | ".join([task, *(texts(task, name) for name in (BASE, *names))]) + " |"
         for task in result["tasks"]
     ]
+
+
+def labels_per_class(count: int | None) -> str:
+    """A count of labels as a heading; None is all of them."""
+    return "all labels" if count is None else f"{count} label{'s' * (count > 1)} per class"
 
 
 def by_methods(title: str, tasks: Sequence[str]) -> list[str]:
@@ -151,10 +156,10 @@ def markdown(result: dict) -> str:
         "`benchmarks/suite/run.py`." + result.get("note", ""),
         "",
         "| method | "
-        + " | ".join(f"{n or 'all'} a class" for n in counts)
+        + " | ".join(map(labels_per_class, counts))
         + " | mean rank at "
         + " / ".join(str(n or "all") for n in counts)
-        + " | seeds | numbers trained | seconds | worst cell against base | cells below base by more "
+        + " | seeds | learned numbers | seconds | worst cell against base | cells below base by more "
         "than one error |",
         "|---" * (len(counts) + 7) + "|",
     ]
@@ -194,7 +199,7 @@ def markdown(result: dict) -> str:
         )
     for n in counts:
         compared = [name for name in names if whole(name, n)]
-        lines += by_methods(f"{n or 'All'} labelled a class", tasks)
+        lines += by_methods(labels_per_class(n).capitalize(), tasks)
         top = {task: max(found[task, n, name].accuracy for name in compared) for task in tasks}
         for name in compared:
             row = []
@@ -205,7 +210,8 @@ def markdown(result: dict) -> str:
             lines.append(f"| {name} | {' | '.join(row)} |")
     lines += [
         "",
-        f"**This library's methods by task**, at {', '.join(str(n or 'all') for n in counts)} labels a class",
+        f"**This library's methods by task**, at {', '.join(str(n or 'all') for n in counts)} "
+        "labels per class",
         "",
         *by_task(result, (AUTO, *ours.CANDIDATES.values())),
         "",
