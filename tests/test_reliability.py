@@ -38,7 +38,7 @@ def damaged():
     yield f"{found['kinds']} kinds of files, {found['tried']:,} damaged copies"
     yield f"{found['refused']:,} were refused"
     yield f"{found['no effect']:,} gave what the good file gives"
-    yield f"{found['another right file']:,} were other right files"
+    yield f"{found['another right file']:,} were valid files with other content"
 
 
 def load():
