@@ -96,7 +96,7 @@ def test_layouts_that_cannot_be_labelled(folder, archive, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no images"):
         ImageFiles(tmp_path / "empty", pixels)
-    with pytest.raises(ValueError, match="holds no images"):
+    with pytest.raises(FileNotFoundError, match="there is no folder .* in .*; it holds "):
         ImageFiles(archive / "test", pixels)
     with pytest.raises(FileNotFoundError, match="nearest are data"):
         ImageFiles(tmp_path / "dta", pixels)
