@@ -283,7 +283,7 @@ def part_option(made: Any, part: str | None) -> dict[str, Any]:
         return {"image_set": part}
     if "train" in parameters:
         if part not in ("train", "test"):
-            got = "" if part is None else f"; got {part}"
+            got = "" if part is None else f"; got {part!r}"
             raise ValueError(f"say which part of {asked}: {asked}@train or {asked}@test{got}")
         return {"train": part == "train"}
     if part is not None:
