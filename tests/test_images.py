@@ -304,7 +304,7 @@ def test_hugging_face_data_sets(saved):
         ("one@train", "comes in one part"),
         ("bare", "exactly one column of labels .*it has none"),
         ("twice", "it has several: kind, again"),
-        ("nothing", "cannot be read here .*--download"),
+        ("nothing", "cannot be read here .*find any data file"),
     ]
     for name, message in cases:
         with pytest.raises(ValueError, match=message):
