@@ -33,7 +33,8 @@ def newest(name: str, holds: Callable[[dict], object] = bool) -> tuple[dict, str
 
 def times(values: list[float]) -> str:
     low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-    return f"{low} times faster" if low == high else f"{low}–{high} times faster"
+    said = "times faster" if float(low) > 1 else "times as fast"  # no speed is "0.9 times faster"
+    return f"{low} {said}" if low == high else f"{low}–{high} {said}"
 
 
 def main_job() -> Iterator[Row]:

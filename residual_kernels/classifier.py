@@ -8,6 +8,8 @@ It follows scikit-learn's conventions, so that it can be cross-validated and put
 
 import inspect
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -90,7 +92,8 @@ class Classifier:
         Args:
             X: a folder of class folders (or anything that :func:`open_images` reads), or a sequence of PIL
                 images, a uint8 array [N, H, W, 3], or preprocessed images [N, 3, H, W].
-            y: a label for each image, of any sortable type. Left out for a folder, which has its own.
+            y: [N] a label for each image: integers, text or another sortable type. Left out for a folder,
+                which has its own.
 
         Returns:
             This classifier, fitted.
@@ -99,20 +102,23 @@ class Classifier:
             ValueError: no labels, fewer than two classes, or images that cannot be read (named).
         """
         self._check_model()
-        images, labels = self._images(X), None if y is None else np.asarray(list(y))
+        images, labels = self._images(X), None if y is None else _labels(y)
         if labels is None:
             if getattr(images, "class_names", None) is None:
-                raise ValueError("fit needs a label for each image: give y, or a folder of class folders")
+                raise ValueError(
+                    "fit needs a label for each image: give y, or a folder of class folders "
+                    "(y should be a 1d array)"
+                )
             classes, numbers = np.asarray(images.class_names), images.labels
         else:
             if len(labels) != len(images):
                 raise ValueError(f"X has {len(images)} images but y has {len(labels)} labels")
-            if labels.dtype.kind in "fc" and not np.isfinite(labels).all():
-                raise ValueError(f"y holds {labels[~np.isfinite(labels)][0]}, which is no label")
             classes, found = np.unique(labels, return_inverse=True)
             numbers = torch.as_tensor(found).reshape(-1)
         if len(classes) < 2:
-            raise ValueError(f"fit needs at least two classes; got {len(classes)}")
+            raise ValueError(
+                f"fit needs at least two classes; got {len(classes)} class{'es' * (len(classes) != 1)}"
+            )
         self._release()
         tower = _tower(self.model)
         data = _Labelled(images, numbers)
@@ -170,7 +176,7 @@ class Classifier:
             if getattr(images, "class_names", None) is None:
                 raise ValueError("score needs a label for each image: give y, or a folder of class folders")
             y = np.asarray(images.class_names)[images.labels.numpy()]
-        return float(np.mean(self.predict(images) == np.asarray(list(y))))
+        return float(np.mean(self.predict(images) == _labels(y)))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes adapter, class vectors and labels to a folder, which `residual-kernels eval` reads too.
@@ -373,7 +379,9 @@ class Classifier:
 
     def _check_fitted(self) -> None:
         if not hasattr(self, "adapter_"):
-            raise ValueError("this Classifier is not fitted; call fit or load first")
+            raise _of_sklearn("NotFittedError", ValueError)(
+                "this Classifier is not fitted; call fit or load first"
+            )
 
     def _predicted(self, X: Any):
         self._check_fitted()
@@ -412,6 +420,32 @@ class Classifier:
         adapter: TowerAdapter | None = self.__dict__.pop("adapter_", None)
         if adapter is not None:
             adapter.detach()
+
+
+def _labels(y: Any) -> np.ndarray:
+    """The labels [N] of images, as an array."""
+    labels = np.asarray(y if hasattr(y, "__array__") or hasattr(y, "__len__") else list(y))
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        kind = _of_sklearn("DataConversionWarning", UserWarning)
+        message = "A column-vector y was passed when a 1d array was expected; its one column is used"
+        warnings.warn(message, kind, stacklevel=3)
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise ValueError(f"y should be a 1d array, one label for each image; its shape is {labels.shape}")
+    if labels.dtype.kind in "fc":
+        if not np.isfinite(labels).all():
+            raise ValueError(f"y holds {labels[~np.isfinite(labels)][0]}, which is no label")
+        if (labels != np.round(labels)).any():
+            raise ValueError(
+                f"Unknown label type: y is continuous (it holds {labels[labels != np.round(labels)][0]}); "
+                "labels are integers or text"
+            )
+    return labels
+
+
+def _of_sklearn(name: str, otherwise: type) -> Any:
+    """An exception of scikit-learn for callers who have loaded it; it is a subclass of `otherwise`."""
+    return getattr(sys.modules.get("sklearn.exceptions"), name, otherwise)
 
 
 def _check_head(place: str | os.PathLike, head: ZeroShotHead | None) -> ZeroShotHead:

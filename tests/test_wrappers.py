@@ -566,7 +566,7 @@ def test_the_command_on_code_of_ones_own(monkeypatch, capsys):
     assert "nowhere" in said
     code, _, said = command("py:towers_of_my_own:louder", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
-    assert "the streams part at block 0" in said
+    assert "the token streams diverge at block 0" in said
     code, _, said = command("py:towers_of_my_own:nothing", monkeypatch=monkeypatch, capsys=capsys)
     assert code == 2
     assert "returned int, not a model" in said

@@ -146,11 +146,10 @@ def check(view: Runnable, image: Tensor) -> None:
     found = compare(view, image)
     if found.place is not None:
         raise UnsupportedTowerError(
-            "this tower does not compute what its parts say, so its units would not sum to its output "
+            "this tower's own output differs from the sum of the units that its parts give "
             f"(they are {max(found.output, found.units):.1e} apart, relative, on one image): "
             f"{found.place}. Undo that change, or merge it into the weights (a LoRA with "
-            "merge_and_unload()); check=False skips this check and uses units of the tower as its parts "
-            "say"
+            "merge_and_unload()); check=False skips this check and computes units from the parts alone"
         )
 
 
@@ -185,7 +184,7 @@ def _embedding(view: Runnable, image: Tensor) -> Tensor:
     except TypeError as error:
         raise UnsupportedTowerError(
             f"the forward of {name} takes other arguments than images ({error}), so there is no output to "
-            "compare units with; check=False uses units of the tower as its parts say"
+            "compare units with; check=False computes units from the parts alone"
         ) from error
     except ValueError:
         pass  # it has no signature to read
@@ -193,7 +192,7 @@ def _embedding(view: Runnable, image: Tensor) -> Tensor:
     if not isinstance(own, Tensor) or not own.is_floating_point():
         raise UnsupportedTowerError(
             f"the forward of {name} gives {type(own).__name__} instead of an embedding [N, D]; let it return "
-            "the embedding, or use check=False for units of the tower as its parts say"
+            "the embedding, or use check=False for units from the parts alone"
         )
     return own
 
@@ -296,13 +295,13 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
     if (order := _other_order(blocks, [block for block, _ in left])) is not None:
         return f"its own forward {order}{where}"
     if _part(x, entered, x):
-        return f"the streams part before the first block{where}"
+        return f"the token streams diverge before the first block{where}"
     x = entered.reshape(x.shape)
     for index, block in enumerate(blocks):
         ours, _, _ = view.block(index, x, context, False, None)
         theirs = left[index][1]
         if theirs.numel() != x.numel() or _part(ours, theirs, theirs.reshape(x.shape) - x):
-            return f"the streams part at block {index}{suspects.inside(block, blocks)}"
+            return f"the token streams diverge at block {index}{suspects.inside(block, blocks)}"
         if index == len(blocks) - 1 and view.shortens:  # where the first token alone is computed
             ours, theirs = view.block(index, x, context, True, None)[0], theirs.reshape(x.shape)[:, :1]
             if _part(ours, theirs, theirs - x[:, :1]):
@@ -313,7 +312,7 @@ def _where_streams_part(view: Runnable, image: Tensor, own: Tensor) -> str | Non
         x = left[index][1].reshape(x.shape)
     ours = view.finish(x)[0]
     if _part(ours, own, own):
-        return f"the streams part behind the last block{where}"
+        return f"the token streams diverge after the last block{where}"
     return None
 
 
