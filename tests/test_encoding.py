@@ -162,7 +162,7 @@ def test_a_finished_cache_is_returned_where_it_is_known_to_be_the_same(tower, un
     assert len(cache) == 100
     assert again.dataset.opened == [0]
     assert contents(folder) == undisturbed
-    with pytest.raises(FileExistsError, match="not empty: it holds a finished cache, and these data have no"):
+    with pytest.raises(FileExistsError, match="not empty: it holds a finished cache, and nothing says"):
         rk.encode(tower, loader(name=None), folder, KINDS, class_names="abc")
     with pytest.raises(ValueError, match=r"shard-00000\.safetensors was made from another image 0"):
         rk.encode(tower, loader(seed=1), folder, KINDS, class_names="abc")
