@@ -14,17 +14,12 @@ import residual_kernels as rk
 from residual_kernels.demo import digit_images
 
 torch.manual_seed(0)
-size: dict[str, float] = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-size["initializer_factor"] = 4.0
-text = size | {"vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1}
-vision = size | {"image_size": 32, "patch_size": 8}
+size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+factor = {"initializer_factor": 4.0}  # of random weights
+text = size | factor | {"vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1}
+vision = size | factor | {"image_size": 32, "patch_size": 8}
 model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).eval()
-# Begin, a digit's word, end.
+# A digit's word between the marks of beginning and end.
 captions = {"input_ids": torch.tensor([[1, 3 + digit, 2] for digit in range(10)])}
 
 _, preprocess, _ = rk.load_bundled()
@@ -45,6 +40,10 @@ class ZeroShotTrainer(Trainer):
         return (loss, {"logits": outputs.logits_per_image}) if return_outputs else loss
 
 
+def accuracy(seen):
+    return {"accuracy": (np.argmax(seen.predictions, 1) == seen.label_ids).mean()}
+
+
 arguments = TrainingArguments(
     "runs",
     num_train_epochs=6,
@@ -53,18 +52,10 @@ arguments = TrainingArguments(
     remove_unused_columns=False,
     label_names=["labels"],
     save_strategy="no",
-    logging_strategy="no",
     report_to="none",
     disable_tqdm=True,
 )
-trainer = ZeroShotTrainer(
-    model,
-    arguments,
-    collate,
-    train,
-    val,
-    compute_metrics=lambda seen: {"accuracy": (np.argmax(seen.predictions, 1) == seen.label_ids).mean()},
-)
+trainer = ZeroShotTrainer(model, arguments, collate, train, val, compute_metrics=accuracy)
 before = trainer.evaluate()["eval_accuracy"]  # of the untouched model
 
 bases = rk.fit_bases(model, images[:600].split(100), kinds=("head", "mlp"))
