@@ -529,7 +529,11 @@ def test_many_label_sets_and_seeds_side_by_side(tower, cache, bases, head):
             anchored, head, train, labels=(train.labels, other)[task.labels], seed=task.seed, shots=10
         )
         assert alone.freedom == result.freedom
-        assert alike(anchored.weight.detach(), fits.weight[number])
+        # Both objectives are at most their gap above the optimum; the weights are this task's, no other's.
+        gap = max(alone.certificate.gap, result.certificate.gap)
+        assert abs(alone.certificate.objective - result.certificate.objective) < gap
+        apart = (fits.weight - anchored.weight.detach()).norm(dim=1)
+        assert 10 * apart[number] < min(apart[k] for k in range(4) if k != number)
     flipped = rk.ZeroShotHead(head.class_vectors[:, [2, 0, 1]], "abc", math.log(10.0))
     two = rk.fit_many(anchored, [head, flipped], train, labels=[train.labels, other])
     assert alike(two.weight[0], two.weight[1])  # the same task under other names
