@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers import products
+from residual_kernels.ops import onednn
 from residual_kernels.towers.foreign import Foreign, Submodule
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm
@@ -114,11 +114,11 @@ def _head_inputs(attn: Foreign, x: Tensor, first_only: bool) -> Tensor:
     queries = 1 if first_only else tokens
     weight, bias = attn.in_proj_weight, attn.in_proj_bias
     if first_only:
-        q = products.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
-        kv = products.linear(x, weight[width:], None if bias is None else bias[width:])
+        q = onednn.linear(x[:, :1], weight[:width], None if bias is None else bias[:width])
+        kv = onednn.linear(x, weight[width:], None if bias is None else bias[width:])
         k, v = kv.chunk(2, dim=-1)
     else:
-        q, k, v = products.linear(x, weight, bias).chunk(3, dim=-1)
+        q, k, v = onednn.linear(x, weight, bias).chunk(3, dim=-1)
     q = q.reshape(rows, queries, attn.num_heads, -1).transpose(1, 2)
     k = k.reshape(rows, tokens, attn.num_heads, -1).transpose(1, 2)
     v = v.reshape(rows, tokens, attn.num_heads, -1).transpose(1, 2)
@@ -224,7 +224,7 @@ class OpenClipTower(TransformerTower):
     ) -> tuple[Tensor, Tensor, Tensor]:
         block: _Block = self.module.transformer.resblocks[index]
         z = _head_inputs(block.attn, block.ln_1(x), first_only)
-        attended = products.linear(z, block.attn.out_proj.weight, block.attn.out_proj.bias)
+        attended = onednn.linear(z, block.attn.out_proj.weight, block.attn.out_proj.bias)
         attended = block.ls_1(attended) if hasattr(block, "ls_1") else attended
         z = z.unflatten(2, (self.layout.heads, -1))
         if edit is not None:

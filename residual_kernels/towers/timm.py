@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from residual_kernels.towers import products
+from residual_kernels.ops import onednn
 from residual_kernels.towers.foreign import Foreign, Submodule
 from residual_kernels.towers.layout import UnitLayout
 from residual_kernels.towers.norm import Norm, known_norm, norm_of
@@ -74,11 +74,11 @@ def _queries_keys_values(attn: Foreign, x: Tensor, first_only: bool) -> tuple[Te
         return (q[:, :1] if first_only else q), k, v
     weight = attn.qkv.weight
     if not first_only:
-        q, k, v = products.linear(x, weight, bias).chunk(3, dim=-1)
+        q, k, v = onednn.linear(x, weight, bias).chunk(3, dim=-1)
         return q, k, v
     size = len(weight) // 3
-    q = products.linear(first, weight[:size], None if bias is None else bias[:size])
-    k, v = products.linear(x, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
+    q = onednn.linear(first, weight[:size], None if bias is None else bias[:size])
+    k, v = onednn.linear(x, weight[size:], None if bias is None else bias[size:]).chunk(2, dim=-1)
     return q, k, v
 
 

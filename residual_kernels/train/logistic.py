@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from residual_kernels import distributed
-from residual_kernels.train.products import product
+from residual_kernels.ops.onednn import product
 
 BLOCK_BYTES = 32 * 2**20  # of logits, and of reweighted class scores, that one product may make
 VECTOR_PENALTY = 10.0

@@ -1,8 +1,9 @@
-"""How is a linear map that a view writes out itself multiplied?
+"""How is a product of float32 matrices computed fastest on a CPU?
 
-As the tower's own layer would be, but for float32 on a CPU: torch's layer takes MKL's product there, whose
-best code is kept from other makers' processors. oneDNN, which torch brings along, takes whatever vectors
-there are.
+torch's own float32 product is MKL's, whose best code is kept from other makers' processors. oneDNN, which
+torch brings for its layers, uses whatever vector instructions there are: on an AMD processor with AVX-512 it
+is twice as fast. Views take it for linear maps that they write out themselves, and the convex fit for all of
+its products. Where it cannot serve, torch's own product does.
 """
 
 import torch
@@ -16,14 +17,19 @@ WORTH = 2**20  # multiply-adds of a product below which the other route's own co
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias [out], as :func:`torch.nn.functional.linear` has it."""
-    if not _by_onednn(x, weight, bias):
+    if not _serves(x, weight, bias):
         return F.linear(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     y = torch.ops.mkldnn._linear_pointwise(flat, weight, bias, "none", [], "")
     return y.view(*x.shape[:-1], len(weight))
 
 
-def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a [m, k] @ b [k, n], in the dtype that both have."""
+    return linear(a, b.T, None)
+
+
+def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN serves: plain float32 on a CPU, and nothing that records, compiles or transforms."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
