@@ -5,6 +5,7 @@ import torch
 from test_operator_entrances import CPU
 from test_spectral_reweight import problem, run
 from test_towers import build, images_for, relative
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 import residual_kernels as rk
@@ -147,3 +148,35 @@ def test_many_weights_of_an_adapter_at_once(rest):
         assert relative(also, residual(images)) < 1e-5
         (own,) = torch.autograd.grad(residual(images).square().sum(), residual.weight)
         assert relative(slope, own) < 1e-4
+
+
+@pytest.mark.parametrize("backend", CPU)
+@pytest.mark.parametrize("operator", ["packed", "unpacked"])
+def test_a_compiler_drops_no_tangent(backend, operator):
+    """It leaves a function with a forward-mode derivative alone, or refuses where the graph must be whole."""
+    inputs, constants, weight, offsets = problem(dtype=torch.float32)
+    pack = pack_units(*constants.values(), offsets, backend=backend)
+    direction = torch.randn(len(weight))
+
+    def output(weight):
+        if operator == "packed":
+            return spectral_reweight_packed(*inputs, weight, pack)
+        return run(spectral_reweight, inputs, constants, weight, offsets, backend=backend)
+
+    def tangent(weight, direction):
+        return jvp(output, (weight,), (direction,))[1]
+
+    def dual(weight, direction):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(output(forward_ad.make_dual(weight, direction))).tangent
+
+    truth = output(direction) - output(torch.zeros_like(weight))  # y is affine in the weight
+    for function in (
+        (tangent,) if operator == "sum" else (tangent, dual)
+    ):  # torch refuses duals of sums itself
+        torch._dynamo.reset()
+        assert relative(torch.compile(function)(weight, direction), truth) < 1e-5
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception"):
+        torch.compile(tangent, fullgraph=True)(weight, direction)
+    assert relative(torch.compile(output)(weight), output(weight)) < 1e-6

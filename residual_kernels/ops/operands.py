@@ -100,6 +100,33 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
+def forward_mode() -> bool:
+    """Whether a forward-mode derivative is being taken where a compiler traces this call.
+
+    The compiler guards its graphs by that, so that an answer holds for its graph.
+    """
+    top = torch._C._functorch.peek_interpreter_stack()
+    return forward_ad._current_level >= 0 or (
+        top is not None and top.key() == torch._C._functorch.TransformType.Jvp
+    )
+
+
+# What torch.compiler.assume_constant_result marks; that would load the compiler at import.
+vars(forward_mode)["_dynamo_marked_constant"] = True
+
+
+def refuse_compiled_tangents(operator: str) -> None:
+    """ValueError where a graph would be made of a forward-mode derivative.
+
+    Without fullgraph=True the compiler then leaves the function as it is, and its derivative is right.
+    """
+    if torch.compiler.is_compiling() and forward_mode():
+        raise ValueError(
+            f"a compiled graph holds no forward-mode derivative of {operator}; use torch.func.jvp and jacfwd "
+            "outside torch.compile, or without fullgraph=True"
+        )
+
+
 def refuse_tangents(*tensors: Tensor | None) -> None:
     """RuntimeError for a derivative in forward mode, which PyTorch drops at a registered operator."""
     if has_tangent(*tensors):

@@ -21,6 +21,7 @@ from residual_kernels.ops.operands import (
     check_pack,
     check_upstream,
     has_tangent,
+    refuse_compiled_tangents,
     refuse_tangents,
 )
 from residual_kernels.ops.packing import PackedUnits, check_constants, remembered_pack, wide
@@ -315,6 +316,7 @@ _unpacked.register_autograd(_unpacked_op_backward, setup_context=_unpacked_setup
 def _traced(z: Tensor) -> bool:
     """Whether something other than plain execution looks at this call: a compiler, a mode,
     a tensor subclass."""
+    refuse_compiled_tangents("spectral_reweight")
     return (
         torch.compiler.is_compiling()
         or type(z) not in (Tensor, torch.nn.Parameter)
@@ -486,7 +488,7 @@ def spectral_reweight(
     z = _autocast(z)
     constants = (proj, bias, slope, offset, basis, unit_offsets)
     transformed = torch._C._are_functorch_transforms_active()
-    if not transformed and not _traced(z):
+    if not _traced(z) and not transformed:
         pack = remembered_pack(constants, z.dtype, backend)
         return spectral_reweight_packed(z, scale, mean, weight, pack, weight_index)
     check_constants(*constants)
