@@ -134,7 +134,7 @@ def test_changes_outside_the_blocks_are_told_from_those_inside():
     original = tower.forward
     tower.forward = lambda x: original(x) * 1.5
     with pytest.raises(
-        rk.UnsupportedTowerError, match="behind the last block, where .*forward of the module itself"
+        rk.UnsupportedTowerError, match="after the last block, where .*forward of the module itself"
     ):
         rk.decompose(tower, images)
 
