@@ -1,9 +1,10 @@
-"""Hugging Face's Trainer on a transformers CLIPModel: ResiDual stands in it,
-and its weights alone are trained.
+"""Hugging Face's Trainer on a transformers CLIPModel: ResiDual stands in it, its weights alone are trained.
 
 The model is tiny and random, so that this runs offline. With CLIPModel.from_pretrained, images and captions
 come from its CLIPProcessor, and the rest stays as it is.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,7 @@ factor = {"initializer_factor": 4.0}  # of random weights
 text = size | factor | {"vocab_size": 16, "max_position_embeddings": 8, "eos_token_id": 2, "bos_token_id": 1}
 vision = size | factor | {"image_size": 32, "patch_size": 8}
 model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)).eval()
-# A digit's word between the marks of beginning and end.
-captions = {"input_ids": torch.tensor([[1, 3 + digit, 2] for digit in range(10)])}
+captions = {"input_ids": torch.tensor([[1, 3 + digit, 2] for digit in range(10)])}  # a word for each digit
 
 _, preprocess, _ = rk.load_bundled()
 pictures, labels = digit_images()
@@ -29,8 +29,7 @@ train, val = TensorDataset(images[:600], labels[:600]), TensorDataset(images[140
 
 
 def collate(rows):
-    pixels, classes = zip(*rows, strict=True)
-    return {"pixel_values": torch.stack(pixels), "labels": torch.stack(classes)}
+    return {"pixel_values": torch.stack([x for x, _ in rows]), "labels": torch.stack([y for _, y in rows])}
 
 
 class ZeroShotTrainer(Trainer):
@@ -44,20 +43,12 @@ def accuracy(seen):
     return {"accuracy": (np.argmax(seen.predictions, 1) == seen.label_ids).mean()}
 
 
+own: dict[str, Any] = {"remove_unused_columns": False, "label_names": ["labels"], "report_to": "none"}
 arguments = TrainingArguments(
-    "runs",
-    num_train_epochs=6,
-    learning_rate=0.5,
-    per_device_train_batch_size=64,
-    remove_unused_columns=False,
-    label_names=["labels"],
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
+    "runs", num_train_epochs=6, learning_rate=0.5, per_device_train_batch_size=64, **own
 )
 trainer = ZeroShotTrainer(model, arguments, collate, train, val, compute_metrics=accuracy)
 before = trainer.evaluate()["eval_accuracy"]  # of the untouched model
-
 bases = rk.fit_bases(model, images[:600].split(100), kinds=("head", "mlp"))
 model.requires_grad_(False)
 handle = rk.attach(model, bases, rest="sum")  # get_image_features, image_embeds and logits now come from y

@@ -233,4 +233,4 @@ def test_example_runs(example, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     before, after = map(float, re.search(r"(0\.\d+) -> (0\.\d+)", printed).groups())
     assert after > before
-    assert len(example.read_text().splitlines()) < 75
+    assert len(example.read_text().splitlines()) < 60
