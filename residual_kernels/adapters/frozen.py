@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from residual_kernels.ops.tracing import constant_when_traced
 from residual_kernels.towers import Tower
 from residual_kernels.towers.checksum import on_cpu, plain_tensors
 from residual_kernels.towers.watch import counter
@@ -219,6 +220,7 @@ class FrozenTower:
             if place.mark(p) != mark or (thawed and p.requires_grad):
                 return self._look()
 
+    @constant_when_traced
     def would_train(self) -> str | None:
         """What is wrong if folded parameters would train; None if none would.
 
@@ -232,10 +234,6 @@ class FrozenTower:
             f"{len(training)} parameters that are folded into this adapter's constants would train "
             f"({_some(training)}); set requires_grad_(False) on them, which freeze() does for the whole tower"
         )
-
-    # What torch.compile takes as found when it traces; torch.compiler.assume_constant_result would load the
-    # compiler.
-    would_train._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def compare(self) -> None:
         """The same whatever the counters say: all values are summed.

@@ -15,6 +15,8 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
+from residual_kernels.ops.tracing import constant_when_traced
+
 ENVIRONMENT_VARIABLE = "RESIDUAL_KERNELS_BACKEND"
 BACKENDS = ("triton", "cpp", "torch")  # the order in which `auto` looks
 _MODULES = {
@@ -152,6 +154,7 @@ def available(device: torch.device | str = "cpu", dtype: torch.dtype | None = No
     return [backend for backend in BACKENDS if missing(backend, device, dtype, by_name=False) is None]
 
 
+@constant_when_traced
 def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that will compute on `device` (in `dtype`).
 
@@ -167,11 +170,6 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype | None = None
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} was asked for on {device}, but {reason}")
     return backend
-
-
-# What torch.compiler.assume_constant_result does: looked up once, when a caller is compiled. Calling it would
-# load torch._dynamo, and with it sympy, a second before anything is computed.
-resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def load(backend: str) -> Backend:

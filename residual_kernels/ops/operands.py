@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from residual_kernels.ops import backends
+from residual_kernels.ops.tracing import constant_when_traced
 
 WIDE = {
     torch.float64: torch.float64,
@@ -100,6 +101,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
+@constant_when_traced
 def forward_mode() -> bool:
     """Whether a forward-mode derivative is being taken where a compiler traces this call.
 
@@ -109,10 +111,6 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0 or (
         top is not None and top.key() == torch._C._functorch.TransformType.Jvp
     )
-
-
-# What torch.compiler.assume_constant_result marks; that would load the compiler at import.
-vars(forward_mode)["_dynamo_marked_constant"] = True
 
 
 def refuse_compiled_tangents(operator: str) -> None:
